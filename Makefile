@@ -1,0 +1,39 @@
+# Every target makes its own virtual environment (.venv) and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: run test check bench wheel clean
+
+run: .venv/.runtime  ## ask the default model a question through a trusted process and a worker
+	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
+
+test: .venv/.dev  ## the test suite
+	$(BIN)/pytest
+
+check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+bench: .venv/.dev  ## measure the split against transformers, into benchmarks/results/
+	$(BIN)/python benchmarks/split.py
+
+wheel: .venv/.dev
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf .venv dist build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@ .venv/.runtime

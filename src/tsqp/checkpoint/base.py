@@ -1,0 +1,56 @@
+"""What a checkpoint offers, whatever its format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from tsqp.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text becomes tokens. Read by the trusted side only.
+
+    ``tokenizer_json`` is the text of a Hugging Face ``tokenizer.json``. ``special_tokens`` are those a chat template
+    may name (``bos_token``, ``eos_token``, ...). ``eos_token_ids`` end a generation.
+    """
+
+    tokenizer_json: str
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+
+
+class Checkpoint(Protocol):
+    """Weights by their Hugging Face names, read on demand.
+
+    Names are those of transformers' Llama: ``model.embed_tokens.weight``, ``model.layers.0.self_attn.q_proj.weight``,
+    ``model.norm.weight``, ``lm_head.weight`` (absent when tied), whatever the file format; layouts are (out, in), with
+    Q and K rows in the half-rotation order of transformers.
+    """
+
+    @property
+    def name(self) -> str:
+        """As the user typed it."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in the file's dtype (dequantised to float32 from quantised GGUF blocks), possibly memory-mapped.
+
+        Raises CorruptCheckpoint when it is missing or has not the shape that ``spec`` asks for.
+        """
+
+    def fingerprint(self) -> str:
+        """64 hex digits over the spec and over samples of every tensor's bytes.
+
+        Finds the wrong checkpoint by mistake; it is not proof against one who forges it.
+        """
+
+    def text_format(self) -> TextFormat:
+        """Tokenizer, template and end tokens. Raises UnsupportedModel for a tokenizer kind that is not implemented."""

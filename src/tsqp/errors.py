@@ -1,0 +1,119 @@
+"""Every exception this package raises on purpose.
+
+::
+
+    TsqpError
+    ├── InputError                the caller asked for something that cannot be done
+    │   ├── OptionError           an unknown or unsupported option value
+    │   └── PromptError           empty, or longer than the context
+    ├── CheckpointError
+    │   ├── CheckpointNotFound
+    │   ├── CorruptCheckpoint
+    │   ├── UnsupportedModel      architecture, rope type or tokenizer kind, refused by name
+    │   └── FetchError            a download that did not finish, or not with the pinned hash
+    └── ChannelError              the line between the two sides; the session is dead afterwards
+        ├── AddressError          malformed, or refused for safety
+        │   └── AddressInUse
+        ├── RuntimeDirectoryError the runtime directory is not ours alone
+        ├── WorkerUnreachable     nobody answered, or the keys did not match
+        ├── WorkerLost            the worker went away after the handshake
+        ├── WorkerFailed          the worker answered that it could not do the call
+        ├── ModelMismatch         the two sides read different checkpoints
+        ├── DeadlineExceeded
+        ├── ChannelClosed         used after close
+        └── ProtocolError         bytes that the protocol does not allow
+            └── ReplyShapeError   a reply whose size is not that of the product asked for
+
+The text of each is one line: what is wrong, and what to do about it. It never holds prompt text, tokens or keys.
+"""
+
+from __future__ import annotations
+
+
+class TsqpError(Exception):
+    """Base of every exception this package raises on purpose."""
+
+
+class InputError(TsqpError):
+    """The caller asked for something that cannot be done."""
+
+
+class OptionError(InputError):
+    """An unknown or unsupported option value."""
+
+
+class PromptError(InputError):
+    """An empty prompt, or one longer than the context."""
+
+
+class CheckpointError(TsqpError):
+    """A checkpoint that cannot be used."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No checkpoint at the place named."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A checkpoint with missing, truncated or contradictory parts."""
+
+
+class UnsupportedModel(CheckpointError):
+    """An architecture, rope type or tokenizer kind that this package does not implement."""
+
+
+class FetchError(CheckpointError):
+    """A download that did not finish, or whose content is not the pinned one."""
+
+
+class ChannelError(TsqpError):
+    """A failure of the line between the two sides."""
+
+
+class AddressError(ChannelError):
+    """An address that is malformed, or refused because it would be unsafe."""
+
+
+class AddressInUse(AddressError):
+    """Another live worker holds this address."""
+
+
+class RuntimeDirectoryError(ChannelError):
+    """The runtime directory does not belong to this user alone."""
+
+
+class WorkerUnreachable(ChannelError):
+    """Nobody answered at the address, or the keys did not match."""
+
+
+class WorkerLost(ChannelError):
+    """The worker went away after the handshake."""
+
+
+class WorkerFailed(ChannelError):
+    """The worker answered that it could not do the call."""
+
+
+class ModelMismatch(ChannelError):
+    """The two sides read different checkpoints."""
+
+
+class DeadlineExceeded(ChannelError):
+    """No reply within the deadline. Whether the worker did the work is unknown."""
+
+
+class ChannelClosed(ChannelError):
+    """The channel was used after it was closed."""
+
+
+class ProtocolError(ChannelError):
+    """Bytes that the protocol does not allow."""
+
+
+class ReplyShapeError(ProtocolError):
+    """A reply whose size is not the size of the product that was asked for."""
+
+    def __init__(self, expected_bytes: int, got_bytes: int) -> None:
+        super().__init__(f"the reply has {got_bytes} bytes where the product has {expected_bytes}")
+        self.expected_bytes = expected_bytes
+        self.got_bytes = got_bytes

@@ -1,0 +1,31 @@
+"""Protections: what the worker may learn. Stated by the caller, never inferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protection:
+    """``partitions`` are those the protection can be combined with; none means that no worker is used."""
+
+    name: str
+    worker_sees: str
+    partitions: tuple[str, ...]
+
+    @property
+    def uses_worker(self) -> bool:
+        return bool(self.partitions)
+
+
+PROTECTIONS: dict[str, Protection] = {
+    p.name: p
+    for p in (
+        Protection(
+            "open",
+            "the activations in clear: prompts can be recovered from them",
+            ("op", "batched", "linear"),
+        ),
+        Protection("local", "nothing: there is no worker, everything runs in this process", ()),
+    )
+}

@@ -1,0 +1,80 @@
+"""What a transport must offer: a Channel for the trusted side, a Listener for the worker.
+
+Both move *frames*: one control frame of bounded size and the raw bytes of its tensors. Many messages may be under way
+on one channel in both directions; a transport keeps the order of each direction and never mixes the frames of two
+messages. Nothing falls back, reconnects or retries: after any ChannelError a channel is dead and stays dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+MAX_TENSORS = 2  # tensors of one message
+MAX_FRAME_BYTES = 2**32  # one tensor; attention scores of 32 heads × 2,048 rows × 8,192 keys in float32 are half of it
+
+
+class Frames(NamedTuple):
+    """One message: its control frame and the bytes of its tensors."""
+
+    control: bytes
+    tensors: Sequence[memoryview] = ()
+
+
+class Channel(Protocol):
+    """The trusted side's end of one connection. Not thread-safe: one thread uses it."""
+
+    @property
+    def transport(self) -> str:
+        """The transport really in use: ``mem``, ``ipc`` or ``tcp``."""
+
+    @property
+    def address(self) -> str:
+        """The address really in use, as a user would type it."""
+
+    def send(self, frames: Frames) -> None:
+        """Queue one message without waiting for a reply and without copying its tensors.
+
+        The tensors' memory must stay unchanged until the reply to this message has been received. Raises
+        ProtocolError for a message over the limits, WorkerLost, ChannelClosed.
+        """
+
+    def receive(self, deadline_s: float) -> Frames:
+        """The next message from the worker, in the order sent. The tensors are private to the caller.
+
+        Raises DeadlineExceeded when none came within ``deadline_s`` seconds, WorkerLost when the worker is gone
+        (at once, not at the deadline), ProtocolError for a message over the limits, ChannelClosed.
+        """
+
+    def close(self) -> None:
+        """Release everything. Closing twice is allowed."""
+
+
+class Arrival(NamedTuple):
+    """A message at the worker, and the connection to answer on."""
+
+    peer: bytes
+    frames: Frames
+
+
+class Listener(Protocol):
+    """The worker's end: every connection's messages arrive here. One thread uses it, except ``interrupt``."""
+
+    @property
+    def address(self) -> str:
+        """The address that clients can connect to, with the port that the system chose."""
+
+    def receive(self, timeout_s: float | None) -> Arrival | None:
+        """The next message of any connection; None on timeout or after ``interrupt``.
+
+        Messages over the limits are dropped together with their connection where the transport can.
+        """
+
+    def send(self, peer: bytes, frames: Frames) -> None:
+        """Answer on a connection; a peer that is gone is no error."""
+
+    def interrupt(self) -> None:
+        """Make a waiting ``receive`` return None. May be called from a signal handler or another thread."""
+
+    def close(self) -> None:
+        """Release the address and everything else. Closing twice is allowed."""

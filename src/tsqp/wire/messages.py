@@ -1,0 +1,124 @@
+"""Every message that crosses the line, and nothing else.
+
+A message travels as one small control frame; its tensors follow as raw frames. No message names a type, a dtype or
+a function: the receiver derives dtype and shape of every payload from the model and from what it asked for. The only
+free text is a reason for a human, and it is bounded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from tsqp.spec.dtype import DtypeName
+from tsqp.spec.groups import GroupName
+
+PROTOCOL_VERSION = 1
+
+CallId = Annotated[int, Meta(ge=0, lt=2**63)]
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Index = Annotated[int, Meta(ge=0, lt=2**31)]
+Fingerprint = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+Label = Annotated[str, Meta(max_length=64)]
+Reason = Annotated[str, Meta(max_length=500)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base: encoded as an array, unknown fields refused."""
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """Trusted side, first on a connection. ``wire_dtype`` is the format of every float payload after it."""
+
+    version: Index
+    fingerprint: Fingerprint
+    wire_dtype: DtypeName
+
+
+class GroupShape(Message, frozen=True):
+    """One linear group as the worker holds it."""
+
+    name: GroupName
+    in_features: Count
+    out_features: Count
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The worker accepts. ``dtype`` is what it computes in."""
+
+    version: Index
+    fingerprint: Fingerprint
+    groups: Annotated[tuple[GroupShape, ...], Meta(max_length=8)]
+    device: Label
+    dtype: DtypeName
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The worker does not accept the Hello. ``fingerprint`` is its own."""
+
+    version: Index
+    fingerprint: Fingerprint
+    reason: Reason
+
+
+class Linear(Message, frozen=True, tag="linear"):
+    """y = x Wᵀ + b. One payload x: (rows, in_features). Reply y: (rows, out_features).
+
+    ``layer`` is None for the LM head only; ``part`` picks one matrix of the group, None means all of them.
+    """
+
+    id: CallId
+    group: GroupName
+    layer: Index | None
+    part: Index | None
+    rows: Count
+
+
+class Embed(Message, frozen=True, tag="embed"):
+    """Embedding look-up. One payload of int32 token ids: (rows,). Reply: (rows, hidden_size)."""
+
+    id: CallId
+    rows: Count
+
+
+class Scores(Message, frozen=True, tag="scores"):
+    """Q·Kᵀ, unscaled. Payloads q: (num_heads, rows, head_dim), k: (num_kv_heads, keys, head_dim).
+
+    Reply: (num_heads, rows, keys).
+    """
+
+    id: CallId
+    rows: Count
+    keys: Count
+
+
+class Mix(Message, frozen=True, tag="mix"):
+    """probabilities·V. Payloads p: (num_heads, rows, keys), v: (num_kv_heads, keys, head_dim).
+
+    Reply: (num_heads, rows, head_dim).
+    """
+
+    id: CallId
+    rows: Count
+    keys: Count
+
+
+class Done(Message, frozen=True, tag="done"):
+    """The product asked for by call ``id`` follows as one payload."""
+
+    id: CallId
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The worker could not do call ``id``."""
+
+    id: CallId
+    reason: Reason
+
+
+Call = Linear | Embed | Scores | Mix
+ToWorker = Hello | Call
+Handshake = Welcome | Refused
+Reply = Done | Failed
