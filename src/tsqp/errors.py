@@ -11,6 +11,7 @@
     │   ├── CorruptCheckpoint
     │   ├── UnsupportedModel      architecture, rope type or tokenizer kind, refused by name
     │   └── FetchError            a download that did not finish, or not with the pinned hash
+    ├── NumericError              logits that are not numbers
     └── ChannelError              the line between the two sides; the session is dead afterwards
         ├── AddressError          malformed, or refused for safety
         │   └── AddressInUse
@@ -64,6 +65,10 @@ class UnsupportedModel(CheckpointError):
 
 class FetchError(CheckpointError):
     """A download that did not finish, or whose content is not the pinned one."""
+
+
+class NumericError(TsqpError):
+    """Logits that are not numbers: broken weights, an overflow in a narrow dtype, or a worker that answers nonsense."""
 
 
 class ChannelError(TsqpError):

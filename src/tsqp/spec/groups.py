@@ -55,6 +55,6 @@ def linear_groups(spec: ModelSpec) -> dict[GroupName, LinearGroup]:
     return {group.name: group for group in groups}
 
 
-def part_tensor(layer: int | None, part: str, kind: Literal["weight", "bias"]) -> str:
-    """A part's name in a Hugging Face checkpoint; ``layer`` is None for the LM head."""
+def part_tensor(layer: int | None, part: str, kind: str) -> str:
+    """A part's name in a Hugging Face checkpoint; ``layer`` is None for the LM head, ``kind`` is weight or bias."""
     return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"

@@ -1,0 +1,34 @@
+"""TSQP: split inference of Llama-family models on hardware you do not trust."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tsqp.app.llm import LLM, Completion
+    from tsqp.errors import TsqpError
+    from tsqp.trusted.sampling import SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams", "TsqpError", "__version__"]
+
+__version__ = version("tsqp")
+
+# Resolved on first use, so that the worker never imports the trusted side and `--help` never imports torch.
+_HOMES = {
+    "LLM": "tsqp.app.llm",
+    "Completion": "tsqp.app.llm",
+    "SamplingParams": "tsqp.trusted.sampling",
+    "TsqpError": "tsqp.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

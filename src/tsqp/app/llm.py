@@ -1,0 +1,225 @@
+"""The Python API: one object that holds a model, its worker and the line between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from tsqp.app.assemble import Placement, Plan, build_decoder, embedding_table, place_locally, place_on_worker
+from tsqp.app.launch import LocalWorker
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.errors import ChannelError, PromptError, WorkerLost
+from tsqp.model.payload import TORCH_DTYPES
+from tsqp.trusted.engine import Engine
+from tsqp.trusted.sampling import SamplingParams
+from tsqp.trusted.session import WorkerSession
+from tsqp.trusted.stats import Stats
+from tsqp.trusted.tokenizer import ChatMessage, TextStream, Tokenizer
+from tsqp.wire.transport import ClientSecurity, connect
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt. ``finish_reason`` is ``stop`` or ``length``."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that became certain while generating; the last one carries the whole answer."""
+
+    text: str
+    completion: Completion | None = None
+
+
+class LLM:
+    """A model split between this process and a worker.
+
+    ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection`` must be
+    stated: ``open`` (the worker sees the activations in clear) or ``local`` (no worker). ``worker``: the address of a
+    running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
+    side computes in, and the worker if it is started here; ``wire_dtype``: what crosses the line, by default the same.
+    ``threads``: CPU threads of each side; None leaves torch's setting here and gives the worker all cores.
+    ``deadline_s``: the longest wait for one reply.
+
+    Raises InputError, CheckpointError, ChannelError. Use it as a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        protection: str,
+        partition: str = "linear",
+        worker: str | None = None,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        wire_dtype: str | None = None,
+        prefill_chunk: int = 2048,
+        threads: int | None = None,
+        deadline_s: float = 300.0,
+        security: ClientSecurity | None = None,
+    ) -> None:
+        self.plan = Plan.check(
+            protection=protection,
+            partition=partition,
+            dtype=dtype,
+            wire_dtype=wire_dtype,
+            prefill_chunk=prefill_chunk,
+        )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.stats = Stats()
+        self._session: WorkerSession | None = None
+        self._local_worker: LocalWorker | None = None
+        with ExitStack() as stack:
+            checkpoint = open_checkpoint(model)
+            if self.plan.partition is not None and worker is None:
+                self._local_worker = stack.enter_context(
+                    LocalWorker(model, device=device, dtype=self.plan.dtype, threads=threads)
+                )
+            text_format = checkpoint.text_format()
+            self.tokenizer = Tokenizer(text_format)
+            placement = self._place(checkpoint, worker, security, deadline_s, stack)
+            decoder = build_decoder(checkpoint, self.plan, placement, self.stats)
+            self._engine = Engine(decoder, text_format.eos_token_ids, self.stats)
+            self._resources = stack.pop_all()
+
+    @property
+    def session(self) -> WorkerSession | None:
+        """The connection to the worker; None at ``local``."""
+        return self._session
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process id of the worker started here."""
+        return None if self._local_worker is None else self._local_worker.pid
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, raw: bool = False
+    ) -> list[Completion]:
+        """Answer all prompts together, as one batch.
+
+        A prompt of text becomes the user's turn of the checkpoint's chat template when it has one, unless ``raw``;
+        token ids are taken as they are. Raises PromptError before anything is sent, NumericError, ChannelError.
+        """
+        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
+        completions: dict[int, Completion] = {}
+        for index, delta in self._run(batch, params or SamplingParams(), raw):
+            if delta.completion is not None:
+                completions[index] = delta.completion
+        return [completions[index] for index in range(len(batch))]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Iterator[Delta]:
+        """Answer one prompt piece by piece; see ``generate``."""
+        for _, delta in self._run([prompt], params or SamplingParams(), raw):
+            yield delta
+
+    def chat(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer a conversation piece by piece. Raises PromptError when the checkpoint has no chat template."""
+        yield from self.stream(self.tokenizer.encode_chat(messages), params)
+
+    def logits(self, prompt: Prompt) -> torch.Tensor:
+        """Logits after every token of a raw prompt, float32 (T, vocab_size)."""
+        return self._engine.logits(self._tokens(prompt, raw=True))
+
+    def close(self) -> None:
+        """Leave the worker, and stop it if it was started here. Closing twice is allowed."""
+        self._resources.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _place(
+        self,
+        checkpoint: Checkpoint,
+        worker: str | None,
+        security: ClientSecurity | None,
+        deadline_s: float,
+        stack: ExitStack,
+    ) -> Placement:
+        dtype = TORCH_DTYPES[self.plan.dtype]
+        if self.plan.partition is None:
+            return place_locally(checkpoint, dtype, self.stats)
+        # Read before connecting: a worker started here loads at the same time.
+        table = None if self.plan.partition.remote_embedding else embedding_table(checkpoint, dtype)
+        address = worker if self._local_worker is None else self._local_worker.wait_ready()
+        self._session = WorkerSession(
+            connect(str(address), security=security),
+            checkpoint.spec,
+            checkpoint.fingerprint(),
+            wire_dtype=self.plan.wire_dtype,
+            dtype=self.plan.dtype,
+            stats=self.stats,
+            deadline_s=deadline_s,
+        )
+        stack.callback(self._session.close)
+        return place_on_worker(self._session, self.plan.partition, table, self.stats)
+
+    def _tokens(self, prompt: Prompt, *, raw: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt.strip():
+            raise PromptError("the prompt is empty: give some text")
+        if raw or not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool) -> Iterator[tuple[int, Delta]]:
+        answers = [
+            _Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts
+        ]
+        try:
+            for new in self._engine.generate([answer.prompt for answer in answers], params):
+                delta = answers[new.sequence].extend(new.token, new.finish_reason)
+                if delta.completion is not None:
+                    self._engine.stop(new.sequence)
+                yield new.sequence, delta
+        except WorkerLost as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error: WorkerLost) -> ChannelError:
+        """A lost worker that was started here can say how it ended."""
+        if self._local_worker is None:
+            return error
+        return WorkerLost(f"{error}: {self._local_worker.last_words()}")
+
+
+class _Answer:
+    """The text and tokens of one answer under way."""
+
+    def __init__(self, prompt: list[int], text: TextStream) -> None:
+        self.prompt = prompt
+        self._text = text
+        self._tokens: list[int] = []
+
+    def extend(self, token: int, finish_reason: str | None) -> Delta:
+        """Take one more token; the Delta is complete when the answer ends with it."""
+        piece = ""
+        if finish_reason != "stop":  # the end token is not part of the answer
+            self._tokens.append(token)
+            piece = self._text.push(token)
+        if self._text.stopped:
+            finish_reason = "stop"
+        if finish_reason is None:
+            return Delta(piece)
+        piece += self._text.finish()
+        completion = Completion(self._text.text, tuple(self._tokens), finish_reason, tuple(self.prompt))
+        return Delta(piece, completion)

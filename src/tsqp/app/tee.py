@@ -1,0 +1,21 @@
+"""Which trusted execution environment this process runs in, as far as the operating system tells.
+
+A hint for a person, not evidence: the host can fake all of it. Only attestation proves a TEE.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+GUEST_DEVICES = {"tdx_guest": "Intel TDX", "tdx-guest": "Intel TDX", "sev-guest": "AMD SEV-SNP"}
+
+
+def detect_tee(root: Path = Path("/")) -> str | None:
+    """``Intel TDX``, ``AMD SEV-SNP`` or ``Gramine (...)``, and None where nothing of the kind is seen."""
+    attestation = root / "dev/attestation/attestation_type"
+    if attestation.exists():
+        return f"Gramine (SGX attestation: {attestation.read_text().strip() or 'unknown'})"
+    for device, name in GUEST_DEVICES.items():
+        if (root / "dev" / device).exists():
+            return name
+    return None

@@ -1,0 +1,1 @@
+"""The trusted side: sees plaintext and secrets. Never imports ``tsqp.untrusted``."""

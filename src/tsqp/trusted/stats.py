@@ -1,0 +1,98 @@
+"""Where the time and the bytes of a run go: one row per kind of remote call, one per trusted operator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Literal, get_args
+
+CallKind = Literal["embedding", "linear", "matmul", "lm_head"]
+CALL_KINDS: tuple[CallKind, ...] = get_args(CallKind)
+OperatorKind = Literal["rms_norm", "rotary", "softmax", "silu"]
+OPERATOR_KINDS: tuple[OperatorKind, ...] = get_args(OperatorKind)
+
+
+@dataclass
+class CallStats:
+    """Calls of one kind. Times in seconds; ``rpc_s`` runs from sending a call to holding its reply.
+
+    At ``local`` nothing is sent: ``rpc_s`` is the time of the product itself and ``count`` stays 0.
+    """
+
+    count: int = 0
+    rpc_s: float = 0.0
+    serialise_s: float = 0.0
+    deserialise_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+def total(calls: Iterable[CallStats]) -> CallStats:
+    """The sum of several rows."""
+    rows = [astuple(call) for call in calls]
+    return CallStats(*(sum(column) for column in zip(*rows, strict=True)))
+
+
+@dataclass
+class Stats:
+    """Counters of one engine since it started; ``reset`` begins again."""
+
+    calls: dict[CallKind, CallStats] = field(default_factory=lambda: {kind: CallStats() for kind in CALL_KINDS})
+    operator_s: dict[OperatorKind, float] = field(default_factory=lambda: dict.fromkeys(OPERATOR_KINDS, 0.0))
+    forward_passes: int = 0
+    chunks: int = 0
+    micro_batches: int = 1
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    decode_tokens: int = 0
+
+    @contextmanager
+    def operator(self, kind: OperatorKind) -> Iterator[None]:
+        """Count the time of a trusted operator."""
+        start = time.perf_counter()
+        yield
+        self.operator_s[kind] += time.perf_counter() - start
+
+    @contextmanager
+    def product(self, kind: CallKind) -> Iterator[None]:
+        """Count the time of a product computed on the trusted side: no call, so only its time."""
+        start = time.perf_counter()
+        yield
+        self.calls[kind].rpc_s += time.perf_counter() - start
+
+    @property
+    def rpc_calls(self) -> int:
+        return total(self.calls.values()).count
+
+    @property
+    def other_s(self) -> float:
+        """Time of the forward passes that no row accounts for: residuals, the cache, sampling, Python."""
+        known = total(self.calls.values()).rpc_s + sum(self.operator_s.values())
+        return max(0.0, self.prefill_s + self.decode_s - known)
+
+    def as_dict(self) -> dict[str, object]:
+        """The ``stats`` object of ``--json``. ``tokens_per_s`` is of decode, 0 when nothing was decoded."""
+        calls = total(self.calls.values())
+        return {
+            "rpc_calls": calls.count,
+            "bytes_sent": calls.bytes_sent,
+            "bytes_received": calls.bytes_received,
+            "prefill_s": self.prefill_s,
+            "decode_s": self.decode_s,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "tokens_per_s": self.decode_tokens / self.decode_s if self.decode_s else 0.0,
+            "forward_passes": self.forward_passes,
+            "chunks": self.chunks,
+            "micro_batches": self.micro_batches,
+            "calls": {str(kind): asdict(call) for kind, call in self.calls.items()},
+            "operators_s": {**{str(kind): s for kind, s in self.operator_s.items()}, "other": self.other_s},
+        }
+
+    def reset(self) -> None:
+        """Begin again at zero."""
+        self.__init__()  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""The untrusted side: weights on a device, products on request. Never imports ``tsqp.trusted``."""

@@ -1,0 +1,96 @@
+"""``python -m tsqp.untrusted``: load a model, listen, answer until told to stop.
+
+Writes one line of JSON to standard output when it listens, ``{"address": "..."}``; logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from tsqp.errors import InputError, OptionError, TsqpError
+from tsqp.spec.dtype import DTYPE_NAMES
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+log = logging.getLogger("tsqp.worker")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise OptionError(message)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options of the worker. Raises OptionError."""
+    parser = _Parser(prog="tsqp worker", description="Serve the linear algebra of one model to trusted sides.")
+    parser.add_argument("--model", required=True, help="directory, .gguf file, Hub id, default, synthetic:NAME")
+    parser.add_argument(
+        "--listen", metavar="ADDR", help="ipc:///path or tcp://host:port [default: a fresh ipc address]"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:n] [default: cpu]")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPE_NAMES, help="what it computes in [default: bfloat16]"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="this worker's secret CURVE key, for tcp")
+    parser.add_argument("--allow", type=Path, metavar="FILE", action="append", help="a trusted side's public CURVE key")
+    parser.add_argument("--insecure-plain-tcp", action="store_true", help="allow tcp off loopback without keys")
+    parser.add_argument("--exit-with-stdin", action="store_true", help="stop at the end of standard input")
+    parser.add_argument("--debug", action="store_true", help="a traceback with every error")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker. Returns the exit code: 0 stopped, 1 failed, 2 wrong options."""
+    logging.basicConfig(stream=sys.stderr, format="tsqp worker: %(message)s", level=logging.INFO)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        serve(parse(arguments))
+    except TsqpError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"tsqp worker: error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
+    except KeyboardInterrupt:  # before there is a listener to interrupt
+        return 130
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Listen, load, announce, answer, until a signal or the end of standard input. Raises TsqpError."""
+    # These pull in torch; wrong options and --help must not wait for it.
+    import torch
+
+    from tsqp.checkpoint import open_checkpoint
+    from tsqp.model.payload import TORCH_DTYPES
+    from tsqp.untrusted.device import pick_device
+    from tsqp.untrusted.weights import WorkerWeights
+    from tsqp.untrusted.worker import Worker
+    from tsqp.wire.transport import listen, new_ipc_address, server_security
+
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    device = pick_device(options.device)
+    checkpoint = open_checkpoint(options.model)
+    listener = listen(
+        options.listen or new_ipc_address(),
+        security=server_security(options.key, options.allow or [], insecure_plain_tcp=options.insecure_plain_tcp),
+        watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
+    )
+    with closing(listener):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: listener.interrupt())
+        worker = Worker(WorkerWeights.load(checkpoint, TORCH_DTYPES[options.dtype], device))
+        print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
+        log.info("%s on %s in %s, listening on %s", options.model, device, options.dtype, listener.address)
+        worker.serve(listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
