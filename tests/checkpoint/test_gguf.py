@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, llama3_factors
+from tsqp.checkpoint.hf_config import spec_from_config
+from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+from tsqp.spec.model import RopeSpec
+
+from .makers import byte_level_fields, make_model, write_gguf
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16, "attention_bias": False},
+}
+LLAMA3 = RopeSpec(500_000.0, "llama3", factor=32.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtype: torch.dtype) -> None:
+    family = variant.partition("-")[0]
+    model = make_model(family, dtype=dtype, **VARIANTS[variant])
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, arch=family)
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.spec == spec_from_config(model.config.to_dict())
+    for name, expected in model.state_dict().items():
+        got = checkpoint.tensor(name)
+        assert got.dtype == (dtype if got.ndim == 2 else torch.float32)  # vectors are float32 in every GGUF
+        assert torch.equal(got, expected.to(got.dtype)), name
+    assert checkpoint.fingerprint() == open_checkpoint(str(path)).fingerprint()
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1], ids=lambda k: k.name)
+def test_quantised_blocks_become_the_float32_they_stand_for(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    model = make_model("qwen2", intermediate_size=64)
+    write_gguf(tmp_path / "q.gguf", model, arch="qwen2", matrix_type=kind)
+    name = "model.layers.1.mlp.down_proj.weight"
+    got = open_checkpoint(str(tmp_path / "q.gguf")).tensor(name)
+    blocks = gguf.quantize(model.state_dict()[name].numpy(), kind)
+    assert torch.equal(got, torch.from_numpy(gguf.dequantize(blocks, kind)))
+
+
+def test_mistral_under_the_name_of_llama(tmp_path: Path) -> None:
+    model = make_model("mistral", sliding_window=9)
+    write_gguf(tmp_path / "m.gguf", model, metadata={"attention.sliding_window": 9})
+    assert open_checkpoint(str(tmp_path / "m.gguf")).spec == spec_from_config(model.config.to_dict())
+
+
+def test_linear_rope(tmp_path: Path) -> None:
+    model = make_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0})
+    write_gguf(tmp_path / "m.gguf", model, metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
+    assert open_checkpoint(str(tmp_path / "m.gguf")).spec.rope == RopeSpec(5000.0, "linear", 4.0)
+
+
+def _rope_parameters(rope: RopeSpec) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "rope_theta": rope.theta,
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_positions,
+    }
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_is_read_from_its_factors(tmp_path: Path, factor: float) -> None:
+    rope = RopeSpec(500_000.0, "llama3", factor=factor)
+    model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(rope))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    plain = 1.0 / rope.theta ** (torch.arange(0, 64, 2).float() / 64)
+    factors = (plain / scaled).numpy()
+    np.testing.assert_allclose(llama3_factors(rope, 64), factors, rtol=1e-5)
+    write_gguf(tmp_path / "m.gguf", model, extra_tensors={ROPE_FACTORS: factors})
+    assert open_checkpoint(str(tmp_path / "m.gguf")).spec == spec_from_config(model.config.to_dict())
+
+
+def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
+    model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(LLAMA3))
+    factors = np.array(llama3_factors(LLAMA3, 64), dtype=np.float32)
+    factors[20] *= 1.01
+    write_gguf(tmp_path / "m.gguf", model, extra_tensors={ROPE_FACTORS: factors})
+    with pytest.raises(UnsupportedModel, match=ROPE_FACTORS):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+    write_gguf(tmp_path / "ones.gguf", model, extra_tensors={ROPE_FACTORS: np.ones(32, dtype=np.float32)})
+    assert open_checkpoint(str(tmp_path / "ones.gguf")).spec.rope == RopeSpec(500_000.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"expert_count": 8}, "mixture of experts"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"rope.dimension_count": 4}, "part of each head"),
+        ({"attention.value_length": 4}, "value heads"),
+    ],
+)
+def test_refuses_by_name(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:
+    write_gguf(tmp_path / "m.gguf", make_model("llama"), metadata=metadata)
+    with pytest.raises(UnsupportedModel, match=named):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_refuses_other_architectures_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", arch="gemma3", tokenizer=byte_level_fields())
+    with pytest.raises(UnsupportedModel, match="gemma3"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"block_count": None}, "block_count"),
+        ({"block_count": 4}, r"blk\.3"),
+        ({"embedding_length": 64}, "shape"),
+        ({"embedding_length": "32"}, "embedding_length"),
+        ({"attention.head_count": 0}, "head_count"),
+        ({"attention.head_count_kv": 3}, "KV heads"),
+        ({"attention.head_count_kv": [2, 2, 2]}, "head_count_kv"),
+        ({"rope.freq_base": -1.0}, "freq_base"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
+    ],
+)
+def test_names_the_bad_key(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:
+    write_gguf(tmp_path / "m.gguf", make_model("llama"), metadata=metadata)
+    with pytest.raises(CorruptCheckpoint, match=named):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_a_split_file_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match="split"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, make_model("llama"), tokenizer=byte_level_fields())
+    whole = path.read_bytes()
+    cuts = [0, 1, 3, 4, 8, 20, 24, *range(30, len(whole) - 32, len(whole) // 60), len(whole) - 32]
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CorruptCheckpoint):
+            open_checkpoint(str(path))
+
+
+def test_damaged_lengths_end_quickly(tmp_path: Path) -> None:
+    """A damaged array length must not keep the reader busy."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, make_model("llama"), tokenizer=byte_level_fields())
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    whole[at : at + 8] = (1 << 60).to_bytes(8, "little")
+    path.write_bytes(whole)
+    with pytest.raises(CorruptCheckpoint, match="ends too early"):
+        open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"garbage" * 40, b"GGUF\x03\x00\x00\x00" + b"\xff" * 40])
+def test_garbage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=r"m\.gguf"):
+        open_checkpoint(str(tmp_path / "m.gguf"))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.gguf import GgufFile
+from tsqp.checkpoint.gguf_tokenizer import text_format_from_gguf
+from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+
+from .makers import TEXTS, VOCAB, byte_level_fields, byte_level_tokenizer, write_gguf
+
+
+def _read(path: Path, fields: dict[str, Any]) -> TextFormat:
+    write_gguf(path / "vocabulary.gguf", tokenizer=fields)
+    return text_format_from_gguf(GgufFile(path / "vocabulary.gguf"))
+
+
+def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_str(_read(path, fields).tokenizer_json)
+
+
+def test_default_model_equals_transformers(default_gguf_file: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(default_gguf_file.parent, gguf_file=default_gguf_file.name)
+    text = text_format_from_gguf(GgufFile(default_gguf_file))
+    ours = Tokenizer.from_str(text.tokenizer_json)
+    prose = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")[:20_000]
+    for line in [*TEXTS, prose, Path(__file__).read_text(encoding="utf-8")]:
+        ids = ours.encode(line).ids
+        assert ids == theirs(line)["input_ids"]
+        assert ours.decode(ids, skip_special_tokens=False) == line
+    assert text.special_tokens["eos_token"] == theirs.eos_token == "<|im_end|>"
+    assert text.eos_token_ids == (theirs.eos_token_id,)
+    assert text.chat_template == theirs.chat_template
+
+
+def test_byte_level_equals_the_tokenizer_it_was_written_from(tmp_path: Path) -> None:
+    text = _read(tmp_path, byte_level_fields())
+    ours, original = Tokenizer.from_str(text.tokenizer_json), byte_level_tokenizer()
+    for line in TEXTS:
+        assert ours.encode(line).ids == original.encode(line).ids
+    assert text.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    assert text.eos_token_ids == (VOCAB - 1,)
+    assert text.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("pre", "digits", "contraction"),
+    [
+        ("smollm", ["a", "Ġ", "1", "2", "3", "4", "5"], ["I", "'", "LL"]),
+        ("llama-bpe", ["a", "Ġ", "123", "45"], ["I", "'LL"]),
+        ("qwen2", ["a", "Ġ", "1", "2", "3", "4", "5"], ["I", "'LL"]),
+        ("gpt-2", ["a", "Ġ12345"], ["I", "'", "LL"]),
+        (None, ["a", "Ġ12345"], ["I", "'", "LL"]),
+    ],
+)
+def test_patterns(tmp_path: Path, pre: str | None, digits: list[str], contraction: list[str]) -> None:
+    tokenizer = _tokenizer(tmp_path, {**byte_level_fields(), "pre": pre})
+
+    def split(text: str) -> list[str]:
+        return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert split("a 12345") == digits
+    assert split("I'LL") == contraction
+
+
+@pytest.mark.parametrize(
+    ("pre", "settings", "expected"),
+    [
+        ("gpt-2", {}, (False, False)),
+        ("llama-bpe", {}, (True, False)),
+        ("llama-bpe", {"add_bos_token": False}, (False, False)),
+        ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, (True, True)),
+    ],
+)
+def test_begin_and_end(tmp_path: Path, pre: str, settings: dict[str, bool], expected: tuple[bool, bool]) -> None:
+    tokenizer = _tokenizer(tmp_path, {**byte_level_fields(), "pre": pre, **settings})
+    ids = tokenizer.encode("word").ids
+    assert (ids[0] == VOCAB - 2, ids[-1] == VOCAB - 1) == expected
+    assert ids[int(expected[0]) : len(ids) - int(expected[1])] == tokenizer.encode("word", add_special_tokens=False).ids
+
+
+def test_user_defined_tokens_are_found_and_kept(tmp_path: Path) -> None:
+    fields = byte_level_fields()
+    fields["types"][-1] = 4
+    tokenizer = _tokenizer(tmp_path, fields)
+    assert tokenizer.encode("a<|im_end|>").ids[-1] == VOCAB - 1
+    assert tokenizer.decode([VOCAB - 2, VOCAB - 1]) == "<|im_end|>"  # the control token is skipped, this one is not
+
+
+@pytest.fixture(scope="module")
+def pieces() -> sentencepiece.SentencePieceProcessor:
+    """A small SentencePiece BPE with Llama's settings."""
+    prose = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in prose.splitlines() if line] + TEXTS[1:5]),
+        model_writer=model,
+        vocab_size=1200,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def _sentencepiece_fields(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+    count = pieces.get_piece_size()
+
+    def kind(i: int) -> int:
+        return 2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
+
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [pieces.id_to_piece(i) for i in range(count)],
+        "scores": [float(pieces.get_score(i)) for i in range(count)],
+        "types": [kind(i) for i in range(count)],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+
+
+def test_sentencepiece_ids(tmp_path: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    tokenizer = _tokenizer(tmp_path, _sentencepiece_fields(pieces))
+    prose = (Path(__file__).parents[1] / "data" / "prose.txt").read_text(encoding="utf-8")
+    for line in [*TEXTS, *prose.splitlines()[:300], prose[:3000]]:
+        if "<s>" in line:
+            continue  # found as a special token here, plain text for SentencePiece
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        assert ids == pieces.encode(line), line
+        assert tokenizer.decode(ids) == line
+    assert tokenizer.encode("word").ids == [1, *pieces.encode("word")]
+    assert tokenizer.encode("</s>", add_special_tokens=False).ids == [2]
+
+
+def test_sentencepiece_without_prefix(tmp_path: Path, pieces: sentencepiece.SentencePieceProcessor) -> None:
+    tokenizer = _tokenizer(tmp_path, {**_sentencepiece_fields(pieces), "add_space_prefix": False})
+    ids = tokenizer.encode("the word", add_special_tokens=False).ids
+    assert ids != pieces.encode("the word")
+    assert tokenizer.decode(ids) == "the word"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": "bert"}, "bert"),
+        ({"model": "t5"}, "t5"),
+        ({"model": "rwkv"}, "rwkv"),
+        ({"pre": "deepseek-coder"}, r"deepseek-coder.*smollm, llama-bpe, qwen2"),
+        ({"model": "llama", "scores": [0.0] * VOCAB, "remove_extra_whitespaces": True}, "normaliser"),
+    ],
+)
+def test_refuses_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedModel, match=named):
+        _read(tmp_path, {**byte_level_fields(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokens": None}, "tokens"),
+        ({"merges": None}, "merges"),
+        ({"merges": ["no such"]}, "merges"),
+        ({"types": [1]}, "token types"),
+        ({"eos_token_id": VOCAB}, "eos_token_id"),
+        ({"model": "llama", "scores": [0.0]}, "scores"),
+    ],
+)
+def test_inconsistent_vocabularies(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CorruptCheckpoint, match=named):
+        _read(tmp_path, {**byte_level_fields(), **change})
+
+
+def test_tokenizer_json_is_plain_json(tmp_path: Path) -> None:
+    parsed = json.loads(_read(tmp_path, byte_level_fields()).tokenizer_json)
+    assert parsed["model"]["type"] == "BPE"
+    assert [token["content"] for token in parsed["added_tokens"]] == ["<|im_start|>", "<|im_end|>"]

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.masking_utils import sliding_window_causal_mask_function
+
+from tsqp.checkpoint.hf_config import config_from_spec, spec_from_config
+from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+from tsqp.spec.model import RopeSpec
+
+from .makers import SMALL
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SIZES = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+REQUIRED = {**SIZES, "num_attention_heads": 4}
+
+VARIANTS: list[dict[str, Any]] = [
+    {"model_type": "llama"},
+    {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
+    {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+    {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    {"model_type": "llama", "rope_theta": 12345.0, "rope_scaling": {"type": "linear", "factor": 2}},
+    {"model_type": "llama", "rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+    {"model_type": "mistral", "num_attention_heads": 8},
+    {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2, "head_dim": 16},
+    {"model_type": "mistral", "sliding_window": 7, "num_key_value_heads": 4},
+    {"model_type": "qwen2", "num_key_value_heads": 2},
+    {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1},
+    {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 9},
+    {"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True},
+    {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+]
+
+
+def _transformers_view(config: PreTrainedConfig) -> dict[str, Any]:
+    """What transformers makes of it, in the terms of a ModelSpec."""
+    family = config.model_type
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    windows = [window] * layers if family == "mistral" else [None] * layers
+    if family.startswith("qwen"):
+        windows = [window if kind == "sliding_attention" else None for kind in config.layer_types]
+    attention_bias = getattr(config, "attention_bias", False)
+    return {
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "max_positions": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "windows": tuple(windows),
+        "qkv_bias": family == "qwen2" or attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "tied_embeddings": config.tie_word_embeddings,
+    }
+
+
+def _rope_view(config: PreTrainedConfig) -> RopeSpec:
+    rope = config.rope_parameters
+    if rope["rope_type"] == "llama3":
+        original = rope["original_max_position_embeddings"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        return RopeSpec(rope["rope_theta"], "llama3", rope["factor"], low, high, original)
+    return RopeSpec(rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_reads_what_transformers_reads(variant: dict[str, Any]) -> None:
+    config = {**REQUIRED, **variant}
+    spec = spec_from_config(config)
+    theirs = AutoConfig.for_model(**{**config, "rope_scaling": dict(config.get("rope_scaling") or {}) or None})
+    assert {key: getattr(spec, key) for key in _transformers_view(theirs)} == _transformers_view(theirs)
+    assert spec.rope == _rope_view(theirs)
+    # transformers' own spelling, and ours
+    assert spec_from_config(theirs.to_dict()) == spec
+    assert spec_from_config(config_from_spec(spec, "float32")) == spec
+
+
+def test_window_counts_the_position_itself() -> None:
+    mask = sliding_window_causal_mask_function(3)
+    seen = [j for j in range(8) if mask(0, 0, torch.tensor(5), torch.tensor(j))]
+    assert seen == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        (
+            {"model_type": "qwen3", "num_key_value_heads": 2, "layer_types": ["linear_attention"] * 3},
+            "linear_attention",
+        ),
+    ],
+)
+def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedModel, match=named):
+        spec_from_config({"model_type": "llama", **REQUIRED, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        *[({key: None}, key) for key in REQUIRED],
+        ({"model_type": None}, "model_type"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"num_key_value_heads": 3}, "KV heads"),
+        ({"head_dim": 5}, "head_dim"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_scaling": "linear"}, "rope"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"model_type": "mistral", "num_attention_heads": 8, "sliding_window": -1}, "sliding_window"),
+        ({"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["full_attention"]}, "layer_types"),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["sliding_attention"] * 3},
+            "sliding_window",
+        ),
+        ({"model_type": "qwen2", "num_key_value_heads": 2, "max_window_layers": "all"}, "max_window_layers"),
+    ],
+    ids=str,
+)
+def test_names_the_bad_key(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CorruptCheckpoint, match=named):
+        spec_from_config({"model_type": "llama", **REQUIRED, **change})

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
+from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
+
+from .makers import byte_level_tokenizer, make_model
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "qwen3-biases": {"attention_bias": True, "head_dim": 16},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """An untied llama with a tokenizer."""
+    directory = tmp_path / "tiny"
+    make_model("llama").save_pretrained(directory)
+    byte_level_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    value = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**value, **changes}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtype: torch.dtype) -> None:
+    model = make_model(variant.partition("-")[0], dtype=dtype, **FAMILIES[variant])
+    model.save_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / INDEX_FILE).exists()
+    single, sharded = open_checkpoint(str(tmp_path / "single")), open_checkpoint(str(tmp_path / "sharded"))
+    assert single.spec == sharded.spec
+    for name, expected in model.state_dict().items():  # lists a tied head too
+        for checkpoint in (single, sharded):
+            got = checkpoint.tensor(name)
+            assert got.dtype == dtype
+            assert torch.equal(got, expected), name
+    assert single.fingerprint() == sharded.fingerprint()
+    assert len(single.fingerprint()) == 64
+
+
+def test_fingerprint_tells_weights_apart(tiny: Path) -> None:
+    before = open_checkpoint(str(tiny)).fingerprint()
+    tensors = {name: tensor.clone() for name, tensor in load_file(tiny / SINGLE_FILE).items()}
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tiny / SINGLE_FILE)
+    assert open_checkpoint(str(tiny)).fingerprint() != before
+
+
+def test_a_stored_head_that_differs_is_no_tied_head(tiny: Path) -> None:
+    _edit(tiny / "config.json", tie_word_embeddings=True)
+    assert not open_checkpoint(str(tiny)).spec.tied_embeddings
+    tensors = load_file(tiny / SINGLE_FILE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tiny / SINGLE_FILE)
+    assert open_checkpoint(str(tiny)).spec.tied_embeddings
+
+
+def test_rotary_frequencies_of_older_exports_are_ignored(tiny: Path) -> None:
+    tensors = load_file(tiny / SINGLE_FILE) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, tiny / SINGLE_FILE)
+    open_checkpoint(str(tiny))
+
+
+def test_truncated_or_garbage_weights(tiny: Path) -> None:
+    whole = (tiny / SINGLE_FILE).read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"garbage" * 100, b"\xff" * 64):
+        (tiny / SINGLE_FILE).write_bytes(content)
+        with pytest.raises(CorruptCheckpoint, match=SINGLE_FILE):
+            open_checkpoint(str(tiny))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff", '"text"'])
+def test_garbage_config(tiny: Path, content: str) -> None:
+    (tiny / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json"):
+        open_checkpoint(str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "error"),
+    [
+        ("model.norm.weight", None, CorruptCheckpoint),
+        ("lm_head.weight", None, CorruptCheckpoint),
+        ("model.norm.weight", torch.ones(33), CorruptCheckpoint),
+        ("model.layers.0.mlp.up_proj.weight", torch.ones(32, 48), CorruptCheckpoint),
+        ("model.layers.0.mlp.up_proj.weight", torch.ones(48, 32, dtype=torch.int8), UnsupportedModel),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(8), UnsupportedModel),
+        ("model.layers.3.mlp.up_proj.weight", torch.ones(48, 32), UnsupportedModel),
+    ],
+)
+def test_stored_tensors_must_be_those_of_the_spec(
+    tiny: Path, name: str, tensor: torch.Tensor | None, error: type[Exception]
+) -> None:
+    tensors = load_file(tiny / SINGLE_FILE)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, tiny / SINGLE_FILE)
+    with pytest.raises(error, match=name):
+        open_checkpoint(str(tiny))
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "model.bin", "..", ""])
+def test_the_index_may_not_leave_its_directory(tiny: Path, name: str) -> None:
+    (tiny / SINGLE_FILE).rename(tiny.parent / "other.safetensors")
+    (tiny / INDEX_FILE).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(CorruptCheckpoint, match="not a safetensors file of its directory"):
+        open_checkpoint(str(tiny))
+
+
+def test_missing_shard_and_empty_index(tiny: Path) -> None:
+    (tiny / SINGLE_FILE).unlink()
+    (tiny / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with pytest.raises(CorruptCheckpoint, match="is missing"):
+        open_checkpoint(str(tiny))
+    (tiny / INDEX_FILE).write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match="weight_map"):
+        open_checkpoint(str(tiny))
+
+
+def test_pickled_weights_are_refused(tiny: Path) -> None:
+    (tiny / SINGLE_FILE).unlink()
+    with pytest.raises(CheckpointNotFound, match=SINGLE_FILE):
+        open_checkpoint(str(tiny))
+    (tiny / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedModel, match="pickled"):
+        open_checkpoint(str(tiny))
+
+
+def test_a_directory_without_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_text_format(tiny: Path) -> None:
+    _edit(tiny / "tokenizer_config.json", bos_token={"content": "<|im_start|>"}, eos_token="<|im_end|>", pad_token=None)
+    _edit(tiny / "generation_config.json", eos_token_id=[5, 6])
+    text = open_checkpoint(str(tiny)).text_format()
+    assert text.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    end = byte_level_tokenizer().token_to_id("<|im_end|>")
+    assert text.eos_token_ids == (5, 6, end)
+    assert text.chat_template is None
+    assert text.tokenizer_json == (tiny / "tokenizer.json").read_text()
+
+
+def test_eos_from_config_without_generation_config(tiny: Path) -> None:
+    (tiny / "generation_config.json").unlink()
+    _edit(tiny / "config.json", eos_token_id=9)
+    assert open_checkpoint(str(tiny)).text_format().eos_token_ids == (9,)
+    _edit(tiny / "config.json", eos_token_id="nine")
+    with pytest.raises(CorruptCheckpoint, match="eos_token_id"):
+        open_checkpoint(str(tiny)).text_format()
+
+
+def test_chat_template_places(tiny: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    settings = tiny / "tokenizer_config.json"
+    _edit(settings, chat_template="of the settings")
+    assert checkpoint.text_format().chat_template == "of the settings"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    _edit(settings, chat_template=named)
+    assert checkpoint.text_format().chat_template == "plain"
+    _edit(settings, chat_template=3)
+    with pytest.raises(CorruptCheckpoint, match="chat_template"):
+        checkpoint.text_format()
+    (tiny / "chat_template.jinja").write_text("of the file")
+    assert checkpoint.text_format().chat_template == "of the file"
+
+
+def test_missing_or_broken_tokenizer(tiny: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    (tiny / "tokenizer.json").write_text("{")
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.json"):
+        checkpoint.text_format()
+    (tiny / "tokenizer.json").unlink()
+    with pytest.raises(UnsupportedModel, match="save_pretrained"):
+        checkpoint.text_format()
+
+
+def test_unknown_tensor_name(tiny: Path) -> None:
+    with pytest.raises(CorruptCheckpoint, match="nonsense"):
+        open_checkpoint(str(tiny)).tensor("nonsense")
+
+
+def test_name_is_as_typed(tiny: Path) -> None:
+    shutil.copytree(tiny, tiny.parent / "copy")
+    assert open_checkpoint(f"{tiny.parent}/./copy").name == f"{tiny.parent}/./copy"

@@ -1,0 +1,67 @@
+"""Shared fixtures: tiny models of every family, workers on a thread, the default model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.model.payload import TORCH_DTYPES
+from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.worker import Worker
+from tsqp.wire.transport import listen, new_ipc_address
+
+settings.register_profile("tsqp", deadline=None)  # speed is checked in benchmarks, never in tests
+settings.load_profile("tsqp")
+
+StartWorker = Callable[..., str]
+
+TRANSPORTS = ("mem", "ipc", "tcp")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are tiny, and both sides of a split share the cores
+
+
+def fresh_address(transport: str, name: str = "test") -> str:
+    """An address nobody else uses, of each transport that exists."""
+    match transport:
+        case "mem":
+            return f"mem:{name}-{threading.get_ident()}"
+        case "ipc":
+            return new_ipc_address()
+        case _:
+            return "tcp://127.0.0.1:0"
+
+
+@pytest.fixture
+def start_worker() -> Iterator[StartWorker]:
+    """Serves a checkpoint on a thread of this process; returns the address. Everything ends with the test."""
+    with ExitStack() as stack:
+
+        def start(model: str | Path, transport: str = "mem", dtype: str = "float32", wrap: Any = None) -> str:
+            checkpoint: Checkpoint = open_checkpoint(str(model))
+            weights = WorkerWeights.load(checkpoint, TORCH_DTYPES[dtype], torch.device("cpu"))
+            listener = stack.enter_context(closing(listen(fresh_address(transport))))
+            worker = Worker(weights)
+            thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)
+            thread.start()
+            stack.callback(thread.join, 10)
+            stack.callback(listener.interrupt)
+            return listener.address
+
+        yield start
+
+
+def prose() -> str:
+    """Public-domain prose; see tests/data/README.md."""
+    return (Path(__file__).parent / "data" / "prose.txt").read_text(encoding="utf-8")

@@ -1,0 +1,100 @@
+"""Tiny random models of every supported family, saved by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+CONTEXT = 256
+VOCAB = 320
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "llama-linear-rope": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "mistral-window": ("MistralConfig", {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model as transformers holds it, and the directory it was saved to."""
+
+    oracle: Any
+    directory: Path
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """transformers' logits, float32 (T, vocab_size)."""
+        with torch.no_grad():
+            return self.oracle(torch.tensor([tokens])).logits[0].float()
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        """transformers' greedy continuation."""
+        ids = torch.tensor([tokens])
+        out = self.oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        return out[0, len(tokens) :].tolist()
+
+
+@cache
+def tiny_model(family: str) -> TinyModel:
+    """The tiny model of a family; the same one for every test."""
+    import transformers
+
+    config_class, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**SHAPE, **options})
+    oracle = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    for parameter in oracle.parameters():  # norms and biases start at 1 and 0, where a wrong one would not show
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    directory = Path(mkdtemp(prefix="tsqp-tiny-"))
+    oracle.save_pretrained(directory)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return TinyModel(oracle, directory)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Token ids that every tiny model knows."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (count,), generator=generator).tolist()

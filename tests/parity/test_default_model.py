@@ -1,0 +1,75 @@
+"""The default model against transformers on the original GGUF: the converter is tested with the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import prose
+from tsqp import LLM, SamplingParams
+from tsqp.checkpoint.default import default_gguf, fetch_default
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea, then explain it — in detail.",
+    "def fibonacci(n):",
+]
+STEPS = 48
+POSITIONS = 1024
+MINIMUM_AGREEMENT = 0.95
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    """transformers with the GGUF that our default model is converted from, dequantised to float32."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    fetch_default()
+    gguf: Path = default_gguf()
+    return AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    ).eval()
+
+
+def greedy(oracle: Any, tokens: list[int]) -> list[int]:
+    ids = torch.tensor([tokens])
+    out = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, do_sample=False)
+    return out[0, len(tokens) :].tolist()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("protection", ["local", "open"])
+def test_same_greedy_continuation_in_float32(oracle: Any, protection: str) -> None:
+    with LLM("default", protection=protection, dtype="float32", threads=2) as llm:
+        eos = set(llm.tokenizer.eos_token_ids)
+        for completion in llm.generate(PROMPTS, SamplingParams(max_tokens=STEPS)):
+            expected = greedy(oracle, list(completion.prompt_token_ids))
+            assert list(completion.token_ids) == [token for token in expected if token not in eos]
+
+
+@pytest.mark.timeout(300)
+def test_bfloat16_agrees_on_the_next_token_of_real_text(oracle: Any) -> None:
+    with LLM("default", protection="open", dtype="bfloat16", threads=2) as llm:
+        tokens = llm.tokenizer.encode(prose())[:POSITIONS]
+        assert len(tokens) == POSITIONS
+        ours = llm.logits(tokens).argmax(-1)
+    narrow = oracle.to(torch.bfloat16)
+    with torch.no_grad():
+        theirs = narrow(torch.tensor([tokens])).logits[0].argmax(-1)
+    assert float((ours == theirs).float().mean()) >= MINIMUM_AGREEMENT
+
+
+def test_the_prose_is_long_enough_for_quality_tests() -> None:
+    with LLM("default", protection="local") as llm:
+        assert len(llm.tokenizer.encode(prose())) >= 4096

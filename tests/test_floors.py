@@ -1,0 +1,56 @@
+"""What a fresh interpreter loads: each side can ship without the other, and ``--help`` without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(statement: str) -> set[str]:
+    """The names in ``sys.modules`` of a fresh interpreter after ``statement``."""
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def loaded(modules: set[str], prefix: str) -> set[str]:
+    return {name for name in modules if name == prefix or name.startswith(prefix + ".")}
+
+
+WORKER = """
+import tsqp.untrusted.__main__, tsqp.untrusted.worker, tsqp.untrusted.weights, tsqp.untrusted.device
+import tsqp.wire.transport, tsqp.checkpoint
+"""
+
+
+@pytest.mark.parametrize("forbidden", ["tsqp.trusted", "tsqp.app", "tokenizers", "jinja2", "transformers"])
+def test_the_worker_never_loads_the_trusted_side(forbidden: str) -> None:
+    assert not loaded(modules_after(WORKER), forbidden)
+
+
+def test_the_trusted_side_never_loads_the_worker() -> None:
+    modules = modules_after("import tsqp.app.llm, tsqp.app.cli, tsqp.app.doctor, tsqp.app.report, tsqp.app.chat")
+    assert not loaded(modules, "tsqp.untrusted")
+    assert not loaded(modules, "transformers")
+
+
+@pytest.mark.parametrize("forbidden", ["torch", "numpy", "transformers", "zmq"])
+def test_help_loads_no_heavy_library(forbidden: str) -> None:
+    assert not loaded(modules_after("from tsqp.app.main import run; run(['--help'])"), forbidden)
+
+
+@pytest.mark.parametrize("forbidden", ["torch", "numpy"])
+def test_the_wire_moves_bytes_without_a_tensor_library(forbidden: str) -> None:
+    statement = "import tsqp.wire.transport, tsqp.wire.codec; from tsqp.wire.transport import new_ipc_address, connect"
+    assert not loaded(modules_after(statement), forbidden)
+
+
+def test_public_names_are_exactly_these() -> None:
+    import tsqp
+
+    assert sorted(tsqp.__all__) == ["LLM", "Completion", "SamplingParams", "TsqpError", "__version__"]
+    assert all(hasattr(tsqp, name) for name in tsqp.__all__)
+    with pytest.raises(AttributeError):
+        tsqp.nothing  # noqa: B018
