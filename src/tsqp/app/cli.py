@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tsqp.app.llm import LLM
     from tsqp.trusted.sampling import SamplingParams
+    from tsqp.wire.transport.keys import ClientKeys
 
 app = App(
     name="tsqp",
@@ -131,8 +132,9 @@ def keys(directory: Path, /, *, name: Annotated[str, Parameter(help="The name of
     """
     from tsqp.wire.transport.keys import create_keys
 
-    pair = create_keys(directory, name)
-    _write(f"public key, give it to the other side: {pair.public}\nsecret key, keep it here: {pair.secret}\n")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    public, secret = create_keys(directory, name)
+    _write(f"public key, give it to the other side: {public}\nsecret key, keep it here: {secret}\n")
 
 
 @model_app.command(name="list")
@@ -215,9 +217,7 @@ def _sampling_params(options: SamplingOptions) -> SamplingParams:
 def _open(options: RunOptions) -> LLM:
     """The model as the options ask for it. Raises every error of ``LLM``."""
     from tsqp.app.llm import LLM
-    from tsqp.wire.transport import client_security
 
-    security = client_security(options.key, options.worker_key, insecure_plain_tcp=options.insecure_plain_tcp)
     return LLM(
         options.model,
         protection=options.protection,
@@ -229,8 +229,19 @@ def _open(options: RunOptions) -> LLM:
         prefill_chunk=options.prefill_chunk,
         threads=options.threads or len(os.sched_getaffinity(0)),
         deadline_s=options.deadline,
-        security=security,
+        security=_client_keys(options),
+        insecure_plain_tcp=options.insecure_plain_tcp,
     )
+
+
+def _client_keys(options: RunOptions) -> ClientKeys | None:
+    if options.key is None and options.worker_key is None:
+        return None
+    if options.key is None or options.worker_key is None:
+        raise OptionError("--key and --worker-key go together: this side's secret key, and the worker's public one")
+    from tsqp.wire.transport.keys import ClientKeys, load_public, load_secret
+
+    return ClientKeys(load_secret(options.key), load_public(options.worker_key))
 
 
 def _stderr() -> Console:

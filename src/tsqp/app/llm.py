@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +20,9 @@ from tsqp.trusted.sampling import SamplingParams
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tokenizer import ChatMessage, TextStream, Tokenizer
-from tsqp.wire.transport import ClientSecurity, connect
+from tsqp.wire.channel import Channel
+from tsqp.wire.transport import connect
+from tsqp.wire.transport.keys import ClientKeys
 
 Prompt = str | Sequence[int]
 
@@ -69,7 +71,8 @@ class LLM:
         prefill_chunk: int = 2048,
         threads: int | None = None,
         deadline_s: float = 300.0,
-        security: ClientSecurity | None = None,
+        security: ClientKeys | None = None,
+        insecure_plain_tcp: bool = False,
     ) -> None:
         self.plan = Plan.check(
             protection=protection,
@@ -91,7 +94,13 @@ class LLM:
                 )
             text_format = checkpoint.text_format()
             self.tokenizer = Tokenizer(text_format)
-            placement = self._place(checkpoint, worker, security, deadline_s, stack)
+            placement = self._place(
+                checkpoint,
+                worker,
+                lambda address: connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp),
+                deadline_s,
+                stack,
+            )
             decoder = build_decoder(checkpoint, self.plan, placement, self.stats)
             self._engine = Engine(decoder, text_format.eos_token_ids, self.stats)
             self._resources = stack.pop_all()
@@ -151,7 +160,7 @@ class LLM:
         self,
         checkpoint: Checkpoint,
         worker: str | None,
-        security: ClientSecurity | None,
+        dial: Callable[[str], Channel],
         deadline_s: float,
         stack: ExitStack,
     ) -> Placement:
@@ -162,7 +171,7 @@ class LLM:
         table = None if self.plan.partition.remote_embedding else embedding_table(checkpoint, dtype)
         address = worker if self._local_worker is None else self._local_worker.wait_ready()
         self._session = WorkerSession(
-            connect(str(address), security=security),
+            dial(str(address)),
             checkpoint.spec,
             checkpoint.fingerprint(),
             wire_dtype=self.plan.wire_dtype,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from tsqp.app.llm import LLM, Completion
-from tsqp.trusted.stats import Stats, total
+from tsqp.trusted.stats import CallKind, CallStats, Stats, total
 
 CALL_TITLES = {"embedding": "embedding", "linear": "linear", "matmul": "matmul", "lm_head": "LM head"}
 OPERATOR_TITLES = {"rms_norm": "RMSNorm", "rotary": "rotary", "softmax": "softmax", "silu": "SiLU"}
@@ -18,10 +19,16 @@ def announce(llm: LLM, console: Console) -> None:
     """State the mode before anything is computed: protection, partition, and the address and transport in use."""
     plan, session = llm.plan, llm.session
     if session is None or plan.partition is None:
-        console.print(f"protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}", style="bold")
+        console.print(
+            f"protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}",
+            style="dim",
+            soft_wrap=True,
+        )
         return
     console.print(
-        f"warning: protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}", style="yellow"
+        f"warning: protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}",
+        style="yellow",
+        soft_wrap=True,
     )
     console.print(
         f"partition {plan.partition.name}, {plan.dtype}, wire {plan.wire_dtype}; worker on {session.welcome.device} in "
@@ -79,7 +86,7 @@ def _operator_table(stats: Stats) -> Table:
     table = _table("operators", ["side", "ms", "share"])
     whole = stats.prefill_s + stats.decode_s
     rows = [
-        *((CALL_TITLES[kind], "worker" if c.count else "trusted", c.rpc_s) for kind, c in stats.calls.items()),
+        *((CALL_TITLES[kind], _side(kind, c), c.rpc_s) for kind, c in stats.calls.items()),
         *((OPERATOR_TITLES[kind], "trusted", seconds) for kind, seconds in stats.operator_s.items()),
         ("other", "trusted", stats.other_s),
         ("all", "", whole),
@@ -89,8 +96,14 @@ def _operator_table(stats: Stats) -> Table:
     return table
 
 
+def _side(kind: CallKind, call: CallStats) -> str:
+    if kind == "matmul" and not call.count:
+        return "in softmax"  # the trusted side's fused attention does not hand out its products
+    return "worker" if call.count else "trusted"
+
+
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")

@@ -13,9 +13,13 @@ import signal
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tsqp.errors import InputError, OptionError, TsqpError
 from tsqp.spec.dtype import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from tsqp.wire.transport.keys import WorkerKeys
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -73,14 +77,15 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.untrusted.device import pick_device
     from tsqp.untrusted.weights import WorkerWeights
     from tsqp.untrusted.worker import Worker
-    from tsqp.wire.transport import listen, new_ipc_address, server_security
+    from tsqp.wire.transport import listen, new_ipc_address
 
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     device = pick_device(options.device)
     checkpoint = open_checkpoint(options.model)
     listener = listen(
         options.listen or new_ipc_address(),
-        security=server_security(options.key, options.allow or [], insecure_plain_tcp=options.insecure_plain_tcp),
+        security=worker_keys(options),
+        insecure_plain_tcp=options.insecure_plain_tcp,
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with closing(listener):
@@ -90,6 +95,17 @@ def serve(options: argparse.Namespace) -> None:
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
         log.info("%s on %s in %s, listening on %s", options.model, device, options.dtype, listener.address)
         worker.serve(listener)
+
+
+def worker_keys(options: argparse.Namespace) -> WorkerKeys | None:
+    """The CURVE keys that the options name; None without any. Raises OptionError, AddressError."""
+    if options.key is None and not options.allow:
+        return None
+    if options.key is None or not options.allow:
+        raise OptionError("--key and --allow go together: this worker's secret key, and who may connect")
+    from tsqp.wire.transport.keys import WorkerKeys, load_public, load_secret
+
+    return WorkerKeys(load_secret(options.key), frozenset(load_public(path) for path in options.allow))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Runs the ``tsqp`` command as a user does: a process of its own, an environment of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TSQP = [sys.executable, "-m", "tsqp"]
+LIMIT_S = 60.0  # of any one wait; a hang fails the test and a slow machine does not
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def error(self) -> str:
+        """The one error line; fails when there is a traceback or a second error line."""
+        lines = [line for line in self.err.splitlines() if ": error: " in line]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+class Home:
+    """A runtime directory of its own and the environment that names it."""
+
+    def __init__(self) -> None:
+        self.runtime = Path(tempfile.mkdtemp(prefix="tsqp-t"))  # short: socket paths are limited to 107 bytes
+        self.runtime.chmod(0o700)
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("TSQP_", "LLAMA_"))
+        }
+        self.environment["XDG_RUNTIME_DIR"] = str(self.runtime)
+        if "TSQP_CACHE" in os.environ:
+            self.environment["TSQP_CACHE"] = os.environ["TSQP_CACHE"]
+
+    def run(self, *arguments: str | Path, stdin: str = "", **environment: str) -> Result:
+        """Run one command to its end."""
+        done = subprocess.run(
+            [*TSQP, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env={**self.environment, **environment},
+            timeout=LIMIT_S,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    @contextlib.contextmanager
+    def started(self, *arguments: str | Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command under way, killed at the end if it is still there."""
+        process = subprocess.Popen(
+            [*TSQP, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**self.environment, **environment},
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    @contextlib.contextmanager
+    def worker(self, *arguments: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+        """A standing worker and the address it said it listens on."""
+        with self.started("worker", *arguments) as process:
+            line = read_until(process, b"\n")
+            yield process, json.loads(line)["address"]
+
+    def leftovers(self) -> list[str]:
+        """What lies in the runtime directory."""
+        return sorted(path.name for path in self.runtime.rglob("*") if not path.is_dir())
+
+    def remove(self) -> None:
+        shutil.rmtree(self.runtime)
+
+
+def read_until(process: subprocess.Popen[bytes], mark: bytes) -> bytes:
+    """Standard output up to ``mark``."""
+    assert process.stdout is not None
+    seen = b""
+    while mark not in seen:
+        assert select.select([process.stdout], [], [], LIMIT_S)[0], "nothing came"
+        piece = os.read(process.stdout.fileno(), 1)
+        assert piece, process.stderr.read().decode() if process.stderr else ""
+        seen += piece
+    return seen
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_gone(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with contextlib.closing(os.fdopen(descriptor)):
+        assert select.select([descriptor], [], [], LIMIT_S)[0], f"process {pid} is still there"
+
+
+def now() -> float:
+    return time.monotonic()

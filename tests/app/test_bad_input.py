@@ -1,0 +1,165 @@
+"""Whatever is wrong with the input, the user reads one clear line, and the exit code says whose fault it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.app.commands import Home
+from tests.families import CONTEXT, tiny_model
+
+DIRECTORY = tiny_model("llama").directory
+MODEL = ("--model", str(DIRECTORY))
+LOCAL = ("--protection", "local")
+
+USAGE: dict[str, tuple[list[str], str]] = {
+    "no prompt": (["generate", *MODEL], "give one prompt"),
+    "two prompts": (["generate", "a", "--prompt-file", "x", *MODEL], "give one prompt"),
+    "empty prompt": (["generate", "", *MODEL, *LOCAL], "prompt is empty"),
+    "blank prompt": (["generate", " \n ", *MODEL, *LOCAL], "prompt is empty"),
+    "prompt longer than the context": (["generate", "x" * CONTEXT, *MODEL, *LOCAL], "shorten the prompt"),
+    "prompt file missing": (["generate", "--prompt-file", "nowhere.txt", *MODEL], "nowhere.txt"),
+    "unknown option": (["generate", "a", "--frobnicate", "3"], "--frobnicate"),
+    "unknown option instead of a prompt": (["generate", "--frobnicate"], "--frobnicate"),
+    "unknown command": (["genrate"], "genrate"),
+    "unknown protection": (["generate", "a", "--protection", "masked"], "masked"),
+    "unknown partition": (["generate", "a", "--partition", "layers"], "layers"),
+    "unknown dtype": (["generate", "a", "--dtype", "int4"], "int4"),
+    "not a number": (["generate", "a", "--max-tokens", "many"], "many"),
+    "out of range": (["generate", "a", "--top-p", "7", *MODEL], "top_p"),
+    "chunk of zero": (["generate", "a", "--prefill-chunk", "0", *MODEL], "chunk"),
+    "unknown worker device": (["worker", *MODEL, "--device", "tpu"], "tpu"),
+    "no such device": (["worker", *MODEL, "--device", "cuda:99"], "cuda:99"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_use(home: Home, name: str) -> None:
+    arguments, words = USAGE[name]
+    result = home.run(*arguments)
+    assert result.code == 2
+    assert words in result.error
+    assert result.out == ""
+
+
+FAILURES: dict[str, tuple[list[str], str]] = {
+    "no such model": (["generate", "a", "--model", "/nowhere/model"], "/nowhere/model"),
+    "unknown synthetic": (["generate", "a", "--model", "synthetic:gpt-9"], "gpt-9"),
+    "unreachable ipc": (["generate", "a", *MODEL, "--worker", "ipc:///nowhere/x.sock"], "ipc:///nowhere/x.sock"),
+    "unreachable tcp": (["generate", "a", *MODEL, "--worker", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
+    "not an address": (["generate", "a", *MODEL, "--worker", "http://x"], "http"),
+    "plain tcp off loopback": (["worker", *MODEL, "--listen", "tcp://0.0.0.0:0"], "--insecure-plain-tcp"),
+    "path too long": (["worker", *MODEL, "--listen", "ipc:///" + "x" * 200], "107"),
+    "auto worker cannot start": (["generate", "a", *MODEL, "--device", "cuda:99"], "cuda:99"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures(home: Home, name: str) -> None:
+    arguments, words = FAILURES[name]
+    result = home.run(*arguments)
+    assert result.code == 1
+    assert words in result.error
+    assert home.leftovers() == []
+
+
+def broken(tmp_path: Path, change: str) -> Path:
+    """A copy of a good checkpoint with one thing wrong."""
+    copy = tmp_path / "model"
+    shutil.copytree(DIRECTORY, copy)
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    match change:
+        case "truncated weights":
+            os.truncate(weights, weights.stat().st_size // 2)
+        case "garbage weights":
+            weights.write_bytes(b"\xff" * 1000)
+        case "no weights":
+            weights.unlink()
+        case "garbage config":
+            config.write_text("{")
+        case "no config":
+            config.unlink()
+        case "no tokenizer":
+            (copy / "tokenizer.json").unlink()
+        case "garbage tokenizer":
+            (copy / "tokenizer.json").write_text("{}")
+        case "another architecture":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mamba"}))
+        case "another rope":
+            config.write_text(
+                json.dumps({**json.loads(config.read_text()), "rope_parameters": {"rope_type": "yarn", "factor": 2}})
+            )
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("truncated weights", "model.safetensors"),
+        ("garbage weights", "model.safetensors"),
+        ("no weights", "safetensors"),
+        ("garbage config", "config.json"),
+        ("no config", "config.json"),
+        ("no tokenizer", "tokenizer.json"),
+        ("garbage tokenizer", "tokenizer"),
+        ("another architecture", "mamba"),
+        ("another rope", "yarn"),
+    ],
+)
+def test_broken_checkpoints(home: Home, tmp_path: Path, change: str, words: str) -> None:
+    result = home.run("generate", "a", "--model", broken(tmp_path, change), *LOCAL)
+    assert result.code == 1
+    assert words in result.error
+    assert result.out == ""
+
+
+def test_a_truncated_gguf(home: Home, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00\xff\xff")
+    result = home.run("generate", "a", "--model", path, *LOCAL)
+    assert result.code == 1
+    assert "model.gguf" in result.error
+
+
+def test_an_address_in_use(home: Home) -> None:
+    with home.worker(*MODEL) as (_, address):
+        result = home.run("worker", *MODEL, "--listen", address)
+        assert result.code == 1
+        assert address in result.error
+        assert home.run("generate", "a", *MODEL, "--worker", address, "-n", "2").code == 0  # the first is unharmed
+
+
+def test_another_model_on_the_worker(home: Home) -> None:
+    with home.worker("--model", tiny_model("llama-biases").directory) as (_, address):
+        result = home.run("generate", "a", *MODEL, "--worker", address)
+        assert result.code == 1
+        assert address in result.error
+        assert "--model" in result.error
+
+
+def test_a_runtime_directory_that_is_not_ours_alone(home: Home) -> None:
+    directory = home.runtime / "tsqp"
+    directory.mkdir()
+    directory.chmod(0o777)
+    result = home.run("generate", "a", *MODEL)
+    assert result.code == 1
+    assert str(directory) in result.error
+
+
+def test_a_prompt_that_is_not_text(home: Home, tmp_path: Path) -> None:
+    path = tmp_path / "prompt"
+    path.write_bytes(b"\xff\xfe\x00")
+    result = home.run("generate", "--prompt-file", path, *MODEL)
+    assert result.code == 2
+    assert "UTF-8" in result.error
+
+
+def test_debug_shows_the_traceback(home: Home) -> None:
+    result = home.run("generate", "a", "--model", "/nowhere/model", "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert "CheckpointNotFound" in result.err

@@ -1,0 +1,105 @@
+"""``tsqp generate`` and ``tsqp chat`` as a user meets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.app.commands import Home
+from tests.families import byte_tokenizer, tiny_model
+from tsqp.spec.partition import PARTITIONS
+
+MODEL = ("--model", str(tiny_model("llama").directory))
+KEYS = {"text", "token_ids", "protection", "partition", "transport", "address", "dtype", "device", "stats"}
+STATS = {"rpc_calls", "bytes_sent", "bytes_received", "prefill_s", "decode_s", "tokens_per_s"}
+PROMPT = "The quick brown fox"
+WARNING = "the worker sees the activations in clear"
+
+
+def expected_tokens(count: int) -> list[int]:
+    return tiny_model("llama").greedy(byte_tokenizer().encode(PROMPT).ids, count)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> None:
+    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "--partition", partition, "-n", "8", "--json")
+    assert result.code == 0, result.err
+    answer = result.json
+    assert answer.keys() >= KEYS
+    assert answer["stats"].keys() >= STATS
+    assert answer["token_ids"] == expected_tokens(8)
+    assert (answer["protection"], answer["partition"], answer["transport"]) == ("open", partition, "ipc")
+    assert answer["address"].startswith(f"ipc://{home.runtime}/tsqp/")
+    assert answer["stats"]["rpc_calls"] == 8 * PARTITIONS[partition].calls_per_pass(2)
+    assert result.err.count(WARNING) == 1
+    assert answer["address"] in result.err.replace("\n", "")  # the address really in use is shown
+    assert home.leftovers() == []
+
+
+def test_local_uses_no_worker(home: Home) -> None:
+    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "--protection", "local", "-n", "8", "--json")
+    assert result.code == 0, result.err
+    answer = result.json
+    assert answer["token_ids"] == expected_tokens(8)
+    assert (answer["partition"], answer["transport"], answer["address"]) == (None, None, None)
+    assert answer["stats"]["rpc_calls"] == 0
+    assert WARNING not in result.err
+
+
+def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> None:
+    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "-n", "8", "--stats")
+    assert result.code == 0, result.err
+    assert result.out == byte_tokenizer().decode(expected_tokens(8)) + "\n"
+    for row in ("linear", "LM head", "embedding", "matmul", "RMSNorm", "rotary", "softmax", "SiLU", "other"):
+        assert row in result.err
+
+
+def test_the_warning_comes_before_anything_else(home: Home) -> None:
+    result = home.run("generate", PROMPT, *MODEL, "-n", "1")
+    assert WARNING in result.err.splitlines()[0]
+
+
+@pytest.mark.parametrize("how", ["argument", "stdin", "file", "file-stdin"])
+def test_the_prompt_comes_from_where_the_user_says(home: Home, how: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT)
+    arguments, stdin = {
+        "argument": ([PROMPT], ""),
+        "stdin": (["-"], PROMPT),
+        "file": (["--prompt-file", str(path)], ""),
+        "file-stdin": (["--prompt-file", "-"], PROMPT),
+    }[how]
+    options = ("--protection", "local", "--dtype", "float32", "-n", "4", "--json")
+    result = home.run("generate", *arguments, *MODEL, *options, stdin=stdin)
+    assert result.json["token_ids"] == expected_tokens(4)
+
+
+def test_sampling_is_repeatable_with_a_seed(home: Home) -> None:
+    options = ("--protection", "local", "--temperature", "1.5", "-n", "12", "--json")
+    runs = [
+        home.run("generate", PROMPT, *MODEL, *options, "--seed", seed).json["token_ids"] for seed in ("1", "1", "2")
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_stop_string_ends_the_answer(home: Home) -> None:
+    whole = home.run("generate", PROMPT, *MODEL, "--protection", "local", "-n", "40", "--json").json["text"]
+    stop = next(c for c in whole[2:] if c.isascii() and c.isprintable() and c not in whole[:2])
+    options = ("--protection", "local", "-n", "40", "--json", "--stop", stop)
+    assert home.run("generate", PROMPT, *MODEL, *options).json["text"] == whole[: whole.index(stop)]
+
+
+def test_chat_keeps_the_conversation(home: Home) -> None:
+    lines = "My name is Ada.\n\nWhat is my name?\n/reset\nWhat is my name?\n/exit\nnever read\n"
+    result = home.run("chat", "--protection", "local", "--dtype", "float32", "-n", "24", stdin=lines)
+    assert result.code == 0, result.err
+    answers = result.out.splitlines()
+    assert any("Ada" in line for line in answers[1:])
+    assert "forgotten" in result.err
+
+
+def test_chat_needs_a_template(home: Home) -> None:
+    result = home.run("chat", *MODEL, "--protection", "local", stdin="hello\n")
+    assert result.code == 2
+    assert "chat template" in result.error
