@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tsqp.app.llm import LLM, Completion
     from tsqp.errors import TsqpError
-    from tsqp.trusted.sampling import SamplingParams
+    from tsqp.trusted.sampling_params import SamplingParams
 
 __all__ = ["LLM", "Completion", "SamplingParams", "TsqpError", "__version__"]
 
@@ -19,7 +19,7 @@ __version__ = version("tsqp")
 _HOMES = {
     "LLM": "tsqp.app.llm",
     "Completion": "tsqp.app.llm",
-    "SamplingParams": "tsqp.trusted.sampling",
+    "SamplingParams": "tsqp.trusted.sampling_params",
     "TsqpError": "tsqp.errors",
 }
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.app.commands import Home
+from tests.app.commands import Home, Result
 from tests.families import CONTEXT, tiny_model
 
 DIRECTORY = tiny_model("llama").directory
 MODEL = ("--model", str(DIRECTORY))
 LOCAL = ("--protection", "local")
+Command = Callable[..., Result]
 
 USAGE: dict[str, tuple[list[str], str]] = {
     "no prompt": (["generate", *MODEL], "give one prompt"),
@@ -32,15 +34,13 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "not a number": (["generate", "a", "--max-tokens", "many"], "many"),
     "out of range": (["generate", "a", "--top-p", "7", *MODEL], "top_p"),
     "chunk of zero": (["generate", "a", "--prefill-chunk", "0", *MODEL], "chunk"),
-    "unknown worker device": (["worker", *MODEL, "--device", "tpu"], "tpu"),
-    "no such device": (["worker", *MODEL, "--device", "cuda:99"], "cuda:99"),
 }
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_wrong_use(home: Home, name: str) -> None:
+def test_wrong_use(tsqp: Command, name: str) -> None:
     arguments, words = USAGE[name]
-    result = home.run(*arguments)
+    result = tsqp(*arguments)
     assert result.code == 2
     assert words in result.error
     assert result.out == ""
@@ -52,17 +52,35 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "unreachable ipc": (["generate", "a", *MODEL, "--worker", "ipc:///nowhere/x.sock"], "ipc:///nowhere/x.sock"),
     "unreachable tcp": (["generate", "a", *MODEL, "--worker", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
     "not an address": (["generate", "a", *MODEL, "--worker", "http://x"], "http"),
-    "plain tcp off loopback": (["worker", *MODEL, "--listen", "tcp://0.0.0.0:0"], "--insecure-plain-tcp"),
-    "path too long": (["worker", *MODEL, "--listen", "ipc:///" + "x" * 200], "107"),
+    "plain tcp off loopback": (["generate", "a", *MODEL, "--worker", "tcp://192.0.2.1:7000"], "--insecure-plain-tcp"),
+    "path too long": (["generate", "a", *MODEL, "--worker", "ipc:///" + "x" * 200], "107"),
     "auto worker cannot start": (["generate", "a", *MODEL, "--device", "cuda:99"], "cuda:99"),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures(home: Home, name: str) -> None:
+def test_failures(tsqp: Command, home: Home, name: str) -> None:
     arguments, words = FAILURES[name]
-    result = home.run(*arguments)
+    result = tsqp(*arguments)
     assert result.code == 1
+    assert words in result.error
+    assert home.leftovers() == []
+
+
+WORKER: dict[str, tuple[list[str], int, str]] = {
+    "unknown device": (["--device", "tpu"], 2, "tpu"),
+    "no such device": (["--device", "cuda:99"], 2, "cuda:99"),
+    "plain tcp off loopback": (["--listen", "tcp://0.0.0.0:0"], 1, "--insecure-plain-tcp"),
+    "path too long": (["--listen", "ipc:///" + "x" * 200], 1, "107"),
+    "half of the keys": (["--listen", "tcp://127.0.0.1:0", "--key", "x"], 2, "--allow"),
+}
+
+
+@pytest.mark.parametrize("name", WORKER)
+def test_a_worker_that_cannot_start(home: Home, name: str) -> None:
+    arguments, code, words = WORKER[name]
+    result = home.run("worker", *MODEL, *arguments)
+    assert result.code == code
     assert words in result.error
     assert home.leftovers() == []
 
@@ -110,17 +128,17 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("another rope", "yarn"),
     ],
 )
-def test_broken_checkpoints(home: Home, tmp_path: Path, change: str, words: str) -> None:
-    result = home.run("generate", "a", "--model", broken(tmp_path, change), *LOCAL)
+def test_broken_checkpoints(tsqp: Command, tmp_path: Path, change: str, words: str) -> None:
+    result = tsqp("generate", "a", "--model", broken(tmp_path, change), *LOCAL)
     assert result.code == 1
     assert words in result.error
     assert result.out == ""
 
 
-def test_a_truncated_gguf(home: Home, tmp_path: Path) -> None:
+def test_a_truncated_gguf(tsqp: Command, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00\xff\xff")
-    result = home.run("generate", "a", "--model", path, *LOCAL)
+    result = tsqp("generate", "a", "--model", path, *LOCAL)
     assert result.code == 1
     assert "model.gguf" in result.error
 
@@ -150,10 +168,10 @@ def test_a_runtime_directory_that_is_not_ours_alone(home: Home) -> None:
     assert str(directory) in result.error
 
 
-def test_a_prompt_that_is_not_text(home: Home, tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_text(tsqp: Command, tmp_path: Path) -> None:
     path = tmp_path / "prompt"
     path.write_bytes(b"\xff\xfe\x00")
-    result = home.run("generate", "--prompt-file", path, *MODEL)
+    result = tsqp("generate", "--prompt-file", path, *MODEL)
     assert result.code == 2
     assert "UTF-8" in result.error
 

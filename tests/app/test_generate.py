@@ -8,7 +8,9 @@ import pytest
 
 from tests.app.commands import Home
 from tests.families import byte_tokenizer, tiny_model
+from tsqp import LLM, SamplingParams
 from tsqp.spec.partition import PARTITIONS
+from tsqp.trusted.tokenizer import ChatMessage
 
 MODEL = ("--model", str(tiny_model("llama").directory))
 KEYS = {"text", "token_ids", "protection", "partition", "transport", "address", "dtype", "device", "stats"}
@@ -90,13 +92,21 @@ def test_a_stop_string_ends_the_answer(home: Home) -> None:
     assert home.run("generate", PROMPT, *MODEL, *options).json["text"] == whole[: whole.index(stop)]
 
 
-def test_chat_keeps_the_conversation(home: Home) -> None:
-    lines = "My name is Ada.\n\nWhat is my name?\n/reset\nWhat is my name?\n/exit\nnever read\n"
-    result = home.run("chat", "--protection", "local", "--dtype", "float32", "-n", "24", stdin=lines)
+def test_chat_keeps_the_conversation_until_it_is_reset(home: Home) -> None:
+    first, second = "My name is Ada.", "Say it again."
+    options = ("--protection", "local", "--dtype", "float32", "-n", "12")
+    result = home.run("chat", *options, stdin=f"{first}\n\n{second}\n/reset\n{second}\n/exit\nnever read\n")
     assert result.code == 0, result.err
-    answers = result.out.splitlines()
-    assert any("Ada" in line for line in answers[1:])
     assert "forgotten" in result.err
+
+    def answer(*turns: str) -> str:
+        roles = ("user", "assistant", "user")
+        messages = [ChatMessage(role=role, content=turn) for role, turn in zip(roles, turns, strict=False)]
+        return "".join(delta.text for delta in llm.chat(messages, SamplingParams(max_tokens=12)))
+
+    with LLM("default", protection="local", dtype="float32", threads=1) as llm:
+        hello = answer(first)
+        assert result.out == f"{hello}\n{answer(first, hello, second)}\n{answer(second)}\n"
 
 
 def test_chat_needs_a_template(home: Home) -> None:

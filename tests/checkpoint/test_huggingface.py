@@ -198,6 +198,14 @@ def test_missing_or_broken_tokenizer(tiny: Path) -> None:
         checkpoint.text_format()
 
 
+@pytest.mark.parametrize("content", ['{"added_tokens": [3], "model": 4}', '{"model": {"vocab": ["a"]}}', "{}"])
+def test_end_token_of_an_odd_tokenizer_is_not_found(tiny: Path, content: str) -> None:
+    (tiny / "tokenizer.json").write_text(content)
+    _edit(tiny / "tokenizer_config.json", eos_token="</s>")
+    _edit(tiny / "generation_config.json", eos_token_id=4)
+    assert open_checkpoint(str(tiny)).text_format().eos_token_ids == (4,)
+
+
 def test_unknown_tensor_name(tiny: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match="nonsense"):
         open_checkpoint(str(tiny)).tensor("nonsense")

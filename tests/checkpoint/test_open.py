@@ -45,7 +45,7 @@ def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     _fail_with(monkeypatch, ConnectionError("first line\nsecond line"))
-    with pytest.raises(FetchError, match="first line$"):
+    with pytest.raises(FetchError, match=r"first line$"):
         open_checkpoint("org/name")
     _fail_with(monkeypatch, errors.HFValidationError("bad"))
     with pytest.raises(CheckpointNotFound, match="org/name"):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tsqp.app.llm import LLM
 from tsqp.errors import InputError
-from tsqp.trusted.sampling import SamplingParams
+from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.tokenizer import ChatMessage
 
 

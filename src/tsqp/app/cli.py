@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tsqp.app.llm import LLM
-    from tsqp.trusted.sampling import SamplingParams
+    from tsqp.trusted.sampling_params import SamplingParams
     from tsqp.wire.transport.keys import ClientKeys
 
 app = App(
@@ -38,7 +38,9 @@ def generate(
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
     *,
-    prompt_file: Annotated[Path | None, Parameter(help="Read the prompt from a file.")] = None,
+    prompt_file: Annotated[
+        Path | None, Parameter(allow_leading_hyphen=True, help="Read the prompt from a file.")
+    ] = None,
     raw: Annotated[bool, Parameter(help="Send the text as it is, without the checkpoint's chat template.")] = False,
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
@@ -209,7 +211,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _sampling_params(options: SamplingOptions) -> SamplingParams:
-    from tsqp.trusted.sampling import SamplingParams
+    from tsqp.trusted.sampling_params import SamplingParams
 
     return SamplingParams(**vars(options))
 

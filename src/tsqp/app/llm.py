@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-
-from tsqp.app.assemble import Placement, Plan, build_decoder, embedding_table, place_locally, place_on_worker
 from tsqp.app.launch import LocalWorker
-from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.base import Checkpoint
-from tsqp.errors import ChannelError, PromptError, WorkerLost
-from tsqp.model.payload import TORCH_DTYPES
-from tsqp.trusted.engine import Engine
-from tsqp.trusted.sampling import SamplingParams
-from tsqp.trusted.session import WorkerSession
+from tsqp.app.plan import Plan
+from tsqp.checkpoint import locate, open_checkpoint
+from tsqp.errors import ChannelError, OptionError, PromptError, WorkerLost
+from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tokenizer import ChatMessage, TextStream, Tokenizer
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.keys import ClientKeys
+
+if TYPE_CHECKING:
+    import torch
+
+    from tsqp.trusted.session import WorkerSession
 
 Prompt = str | Sequence[int]
 
@@ -81,28 +81,37 @@ class LLM:
             wire_dtype=wire_dtype,
             prefill_chunk=prefill_chunk,
         )
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if self.plan.partition is None and worker is not None:
+            raise OptionError(f"protection {self.plan.protection.name} uses no worker: leave out the worker's address")
         self.stats = Stats()
         self._session: WorkerSession | None = None
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
-            checkpoint = open_checkpoint(model)
+            model = locate(model)
             if self.plan.partition is not None and worker is None:
-                self._local_worker = stack.enter_context(
-                    LocalWorker(model, device=device, dtype=self.plan.dtype, threads=threads)
+                started = LocalWorker(model, device=device, dtype=self.plan.dtype, threads=threads)
+                self._local_worker = stack.enter_context(started)
+            # Loading torch takes a second or two on either side: only now, so that the worker does it meanwhile.
+            import torch
+
+            from tsqp.app.assemble import build_local_engine, build_split_engine
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+
+            def dial() -> Channel:
+                address = str(worker) if self._local_worker is None else self._local_worker.wait_ready()
+                return connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
+
+            checkpoint = open_checkpoint(model)
+            self.tokenizer = Tokenizer(checkpoint.text_format())
+            if self.plan.partition is None:
+                self._engine = build_local_engine(checkpoint, self.plan, self.stats)
+            else:
+                self._engine, self._session = build_split_engine(
+                    checkpoint, self.plan, self.plan.partition, dial, deadline_s, self.stats
                 )
-            text_format = checkpoint.text_format()
-            self.tokenizer = Tokenizer(text_format)
-            placement = self._place(
-                checkpoint,
-                worker,
-                lambda address: connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp),
-                deadline_s,
-                stack,
-            )
-            decoder = build_decoder(checkpoint, self.plan, placement, self.stats)
-            self._engine = Engine(decoder, text_format.eos_token_ids, self.stats)
+                stack.callback(self._session.close)
             self._resources = stack.pop_all()
 
     @property
@@ -155,32 +164,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _place(
-        self,
-        checkpoint: Checkpoint,
-        worker: str | None,
-        dial: Callable[[str], Channel],
-        deadline_s: float,
-        stack: ExitStack,
-    ) -> Placement:
-        dtype = TORCH_DTYPES[self.plan.dtype]
-        if self.plan.partition is None:
-            return place_locally(checkpoint, dtype, self.stats)
-        # Read before connecting: a worker started here loads at the same time.
-        table = None if self.plan.partition.remote_embedding else embedding_table(checkpoint, dtype)
-        address = worker if self._local_worker is None else self._local_worker.wait_ready()
-        self._session = WorkerSession(
-            dial(str(address)),
-            checkpoint.spec,
-            checkpoint.fingerprint(),
-            wire_dtype=self.plan.wire_dtype,
-            dtype=self.plan.dtype,
-            stats=self.stats,
-            deadline_s=deadline_s,
-        )
-        stack.callback(self._session.close)
-        return place_on_worker(self._session, self.plan.partition, table, self.stats)
 
     def _tokens(self, prompt: Prompt, *, raw: bool) -> list[int]:
         if not isinstance(prompt, str):

@@ -71,9 +71,8 @@ def print_stats(stats: Stats, console: Console) -> None:
 
 
 def _call_table(stats: Stats) -> Table:
-    table = _table(
-        "calls to the worker", ["calls", "RPC ms", "serialise ms", "deserialise ms", "sent MB", "received MB"]
-    )
+    columns = ["calls", "RPC", "serialise", "deserialise", "sent MB", "received MB"]
+    table = _table("calls to the worker, times in ms", columns)
     made = {CALL_TITLES[kind]: call for kind, call in stats.calls.items() if call.count}
     for title, c in {**made, "all": total(stats.calls.values())}.items():
         times = (f"{seconds * 1e3:.1f}" for seconds in (c.rpc_s, c.serialise_s, c.deserialise_s))

@@ -49,7 +49,8 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str:
         """64 hex digits over the spec and over samples of every tensor's bytes.
 
-        Finds the wrong checkpoint by mistake; it is not proof against one who forges it.
+        Finds the wrong checkpoint by mistake; it is not proof against one who forges it. One file or many shards give
+        the same; another file format or dtype gives another.
         """
 
     def text_format(self) -> TextFormat:

@@ -14,7 +14,8 @@ from tsqp.trusted.batch import Batch
 from tsqp.trusted.cache import KVCache
 from tsqp.trusted.decoder import Decoder
 from tsqp.trusted.pending import run
-from tsqp.trusted.sampling import Sampler, SamplingParams
+from tsqp.trusted.sampling import Sampler
+from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 
 

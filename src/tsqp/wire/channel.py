@@ -2,7 +2,8 @@
 
 Both move *frames*: one control frame of bounded size and the raw bytes of its tensors. Many messages may be under way
 on one channel in both directions; a transport keeps the order of each direction and never mixes the frames of two
-messages. Nothing falls back, reconnects or retries: after any ChannelError a channel is dead and stays dead.
+messages. Nothing falls back, reconnects or retries: after any exception a channel is dead and stays dead, and every
+later call raises ChannelClosed.
 """
 
 from __future__ import annotations
@@ -65,16 +66,24 @@ class Listener(Protocol):
         """The address that clients can connect to, with the port that the system chose."""
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
-        """The next message of any connection; None on timeout or after ``interrupt``.
+        """The next message of any connection; None on timeout (``None`` waits for ever) or once ``interrupted``.
 
         Messages over the limits are dropped together with their connection where the transport can.
         """
 
     def send(self, peer: bytes, frames: Frames) -> None:
-        """Answer on a connection; a peer that is gone is no error."""
+        """Answer on a connection; a peer that is gone, or that has stopped reading, is no error.
+
+        The tensors' memory must never be written again: it may be sent later, without a copy. It is kept alive
+        until then. Raises ProtocolError for a message over the limits, ChannelClosed.
+        """
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether ``receive`` has been told to stop. It stays true: every later ``receive`` returns None at once."""
 
     def interrupt(self) -> None:
-        """Make a waiting ``receive`` return None. May be called from a signal handler or another thread."""
+        """Make this and every later ``receive`` return None. May be called from a signal handler or another thread."""
 
     def close(self) -> None:
         """Release the address and everything else. Closing twice is allowed."""

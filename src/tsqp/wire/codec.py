@@ -31,7 +31,8 @@ class Decoder(Generic[M]):
             return self._decoder.decode(frame)  # type: ignore[no-any-return]
         # Invalid UTF-8 is a UnicodeDecodeError (a ValueError), deep nesting a RecursionError.
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise ProtocolError(f"a control frame that is not a valid message: {error}") from None
+            # Shortened and escaped: it may quote the frame, and the frame may hold terminal sequences.
+            raise ProtocolError(f"a control frame that is not a valid message: {str(error)[:200]!a}") from None
 
 
 def encode(message: Message) -> bytes:

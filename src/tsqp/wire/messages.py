@@ -17,7 +17,7 @@ from tsqp.spec.groups import GroupName
 
 PROTOCOL_VERSION = 1
 
-CallId = Annotated[int, Meta(ge=0, lt=2**63)]
+CallId = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Index = Annotated[int, Meta(ge=0, lt=2**31)]
 Fingerprint = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
@@ -84,7 +84,7 @@ class Embed(Message, frozen=True, tag="embed"):
 
 
 class Scores(Message, frozen=True, tag="scores"):
-    """Q·Kᵀ, unscaled. Payloads q: (num_heads, rows, head_dim), k: (num_kv_heads, keys, head_dim).
+    """Q·Kᵀ. Payloads q: (num_heads, rows, head_dim), k: (num_kv_heads, keys, head_dim).
 
     Reply: (num_heads, rows, keys).
     """

@@ -1,0 +1,210 @@
+"""The vocabulary of a GGUF file as the text of a ``tokenizer.json``.
+
+Two kinds are implemented. ``gpt2`` is byte-level BPE with its merges in the file; GGUF only names the pattern that
+splits text beforehand, so the known patterns are written here. ``llama`` is SentencePiece's BPE with byte fallback:
+it merges the neighbours whose piece scores highest, and so the merges follow from the scores.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from tsqp.checkpoint.base import TextFormat
+from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from tsqp.checkpoint.gguf_file import GgufFile
+
+Merges = list[tuple[str, str]]
+
+_SPACE = "▁"  # how SentencePiece writes a space
+
+# Words with one leading sign, then digits, other signs and white space. Llama 3 takes digits by three, Qwen one by one.
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+# Files from before the key existed were made for GPT-2's pattern, and so are taken for it.
+_NO_PATTERN_NAMED = "default"
+_PATTERNS = ("smollm", "llama-bpe", "qwen2", "gpt-2", _NO_PATTERN_NAMED)
+
+_SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_END_KEYS = ("eos", "eot", "eom")
+_NO_TOKEN = 0xFFFF_FFFF
+
+
+class TokenType(IntEnum):
+    """``tokenizer.ggml.token_type``, as GGUF numbers them."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def text_format_from_gguf(file: GgufFile) -> TextFormat:
+    """Raises UnsupportedModel for another kind of vocabulary, by name, CorruptCheckpoint for an inconsistent one."""
+    kind = file.text("tokenizer.ggml.model")
+    tokens = [str(token) for token in file.array("tokenizer.ggml.tokens")]
+    types = _token_types(file, tokens)
+    match kind:
+        case "gpt2":
+            tokenizer = _byte_level(file, tokens)
+        case "llama":
+            tokenizer = _sentencepiece(file, tokens, types)
+        case _:
+            raise UnsupportedModel(f"{file.path}: tokenizer {kind!r} is not implemented; supported are gpt2, llama")
+    _add_special_tokens(tokenizer, tokens, types)
+    _add_begin_and_end(tokenizer, file, tokens, kind)
+    ends = [_special_id(file, key, tokens) for key in _END_KEYS]
+    special = {name: _special_id(file, key, tokens) for name, key in _SPECIAL_KEYS.items()}
+    return TextFormat(
+        tokenizer_json=tokenizer.to_str(),
+        eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        chat_template=file.text("tokenizer.chat_template", "") or None,
+        special_tokens={name: tokens[i] for name, i in special.items() if i is not None},
+    )
+
+
+def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    pattern = _pattern(file)
+    merges = []
+    for merge in file.array("tokenizer.ggml.merges"):
+        left, _, right = str(merge).partition(" ")  # the byte-level alphabet has no space of its own
+        merges.append((left, right))
+    # Llama 3 looks a whole word up before it merges.
+    tokenizer = _tokenizer(file, tokens, merges, ignore_merges=pattern == "llama-bpe")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    match pattern:
+        case "smollm":
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+        case "llama-bpe":
+            split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+        case "qwen2":
+            split = pre_tokenizers.Split(Regex(_QWEN2_PATTERN), "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+            tokenizer.normalizer = normalizers.NFC()
+        case _:
+            tokenizer.pre_tokenizer = gpt2
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    if file.has("tokenizer.ggml.precompiled_charsmap") or file.flag("tokenizer.ggml.remove_extra_whitespaces", False):
+        raise UnsupportedModel(f"{file.path}: a SentencePiece vocabulary with its own normaliser is not implemented")
+    scores = [float(score) for score in file.array("tokenizer.ggml.scores")]
+    if len(scores) != len(tokens):
+        raise CorruptCheckpoint(f"{file.path}: {len(scores)} scores for {len(tokens)} tokens")
+    unknown = _special_id(file, "unknown", tokens)
+    tokenizer = _tokenizer(
+        file,
+        tokens,
+        merges_from_scores(tokens, scores, types),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    prefix = file.flag("tokenizer.ggml.add_space_prefix", True)
+    replace = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
+
+
+def merges_from_scores(tokens: list[str], scores: list[float], types: list[int]) -> Merges:
+    """Every way to make a normal piece from two, the best score first; of one piece, the longer left part first.
+
+    Control, byte and user-defined tokens take no part: SentencePiece never makes them by merging.
+    """
+    normal = {token: i for i, token in enumerate(tokens) if types[i] == TokenType.NORMAL}
+    found: list[tuple[float, int, str, str]] = []
+    for token, i in normal.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in normal and right in normal:
+                found.append((-scores[i], -cut, left, right))
+    found.sort(key=lambda merge: merge[:2])
+    return [(left, right) for _, _, left, right in found]
+
+
+def _tokenizer(file: GgufFile, tokens: list[str], merges: Merges, **options: Any) -> Tokenizer:
+    vocabulary: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        vocabulary.setdefault(token, i)
+    try:
+        return Tokenizer(BPE(vocab=vocabulary, merges=merges, **options))
+    except Exception as error:  # the library raises bare Exceptions
+        raise CorruptCheckpoint(f"{file.path}: the vocabulary and its merges do not agree: {error}") from error
+
+
+def _pattern(file: GgufFile) -> str:
+    pattern = file.text("tokenizer.ggml.pre", _NO_PATTERN_NAMED)
+    if pattern not in _PATTERNS:
+        supported = ", ".join(_PATTERNS)
+        raise UnsupportedModel(f"{file.path}: pre-tokenizer {pattern!r} is not implemented; supported are {supported}")
+    return pattern
+
+
+def _token_types(file: GgufFile, tokens: list[str]) -> list[int]:
+    if not file.has("tokenizer.ggml.token_type"):
+        return [TokenType.NORMAL] * len(tokens)
+    types = [int(kind) for kind in file.array("tokenizer.ggml.token_type")]
+    if len(types) != len(tokens):
+        raise CorruptCheckpoint(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+    return types
+
+
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Tokens that are found in the text before anything else; they keep the ids that they have in the vocabulary."""
+    added = [
+        AddedToken(token, special=kind != TokenType.USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    tokenizer.add_tokens([token for token in added if not token.special])
+    tokenizer.add_special_tokens([token for token in added if token.special])
+
+
+def _add_begin_and_end(tokenizer: Tokenizer, file: GgufFile, tokens: list[str], kind: str) -> None:
+    """Honour add_bos_token and add_eos_token. Absent, they mean what llama.cpp takes them to mean."""
+    begins = kind == "llama" or (kind == "gpt2" and _pattern(file) == "llama-bpe")
+    bos = _special_id(file, "bos", tokens) if file.flag("tokenizer.ggml.add_bos_token", begins) else None
+    eos = _special_id(file, "eos", tokens) if file.flag("tokenizer.ggml.add_eos_token", False) else None
+    before = [] if bos is None else [tokens[bos]]
+    after = [] if eos is None else [tokens[eos]]
+    steps: list[processors.PostProcessor] = []
+    if kind == "gpt2":
+        steps.append(processors.ByteLevel(trim_offsets=False))
+    if before or after:
+        steps.append(
+            processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
+                special_tokens=[(tokens[i], i) for i in (bos, eos) if i is not None],
+            )
+        )
+    if steps:
+        tokenizer.post_processor = processors.Sequence(steps)
+
+
+def _special_id(file: GgufFile, key: str, tokens: list[str]) -> int | None:
+    """A special token's id, or None when the file names none."""
+    key = f"tokenizer.ggml.{key}_token_id"
+    value = file.integer(key, _NO_TOKEN)
+    if value == _NO_TOKEN:
+        return None
+    if not 0 <= value < len(tokens):
+        raise CorruptCheckpoint(f"{file.path}: {key} is {value}, but there are {len(tokens)} tokens")
+    return value

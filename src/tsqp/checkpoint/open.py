@@ -1,0 +1,63 @@
+"""From what a user types after ``--model`` to a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.errors import CheckpointNotFound, UnsupportedModel
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SYNTHETIC = "synthetic:"
+_KINDS = "a directory, a .gguf file, a Hub id (org/name), default, or synthetic:NAME"
+
+
+def locate(model: str) -> str:
+    """Make sure that ``model`` is on this machine, and name it by its path there; synthetic models keep their name.
+
+    ``default`` and Hub ids may download; a path that exists comes before a Hub id of the same spelling.
+
+    Raises CheckpointNotFound or FetchError, each with one line.
+    """
+    if model.startswith(SYNTHETIC):
+        return model
+    if model == "default":
+        from tsqp.checkpoint.default import fetch_default
+
+        return str(fetch_default())
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path)
+    if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
+        from tsqp.checkpoint.hub import download_from_hub
+
+        return str(download_from_hub(model))
+    raise CheckpointNotFound(f"there is no model {model!r}; give {_KINDS}")
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open the checkpoint that ``model`` names, on this machine or after ``locate`` has brought it here.
+
+    Each format is imported when it is asked for, which keeps start-up short.
+
+    Raises CheckpointNotFound, CorruptCheckpoint, UnsupportedModel or FetchError, each with one line.
+    """
+    place = locate(model)
+    if place.startswith(SYNTHETIC):
+        from tsqp.checkpoint.synthetic import SyntheticCheckpoint
+
+        return SyntheticCheckpoint(place)
+    return _open_path(Path(place), model)
+
+
+def _open_path(path: Path, name: str) -> Checkpoint:
+    if path.is_dir():
+        from tsqp.checkpoint.huggingface import HuggingFaceCheckpoint
+
+        return HuggingFaceCheckpoint(path, name)
+    if path.suffix.lower() == ".gguf":
+        from tsqp.checkpoint.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path, name)
+    raise UnsupportedModel(f"{path} is neither a directory nor a .gguf file; give {_KINDS}")

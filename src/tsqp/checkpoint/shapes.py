@@ -1,0 +1,54 @@
+"""Which tensors a model of a given shape consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+from tsqp.spec.groups import LAYER_GROUPS, linear_groups, part_tensor
+from tsqp.spec.model import ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by its Hugging Face name, matrices as (out, in); no LM head when it is tied."""
+    hidden = (spec.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size), FINAL_NORM: hidden}
+    if not spec.tied_embeddings:
+        shapes[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
+    groups = [linear_groups(spec)[name] for name in LAYER_GROUPS]
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = hidden
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = hidden
+        if spec.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (spec.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (spec.head_dim,)
+        for group in groups:
+            for part, rows in group.parts:
+                shapes[part_tensor(layer, part, "weight")] = (rows, group.in_features)
+                if group.bias:
+                    shapes[part_tensor(layer, part, "bias")] = (rows,)
+    return shapes
+
+
+def check_stored_shapes(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], ignored: Collection[str], where: str
+) -> None:
+    """Hold what a file stores against what the spec asks for, tensor by tensor.
+
+    A tensor too many is refused as well: whoever stored it meant it to take part in the computation.
+
+    Raises CorruptCheckpoint for a missing tensor or another shape, UnsupportedModel for an unknown tensor.
+    """
+    for name, shape in expected.items():
+        if name not in stored:
+            raise CorruptCheckpoint(f"{where}: the tensor {name} is missing")
+        if stored[name] != shape:
+            raise CorruptCheckpoint(f"{where}: {name} has shape {stored[name]}, its configuration asks for {shape}")
+    unknown = sorted(stored.keys() - expected.keys() - set(ignored))
+    if unknown:
+        raise UnsupportedModel(f"{where}: the tensor {unknown[0]} has no place in a model of this architecture")

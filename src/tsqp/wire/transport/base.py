@@ -1,0 +1,115 @@
+"""What every transport shares: limits on messages, waiting, and a death that is final."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError
+from tsqp.wire.channel import MAX_TENSORS, Frames
+from tsqp.wire.codec import MAX_CONTROL_BYTES
+from tsqp.wire.transport.address import Address
+
+_MAX_WAIT_S = 1_000_000.0  # in milliseconds it still fits the C int that poll takes
+
+
+class Deadline:
+    """A moment on the monotonic clock; None never comes."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._at = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether the moment has come."""
+        return time.monotonic() >= self._at
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds to wait now: never below 0, and bounded, so wait again until ``passed``."""
+        return min(max(0.0, self._at - time.monotonic()), _MAX_WAIT_S)
+
+    @property
+    def remaining_ms(self) -> int:
+        """The same in milliseconds, rounded up, so that a wait of under 1 ms blocks instead of spinning."""
+        return math.ceil(self.remaining_s * 1000)
+
+
+def check_limits(frames: Frames, max_frame_bytes: int) -> None:
+    """Raise ProtocolError for a message that the line does not carry; called before sending and after receiving."""
+    if len(frames.control) > MAX_CONTROL_BYTES:
+        raise ProtocolError(f"a control frame of {len(frames.control)} bytes; the limit is {MAX_CONTROL_BYTES}")
+    if len(frames.tensors) > MAX_TENSORS:
+        raise ProtocolError(f"a message with {len(frames.tensors)} tensors; the limit is {MAX_TENSORS}")
+    for tensor in frames.tensors:
+        if tensor.nbytes > max_frame_bytes:
+            raise ProtocolError(f"a tensor of {tensor.nbytes} bytes; the limit is {max_frame_bytes}")
+        if not tensor.c_contiguous:
+            raise ProtocolError("a tensor that is not contiguous in memory; make it contiguous first")
+
+
+class BaseChannel(ABC):
+    """A Channel whose first failure is its last: afterwards every call raises ChannelClosed."""
+
+    def __init__(self, address: Address, max_frame_bytes: int) -> None:
+        self._address = address
+        self._max_frame_bytes = max_frame_bytes
+        self._end: str | None = None
+
+    @property
+    def transport(self) -> str:
+        """``mem``, ``ipc`` or ``tcp``."""
+        return self._address.transport
+
+    @property
+    def address(self) -> str:
+        """The address in its normal form."""
+        return str(self._address)
+
+    def send(self, frames: Frames) -> None:
+        """See Channel.send."""
+        with self._alive():
+            check_limits(frames, self._max_frame_bytes)
+            self._send(frames)
+
+    def receive(self, deadline_s: float) -> Frames:
+        """See Channel.receive."""
+        with self._alive():
+            frames = self._receive(Deadline(deadline_s))
+            check_limits(frames, self._max_frame_bytes)
+            return frames
+
+    def close(self) -> None:
+        """See Channel.close."""
+        self._die("it was closed")
+
+    @abstractmethod
+    def _send(self, frames: Frames) -> None: ...
+
+    @abstractmethod
+    def _receive(self, deadline: Deadline) -> Frames: ...
+
+    @abstractmethod
+    def _release(self) -> None: ...
+
+    def _nothing_came(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.address}: nothing came before the deadline; the worker may still be busy")
+
+    def _die(self, why: str) -> None:
+        if self._end is None:
+            self._end = why
+            self._release()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        if self._end is not None:
+            raise ChannelClosed(f"the channel to {self.address} is closed: {self._end}")
+        try:
+            yield
+        except BaseException as error:
+            # Also after a KeyboardInterrupt: half a message may have been moved, and the next one must not join it.
+            self._die(f"{type(error).__name__} ended it")
+            raise

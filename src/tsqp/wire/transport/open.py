@@ -1,0 +1,72 @@
+"""From an address to an open transport. The scheme decides; an option that it cannot honour is refused."""
+
+from __future__ import annotations
+
+from tsqp.errors import OptionError
+from tsqp.wire.channel import MAX_FRAME_BYTES, Channel, Listener
+from tsqp.wire.transport.address import Address, parse_address
+from tsqp.wire.transport.keys import ClientKeys, WorkerKeys
+from tsqp.wire.transport.memory import connect_memory, listen_memory
+from tsqp.wire.transport.zmq import CONNECT_TIMEOUT_S, connect_zmq, listen_zmq
+
+
+def connect(
+    address: str,
+    *,
+    security: ClientKeys | None = None,
+    insecure_plain_tcp: bool = False,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+) -> Channel:
+    """Connect to a worker; returns once it has answered. ``max_frame_bytes`` bounds one tensor, either way.
+
+    Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
+    Raises AddressError, OptionError, WorkerUnreachable (after at most ``connect_timeout_s`` seconds).
+    """
+    parsed = parse_address(address)
+    _check_tcp_options(parsed, security, insecure_plain_tcp)
+    if parsed.transport == "mem":
+        return connect_memory(parsed, max_frame_bytes=max_frame_bytes)
+    return connect_zmq(
+        parsed,
+        security=security,
+        insecure_plain_tcp=insecure_plain_tcp,
+        connect_timeout_s=connect_timeout_s,
+        max_frame_bytes=max_frame_bytes,
+    )
+
+
+def listen(
+    address: str,
+    *,
+    security: WorkerKeys | None = None,
+    insecure_plain_tcp: bool = False,
+    watch_fd: int | None = None,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+) -> Listener:
+    """Listen for clients. ``tcp://HOST:0`` takes a port that the system chooses; see ``Listener.address``.
+
+    Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
+    ``watch_fd``, when it becomes readable or its other end closes, counts as ``Listener.interrupt``: a worker that
+    watches its standard input ends with its parent. Raises AddressInUse, AddressError, OptionError.
+    """
+    parsed = parse_address(address)
+    _check_tcp_options(parsed, security, insecure_plain_tcp)
+    if parsed.transport == "mem":
+        if watch_fd is not None:
+            raise OptionError(f"{parsed}: a descriptor can be watched over ipc and tcp only")
+        return listen_memory(parsed, max_frame_bytes=max_frame_bytes)
+    return listen_zmq(
+        parsed,
+        security=security,
+        insecure_plain_tcp=insecure_plain_tcp,
+        watch_fd=watch_fd,
+        max_frame_bytes=max_frame_bytes,
+    )
+
+
+def _check_tcp_options(address: Address, security: object, insecure_plain_tcp: bool) -> None:
+    if address.transport != "tcp" and (security is not None or insecure_plain_tcp):
+        raise OptionError(f"{address}: keys and plain TCP are options of tcp addresses only")
+    if security is not None and insecure_plain_tcp:
+        raise OptionError(f"{address}: keys and insecure plain TCP exclude each other; give one of them")

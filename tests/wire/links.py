@@ -1,0 +1,71 @@
+"""One way to open each transport, so that a test can be run over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tsqp.wire.channel import Arrival, Channel, Frames, Listener
+from tsqp.wire.transport import connect, listen
+from tsqp.wire.transport.keys import ClientKeys, KeyPair, WorkerKeys
+
+WAIT_S = 20.0  # far longer than anything here takes: only a failure waits that long
+
+
+@dataclass(frozen=True)
+class Link:
+    """A transport under test. Options given here go to every ``listen`` and ``connect``."""
+
+    name: str
+    address: Callable[[], str]
+    worker_options: dict[str, Any]
+    client_options: dict[str, Any]
+
+    def listen(self, **options: Any) -> Listener:
+        return listen(self.address(), **self.worker_options, **options)
+
+    def connect(self, listener: Listener, **options: Any) -> Channel:
+        return connect(listener.address, **self.client_options, **options)
+
+
+def make_link(name: str, directory: Path) -> Link:
+    """``directory`` must be private; sockets of ipc go there."""
+    numbers = iter(range(1_000_000))
+    if name == "mem":
+        return Link(name, lambda: f"mem:test-{next(numbers)}", {}, {})
+    if name == "ipc":
+        return Link(name, lambda: f"ipc://{directory}/{next(numbers)}.sock", {}, {})
+    if name == "tcp":
+        return Link(name, lambda: "tcp://127.0.0.1:0", {}, {})
+    worker, client = new_key_pair(), new_key_pair()
+    return Link(
+        name,
+        lambda: "tcp://127.0.0.1:0",
+        {"security": WorkerKeys(worker, frozenset([client.public]))},
+        {"security": ClientKeys(client, worker.public)},
+    )
+
+
+def new_key_pair() -> KeyPair:
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public, secret)
+
+
+def tensor(data: bytes | bytearray) -> memoryview:
+    return memoryview(data)
+
+
+def arrived(listener: Listener) -> Arrival:
+    """The next message at a listener, which must come."""
+    arrival = listener.receive(WAIT_S)
+    assert arrival is not None
+    return arrival
+
+
+def contents(frames: Frames) -> tuple[bytes, list[bytes]]:
+    """A message as plain bytes, to compare."""
+    return frames.control, [bytes(part) for part in frames.tensors]

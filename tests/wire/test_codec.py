@@ -1,0 +1,164 @@
+"""The codec: every message survives it, and no bytes make it raise anything but ProtocolError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tsqp.errors import ProtocolError
+from tsqp.spec.dtype import DTYPE_NAMES
+from tsqp.spec.groups import GROUP_NAMES
+from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder, decode_handshake, decode_reply, decode_to_worker, encode
+from tsqp.wire.messages import (
+    Done,
+    Embed,
+    Failed,
+    GroupShape,
+    Hello,
+    Linear,
+    Message,
+    Mix,
+    Refused,
+    Scores,
+    Welcome,
+)
+
+CALL_ID = st.integers(0, 2**62 - 1)
+COUNT = st.integers(1, 2**31 - 1)
+INDEX = st.integers(0, 2**31 - 1)
+FINGERPRINT = st.text("0123456789abcdef", min_size=64, max_size=64)
+DTYPE = st.sampled_from(DTYPE_NAMES)
+GROUP = st.sampled_from(GROUP_NAMES)
+LABEL = st.text(st.characters(codec="utf-8"), max_size=64)
+REASON = st.text(st.characters(codec="utf-8"), max_size=500)
+
+TO_WORKER = st.one_of(
+    st.builds(Hello, INDEX, FINGERPRINT, DTYPE),
+    st.builds(Linear, CALL_ID, GROUP, st.none() | INDEX, st.none() | INDEX, COUNT),
+    st.builds(Embed, CALL_ID, COUNT),
+    st.builds(Scores, CALL_ID, COUNT, COUNT),
+    st.builds(Mix, CALL_ID, COUNT, COUNT),
+)
+SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT), max_size=8).map(tuple)
+HANDSHAKE = st.one_of(
+    st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, LABEL, DTYPE), st.builds(Refused, INDEX, FINGERPRINT, REASON)
+)
+REPLY = st.one_of(st.builds(Done, CALL_ID), st.builds(Failed, CALL_ID, REASON))
+
+SIDES: dict[str, tuple[Decoder[Any], st.SearchStrategy[Any]]] = {
+    "to worker": (decode_to_worker, TO_WORKER),
+    "handshake": (decode_handshake, HANDSHAKE),
+    "reply": (decode_reply, REPLY),
+}
+every_side = pytest.mark.parametrize("side", SIDES)
+
+
+def message_or_protocol_error(decode: Decoder[Any], frame: bytes) -> None:
+    try:
+        assert isinstance(decode(frame), Message)
+    except ProtocolError as error:
+        text = str(error)
+        assert text.isprintable()
+        assert len(text) < 1000
+
+
+@every_side
+@given(data=st.data())
+def test_every_message_survives(side: str, data: st.DataObject) -> None:
+    decode, messages = SIDES[side]
+    message = data.draw(messages)
+    frame = encode(message)
+    assert len(frame) <= MAX_CONTROL_BYTES
+    assert decode(frame) == message
+    assert decode(memoryview(frame)) == message
+
+
+@every_side
+@given(frame=st.binary(max_size=300))
+@example(frame=b"\x91" * 4096)  # deep nesting
+@example(frame=b"\xdd\xff\xff\xff\xff")  # an array of 2**32 - 1 elements
+@example(frame=b"\xdf\xff\xff\xff\xff")  # a map of as many
+@example(frame=b"\x92\xdb\xff\xff\xff\xff")  # a text of 4 GiB
+@example(frame=b"\x93\xa6failed\x01\xc6\xff\xff\xff\xff")  # bytes of 4 GiB where a text belongs
+@example(frame=b"\x93\xa6failed\x01\xa2\xff\xfe")  # invalid UTF-8
+@example(frame=b"\x91\xa5\x1b[31m")  # a terminal sequence for a tag
+@example(frame=b"\x92\xa4done\xcb\x3f\xf0\x00\x00\x00\x00\x00\x00")  # 1.0 for 1
+@example(frame=b"\x92\xa4done\xc3")  # true for 1
+def test_any_bytes_are_a_message_or_a_protocol_error(side: str, frame: bytes) -> None:
+    message_or_protocol_error(SIDES[side][0], frame)
+
+
+@every_side
+@given(data=st.data())
+def test_damaged_messages_are_a_message_or_a_protocol_error(side: str, data: st.DataObject) -> None:
+    decode, messages = SIDES[side]
+    frame = bytearray(encode(data.draw(messages)))
+    position = data.draw(st.integers(0, len(frame) - 1))
+    frame[position] ^= data.draw(st.integers(1, 255))
+    message_or_protocol_error(decode, bytes(frame))
+
+
+@every_side
+@given(data=st.data())
+def test_messages_cut_short_or_drawn_out_are_refused(side: str, data: st.DataObject) -> None:
+    decode, messages = SIDES[side]
+    frame = encode(data.draw(messages))
+    with pytest.raises(ProtocolError):
+        decode(frame[: data.draw(st.integers(0, len(frame) - 1))])
+    with pytest.raises(ProtocolError):
+        decode(frame + data.draw(st.binary(min_size=1, max_size=10)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["done"],
+        ["done", -1],
+        ["done", 2**63],
+        ["done", 1.0],
+        ["done", True],
+        ["done", "1"],
+        ["done", None],
+        ["done", 1, 2],
+        ["failed", 1, "x" * 501],
+        ["hello", 1, "0" * 64, "float32"],
+        ["os.system", 1],
+        [0, 1],
+        {"type": "done", "id": 1},
+    ],
+    ids=str,
+)
+def test_what_is_almost_a_reply_is_refused(fields: object) -> None:
+    with pytest.raises(ProtocolError):
+        decode_reply(msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["linear", 0, "qkv", 0, None, 0],
+        ["linear", 0, "nothing", 0, None, 1],
+        ["linear", 0, "qkv", -1, None, 1],
+        ["hello", 1, "0" * 63, "float32"],
+        ["hello", 1, "G" * 64, "float32"],
+        ["hello", 1, "0" * 64 + "\n", "float32"],
+        ["hello", 1, "0" * 64, "object"],
+        ["done", 1],
+    ],
+    ids=str,
+)
+def test_what_is_almost_a_call_is_refused(fields: object) -> None:
+    with pytest.raises(ProtocolError):
+        decode_to_worker(msgspec.msgpack.encode(fields))
+
+
+def test_size_is_checked_before_anything_is_decoded() -> None:
+    with pytest.raises(ProtocolError, match="limit is 4096"):
+        decode_reply(b"\xc1" * (MAX_CONTROL_BYTES + 1))
+    floats: Any = memoryview(bytearray(4 * MAX_CONTROL_BYTES)).cast("f")
+    with pytest.raises(ProtocolError, match="limit is 4096"):
+        decode_reply(floats)
