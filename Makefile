@@ -19,7 +19,10 @@ check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 	$(MAKE) test
 
 bench: .venv/.dev  ## measure the split against transformers, into benchmarks/results/
-	$(BIN)/python benchmarks/split.py
+	$(BIN)/python -m benchmarks.split
+	$(BIN)/python -m benchmarks.split --model default
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.readme
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --wheel --outdir dist

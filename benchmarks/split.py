@@ -1,6 +1,6 @@
 """What the split costs: prefill and decode of `linear` over ipc against plain transformers, in alternation.
 
-    python benchmarks/split.py [--model synthetic:llama-3.2-1b] [--tokens 1024] [--steps 16] [--runs 5]
+    python -m benchmarks.split [--model synthetic:llama-3.2-1b] [--tokens 1024] [--steps 16] [--runs 5]
 
 Both sides and the peer share the same cores. The ceilings are measured first: what this machine can multiply and
 read per second bounds every figure. Writes one JSON file under benchmarks/results/ and prints the same as a table.
@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,13 +27,14 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.machine import RESULTS, machine
 from tsqp import LLM, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import config_from_spec
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.model.payload import TORCH_DTYPES
+from tsqp.spec.groups import linear_groups
 
-RESULTS = Path(__file__).parent / "results"
 ORIGIN_PREFILL_S = 50.0  # the first program, 1,024 tokens at the 1B shape in float32, on a 2-core machine
 
 
@@ -82,6 +80,7 @@ def main() -> None:
             "threads": threads,
             "runs": options.runs,
             "ceilings": ceilings,
+            "limit": limits(options.model, options.tokens, ceilings),
             "prefill": figures(seconds, "prefill"),
             "decode": figures(seconds, "decode"),
             "origin_prefill_s": ORIGIN_PREFILL_S if options.model == "synthetic:llama-3.2-1b" else None,
@@ -112,7 +111,21 @@ def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
     gemv_s = median_seconds(lambda: F.linear(one, weight), runs=50)
     return {
         "gemm_flop_per_s": 2 * many.shape[0] * weight.numel() / gemm_s,
+        "item_bytes": weight.element_size(),
         "gemv_bytes_per_s": weight.numel() * weight.element_size() / gemv_s,
+    }
+
+
+def limits(model: str, tokens: int, ceilings: dict[str, float]) -> dict[str, float]:
+    """Seconds that the linear layers alone need at these rates: prefill of ``tokens``, decode of one token."""
+    spec = open_checkpoint(model).spec
+    groups = linear_groups(spec)
+    head = groups.pop("lm_head")
+    layers = spec.num_layers * sum(group.in_features * group.out_features for group in groups.values())
+    once = head.in_features * head.out_features
+    return {
+        "prefill_s": 2 * (tokens * layers + once) / ceilings["gemm_flop_per_s"],
+        "decode_s": (layers + once) * ceilings["item_bytes"] / ceilings["gemv_bytes_per_s"],
     }
 
 
@@ -169,22 +182,6 @@ def figures(seconds: dict[str, list[float]], phase: str) -> dict[str, object]:
         "peer": {"name": f"transformers {version('transformers')}", "seconds": peer},
         "ratio": ours / peer,
         "all_seconds": {"ours": seconds[f"ours.{phase}"], "peer": seconds[f"peer.{phase}"]},
-    }
-
-
-def machine() -> dict[str, str]:
-    """Where and with what this was measured."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": f"{cpu}, {len(os.sched_getaffinity(0))} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tsqp": version("tsqp"),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
