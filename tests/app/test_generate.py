@@ -68,7 +68,7 @@ def test_the_prompt_comes_from_where_the_user_says(home: Home, how: str, tmp_pat
     path.write_text(PROMPT)
     arguments, stdin = {
         "argument": ([PROMPT], ""),
-        "stdin": (["-"], PROMPT),
+        "stdin": (["-"], PROMPT + "\n"),
         "file": (["--prompt-file", str(path)], ""),
         "file-stdin": (["--prompt-file", "-"], PROMPT),
     }[how]

@@ -124,18 +124,22 @@ def doctor(*, json_output: Annotated[bool, Parameter(name="--json", help="Print 
 
 
 @app.command
-def keys(directory: Path, /, *, name: Annotated[str, Parameter(help="The name of the key pair.")] = "tsqp") -> None:
+def keys(
+    directory: Path | None = None, /, *, name: Annotated[str, Parameter(help="The name of the key pair.")] = "tsqp"
+) -> None:
     """Make a CURVE key pair for tcp: NAME.key to give away, NAME.key_secret to keep.
 
     Parameters
     ----------
     directory
-        Where to write the two files; made when missing, for this user alone.
+        Where to write the two files; made when missing, for this user alone. The user's configuration directory
+        when not given.
     """
+    from platformdirs import user_config_path
+
     from tsqp.wire.transport.keys import create_keys
 
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    public, secret = create_keys(directory, name)
+    public, secret = create_keys(directory or user_config_path("tsqp") / "keys", name)
     _write(f"public key, give it to the other side: {public}\nsecret key, keep it here: {secret}\n")
 
 
@@ -201,9 +205,9 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
             raise OptionError(f"unknown option {prompt}; write -- before a prompt that begins with a hyphen")
         return prompt
     try:
-        if prompt_file is None or str(prompt_file) == "-":
-            return sys.stdin.buffer.read().decode()
-        return prompt_file.read_bytes().decode()
+        from_stdin = prompt_file is None or str(prompt_file) == "-"
+        text = sys.stdin.buffer.read() if from_stdin or prompt_file is None else prompt_file.read_bytes()
+        return text.decode().removesuffix("\n")  # the one that every editor and echo adds
     except OSError as error:
         raise InputError(f"cannot read the prompt: {error.strerror}: {prompt_file}") from None
     except UnicodeDecodeError:
