@@ -18,9 +18,8 @@ check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-bench: .venv/.dev  ## measure the split against transformers, into benchmarks/results/
-	$(BIN)/python -m benchmarks.split
-	$(BIN)/python -m benchmarks.split --model default
+bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
+	$(BIN)/tsqp bench all
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.readme
 

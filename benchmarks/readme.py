@@ -1,8 +1,9 @@
-"""Writes the README's results table from the files under benchmarks/results/.
+"""Writes the README's results table and the pictures of docs/plots from the files under benchmarks/results/.
 
     python -m benchmarks.readme [--check]
 
-With --check nothing is written; the exit code is 1 when the README does not say what the files say.
+The files are those of `tsqp bench all` and of `python -m benchmarks.startup`. With --check nothing is written; the
+exit code is 1 when the README does not say what the files say.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
+from tsqp.app.bench.plot import Chart, draw
+from tsqp.app.bench.show import chart, rpc_chart, split_chart
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- results: written by python -m benchmarks.readme -->", "<!-- end of results -->"
+MODELS = {"llama-3.2-1b": "Llama-3.2-1B shape", "default": "SmolLM2-135M"}
+WAYS = {"": "", "-layer": ", `layer`", "-int8": ", int8"}  # suffixes of the files, and what the rows say
+TRANSPORTS = ("ipc", "tcp", "shm")
 
 
 def main() -> int:
@@ -25,6 +33,9 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         return int(old != new)
     README.write_text(new, encoding="utf-8")
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    for name, picture in charts().items():
+        draw(picture, PLOTS / f"{name}.png")
     return 0
 
 
@@ -37,39 +48,99 @@ def with_table(readme: str) -> str:
 
 def table() -> str:
     """The results as Markdown."""
-    large, small, startup = (load(name) for name in ("split-llama-3.2-1b", "split-default", "startup"))
-    where = large["machine"]
+    first = load("prefill-llama-3.2-1b")
+    if first is None:
+        raise SystemExit("no results: run tsqp bench all first")
+    where = first["machine"]
     lines = [
-        f"`linear` over `ipc`, {large['dtype']}, {large['tokens']}-token prompt, {where['cpu']} shared by both sides; "
-        f"medians of {large['runs']} runs, in alternation with {large['prefill']['peer']['name']} "
-        f"(torch {where['torch']}, commit {where['commit']}). `open`: no privacy yet.",
+        f"`{first['partition']}` over `{first['transport']}`, {first['dtype']}, {first['tokens']}-token prompt, "
+        f"{where['cpu']} shared by both sides; medians of {first['runs']} runs, in alternation with "
+        f"{first['peer']['name']} (torch {where['torch']}, commit {where['commit']}). `open`: no privacy yet.",
         "",
         "| | TSQP | transformers | ratio | limit |",
         "|---|---|---|---|---|",
-        *rows("Llama-3.2-1B shape", large),
-        *rows("SmolLM2-135M", small),
-        f"| `tsqp generate`, start to first token | {startup['first_token_s']:.1f} s warm, "
-        f"{startup['first_token_cold_s']:.1f} s cold | | | |",
+        *(row for model in MODELS for way in WAYS for row in split_rows(model, way)),
+        *startup_rows(),
         "",
-        f"The research script this project began as needs {large['origin_prefill_s']:.1f} s for the same "
-        f"{large['tokens']}-token prefill in float32 on a 2-core machine.",
+        *origin_lines(),
+        *rpc_lines(),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def rows(title: str, result: dict[str, Any]) -> list[str]:
-    """Prefill and decode of one model. The limit is what the machine's own GEMM and memory rates allow."""
-    prefill, decode, limit = result["prefill"], result["decode"], result["limit"]
+def split_rows(model: str, way: str) -> list[str]:
+    """Prefill and decode of one model, as far as they were measured."""
+    rows = []
+    for phase, label, scale, form in (("prefill", "prefill", 1, ".2f"), ("decode", "decode, a token", 1000, ".0f")):
+        result = load(f"{phase}-{model}{way}")
+        if result is not None:
+            unit = "s" if scale == 1 else "ms"
+            ours, peer, limit = (
+                f"{seconds * scale:{form}} {unit}"
+                for seconds in (result["seconds"], result["peer"]["seconds"], result["limit_seconds"])
+            )
+            title = f"{MODELS[model]}{WAYS[way]}, {label}"
+            rows.append(f"| {title} | {ours} | {peer} | **{result['ratio']:.2f}** | {limit} |")
+    return rows
+
+
+def startup_rows() -> list[str]:
+    """The wait for the first token of a fresh command."""
+    startup = load("startup")
+    if startup is None:
+        return []
+    warm, cold = startup["first_token_s"], startup["first_token_cold_s"]
+    return [f"| `tsqp generate`, start to first token | {warm:.1f} s warm, {cold:.1f} s cold | | | |"]
+
+
+def origin_lines() -> list[str]:
+    """Before and after."""
+    result = load("origin")
+    if result is None:
+        return []
+    origin, best = result["origin"], result["best"]
     return [
-        f"| {title}, prefill | {prefill['seconds']:.2f} s | {prefill['peer']['seconds']:.2f} s | "
-        f"**{prefill['ratio']:.2f}** | {limit['prefill_s']:.2f} s |",
-        f"| {title}, decode, a token | {decode['seconds'] * 1e3:.0f} ms | {decode['peer']['seconds'] * 1e3:.0f} ms | "
-        f"**{decode['ratio']:.2f}** | {limit['decode_s'] * 1e3:.0f} ms |",
+        f"Against the configuration this project began with, on the same machine (`tsqp bench origin`): "
+        f"{origin['seconds']:.1f} s for a {result['tokens']}-token prefill in {origin['calls']} calls that move "
+        f"{(origin['sent_mb'] + origin['received_mb']) / 1024:.1f} GiB, now {best['seconds']:.2f} s in {best['calls']} "
+        f"calls: **{result['speedup']:.0f}×** ({result['speedup_float32']:.1f}× in float32).",
+        "",
     ]
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def rpc_lines() -> list[str]:
+    """The line without a model."""
+    rows = [
+        f"`{result['transport']}` {result['p50_us']:.0f} µs (99th percentile {result['p99_us']:.0f} µs; "
+        f"{result['bytes'] / 2**20:.0f} MiB there and back {result['seconds'] * 1e3:.1f} ms, "
+        f"{result['ratio']:.1f}× two local copies)"
+        for result in (load(f"rpc-{transport}") for transport in TRANSPORTS)
+        if result is not None
+    ]
+    return [f"A null call, there and back: {'; '.join(rows)}."] if rows else []
+
+
+def charts() -> dict[str, Chart]:
+    """Every picture that the files allow, by name."""
+    found = {}
+    for model, title in MODELS.items():
+        prefill, decode = load(f"prefill-{model}"), load(f"decode-{model}")
+        if prefill is not None and decode is not None:
+            found[f"split-{model}"] = split_chart(f"{title}, {prefill['machine']['cpu']}", prefill, decode)
+    rpc = [result for result in (load(f"rpc-{transport}") for transport in TRANSPORTS) if result is not None]
+    if rpc:
+        found["rpc"] = rpc_chart(rpc)
+    for name in ("pipeline", "origin"):
+        result = load(name)
+        if result is not None:
+            found[name] = chart(result)
+    return found
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """One result; None where it was not measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from hypothesis import settings
 
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.model.payload import TORCH_DTYPES
+from tsqp.spec.dtype import ComputeDtype
 from tsqp.untrusted.weights import WorkerWeights
 from tsqp.untrusted.worker import Worker
-from tsqp.wire.transport import listen, new_ipc_address
+from tsqp.wire.transport import listen, new_ipc_address, new_shm_address
 
 settings.register_profile("tsqp", deadline=None)  # speed is checked in benchmarks, never in tests
 settings.load_profile("tsqp")
 
 StartWorker = Callable[..., str]
 
-TRANSPORTS = ("mem", "ipc", "tcp")
+_numbers = count()
+TRANSPORTS = ("mem", "ipc", "shm", "tcp")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,9 +38,11 @@ def fresh_address(transport: str, name: str = "test") -> str:
     """An address nobody else uses, of each transport that exists."""
     match transport:
         case "mem":
-            return f"mem:{name}-{threading.get_ident()}"
+            return f"mem:{name}-{next(_numbers)}"
         case "ipc":
             return new_ipc_address()
+        case "shm":
+            return new_shm_address()
         case _:
             return "tcp://127.0.0.1:0"
 
@@ -48,9 +52,9 @@ def start_worker() -> Iterator[StartWorker]:
     """Serves a checkpoint on a thread of this process; returns the address. Everything ends with the test."""
     with ExitStack() as stack:
 
-        def start(model: str | Path, transport: str = "mem", dtype: str = "float32", wrap: Any = None) -> str:
+        def start(model: str | Path, transport: str = "mem", dtype: ComputeDtype = "float32", wrap: Any = None) -> str:
             checkpoint: Checkpoint = open_checkpoint(str(model))
-            weights = WorkerWeights.load(checkpoint, TORCH_DTYPES[dtype], torch.device("cpu"))
+            weights = WorkerWeights.load(checkpoint, dtype, torch.device("cpu"))
             listener = stack.enter_context(closing(listen(fresh_address(transport))))
             worker = Worker(weights)
             thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)

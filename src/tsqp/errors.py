@@ -13,6 +13,7 @@
     │   └── FetchError            a download that did not finish, or not with the pinned hash
     ├── NumericError              logits that are not numbers
     └── ChannelError              the line between the two sides; the session is dead afterwards
+        ├── ArenaFull             the shared memory has no room for a tensor
         ├── AddressError          malformed, or refused for safety
         │   └── AddressInUse
         ├── RuntimeDirectoryError the runtime directory is not ours alone
@@ -85,6 +86,10 @@ class AddressInUse(AddressError):
 
 class RuntimeDirectoryError(ChannelError):
     """The runtime directory does not belong to this user alone."""
+
+
+class ArenaFull(ChannelError):
+    """The shared memory of a connection has no room for a tensor."""
 
 
 class WorkerUnreachable(ChannelError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.app.commands import Home, Result
-from tests.families import CONTEXT, tiny_model
+from tests.app.commands import LIMIT_S, TSQP, Home, Result
+from tests.families import CONTEXT, byte_tokenizer, tiny_model
 
 DIRECTORY = tiny_model("llama").directory
 MODEL = ("--model", str(DIRECTORY))
@@ -34,6 +35,32 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "not a number": (["generate", "a", "--max-tokens", "many"], "many"),
     "out of range": (["generate", "a", "--top-p", "7", *MODEL], "top_p"),
     "chunk of zero": (["generate", "a", "--prefill-chunk", "0", *MODEL], "chunk"),
+    "no threads": (["generate", "a", "--threads", "0", *MODEL], "threads"),
+    "fewer threads than none": (["generate", "a", "--threads", "-1", *MODEL], "threads"),
+    "no time": (["generate", "a", "--deadline", "0", *MODEL], "deadline"),
+    "endless time": (["generate", "a", "--deadline", "inf", *MODEL], "deadline"),
+    "no time at all": (["generate", "a", "--deadline", "nan", *MODEL], "deadline"),
+    "stop token below 0": (["generate", "a", "--stop-token", "-1", *MODEL], "stop_token_ids"),
+    "penalty out of range": (["generate", "a", "--repetition-penalty", "1e-40", *MODEL], "repetition_penalty"),
+    "argument that is not UTF-8": (["generate", "a\udcff", *MODEL, *LOCAL], "UTF-8"),
+    "system message that is not UTF-8": (["chat", "--system", "a\udcff", "--model", "default", *LOCAL], "UTF-8"),
+    **{
+        f"{flag} without a worker": (["generate", "a", *MODEL, *LOCAL, flag, *value], flag)
+        for flag, value in {
+            "--worker": ["ipc:///x"],
+            "--partition": ["linear"],
+            "--device": ["cpu"],
+            "--wire-dtype": ["float32"],
+            "--deadline": ["5"],
+            "--key": ["x"],
+            "--worker-key": ["x"],
+            "--insecure-plain-tcp": [],
+        }.items()
+    },
+    "device of another's worker": (["generate", "a", *MODEL, "--worker", "ipc:///x", "--device", "cpu"], "--device"),
+    "keys for a worker started here": (["generate", "a", *MODEL, "--key", "x", "--worker-key", "y"], "--worker-key"),
+    "keys for ipc": (["generate", "a", *MODEL, "--worker", "ipc:///x", "--key", "x"], "--key"),
+    "plain tcp without tcp": (["chat", *MODEL, "--insecure-plain-tcp"], "--insecure-plain-tcp"),
 }
 
 
@@ -44,6 +71,35 @@ def test_wrong_use(tsqp: Command, name: str) -> None:
     assert result.code == 2
     assert words in result.error
     assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-my secret"],
+        ["--my secret"],
+        ["-my", "secret"],
+        ["public", "my secret"],
+        ["public", "--my secret"],
+        ["public", "--option=my secret"],
+        ["--" + "secret" * 10],
+    ],
+)
+def test_an_error_about_the_command_line_repeats_no_prompt(tsqp: Command, arguments: list[str]) -> None:
+    result = tsqp("generate", *arguments, *MODEL, *LOCAL)
+    assert result.code == 2
+    assert "secret" not in result.error
+
+
+def test_a_prompt_may_begin_with_a_hyphen(tsqp: Command) -> None:
+    for prompt in ("-foo bar", "--debug", "--help", "-"):
+        result = tsqp("generate", *MODEL, *LOCAL, "--dtype", "float32", "-n", "4", "--json", "--raw", "--", prompt)
+        if prompt == "-":
+            assert "prompt is empty" in result.error  # the standard input of the tests
+        else:
+            assert result.code == 0, result.err
+            tokens = byte_tokenizer().encode(prompt).ids
+            assert result.json["token_ids"] == tiny_model("llama").greedy(tokens, 4)
 
 
 FAILURES: dict[str, tuple[list[str], str]] = {
@@ -105,6 +161,14 @@ def broken(tmp_path: Path, change: str) -> Path:
             (copy / "tokenizer.json").unlink()
         case "garbage tokenizer":
             (copy / "tokenizer.json").write_text("{}")
+        case "added tokens that are none":
+            path = copy / "tokenizer.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens": 5}))
+        case "a template with a list for a name":
+            entries = [{"name": ["default"], "template": "x"}, {"name": "default", "template": 3}]
+            (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+        case "too many layers":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 10**9}))
         case "another architecture":
             config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mamba"}))
         case "another rope":
@@ -124,6 +188,9 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("no config", "config.json"),
         ("no tokenizer", "tokenizer.json"),
         ("garbage tokenizer", "tokenizer"),
+        ("added tokens that are none", "tokenizer"),
+        ("a template with a list for a name", "chat_template"),
+        ("too many layers", "1000000000 layers"),
         ("another architecture", "mamba"),
         ("another rope", "yarn"),
     ],
@@ -174,6 +241,23 @@ def test_a_prompt_that_is_not_text(tsqp: Command, tmp_path: Path) -> None:
     result = tsqp("generate", "--prompt-file", path, *MODEL)
     assert result.code == 2
     assert "UTF-8" in result.error
+
+
+def test_a_line_of_chat_that_is_not_text(home: Home) -> None:
+    command = [*TSQP, "chat", "--model", "default", *LOCAL]
+    for locale in ("C.UTF-8", "POSIX"):  # refused when read, or handed on
+        environment = {**home.environment, "LC_ALL": locale}
+        done = subprocess.run(
+            command, input=b"\xff\n", env=environment, capture_output=True, timeout=LIMIT_S, check=False
+        )
+        assert b"UTF-8" in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_an_output_that_cannot_hold_the_answer(home: Home) -> None:
+    result = home.run("generate", "a", *MODEL, *LOCAL, "--ignore-eos", "-n", "100", PYTHONIOENCODING="ascii")
+    assert result.code == 0, result.err
+    assert "?" in result.out
 
 
 def test_debug_shows_the_traceback(home: Home) -> None:

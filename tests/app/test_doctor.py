@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zmq
 
 from tests.app.commands import Home, Result
 from tests.families import tiny_model
@@ -24,7 +25,7 @@ def test_doctor_reports_what_it_tried(tsqp: Command, home: Home) -> None:
     report = result.json
     assert (result.code, report["healthy"]) == (0, True)
     found = {finding["what"]: finding for finding in report["findings"]}
-    for transport in ("mem", "ipc", "tcp"):
+    for transport in ("mem", "shm", "ipc", "tcp"):
         assert found[f"transport {transport}"]["state"] == "ok"
     assert str(home.runtime) in found["runtime directory"]["detail"]
     assert "same user id" in found["isolation"]["detail"]
@@ -37,6 +38,34 @@ def test_doctor_fails_when_something_is_broken(tsqp: Command, home: Home) -> Non
     result = tsqp("doctor")
     assert result.code == 1
     assert "broken" in result.out
+
+
+def test_doctor_reports_whatever_a_check_raises(
+    tsqp: Command, home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    strange = tmp_path / "a [/bold] cache"
+    monkeypatch.setattr("tsqp.app.doctor.default_directory", lambda: strange)
+
+    def fail(*_: object) -> None:
+        raise zmq.ZMQError(zmq.EMFILE)
+
+    monkeypatch.setattr("tsqp.app.doctor.listen", fail)
+    result = tsqp("doctor")
+    assert result.code == 1
+    assert "[/bold]" in result.out
+    report = tsqp("doctor", "--json").json
+    states = {finding["what"]: finding["state"] for finding in report["findings"]}
+    assert {states[f"transport {name}"] for name in ("mem", "shm", "ipc", "tcp")} == {"broken"}
+    assert states["TEE"] == "note"
+
+
+def test_an_attestation_that_cannot_be_read_is_a_tee_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "dev/attestation/attestation_type"
+    path.mkdir(parents=True)
+    assert detect_tee(tmp_path) == "Gramine (SGX attestation: unknown)"
+    path.rmdir()
+    path.write_bytes(b"\xff\xfe")
+    assert "Gramine" in (detect_tee(tmp_path) or "")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_worker_killed_while_generating_is_reported_at_once(home: Home) -> Non
         assert now() - killed < KILLED_WITHIN_S
     assert process.returncode == 1
     (line,) = [line for line in err.decode().splitlines() if ": error: " in line]
-    assert f"ipc://{home.runtime}/tsqp/" in line
+    assert f"shm://{home.runtime}/tsqp/" in line
     assert "SIGKILL" in line
     assert b"Traceback" not in err
     assert home.run("generate", "hello", *MODEL, "-n", "2").code == 0  # nothing blocks the next start

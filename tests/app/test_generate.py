@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.app.commands import Home
 from tests.families import byte_tokenizer, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, SamplingParams, TsqpError
 from tsqp.spec.partition import PARTITIONS
 from tsqp.trusted.tokenizer import ChatMessage
 
@@ -31,8 +32,8 @@ def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> Non
     assert answer.keys() >= KEYS
     assert answer["stats"].keys() >= STATS
     assert answer["token_ids"] == expected_tokens(8)
-    assert (answer["protection"], answer["partition"], answer["transport"]) == ("open", partition, "ipc")
-    assert answer["address"].startswith(f"ipc://{home.runtime}/tsqp/")
+    assert (answer["protection"], answer["partition"], answer["transport"]) == ("open", partition, "shm")
+    assert answer["address"].startswith(f"shm://{home.runtime}/tsqp/")
     assert answer["stats"]["rpc_calls"] == 8 * PARTITIONS[partition].calls_per_pass(2)
     assert result.err.count(WARNING) == 1
     assert answer["address"] in result.err.replace("\n", "")  # the address really in use is shown
@@ -59,7 +60,43 @@ def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> Non
 
 def test_the_warning_comes_before_anything_else(home: Home) -> None:
     result = home.run("generate", PROMPT, *MODEL, "-n", "1")
-    assert WARNING in result.err.splitlines()[0]
+    mode, line = result.err.splitlines()
+    assert WARNING in mode
+    assert f"ipc://{home.runtime}/tsqp/" in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--model", "/nowhere"), (*MODEL, "--device", "cuda:99"), (*MODEL, "--worker", "tcp://127.0.0.1:1")],
+    ids=str,
+)
+@pytest.mark.parametrize("command", [("generate", PROMPT), ("chat",)], ids=str)
+def test_the_warning_comes_even_when_nothing_else_does(
+    home: Home, command: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    result = home.run(*command, *options)
+    assert result.code == 1
+    mode, error = result.err.splitlines()
+    assert WARNING in mode
+    assert ": error: " in error
+
+
+def test_the_warning_comes_before_a_worker_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tsqp.app.llm
+
+    order: list[str] = []
+
+    def stop(name: str) -> Any:
+        def stopped(*_: object, **__: object) -> None:
+            order.append(name)
+            raise TsqpError(name)
+
+        return stopped
+
+    monkeypatch.setattr(tsqp.app.llm, "locate", stop("fetch"))
+    with pytest.raises(TsqpError, match="fetch"):
+        LLM("default", protection="open", announce=lambda plan: order.append(plan.protection.name))
+    assert order == ["open", "fetch"]
 
 
 @pytest.mark.parametrize("how", ["argument", "stdin", "file", "file-stdin"])
@@ -90,6 +127,14 @@ def test_a_stop_string_ends_the_answer(home: Home) -> None:
     stop = next(c for c in whole[2:] if c.isascii() and c.isprintable() and c not in whole[:2])
     options = ("--protection", "local", "-n", "40", "--json", "--stop", stop)
     assert home.run("generate", PROMPT, *MODEL, *options).json["text"] == whole[: whole.index(stop)]
+
+
+def test_stop_tokens_end_the_answer(home: Home) -> None:
+    tokens = expected_tokens(12)
+    stop = next(token for token in tokens if token != tokens[0])
+    options = ("--protection", "local", "--dtype", "float32", "-n", "12", "--json", "--stop-token", "319")
+    answer = home.run("generate", PROMPT, *MODEL, *options, "--stop-token", str(stop)).json
+    assert (answer["token_ids"], answer["finish_reason"]) == (tokens[: tokens.index(stop)], "stop")
 
 
 def test_chat_keeps_the_conversation_until_it_is_reset(home: Home) -> None:

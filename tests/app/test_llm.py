@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,30 @@ def test_stream_gives_the_same_text_in_pieces() -> None:
     assert "".join(delta.text for delta in deltas) == whole.text
 
 
+@pytest.mark.parametrize("protection", ["local", "open"])
+def test_streams_may_take_turns(protection: str, start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL) if protection == "open" else None
+    params = SamplingParams(max_tokens=12)
+    with LLM(MODEL, protection=protection, dtype="float32", worker=worker) as llm:
+        expected = [llm.generate(text, params)[0] for text in TEXTS]
+        short = SamplingParams(max_tokens=12, stop=expected[0].text[3])  # ends while the other goes on
+        (stopped,) = llm.generate(TEXTS[0], short)
+        together = list(zip_longest(llm.stream(TEXTS[0], short), llm.stream(TEXTS[1], params)))
+    assert [delta.completion for delta, _ in together if delta is not None][-1] == stopped
+    assert together[-1][1].completion == expected[1]
+
+
+def test_a_stream_that_stops_leaves_the_others_alone() -> None:
+    params = SamplingParams(max_tokens=12)
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        (whole,) = llm.generate(TEXTS[0], params)
+        outer = llm.stream(TEXTS[0], params)
+        next(outer)
+        for _ in llm.stream(TEXTS[1], SamplingParams(max_tokens=3)):  # begins and ends in between
+            pass
+        assert list(outer)[-1].completion == whole
+
+
 def test_end_tokens_and_stop_tokens_end_an_answer() -> None:
     tokens = expected(TEXTS[0], 12)
     stop = next(token for token in tokens if token != tokens[0])
@@ -82,7 +108,15 @@ def test_a_worker_lives_as_long_as_its_llm() -> None:
         ({"protection": "open", "dtype": "int8"}, "int8"),
         ({"protection": "open", "wire_dtype": "int8"}, "int8"),
         ({"protection": "open", "prefill_chunk": 0}, "chunk"),
-        ({"protection": "local", "worker": "mem:x"}, "mem:x|no worker"),
+        ({"protection": "open", "threads": 0}, "threads"),
+        ({"protection": "local", "threads": -1}, "threads"),
+        ({"protection": "open", "deadline_s": 0}, "deadline"),
+        ({"protection": "open", "deadline_s": math.inf}, "deadline"),
+        ({"protection": "open", "deadline_s": math.nan}, "deadline"),
+        ({"protection": "local", "worker": "mem:x"}, "no worker: leave out worker"),
+        ({"protection": "local", "wire_dtype": "float32"}, "no worker: leave out wire_dtype"),
+        ({"protection": "open", "insecure_plain_tcp": True}, "tcp address: leave out insecure_plain_tcp"),
+        ({"protection": "open", "worker": "ipc:///x", "insecure_plain_tcp": True}, "tcp address"),
     ],
 )
 def test_options_are_refused_by_name(options: dict[str, Any], words: str) -> None:
@@ -124,7 +158,7 @@ def test_the_trusted_side_reads_only_what_it_needs(partition: str, needed: set[s
     checkpoint = Recording()
     address = start_worker(MODEL)
     plan = Plan.check(protection="open", partition=partition, dtype="float32", wire_dtype=None, prefill_chunk=8)
-    _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), 10.0, Stats())
+    _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), (), Stats())
     session.close()
     kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
     assert kinds == {"input_layernorm", "post_attention_layernorm", "norm"} | needed

@@ -6,6 +6,7 @@ import pytest
 
 from tsqp.app.cli import app
 from tsqp.app.options import RunOptions, WorkerOptions
+from tsqp.errors import OptionError
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,34 @@ def test_the_worker_reads_the_same_names(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (options.listen, options.device, options.dtype) == ("/run/llama.sock", "cuda:1", "float16")
     monkeypatch.setenv("TSQP_LISTEN", "ipc:///run/tsqp.sock")
     assert worker_options().listen == "ipc:///run/tsqp.sock"
+
+
+WORKERS = {"TSQP_WORKER": "tcp://127.0.0.1:1", "TSQP_DEVICE": "cuda:9", "TSQP_PARTITION": "op"}
+
+
+def test_variables_make_no_flag_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**WORKERS, "TSQP_KEY": "me", "TSQP_WORKER_KEY": "worker", "TSQP_WIRE_DTYPE": "int4"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_options("--protection", "local") == RunOptions(protection="local")
+    at_hand = run_options("--device", "cuda:1", "--wire-dtype", "float32")
+    assert (at_hand.worker, at_hand.device, at_hand.key) == (None, "cuda:1", None)
+    away = run_options("--worker", "ipc:///x", "--wire-dtype", "float32")
+    assert (away.worker, away.device, away.partition, away.key) == ("ipc:///x", "cpu", "op", None)
+
+
+def test_variables_yield_to_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WORKERS.items():
+        monkeypatch.setenv(name, value)
+    options = run_options()
+    assert (options.worker, options.device, options.partition) == ("tcp://127.0.0.1:1", "cpu", "op")
+    monkeypatch.setenv("TSQP_PROTECTION", "local")
+    assert run_options() == RunOptions(protection="local")
+
+
+def test_a_flag_never_weakens_the_protection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_PROTECTION", "local")
+    with pytest.raises(OptionError, match="local uses no worker: leave out --worker"):
+        run_options("--worker", "ipc:///x")
 
 
 def test_defaults() -> None:

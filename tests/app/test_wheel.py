@@ -33,7 +33,7 @@ def test_the_wheel_runs_in_an_empty_environment(home: Home, tmp_path: Path) -> N
     run(*pip, "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path, environment=environment)
     options = ("--model", "synthetic:tiny", "--max-tokens", "4", "--json")
     out = run(tsqp, "generate", "hello", *options, cwd=tmp_path, environment=environment)
-    assert '"transport": "ipc"' in out.splitlines()[-1]
+    assert '"transport": "shm"' in out.splitlines()[-1]
     run(tsqp, "doctor", cwd=tmp_path, environment=environment)
     names = run(python, "-c", "import tsqp; print(tsqp.LLM, tsqp.__file__)", cwd=tmp_path, environment=environment)
     assert str(tmp_path) in names

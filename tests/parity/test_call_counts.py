@@ -11,8 +11,8 @@ from tsqp.spec.partition import PARTITIONS
 
 PROMPT = random_tokens(20)
 LAYERS = 2
-EXPECTED = {"op": 9 * LAYERS + 2, "batched": 6 * LAYERS + 2, "linear": 4 * LAYERS + 1}
-PER_LAYER = {"op": 9, "batched": 6, "linear": 4}
+EXPECTED = {"op": 9 * LAYERS + 2, "batched": 6 * LAYERS + 2, "linear": 4 * LAYERS + 1, "layer": LAYERS + 2}
+PER_LAYER = {"op": 9, "batched": 6, "linear": 4, "layer": 1}
 
 
 def stats_of(partition: str, chunk: int, new_tokens: int, start_worker: StartWorker) -> dict[str, object]:

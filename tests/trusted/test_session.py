@@ -20,6 +20,7 @@ from tsqp.spec.groups import linear_groups
 from tsqp.trusted.linears import OpenLinears
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
+from tsqp.trusted.trace import Trace
 from tsqp.wire.channel import Frames
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, GroupShape, Hello, Linear, Refused, Welcome
@@ -45,7 +46,10 @@ class ScriptedChannel:
         self._replies: deque[Frames] = deque()
         self.closed = False
 
-    def send(self, frames: Frames) -> None:
+    def reserve(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         message = decode_to_worker(frames.control)
         if isinstance(message, Hello):
             self._replies.append(self._hello)
@@ -66,7 +70,7 @@ def open_session(channel: ScriptedChannel) -> WorkerSession:
 
 
 def payload(elements: int) -> tuple[memoryview]:
-    return (memoryview(bytes(4 * elements)),)
+    return (memoryview(bytearray(4 * elements)),)
 
 
 def right(call: Linear) -> Frames:
@@ -102,6 +106,22 @@ def test_a_hostile_reply_ends_the_session(name: str) -> None:
     assert channel.closed
     with pytest.raises(expected):
         linears.start(("qkv", 0), x)
+
+
+@pytest.mark.parametrize("busy_ns", [0, 1, 2**62 - 1])
+def test_a_worker_may_lie_about_its_time_without_effect(busy_ns: int) -> None:
+    def boastful(call: Linear) -> Frames:
+        return Frames(encode(Done(call.id, busy_ns)), right(call).tensors)
+
+    session = open_session(ScriptedChannel(Frames(encode(WELCOME)), boastful))
+    trace = session.stats.trace = Trace()
+    product = OpenLinears(session, split=False).start(("qkv", 0), torch.zeros(2, SPEC.hidden_size)).wait()
+    assert not product.any()
+    row = session.stats.calls["linear"]
+    assert 0.0 <= row.worker_s <= row.rpc_s  # cut to the time that the call was under way
+    (call,) = [span for span in trace.spans if span.track == "call"]
+    assert call.name == "qkv"
+    assert call.details["busy_s"] == row.worker_s
 
 
 def test_replies_may_come_in_another_order() -> None:

@@ -21,7 +21,7 @@ def private_dir(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture(params=["mem", "ipc", "tcp", "curve"])
+@pytest.fixture(params=["mem", "ipc", "shm", "shm-file", "tcp", "curve"])
 def link(request: pytest.FixtureRequest, private_dir: Path) -> Link:
     return make_link(request.param, private_dir)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import zmq
 
-from tsqp.wire.channel import Arrival, Channel, Frames, Listener
+from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.transport import connect, listen
 from tsqp.wire.transport.keys import ClientKeys, KeyPair, WorkerKeys
 
@@ -37,6 +37,9 @@ def make_link(name: str, directory: Path) -> Link:
     numbers = iter(range(1_000_000))
     if name == "mem":
         return Link(name, lambda: f"mem:test-{next(numbers)}", {}, {})
+    if name.startswith("shm"):
+        arena = {"arena": "file"} if name == "shm-file" else {}
+        return Link(name, lambda: f"shm://{directory}/{next(numbers)}.sock", {}, arena)
     if name == "ipc":
         return Link(name, lambda: f"ipc://{directory}/{next(numbers)}.sock", {}, {})
     if name == "tcp":
@@ -60,10 +63,12 @@ def tensor(data: bytes | bytearray) -> memoryview:
 
 
 def arrived(listener: Listener) -> Arrival:
-    """The next message at a listener, which must come."""
-    arrival = listener.receive(WAIT_S)
-    assert arrival is not None
-    return arrival
+    """The next message at a listener, which must come; connections that end on the way are passed over."""
+    event = listener.receive(WAIT_S)
+    while isinstance(event, Departure):
+        event = listener.receive(WAIT_S)
+    assert event is not None
+    return event
 
 
 def contents(frames: Frames) -> tuple[bytes, list[bytes]]:

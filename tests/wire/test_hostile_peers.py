@@ -72,7 +72,7 @@ def still_serves(listener: Listener) -> bool:
     with closing(connect(listener.address)) as channel:
         channel.send(Frames(b"good"))
         arrival = arrived(listener)
-        listener.send(arrival.peer, arrival.frames)
+        listener.send(arrival, arrival.frames)
         return channel.receive(WAIT_S).control == b"good"
 
 
@@ -168,7 +168,7 @@ def test_two_clients_that_claim_one_name_are_kept_apart(listener: Listener) -> N
         second.connect(listener.address)
         second.send(b"I am the first")
         assert listener.receive(0.1) is None
-        listener.send(arrival.peer, Frames(b"reply"))
+        listener.send(arrival, Frames(b"reply"))
         assert first.recv() == b"reply"
 
 
@@ -178,7 +178,7 @@ def test_a_client_that_reads_nothing_does_not_stop_the_others(listener: Listener
         arrival = arrived(listener)
         reply = Frames(b"reply", (tensor(bytes(1 << 16)),))
         for _ in range(3000):
-            listener.send(arrival.peer, reply)
+            listener.send(arrival, reply)
         assert still_serves(listener)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tsqp.errors import AddressError, AddressInUse, RuntimeDirectoryError, WorkerUnreachable
 from tsqp.wire.transport import connect, listen, new_ipc_address
-from tsqp.wire.transport.address import parse_address
+from tsqp.wire.transport.address import Address, parse_address
 from tsqp.wire.transport.claim import AddressClaim, lock_path
 from tsqp.wire.transport.ipc import check_parent
 from tsqp.wire.transport.runtime_dir import reclaim_stale, runtime_directory
@@ -41,14 +41,15 @@ def run_dir(private_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_one_claim_at_a_time(private_dir: Path) -> None:
     path = private_dir / "x.sock"
-    claim = AddressClaim.acquire(path)
+    address = Address("ipc", str(path))
+    claim = AddressClaim.acquire(address)
     with pytest.raises(AddressInUse, match=str(path)):
-        AddressClaim.acquire(path)
+        AddressClaim.acquire(address)
     assert lock_path(path).exists()
     claim.release()
     claim.release()
     assert list(private_dir.iterdir()) == []
-    AddressClaim.acquire(path).release()
+    AddressClaim.acquire(address).release()
 
 
 def test_a_stale_socket_is_reclaimed(private_dir: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_lock_that_was_unlinked_before_it_was_taken_is_not_enough(
     monkeypatch.setattr(fcntl, "flock", flock)
     try:
         with pytest.raises(AddressInUse):
-            AddressClaim.acquire(path)
+            AddressClaim.acquire(Address("ipc", str(path)))
     finally:
         os.close(replaced[0])
 

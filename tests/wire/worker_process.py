@@ -9,6 +9,7 @@ import json
 import sys
 
 from tsqp.errors import ChannelError
+from tsqp.wire.channel import Departure
 from tsqp.wire.transport import listen
 
 
@@ -24,11 +25,13 @@ def main() -> int:
         say(error=type(error).__name__)
         return 1
     say(address=listener.address)
-    while (arrival := listener.receive(None)) is not None:
-        if arrival.frames.control == b"silence":
+    while (event := listener.receive(None)) is not None:
+        if isinstance(event, Departure):
+            continue
+        if event.frames.control == b"silence":
             say(busy=True)
         else:
-            listener.send(arrival.peer, arrival.frames)
+            listener.send(event, event.frames)
     listener.close()
     say(interrupted=listener.interrupted)
     return 0

@@ -9,13 +9,20 @@ import torch
 
 from tsqp.app.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.model.block import Block, Norms
+from tsqp.model.kernels import pick_kernels
+from tsqp.model.linear import group_keys, load_group
+from tsqp.model.linear import load_groups
+from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.payload import TORCH_DTYPES
+from tsqp.model.roles import Attention, Embedding, Linears
 from tsqp.spec.partition import Partition
-from tsqp.trusted.attention import Attention, LocalAttention, OpenAttention
-from tsqp.trusted.decoder import Decoder, Norms
-from tsqp.trusted.embedding import Embedding, LocalEmbedding, OpenEmbedding
+from tsqp.trusted.attention import OpenAttention
+from tsqp.trusted.decoder import Decoder
+from tsqp.trusted.embedding import OpenEmbedding
 from tsqp.trusted.engine import Engine
-from tsqp.trusted.linears import Linears, LocalLinears, OpenLinears
+from tsqp.trusted.layers import LayerDecoder
+from tsqp.trusted.linears import OpenLinears
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
@@ -30,14 +37,16 @@ class Placement:
     attention: Attention
 
 
-def build_local_engine(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Engine:
+def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
     """Everything on the trusted side."""
     dtype = TORCH_DTYPES[plan.dtype]
-    linears = LocalLinears.load(checkpoint, dtype, stats)
+    weights = {key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.spec)}
+    linears = LocalLinears(weights, stats)
     tied = checkpoint.spec.tied_embeddings
-    table = linears.head_weight if tied else _embedding_table(checkpoint, dtype)
+    table = weights["lm_head", None].weight if tied else _embedding_table(checkpoint, dtype)
     attention = LocalAttention(checkpoint.spec.windows, stats)
-    return _build(checkpoint, plan, Placement(LocalEmbedding(table, stats), linears, attention), stats)
+    placement = Placement(LocalEmbedding(table, stats), linears, attention)
+    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats)
 
 
 def build_split_engine(
@@ -45,7 +54,7 @@ def build_split_engine(
     plan: Plan,
     partition: Partition,
     dial: Callable[[], Channel],
-    deadline_s: float,
+    eos_token_ids: tuple[int, ...],
     stats: Stats,
 ) -> tuple[Engine, WorkerSession]:
     """What ``partition`` names on the worker that ``dial`` connects to, the rest here; and the session with it.
@@ -60,29 +69,36 @@ def build_split_engine(
         wire_dtype=plan.wire_dtype,
         dtype=plan.dtype,
         stats=stats,
-        deadline_s=deadline_s,
+        deadline_s=plan.deadline_s,
     )
+    if partition.whole_layers:
+        return Engine(LayerDecoder(session, max_rows=plan.prefill_chunk), eos_token_ids, stats), session
     placement = Placement(
         OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
         OpenLinears(session, split=partition.split_groups),
         OpenAttention(session) if partition.remote_attention else LocalAttention(checkpoint.spec.windows, stats),
     )
-    return _build(checkpoint, plan, placement, stats), session
+    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
 
 
-def _build(checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats) -> Engine:
+def _decoder(checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats) -> Decoder:
     dtype = TORCH_DTYPES[plan.dtype]
-    decoder = Decoder(
+    block = Block(
         checkpoint.spec,
         Norms.load(checkpoint, dtype),
-        placement.embedding,
         placement.linears,
         placement.attention,
+        pick_kernels(dtype, compiled=plan.compiled_kernels),
+        stats,
+    )
+    return Decoder(
+        block,
+        placement.embedding,
         dtype=dtype,
         max_rows=plan.prefill_chunk,
+        micro_batches=plan.micro_batches,
         stats=stats,
     )
-    return Engine(decoder, checkpoint.text_format().eos_token_ids, stats)
 
 
 def _embedding_table(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:

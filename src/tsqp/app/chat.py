@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 
 from tsqp.app.llm import LLM
-from tsqp.errors import InputError
+from tsqp.errors import InputError, PromptError
 from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.tokenizer import ChatMessage
 
@@ -46,10 +46,12 @@ def _answer(llm: LLM, params: SamplingParams, messages: list[ChatMessage], conso
 
 
 def _read_line() -> str | None:
-    """One line from the user; None at the end of input."""
+    """One line from the user; None at the end of input. Raises PromptError for bytes that are not text."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeDecodeError:
+        raise PromptError("the prompt is not UTF-8 text") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from tsqp import __version__
-from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions
+from tsqp.app.bench.cli import bench_app
+from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
+from tsqp.app.trace import check_output
 from tsqp.errors import InputError, OptionError, PromptError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tsqp.app.llm import LLM
+    from tsqp.app.plan import Plan
     from tsqp.trusted.sampling_params import SamplingParams
     from tsqp.wire.transport.keys import ClientKeys
+
+OPTION = re.compile(r"--?\w[\w-]{0,30}")
 
 app = App(
     name="tsqp",
@@ -28,9 +34,11 @@ app = App(
     "With --debug, an error shows its traceback.",
     default_parameter=Parameter(negative=""),
     help_format="plaintext",
+    config=settle,
 )
 model_app = App(name="model", help="List, fetch and describe checkpoints.")
 app.command(model_app)
+app.command(bench_app)
 
 
 @app.command
@@ -38,6 +46,7 @@ def generate(
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
     *,
+    after_dashes: Annotated[bool, Parameter(parse=False)] = False,
     prompt_file: Annotated[
         Path | None, Parameter(allow_leading_hyphen=True, help="Read the prompt from a file.")
     ] = None,
@@ -51,15 +60,22 @@ def generate(
     Parameters
     ----------
     prompt
-        The text, or - to read it from standard input.
+        The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
+    after_dashes
+        Whether the command line has a --, so that the prompt is no misspelt option.
     """
-    text = _prompt_text(prompt, prompt_file)
+    text = _prompt_text(prompt, prompt_file, after_dashes)
     params = _sampling_params(sampling)
-    with _open(run) as llm:
+    check_output("--trace", output.trace)
+    with open_llm(run) as llm:
         from tsqp.app.report import announce, as_json, print_stats
+        from tsqp.app.trace import write_trace
+        from tsqp.trusted.trace import Trace
 
         console = _stderr()
         announce(llm, console)
+        if output.stats or output.trace is not None:
+            llm.stats.trace = Trace()
         completion = None
         for delta in llm.stream(text, params, raw=raw):
             if not output.json:
@@ -69,8 +85,10 @@ def generate(
             _write("\n")
         if output.stats:
             print_stats(llm.stats, console)
+        if output.trace is not None and llm.stats.trace is not None:
+            write_trace(llm.stats.trace, output.trace)
         if output.json and completion is not None:
-            _write(json.dumps(as_json(llm, completion), ensure_ascii=False) + "\n")
+            _write(json.dumps(as_json(llm, completion)) + "\n")
 
 
 @app.command
@@ -83,7 +101,7 @@ def chat(
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
     params = _sampling_params(sampling)
-    with _open(run) as llm:
+    with open_llm(run) as llm:
         from tsqp.app.chat import converse
         from tsqp.app.report import announce, print_stats
 
@@ -97,7 +115,9 @@ def chat(
 @app.command
 def worker(*, options: WorkerOptions = WorkerOptions()) -> None:
     """Serve the linear algebra of one model, until Ctrl-C."""
-    command = [sys.executable, "-m", "tsqp.untrusted", "--model", options.model, "--dtype", options.dtype]
+    from tsqp.app.launch import WORKER_COMMAND
+
+    command = [*WORKER_COMMAND, "--model", options.model, "--dtype", options.dtype]
     command += ["--device", options.device]
     for flag, value in (("--listen", options.listen), ("--threads", options.threads), ("--key", options.key)):
         if value is not None:
@@ -106,6 +126,8 @@ def worker(*, options: WorkerOptions = WorkerOptions()) -> None:
         command += ["--allow", str(path)]
     if options.insecure_plain_tcp:
         command.append("--insecure-plain-tcp")
+    if options.compile:
+        command.append("--compile")
     sys.stdout.flush()
     os.execv(sys.executable, command)  # the worker replaces this process: one process, its own code only  # noqa: S606
 
@@ -196,13 +218,13 @@ def info(model: str = "default", /, *, json_output: Annotated[bool, Parameter(na
         _write(f"{key:20} {value}\n")
 
 
-def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+def _prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool) -> str:
     """The prompt from exactly one of argument, standard input and file. Raises InputError."""
     if (prompt is None) == (prompt_file is None):
         raise InputError("give one prompt: as an argument, - for standard input, or --prompt-file FILE")
     if prompt is not None and prompt != "-":
-        if prompt.startswith("-"):
-            raise OptionError(f"unknown option {prompt}; write -- before a prompt that begins with a hyphen")
+        if prompt.startswith("-") and not after_dashes:
+            raise OptionError(unknown_option(prompt))
         return prompt
     try:
         from_stdin = prompt_file is None or str(prompt_file) == "-"
@@ -214,14 +236,21 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
         raise PromptError("the prompt is not UTF-8 text") from None
 
 
+def unknown_option(word: str) -> str:
+    """The error for something that begins with a hyphen. It may be a prompt, which is not repeated."""
+    name = word.partition("=")[0]
+    what = f"unknown option {name}" if OPTION.fullmatch(name) else "that is no option"
+    return f"{what}; a prompt that begins with a hyphen goes last, after --"
+
+
 def _sampling_params(options: SamplingOptions) -> SamplingParams:
     from tsqp.trusted.sampling_params import SamplingParams
 
     return SamplingParams(**vars(options))
 
 
-def _open(options: RunOptions) -> LLM:
-    """The model as the options ask for it. Raises every error of ``LLM``."""
+def open_llm(options: RunOptions) -> LLM:
+    """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
     from tsqp.app.llm import LLM
 
     return LLM(
@@ -233,11 +262,23 @@ def _open(options: RunOptions) -> LLM:
         dtype=options.dtype,
         wire_dtype=options.wire_dtype,
         prefill_chunk=options.prefill_chunk,
-        threads=options.threads or len(os.sched_getaffinity(0)),
+        micro_batches=options.micro_batches,
+        compiled_kernels=options.compiled_kernels,
+        compiled_worker=options.compile,
+        threads=len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
         deadline_s=options.deadline,
         security=_client_keys(options),
         insecure_plain_tcp=options.insecure_plain_tcp,
+        announce=_state_mode,
     )
+
+
+def _state_mode(plan: Plan) -> None:
+    """One line on standard error: what the worker may learn."""
+    protection = plan.protection
+    line = f"protection {protection.name}: the worker sees {protection.worker_sees}"
+    warn = protection.uses_worker
+    _stderr().print(f"warning: {line}" if warn else line, style="yellow" if warn else "dim", soft_wrap=True)
 
 
 def _client_keys(options: RunOptions) -> ClientKeys | None:

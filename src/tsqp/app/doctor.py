@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tsqp.app.tee import detect_tee
 from tsqp.checkpoint.default import default_directory
-from tsqp.errors import TsqpError
-from tsqp.wire.channel import Frames
-from tsqp.wire.transport import connect, listen, new_ipc_address
+from tsqp.wire.channel import Arrival, Frames
+from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
 from tsqp.wire.transport.runtime_dir import runtime_directory
 
 State = Literal["ok", "note", "broken"]
@@ -54,87 +54,82 @@ class Findings:
 
 def examine() -> Findings:
     """Look at everything. Never raises for what it finds."""
-    return Findings(
-        (
-            _tee(),
-            _isolation(),
-            *_accelerators(),
-            _runtime_directory(),
-            _transport("mem", lambda: "mem:doctor"),
-            _transport("ipc", new_ipc_address),
-            _transport("tcp", lambda: "tcp://127.0.0.1:0"),
-            _default_model(),
-            _cores(),
-            Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
-            Finding("platform", "ok", f"Python {platform.python_version()}, {platform.platform()}"),
-        )
-    )
+    looks: dict[str, Callable[[], tuple[State, str]]] = {
+        "TEE": _tee,
+        "isolation": _isolation,
+        "accelerator": _accelerator,
+        "runtime directory": lambda: ("ok", f"{runtime_directory()}, for this user alone"),
+        "transport mem": lambda: _transport("mem:doctor"),
+        "transport shm": lambda: _transport(new_shm_address()),
+        "transport ipc": lambda: _transport(new_ipc_address()),
+        "transport tcp": lambda: _transport("tcp://127.0.0.1:0"),
+        "default model": _default_model,
+        "processor": _processor,
+        "versions": lambda: ("ok", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
+        "platform": lambda: ("ok", f"Python {platform.python_version()}, {platform.platform()}"),
+    }
+    return Findings(tuple(_finding(what, look) for what, look in looks.items()))
 
 
 def print_findings(findings: Findings) -> None:
     """One row for each finding."""
     table = Table(show_header=False, box=None)
     for finding in findings.all:
-        table.add_row(finding.what, f"[{STYLES[finding.state]}]{finding.state}[/]", finding.detail)
+        table.add_row(finding.what, Text(finding.state, STYLES[finding.state]), Text(finding.detail))  # no markup
     Console().print(table)
 
 
-def _tee() -> Finding:
+def _finding(what: str, look: Callable[[], tuple[State, str]]) -> Finding:
+    """What ``look`` sees; that it failed is a finding as well, whatever it raised."""
+    try:
+        return Finding(what, *look())
+    except Exception as error:
+        return Finding(what, "broken", " ".join(str(error).split()) or type(error).__name__)
+
+
+def _tee() -> tuple[State, str]:
     tee = detect_tee()
     if tee is None:
-        return Finding("TEE", "note", "none: process isolation only, for demonstration; the host can read everything")
-    return Finding("TEE", "ok", tee)
+        return "note", "none: process isolation only, for demonstration; the host can read everything"
+    return "ok", tee
 
 
-def _isolation() -> Finding:
-    user = os.getuid()
-    detail = (
-        f"a worker started here has the same user id ({user}): demonstration only, it could read this side's memory"
+def _isolation() -> tuple[State, str]:
+    return "note", (
+        f"a worker started here has the same user id ({os.getuid()}): demonstration only, "
+        "it could read this side's memory"
     )
-    return Finding("isolation", "note", detail)
 
 
-def _accelerators() -> list[Finding]:
+def _accelerator() -> tuple[State, str]:
     if not torch.cuda.is_available():
-        return [Finding("accelerator", "note", "no CUDA device: workers compute on the CPU")]
-    return [
-        Finding("accelerator", "ok", f"cuda:{index} {torch.cuda.get_device_name(index)}")
-        for index in range(torch.cuda.device_count())
-    ]
+        return "note", "no CUDA device: workers compute on the CPU"
+    devices = range(torch.cuda.device_count())
+    return "ok", ", ".join(f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in devices)
 
 
-def _runtime_directory() -> Finding:
-    try:
-        return Finding("runtime directory", "ok", f"{runtime_directory()}, for this user alone")
-    except (TsqpError, OSError) as error:
-        return Finding("runtime directory", "broken", str(error))
-
-
-def _transport(name: str, address: Callable[[], str]) -> Finding:
+def _transport(address: str) -> tuple[State, str]:
     """Really connects and moves one message."""
-    try:
-        with closing(listen(address())) as listener, closing(connect(listener.address)) as channel:
-            channel.send(Frames(b"?", (memoryview(b"probe"),)))
-            arrival = listener.receive(PROBE_DEADLINE_S)
-            if arrival is None or bytes(arrival.frames.tensors[0]) != b"probe":
-                return Finding(f"transport {name}", "broken", "a message did not arrive")
-            return Finding(f"transport {name}", "ok", "a message arrived")
-    except (TsqpError, OSError) as error:
-        return Finding(f"transport {name}", "broken", str(error))
+    with closing(listen(address)) as listener, closing(connect(listener.address)) as channel:
+        channel.send(Frames(b"?", (memoryview(b"probe"),)))
+        arrival = listener.receive(PROBE_DEADLINE_S)
+        if not isinstance(arrival, Arrival) or bytes(arrival.frames.tensors[0]) != b"probe":
+            return "broken", "a message did not arrive"
+        return "ok", "a message arrived"
 
 
-def _default_model() -> Finding:
+def _default_model() -> tuple[State, str]:
     directory = default_directory()
     if directory is None:
-        return Finding("default model", "note", "not fetched yet: tsqp model fetch")
-    return Finding("default model", "ok", str(directory))
+        return "note", "not fetched yet: tsqp model fetch"
+    return "ok", str(directory)
 
 
-def _cores() -> Finding:
+def _processor() -> tuple[State, str]:
     count = len(os.sched_getaffinity(0))
     flags = _cpu_flags()
     fast = [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni") if name in flags]
-    return Finding("processor", "ok", f"{count} cores; {', '.join(fast) if fast else 'no low-precision instructions'}")
+    return "ok", f"{count} cores; {', '.join(fast) if fast else 'no low-precision instructions'}"
 
 
 def _cpu_flags() -> set[str]:

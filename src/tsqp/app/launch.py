@@ -1,7 +1,10 @@
 """Starts a worker beside this process and stops it again.
 
-The worker is another program: it gets an environment of its own, three pipes and no other descriptor. It ends when
-its standard input does, so it cannot outlive this process, however that ends.
+Covers: a worker gets the environment listed here, three pipes and no other descriptor (test_faults.py); it ends when
+its standard input does, so it cannot outlive this process (test_faults.py); it listens where it was told to and
+nowhere else, and whatever it writes is bounded and printed without control characters (test_launch.py).
+Does not cover: a worker of the same user id can do to this process what the user can. Assumes: the interpreter and the
+installed package are what they were.
 """
 
 from __future__ import annotations
@@ -14,13 +17,20 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import IO
 
 import msgspec
 
-from tsqp.errors import WorkerUnreachable
-from tsqp.spec.dtype import DtypeName
+from tsqp.errors import ChannelError, WorkerUnreachable
+from tsqp.spec.dtype import ComputeDtype
+from tsqp.wire.transport import new_shm_address
+from tsqp.wire.transport.runtime_dir import reclaim_stale, runtime_directory
+from tsqp.wire.words import printable
+
+# -P: the directory a user happens to be in must not be one that modules are loaded from.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "tsqp.untrusted")
 
 # What a worker needs to find its interpreter, its model and its device. Nothing else of this side's environment.
 PASSED_ON = (
@@ -42,6 +52,7 @@ PASSED_ON = (
 )
 START_TIMEOUT_S = 600.0  # a large model takes minutes to read from a slow disk
 STOP_TIMEOUT_S = 5.0
+MAX_LINE_BYTES = 4096
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -53,8 +64,11 @@ class Ready(msgspec.Struct, frozen=True):
 class LocalWorker:
     """A worker process that lives as long as this object. Start it, do other work, then ``wait_ready``."""
 
-    def __init__(self, model: str, *, device: str, dtype: DtypeName, threads: int | None) -> None:
-        command = [sys.executable, "-m", "tsqp.untrusted", "--model", model, "--device", device, "--dtype", dtype]
+    def __init__(self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False) -> None:
+        self._address = new_shm_address()
+        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self._address]
+        if compiled:
+            command.append("--compile")
         if threads is not None:
             command += ["--threads", str(threads)]
         self._process = subprocess.Popen(
@@ -74,7 +88,7 @@ class LocalWorker:
         return self._process.pid
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
-        """The address the worker listens on. Raises WorkerUnreachable with the worker's own last words."""
+        """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words."""
         output = self._process.stdout
         if output is None:
             raise WorkerUnreachable("the worker was started without a pipe")
@@ -86,25 +100,31 @@ class LocalWorker:
                 self.close()
                 raise WorkerUnreachable(f"the worker was not ready within {timeout_s:.0f} s")
             piece = os.read(output.fileno(), 4096)
-            if not piece:
+            line += piece
+            if not piece or len(line) > MAX_LINE_BYTES:
                 self.close()
                 raise WorkerUnreachable(f"the worker did not start: {self.last_words()}")
-            line += piece
+        output.close()  # it has nothing more to say
         try:
-            return msgspec.json.decode(line, type=Ready).address
-        except msgspec.MsgspecError:
+            ready = msgspec.json.decode(line, type=Ready)
+        except (msgspec.MsgspecError, ValueError):
+            ready = None
+        if ready is None or ready.address != self._address:
             self.close()
-            raise WorkerUnreachable("the worker did not say where it listens") from None
+            raise WorkerUnreachable("the worker does not listen where it was told to")
+        return self._address
 
     def last_words(self) -> str:
         """How the worker ended, or the last line of its standard error."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
         self._drain.join(timeout=1.0)
-        code = self._process.poll()
+        code = self._process.returncode
         if code is not None and code < 0:
-            return f"it was ended by {signal.Signals(-code).name}"
+            return f"it was ended by {signal_name(-code)}"
         for line in reversed(self._errors):
             if line.strip():
-                return line.strip().removeprefix("tsqp worker: ")
+                return printable(line.strip().removeprefix("tsqp worker: "))
         return "it said nothing" if code is None else f"it ended with exit code {code}"
 
     def close(self) -> None:
@@ -112,12 +132,18 @@ class LocalWorker:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        if self._process.poll() is None:
+            self._process.terminate()  # it may be reading weights, and look at its standard input only afterwards
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._drain.join()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
+        self._drain.join(timeout=1.0)
+        with suppress(ChannelError):
+            reclaim_stale(runtime_directory())  # a worker that was killed leaves its socket
 
     def __enter__(self) -> LocalWorker:
         return self
@@ -129,8 +155,16 @@ class LocalWorker:
 
     def _collect(self, stream: IO[bytes]) -> None:
         with stream:
-            for line in stream:
+            while line := stream.readline(MAX_LINE_BYTES):
                 self._errors.append(line.decode(errors="replace"))
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def worker_environment() -> dict[str, str]:

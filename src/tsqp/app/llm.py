@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tsqp.app.launch import LocalWorker
-from tsqp.app.plan import Plan
+from tsqp.app.plan import Plan, refuse_unused
 from tsqp.checkpoint import locate, open_checkpoint
-from tsqp.errors import ChannelError, OptionError, PromptError, WorkerLost
+from tsqp.errors import ChannelError, ModelMismatch, PromptError, WorkerLost
 from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tokenizer import ChatMessage, TextStream, Tokenizer
@@ -51,9 +51,14 @@ class LLM:
     ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection`` must be
     stated: ``open`` (the worker sees the activations in clear) or ``local`` (no worker). ``worker``: the address of a
     running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
-    side computes in, and the worker if it is started here; ``wire_dtype``: what crosses the line, by default the same.
+    side computes in, and the worker if it is started here, or ``int8``: then that worker's linear layers are computed in
+    integers and everything else in bfloat16. ``wire_dtype``: what crosses the line, by default what this side computes
+    in. ``compiled_worker``: a worker started here compiles its products, for which it needs a C++ compiler.
     ``threads``: CPU threads of each side; None leaves torch's setting here and gives the worker all cores.
-    ``deadline_s``: the longest wait for one reply.
+    ``deadline_s``: the longest wait for one reply. ``announce`` is called with what was asked for, checked, before
+    anything is fetched, started or sent.
+
+    For one thread. Several streams may be open at once in it: each goes on when it is asked for its next piece.
 
     Raises InputError, CheckpointError, ChannelError. Use it as a context manager, or call ``close``.
     """
@@ -69,10 +74,14 @@ class LLM:
         dtype: str = "bfloat16",
         wire_dtype: str | None = None,
         prefill_chunk: int = 2048,
+        micro_batches: int = 1,
+        compiled_kernels: bool = True,
+        compiled_worker: bool = False,
         threads: int | None = None,
         deadline_s: float = 300.0,
         security: ClientKeys | None = None,
         insecure_plain_tcp: bool = False,
+        announce: Callable[[Plan], None] | None = None,
     ) -> None:
         self.plan = Plan.check(
             protection=protection,
@@ -80,16 +89,30 @@ class LLM:
             dtype=dtype,
             wire_dtype=wire_dtype,
             prefill_chunk=prefill_chunk,
+            micro_batches=micro_batches,
+            compiled_kernels=compiled_kernels,
+            threads=threads,
+            deadline_s=deadline_s,
         )
-        if self.plan.partition is None and worker is not None:
-            raise OptionError(f"protection {self.plan.protection.name} uses no worker: leave out the worker's address")
+        if self.plan.partition is None:
+            of_a_worker = {"worker": worker, "wire_dtype": wire_dtype, "compiled_worker": compiled_worker}
+            refuse_unused(f"protection {self.plan.protection.name} uses no worker", of_a_worker)
+        if worker is None or not worker.startswith("tcp://"):
+            of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
+            refuse_unused("there is no worker with a tcp address", of_tcp)
+        if worker is not None:
+            refuse_unused("the worker is not started here", {"compiled_worker": compiled_worker})
+        if announce is not None:
+            announce(self.plan)
         self.stats = Stats()
         self._session: WorkerSession | None = None
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
             model = locate(model)
             if self.plan.partition is not None and worker is None:
-                started = LocalWorker(model, device=device, dtype=self.plan.dtype, threads=threads)
+                started = LocalWorker(
+                    model, device=device, dtype=self.plan.worker_dtype, threads=threads, compiled=compiled_worker
+                )
                 self._local_worker = stack.enter_context(started)
             # Loading torch takes a second or two on either side: only now, so that the worker does it meanwhile.
             import torch
@@ -105,14 +128,24 @@ class LLM:
 
             checkpoint = open_checkpoint(model)
             self.tokenizer = Tokenizer(checkpoint.text_format())
+            ends = self.tokenizer.eos_token_ids
             if self.plan.partition is None:
-                self._engine = build_local_engine(checkpoint, self.plan, self.stats)
+                self._engine = build_local_engine(checkpoint, self.plan, ends, self.stats)
             else:
                 self._engine, self._session = build_split_engine(
-                    checkpoint, self.plan, self.plan.partition, dial, deadline_s, self.stats
+                    checkpoint, self.plan, self.plan.partition, dial, ends, self.stats
                 )
                 stack.callback(self._session.close)
+                self._check_worker_dtype(self._session)
             self._resources = stack.pop_all()
+
+    def _check_worker_dtype(self, session: WorkerSession) -> None:
+        """Integers are asked for to be fast or to be measured: floats instead would be another run."""
+        if self.plan.worker_dtype == "int8" and session.welcome.dtype != "int8":
+            raise ModelMismatch(
+                f"the worker at {session.channel.address} computes in {session.welcome.dtype}, not in int8: "
+                "start it with --dtype int8"
+            )
 
     @property
     def session(self) -> WorkerSession | None:
@@ -179,10 +212,11 @@ class LLM:
             _Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts
         ]
         try:
-            for new in self._engine.generate([answer.prompt for answer in answers], params):
+            generation = self._engine.generate([answer.prompt for answer in answers], params)
+            for new in generation:
                 delta = answers[new.sequence].extend(new.token, new.finish_reason)
                 if delta.completion is not None:
-                    self._engine.stop(new.sequence)
+                    generation.stop(new.sequence)
                 yield new.sequence, delta
         except WorkerLost as error:
             raise self._explained(error) from None

@@ -1,18 +1,65 @@
-"""Every option of the command line and its environment names. Flags win over TSQP_*, which win over LLAMA_*."""
+"""Every option of the command line and its environment names. Flags win over TSQP_*, which win over LLAMA_*.
+
+A flag that would play no part in the run is refused; a variable of that kind is ignored: it may be set for other runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter, Token
+from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
-from tsqp.spec.dtype import DtypeName
+from tsqp.errors import OptionError
+from tsqp.spec.dtype import ComputeDtype, WireDtype
+from tsqp.spec.protection import PROTECTIONS
 
-PartitionName = Literal["op", "batched", "linear"]
+PartitionName = Literal["op", "batched", "linear", "layer"]
 ProtectionName = Literal["open", "local"]
+
+# Options that play a part with a tcp worker only, and with any worker.
+OF_TCP = ("--key", "--worker-key", "--insecure-plain-tcp")
+OF_A_WORKER = ("--worker", "--partition", "--device", "--compile", "--wire-dtype", "--deadline", *OF_TCP)
+
+
+def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse the flags that would play no part and forget the variables that would not; cyclopts calls it.
+
+    Raises OptionError that names the flag.
+    """
+    named = {argument.name: argument for argument in arguments}
+    if "--protection" not in named or "--worker" not in named:
+        return  # not a command that runs a model
+    protection = PROTECTIONS.get(_value(named["--protection"]))
+    if protection is not None and not protection.uses_worker:
+        _leave_out(f"protection {protection.name} uses no worker", named, OF_A_WORKER)
+        return
+    worker = named["--worker"]
+    if _by_flag(named["--device"]) and not _by_flag(worker):
+        worker.tokens.clear()  # the flag asks for a worker that is started here
+    if worker.tokens:
+        _leave_out("the worker's address is given, and it has a device of its own", named, ("--device", "--compile"))
+    if not _value(worker).startswith("tcp://"):
+        _leave_out("there is no worker with a tcp address", named, OF_TCP)
+
+
+def _leave_out(why: str, named: Mapping[str, Argument], names: Sequence[str]) -> None:
+    flags = [name for name in names if _by_flag(named[name])]
+    if flags:
+        raise OptionError(f"{why}: leave out {', '.join(flags)}")
+    for name in names:
+        named[name].tokens.clear()
+
+
+def _by_flag(argument: Argument) -> bool:
+    return any(token.source == "cli" for token in argument.tokens)
+
+
+def _value(argument: Argument) -> str:
+    """What was given, empty when it is left to the default."""
+    return argument.tokens[-1].value if argument.tokens else ""
 
 
 def _device(_: Any, tokens: Sequence[Token]) -> str:
@@ -38,12 +85,16 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    DtypeName,
-    Parameter(env_var=["TSQP_DTYPE", "LLAMA_DTYPE"], help="What both sides compute in."),
+    ComputeDtype,
+    Parameter(
+        env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
+        help="What both sides compute in; int8: the worker's linear layers, everything else in bfloat16.",
+    ),
 ]
 Threads = Annotated[
     int | None, Parameter(env_var="TSQP_THREADS", help="CPU threads of each side; all cores when not given.")
 ]
+Compile = Annotated[bool, Parameter(help="The worker compiles its products by torch.compile; needs a C++ compiler.")]
 PlainTcp = Annotated[bool, Parameter(help="Allow tcp off loopback without keys: anyone on the path can read it.")]
 
 
@@ -64,16 +115,31 @@ class RunOptions:
         str | None,
         Parameter(
             env_var=["TSQP_WORKER", "LLAMA_IPC_PATH"],
-            help="Address of a running worker, ipc:///path or tcp://host:port; one is started here when not given.",
+            help="Address of a running worker, shm:///path, ipc:///path or tcp://host:port; without one a worker is started here.",
         ),
     ] = None
     device: Device = "cpu"
     dtype: Dtype = "bfloat16"
     wire_dtype: Annotated[
-        DtypeName | None,
-        Parameter(env_var="TSQP_WIRE_DTYPE", help="What crosses the line; the same as --dtype when not given."),
+        WireDtype | None,
+        Parameter(
+            env_var="TSQP_WIRE_DTYPE",
+            help="What crosses the line; what this side computes in when not given. int8 halves the traffic.",
+        ),
     ] = None
+    compile: Compile = False
     prefill_chunk: Annotated[int, Parameter(help="The most prompt tokens that cross the layers together.")] = 2048
+    micro_batches: Annotated[
+        int, Parameter(help="Parts of a chunk that cross the layers in turn: one is computed here, the others there.")
+    ] = 1
+    compiled_kernels: Annotated[
+        bool,
+        Parameter(
+            negative="--no-compiled-kernels",
+            env_var="TSQP_COMPILED_KERNELS",
+            help="Element-wise operators compiled by numba, for bfloat16.",
+        ),
+    ] = True
     threads: Threads = None
     deadline: Annotated[float, Parameter(help="The longest wait for one reply of the worker, in seconds.")] = 300.0
     key: Annotated[Path | None, Parameter(env_var="TSQP_KEY", help="This side's secret key file, for tcp.")] = None
@@ -96,6 +162,10 @@ class SamplingOptions:
     repetition_penalty: Annotated[float, Parameter(help="Above 1 makes tokens already in the text less likely.")] = 1.0
     seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None
     stop: Annotated[tuple[str, ...], Parameter(help="A string that ends the answer; may be given again.")] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        Parameter(name="--stop-token", help="The id of a token that ends the answer; may be given again."),
+    ] = ()
     ignore_eos: Annotated[bool, Parameter(help="Go on after the model's own end token.")] = False
 
 
@@ -105,6 +175,9 @@ class OutputOptions:
     """What is printed besides the answer."""
 
     stats: Annotated[bool, Parameter(help="Print where time and bytes went.")] = False
+    trace: Annotated[
+        Path | None, Parameter(help="Write what happened when to this file, for https://ui.perfetto.dev.")
+    ] = None
     json: Annotated[bool, Parameter(help="Print one JSON object as the last line instead of streaming text.")] = False
 
 
@@ -118,13 +191,18 @@ class WorkerOptions:
         str | None,
         Parameter(
             env_var=["TSQP_LISTEN", "LLAMA_IPC_PATH"],
-            help="ipc:///path or tcp://host:port (port 0: the system chooses); a fresh ipc address when not given.",
+            help="shm:///path, ipc:///path or tcp://host:port (port 0: the system chooses); a fresh shm address when not given.",
         ),
     ] = None
     device: Device = "cpu"
     dtype: Annotated[
-        DtypeName, Parameter(env_var=["TSQP_DTYPE", "LLAMA_DTYPE"], help="What the worker computes in.")
+        ComputeDtype,
+        Parameter(
+            env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
+            help="What the worker computes in; int8: its linear layers, everything else in bfloat16.",
+        ),
     ] = "bfloat16"
+    compile: Compile = False
     threads: Threads = None
     key: Annotated[Path | None, Parameter(env_var="TSQP_KEY", help="The worker's secret key file, for tcp.")] = None
     allow: Annotated[

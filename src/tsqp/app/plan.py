@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import DTYPE_NAMES, DtypeName
+from tsqp.spec.dtype import COMPUTE_DTYPES, WIRE_DTYPES, ComputeDtype, DtypeName, WireDtype, float_dtype
 from tsqp.spec.partition import PARTITIONS, Partition
 from tsqp.spec.protection import PROTECTIONS, Protection
 
@@ -17,18 +19,36 @@ T = TypeVar("T")
 class Plan:
     """What was asked for, checked: a run never differs from its plan.
 
-    ``partition`` is None at ``local``, where nothing is split.
+    ``partition`` is None at ``local``, where nothing is split. ``dtype`` is what this side computes in,
+    ``worker_dtype`` what was asked for and a worker started here computes in. ``threads``: None is torch's own choice.
     """
 
     protection: Protection
     partition: Partition | None
     dtype: DtypeName
-    wire_dtype: DtypeName
+    worker_dtype: ComputeDtype
+    wire_dtype: WireDtype
     prefill_chunk: int
+    micro_batches: int
+    compiled_kernels: bool
+    threads: int | None
+    deadline_s: float
 
     @classmethod
-    def check(cls, *, protection: str, partition: str, dtype: str, wire_dtype: str | None, prefill_chunk: int) -> Plan:
-        """Look up every name. Raises OptionError that lists what there is."""
+    def check(
+        cls,
+        *,
+        protection: str,
+        partition: str,
+        dtype: str,
+        wire_dtype: str | None,
+        prefill_chunk: int,
+        micro_batches: int = 1,
+        compiled_kernels: bool = True,
+        threads: int | None = None,
+        deadline_s: float = 300.0,
+    ) -> Plan:
+        """Look up every name and hold every number against its range. Raises OptionError that says what is possible."""
         chosen = _named("protection", protection, PROTECTIONS)
         split = _named("partition", partition, PARTITIONS)
         if chosen.uses_worker and split.name not in chosen.partitions:
@@ -36,13 +56,35 @@ class Plan:
             raise OptionError(f"protection {chosen.name} cannot use partition {split.name}: use {allowed}")
         if prefill_chunk < 1:
             raise OptionError(f"the prefill chunk must be at least 1 row, not {prefill_chunk}")
+        if micro_batches < 1:
+            raise OptionError(f"there must be at least 1 micro-batch, not {micro_batches}")
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads must be at least 1, not {threads}")
+        if not 0 < deadline_s < math.inf:
+            raise OptionError(f"the deadline must be a positive number of seconds, not {deadline_s}")
+        asked = _named("dtype", dtype, {name: name for name in COMPUTE_DTYPES})
+        if asked == "int8" and not chosen.uses_worker:
+            raise OptionError(f"dtype int8 is a worker's, and protection {chosen.name} uses no worker: use bfloat16")
+        here = float_dtype(asked)
         return cls(
             protection=chosen,
             partition=split if chosen.uses_worker else None,
-            dtype=_named("dtype", dtype, {name: name for name in DTYPE_NAMES}),
-            wire_dtype=_named("wire dtype", wire_dtype or dtype, {name: name for name in DTYPE_NAMES}),
+            dtype=here,
+            worker_dtype=asked,
+            wire_dtype=_named("wire dtype", wire_dtype or here, {name: name for name in WIRE_DTYPES}),
             prefill_chunk=prefill_chunk,
+            micro_batches=micro_batches,
+            compiled_kernels=compiled_kernels,
+            threads=threads,
+            deadline_s=deadline_s,
         )
+
+
+def refuse_unused(why: str, given: Mapping[str, object]) -> None:
+    """Raises OptionError that names what was given although it would play no part. None and False are not given."""
+    unused = [name for name, value in given.items() if value is not None and value is not False]
+    if unused:
+        raise OptionError(f"{why}: leave out {', '.join(unused)}")
 
 
 def _named(what: str, name: str, table: dict[str, T]) -> T:

@@ -9,27 +9,25 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqp.app.llm import LLM, Completion
-from tsqp.trusted.stats import CallKind, CallStats, Stats, total
+from tsqp.app.trace import communication_share
+from tsqp.model.meter import CallKind
+from tsqp.trusted.stats import CallStats, Stats, total
 
-CALL_TITLES = {"embedding": "embedding", "linear": "linear", "matmul": "matmul", "lm_head": "LM head"}
+CALL_TITLES = {
+    "embedding": "embedding",
+    "linear": "linear",
+    "matmul": "matmul",
+    "layer": "whole layers",
+    "lm_head": "LM head",
+}
 OPERATOR_TITLES = {"rms_norm": "RMSNorm", "rotary": "rotary", "softmax": "softmax", "silu": "SiLU"}
 
 
 def announce(llm: LLM, console: Console) -> None:
-    """State the mode before anything is computed: protection, partition, and the address and transport in use."""
+    """State what the handshake has shown: the worker's device, the transport and the address in use."""
     plan, session = llm.plan, llm.session
     if session is None or plan.partition is None:
-        console.print(
-            f"protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}",
-            style="dim",
-            soft_wrap=True,
-        )
         return
-    console.print(
-        f"warning: protection {plan.protection.name}: the worker sees {plan.protection.worker_sees}",
-        style="yellow",
-        soft_wrap=True,
-    )
     console.print(
         f"partition {plan.partition.name}, {plan.dtype}, wire {plan.wire_dtype}; worker on {session.welcome.device} in "
         f"{session.welcome.dtype} over {session.channel.transport}, {session.channel.address}",
@@ -50,7 +48,7 @@ def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
         "partition": None if plan.partition is None else plan.partition.name,
         "transport": None if session is None else session.channel.transport,
         "address": None if session is None else session.channel.address,
-        "dtype": plan.dtype,
+        "dtype": plan.worker_dtype,
         "wire_dtype": None if session is None else plan.wire_dtype,
         "device": "cpu" if session is None else session.welcome.device,
         "stats": llm.stats.as_dict(),
@@ -68,14 +66,17 @@ def print_stats(stats: Stats, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    share = None if stats.trace is None else communication_share(stats.trace)
+    if share is not None:
+        console.print(f"communication: {share:.1%} of the time, neither side computing", highlight=False)
 
 
 def _call_table(stats: Stats) -> Table:
-    columns = ["calls", "RPC", "serialise", "deserialise", "sent MB", "received MB"]
+    columns = ["calls", "RPC", "serialise", "deserialise", "worker", "sent MB", "received MB"]
     table = _table("calls to the worker, times in ms", columns)
     made = {CALL_TITLES[kind]: call for kind, call in stats.calls.items() if call.count}
     for title, c in {**made, "all": total(stats.calls.values())}.items():
-        times = (f"{seconds * 1e3:.1f}" for seconds in (c.rpc_s, c.serialise_s, c.deserialise_s))
+        times = (f"{seconds * 1e3:.1f}" for seconds in (c.rpc_s, c.serialise_s, c.deserialise_s, c.worker_s))
         table.add_row(title, f"{c.count}", *times, f"{c.bytes_sent / 1e6:.2f}", f"{c.bytes_received / 1e6:.2f}")
     return table
 

@@ -5,6 +5,7 @@ A hint for a person, not evidence: the host can fake all of it. Only attestation
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 GUEST_DEVICES = {"tdx_guest": "Intel TDX", "tdx-guest": "Intel TDX", "sev-guest": "AMD SEV-SNP"}
@@ -13,9 +14,17 @@ GUEST_DEVICES = {"tdx_guest": "Intel TDX", "tdx-guest": "Intel TDX", "sev-guest"
 def detect_tee(root: Path = Path("/")) -> str | None:
     """``Intel TDX``, ``AMD SEV-SNP`` or ``Gramine (...)``, and None where nothing of the kind is seen."""
     attestation = root / "dev/attestation/attestation_type"
-    if attestation.exists():
-        return f"Gramine (SGX attestation: {attestation.read_text().strip() or 'unknown'})"
+    if os.path.lexists(attestation):
+        return f"Gramine (SGX attestation: {_first_word(attestation) or 'unknown'})"
     for device, name in GUEST_DEVICES.items():
         if (root / "dev" / device).exists():
             return name
     return None
+
+
+def _first_word(path: Path) -> str:
+    """Of a file's text; empty when it cannot be read."""
+    try:
+        return (path.read_text(errors="replace").split() or [""])[0]
+    except OSError:
+        return ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, tensor_shapes
+from tsqp.errors import CorruptCheckpoint
 from tsqp.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ class TextFormat:
     special_tokens: dict[str, str] = field(default_factory=dict)
 
 
-class Checkpoint(Protocol):
+class Checkpoint(ABC):
     """Weights by their Hugging Face names, read on demand.
 
     Names are those of transformers' Llama: ``model.embed_tokens.weight``, ``model.layers.0.self_attn.q_proj.weight``,
@@ -33,19 +36,27 @@ class Checkpoint(Protocol):
     Q and K rows in the half-rotation order of transformers.
     """
 
-    @property
-    def name(self) -> str:
-        """As the user typed it."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
+    def __init__(self, spec: ModelSpec, where: str) -> None:
+        self.spec = spec
+        self.shapes = tensor_shapes(spec)  # of every tensor, by name
+        self._where = where
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in the file's dtype (dequantised to float32 from quantised GGUF blocks), possibly memory-mapped.
 
-        Raises CorruptCheckpoint when it is missing or has not the shape that ``spec`` asks for.
+        A tied LM head is the embedding. Raises CorruptCheckpoint when the model has no such tensor.
         """
+        if name == LM_HEAD and self.spec.tied_embeddings:
+            name = EMBEDDING
+        if name not in self.shapes:
+            raise CorruptCheckpoint(f"{self._where}: this model has no tensor {name}")
+        return self._read(name)
 
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor that is in ``shapes``."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """64 hex digits over the spec and over samples of every tensor's bytes.
 
@@ -53,5 +64,6 @@ class Checkpoint(Protocol):
         the same; another file format or dtype gives another.
         """
 
+    @abstractmethod
     def text_format(self) -> TextFormat:
         """Tokenizer, template and end tokens. Raises UnsupportedModel for a tokenizer kind that is not implemented."""

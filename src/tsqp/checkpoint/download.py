@@ -1,7 +1,8 @@
 """A file of a known hash from a Python package index.
 
-The index is not trusted: it says where the file lies, and the pinned SHA-256 decides whether it is the file. Error
-texts name the host only, because the address of a private index may hold a password.
+The index is not trusted: it says where the file lies, and the pinned SHA-256 decides whether it is the file. No more
+is read than the pinned length, and 4 MiB of the index. Error texts name the host only, because the address of a private
+index may hold a password.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urljoin, urlsplit
 
 from tsqp.errors import FetchError
 
 _TIMEOUT_S = 30
 _PYPI = "https://pypi.org/simple"
+_PAGE_BYTES = 4 << 20  # of one project's page; the largest projects have about one
 
 
 @dataclass(frozen=True)
@@ -51,24 +54,29 @@ def download_from_index(project: str, file: PinnedFile, directory: Path, *, prog
     disk is full.
     """
     page_url = f"{index_url().rstrip('/')}/{project}/"
-    page = _retrieve(page_url, None, directory / "index.html", progress=False)
+    page = _retrieve(page_url, None, directory / "index.html", _PAGE_BYTES, progress=False)
     link = _find_link(page.read_text(encoding="utf-8", errors="replace"), file.name)
     page.unlink()
     if link is None:
         raise FetchError(f"the index at {_host(page_url)} has no {file.name}")
-    return _retrieve(urljoin(page_url, link), file.sha256, directory / file.name, progress=progress)
+    return _retrieve(urljoin(page_url, link), file.sha256, directory / file.name, file.size, progress=progress)
 
 
-def _retrieve(url: str, sha256: str | None, path: Path, *, progress: bool) -> Path:
+def _retrieve(url: str, sha256: str | None, path: Path, max_bytes: int, *, progress: bool) -> Path:
     import pooch
     import requests.exceptions
 
     pooch.get_logger().setLevel("WARNING")  # it would announce every file
     bar = progress and sys.stderr.isatty()
-    downloader = pooch.HTTPDownloader(timeout=_TIMEOUT_S, progressbar=bar)
+    http = pooch.HTTPDownloader(timeout=_TIMEOUT_S, progressbar=bar)
+
+    def download(url: str, temporary: str, pooch_: object) -> None:
+        with Path(temporary).open("wb") as file:
+            http(url, _Bounded(file, max_bytes, f"{path.name} from {_host(url)}"), pooch_)
+
     known_hash = None if sha256 is None else f"sha256:{sha256}"
     try:
-        pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, downloader=downloader)
+        pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, downloader=download)
     except requests.exceptions.RequestException as error:
         reason = type(error).__name__
         if error.response is not None:
@@ -78,6 +86,25 @@ def _retrieve(url: str, sha256: str | None, path: Path, *, progress: bool) -> Pa
     except ValueError as error:  # pooch's only way to report a wrong hash
         raise FetchError(f"{path.name} from {_host(url)} has not the pinned SHA-256") from error
     return path
+
+
+class _Bounded:
+    """A file that takes ``max_bytes`` and no more: the sender decides how much comes."""
+
+    def __init__(self, file: IO[bytes], max_bytes: int, what: str) -> None:
+        self._file = file
+        self._left_bytes = max_bytes
+        self._what = what
+
+    def write(self, piece: bytes) -> None:
+        """Raises FetchError for the first byte too many."""
+        self._left_bytes -= len(piece)
+        if self._left_bytes < 0:
+            raise FetchError(f"{self._what} is longer than it may be")
+        self._file.write(piece)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _host(url: str) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
 from tsqp.checkpoint.gguf_file import GgufFile
 from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, spec_from_gguf
-from tsqp.checkpoint.shapes import EMBEDDING, FINAL_NORM, LM_HEAD, check_stored_shapes, tensor_shapes
-from tsqp.errors import CorruptCheckpoint
-from tsqp.spec.model import ModelSpec
+from tsqp.checkpoint.shapes import EMBEDDING, FINAL_NORM, LM_HEAD, check_stored_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -32,49 +30,35 @@ _LAYER_NAMES = {
 }
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(Checkpoint):
     """Opening reads the metadata and holds the tensors' shapes against it; a tensor is dequantised at every call.
 
     Raises CheckpointNotFound, CorruptCheckpoint or UnsupportedModel when the file cannot be used.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self._name = name if name is not None else str(path)
+    def __init__(self, path: Path) -> None:
         self.file = GgufFile(path)
-        self._spec = spec_from_gguf(self.file)
-        self._shapes = tensor_shapes(self._spec)
-        self._gguf_names = {hf: gguf_name(hf) for hf in self._shapes}
-        expected = {self._gguf_names[hf]: shape for hf, shape in self._shapes.items()}
+        super().__init__(spec_from_gguf(self.file), str(path))
+        self._gguf_names = {hf: gguf_name(hf) for hf in self.shapes}
+        expected = {self._gguf_names[hf]: shape for hf, shape in self.shapes.items()}
         check_stored_shapes(expected, self.file.shapes(), {ROPE_FACTORS}, str(path))
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    def tensor(self, name: str) -> torch.Tensor:
+    def _read(self, name: str) -> torch.Tensor:
         """One tensor: float32, float16 and bfloat16 as stored, quantised blocks as the float32 they stand for."""
-        if name == LM_HEAD and self._spec.tied_embeddings:
-            name = EMBEDDING
-        if name not in self._shapes:
-            raise CorruptCheckpoint(f"{self.file.path}: this model has no tensor {name}")
         tensor = self.file.tensor(self._gguf_names[name])
         if self._rows_are_interleaved:
             if "self_attn.q_proj" in name:
-                return _to_half_rotation(tensor, self._spec.num_heads)
+                return _to_half_rotation(tensor, self.spec.num_heads)
             if "self_attn.k_proj" in name:
-                return _to_half_rotation(tensor, self._spec.num_kv_heads)
+                return _to_half_rotation(tensor, self.spec.num_kv_heads)
         return tensor
 
     def fingerprint(self) -> str:
         """Over the bytes of this file, so it differs from that of the same model in another format."""
         file, names = self.file, self._gguf_names
         return fingerprint(
-            self._spec,
-            (RawTensor(hf, file.dtype(name), self._shapes[hf], file.raw(name)) for hf, name in names.items()),
+            self.spec,
+            (RawTensor(hf, file.dtype(name), self.shapes[hf], file.raw(name)) for hf, name in names.items()),
         )
 
     def text_format(self) -> TextFormat:

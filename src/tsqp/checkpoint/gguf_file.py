@@ -55,8 +55,13 @@ class GgufFile:
         """A float. The file has 32 bits of it: the shortest decimal that rounds to them is what the author wrote."""
         return float(str(np.float32(self._value(key, (int, float), default))))
 
-    def array(self, key: str) -> list[Any]:
-        return list(self._value(key, list, None))
+    def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
+        """A list of values of one kind."""
+        values = list(self._value(key, list, None))
+        wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, kind)), None)
+        if wrong is not None:
+            raise CorruptCheckpoint(f"{self.path}: {key} holds a value of the wrong type ({type(wrong).__name__})")
+        return values
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, outermost dimension first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tsqp.checkpoint.shapes import check_layers
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 from tsqp.spec.model import Architecture, ModelSpec, RopeSpec
 
@@ -29,7 +30,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         raise UnsupportedModel(f"{file.path}: a mixture of experts ({name}.expert_count) is not implemented")
     shapes = file.shapes()
     hidden_size = _positive(file, f"{name}.embedding_length")
-    num_layers = _positive(file, f"{name}.block_count")
+    num_layers = check_layers(_positive(file, f"{name}.block_count"), f"{file.path}: {name}.block_count")
     num_heads = _positive(file, f"{name}.attention.head_count")
     num_kv_heads = _positive(file, f"{name}.attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
@@ -134,6 +135,8 @@ def _llama3_rope(file: GgufFile, name: str, theta: float, head_dim: int) -> Rope
     then have to give every stored divisor again. Other divisors are refused: their rule is unknown.
     """
     stored = file.tensor(ROPE_FACTORS).flatten().tolist()
+    if not all(0 < value < math.inf for value in stored):
+        raise CorruptCheckpoint(f"{file.path}: the factors in {ROPE_FACTORS} must be positive numbers")
     if all(value == 1.0 for value in stored):
         return RopeSpec(theta)
     original = file.integer(f"{name}.rope.scaling.original_context_length", 8192)

@@ -53,7 +53,7 @@ class TokenType(IntEnum):
 def text_format_from_gguf(file: GgufFile) -> TextFormat:
     """Raises UnsupportedModel for another kind of vocabulary, by name, CorruptCheckpoint for an inconsistent one."""
     kind = file.text("tokenizer.ggml.model")
-    tokens = [str(token) for token in file.array("tokenizer.ggml.tokens")]
+    tokens: list[str] = file.array("tokenizer.ggml.tokens", str)
     types = _token_types(file, tokens)
     match kind:
         case "gpt2":
@@ -77,8 +77,8 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
 def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
     pattern = _pattern(file)
     merges = []
-    for merge in file.array("tokenizer.ggml.merges"):
-        left, _, right = str(merge).partition(" ")  # the byte-level alphabet has no space of its own
+    for merge in file.array("tokenizer.ggml.merges", str):
+        left, _, right = merge.partition(" ")  # the byte-level alphabet has no space of its own
         merges.append((left, right))
     # Llama 3 looks a whole word up before it merges.
     tokenizer = _tokenizer(file, tokens, merges, ignore_merges=pattern == "llama-bpe")
@@ -103,7 +103,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
 def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
     if file.has("tokenizer.ggml.precompiled_charsmap") or file.flag("tokenizer.ggml.remove_extra_whitespaces", False):
         raise UnsupportedModel(f"{file.path}: a SentencePiece vocabulary with its own normaliser is not implemented")
-    scores = [float(score) for score in file.array("tokenizer.ggml.scores")]
+    scores = [float(score) for score in file.array("tokenizer.ggml.scores", (int, float))]
     if len(scores) != len(tokens):
         raise CorruptCheckpoint(f"{file.path}: {len(scores)} scores for {len(tokens)} tokens")
     unknown = _special_id(file, "unknown", tokens)
@@ -140,9 +140,9 @@ def merges_from_scores(tokens: list[str], scores: list[float], types: list[int])
 
 
 def _tokenizer(file: GgufFile, tokens: list[str], merges: Merges, **options: Any) -> Tokenizer:
-    vocabulary: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        vocabulary.setdefault(token, i)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):  # the library would panic
+        raise CorruptCheckpoint(f"{file.path}: {len(tokens) - len(vocabulary)} tokens of the vocabulary are duplicates")
     try:
         return Tokenizer(BPE(vocab=vocabulary, merges=merges, **options))
     except Exception as error:  # the library raises bare Exceptions
@@ -160,7 +160,7 @@ def _pattern(file: GgufFile) -> str:
 def _token_types(file: GgufFile, tokens: list[str]) -> list[int]:
     if not file.has("tokenizer.ggml.token_type"):
         return [TokenType.NORMAL] * len(tokens)
-    types = [int(kind) for kind in file.array("tokenizer.ggml.token_type")]
+    types: list[int] = file.array("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise CorruptCheckpoint(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
     return types
@@ -188,13 +188,15 @@ def _add_begin_and_end(tokenizer: Tokenizer, file: GgufFile, tokens: list[str], 
     if kind == "gpt2":
         steps.append(processors.ByteLevel(trim_offsets=False))
     if before or after:
-        steps.append(
-            processors.TemplateProcessing(
+        try:
+            around = processors.TemplateProcessing(
                 single=[*before, "$A", *after],
                 pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{t}:1" for t in after)],
                 special_tokens=[(tokens[i], i) for i in (bos, eos) if i is not None],
             )
-        )
+        except ValueError as error:  # a token that reads like a place in the template
+            raise CorruptCheckpoint(f"{file.path}: BOS or EOS cannot be put around a text: {error}") from error
+        steps.append(around)
     if steps:
         tokenizer.post_processor = processors.Sequence(steps)
 

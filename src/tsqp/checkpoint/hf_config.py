@@ -10,11 +10,12 @@ is transformers' mask (``kv_idx > q_idx - sliding_window``, and causal) and the 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tsqp.checkpoint.shapes import check_layers
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 from tsqp.spec.model import ARCHITECTURES, Architecture, ModelSpec, RopeSpec
 
@@ -76,7 +77,8 @@ class _Keys:
             value = default
         if value is None:
             raise CorruptCheckpoint(f"{self._where} has no {key}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        # JSON's integers have no bound, so a float has to be asked for the largest.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise CorruptCheckpoint(f"{self._where}: {key} must be a positive number, not {value!r}")
         return float(value)
 
@@ -96,7 +98,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     _refuse_what_changes_the_computation(config, where)
     keys, defaults = _Keys(config, where), _DEFAULTS[architecture]
     hidden_size = keys.size("hidden_size")
-    num_layers = keys.size("num_hidden_layers")
+    num_layers = check_layers(keys.size("num_hidden_layers"), where)
     num_heads = keys.size("num_attention_heads")
     default_kv_heads = num_heads if "num_key_value_heads" in config else defaults.num_kv_heads or num_heads
     num_kv_heads = keys.size("num_key_value_heads", default_kv_heads)

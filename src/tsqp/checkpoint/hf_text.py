@@ -39,7 +39,8 @@ def read_text_format(directory: Path) -> TextFormat:
 
 def token_id(tokenizer: Mapping[str, Any], token: str | None) -> int | None:
     """The id of a token in a parsed ``tokenizer.json``: among the added tokens first, then in the vocabulary."""
-    for added in tokenizer.get("added_tokens") or ():
+    listed = tokenizer.get("added_tokens")
+    for added in listed if isinstance(listed, list) else ():
         if isinstance(added, dict) and added.get("content") == token and isinstance(added.get("id"), int):
             return int(added["id"])
     model = tokenizer.get("model")
@@ -87,8 +88,8 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     if template is not None and not isinstance(template, str):
         where = directory / "tokenizer_config.json"
         raise CorruptCheckpoint(f"{where}: chat_template must be a string, not {json.dumps(template)[:40]}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
 from tsqp.checkpoint.hf_config import spec_from_config
 from tsqp.checkpoint.hf_text import read_text_format
@@ -25,41 +25,27 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(Checkpoint):
     """Weights stay memory-mapped; opening reads the headers only, and holds them against ``config.json``.
 
     Raises CheckpointNotFound, CorruptCheckpoint or UnsupportedModel when the directory cannot be used.
     """
 
-    def __init__(self, directory: Path, name: str | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._name = name if name is not None else str(directory)
         config_path = directory / "config.json"
         if not config_path.is_file():
             raise CheckpointNotFound(f"{directory} has no config.json: it is not a Hugging Face model directory")
-        self._spec = spec_from_config(read_json_object(config_path), str(config_path))
+        spec = spec_from_config(read_json_object(config_path), str(config_path))
         self._files = {path: _open_safetensors(path) for path in _weight_files(directory)}
         self._file_of = {tensor: path for path, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
-        self._shapes = tensor_shapes(self._spec)
-        self._check_headers()
-        if self._has_its_own_head():
-            self._spec = replace(self._spec, tied_embeddings=False)
-            self._shapes = tensor_shapes(self._spec)
+        self._check_headers(spec)
+        if spec.tied_embeddings and self._has_its_own_head():
+            spec = replace(spec, tied_embeddings=False)
+        super().__init__(spec, str(directory))
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in the file's dtype, memory-mapped. A tied LM head is the embedding."""
-        if name == LM_HEAD and self._spec.tied_embeddings:
-            name = EMBEDDING
-        if name not in self._shapes:
-            raise CorruptCheckpoint(f"{self.directory}: this model has no tensor {name}")
+    def _read(self, name: str) -> torch.Tensor:
+        """In the file's dtype, memory-mapped."""
         path = self._file_of[name]
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
@@ -68,7 +54,7 @@ class HuggingFaceCheckpoint:
         return tensor
 
     def fingerprint(self) -> str:
-        return fingerprint(self._spec, (self._raw(name) for name in self._shapes))
+        return fingerprint(self.spec, (self._raw(name) for name in self.shapes))
 
     def text_format(self) -> TextFormat:
         return read_text_format(self.directory)
@@ -82,32 +68,32 @@ class HuggingFaceCheckpoint:
 
     def _has_its_own_head(self) -> bool:
         """Whether a model that calls its head tied stores another one, which then counts: so does transformers."""
-        if not self._spec.tied_embeddings or LM_HEAD not in self._file_of:
+        if LM_HEAD not in self._file_of:
             return False
         import torch
 
-        head = self._files[self._file_of[LM_HEAD]].get_tensor(LM_HEAD)
-        return not torch.equal(head, self.tensor(EMBEDDING))
+        return not torch.equal(self._read(LM_HEAD), self._read(EMBEDDING))
 
-    def _check_headers(self) -> None:
+    def _check_headers(self, spec: ModelSpec) -> None:
         """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the spec asks for."""
+        shapes = tensor_shapes(spec)
         stored: dict[str, tuple[int, ...]] = {}
         for name, path in self._file_of.items():
             header = self._files[path].get_slice(name)
             stored[name] = tuple(header.get_shape())
-            if name in self._shapes and header.get_dtype() not in _DTYPES:
+            if name in shapes and header.get_dtype() not in _DTYPES:
                 raise UnsupportedModel(
                     f"{path}: {name} is stored as {header.get_dtype()}; supported are float32, float16 and bfloat16"
                 )
         # Older exports store the rotary frequencies, and some store a tied head a second time.
         ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-        if self._spec.tied_embeddings:
+        if spec.tied_embeddings:
             ignored.add(LM_HEAD)
             if stored.get(LM_HEAD, stored.get(EMBEDDING)) != stored.get(EMBEDDING):
                 raise CorruptCheckpoint(
                     f"{self.directory}: {LM_HEAD} has shape {stored[LM_HEAD]}, unlike the embedding"
                 )
-        check_stored_shapes(self._shapes, stored, ignored, str(self.directory))
+        check_stored_shapes(shapes, stored, ignored, str(self.directory))
 
 
 def _weight_files(directory: Path) -> list[Path]:

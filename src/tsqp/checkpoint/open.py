@@ -48,16 +48,16 @@ def open_checkpoint(model: str) -> Checkpoint:
         from tsqp.checkpoint.synthetic import SyntheticCheckpoint
 
         return SyntheticCheckpoint(place)
-    return _open_path(Path(place), model)
+    return _open_path(Path(place))
 
 
-def _open_path(path: Path, name: str) -> Checkpoint:
+def _open_path(path: Path) -> Checkpoint:
     if path.is_dir():
         from tsqp.checkpoint.huggingface import HuggingFaceCheckpoint
 
-        return HuggingFaceCheckpoint(path, name)
+        return HuggingFaceCheckpoint(path)
     if path.suffix.lower() == ".gguf":
         from tsqp.checkpoint.gguf import GgufCheckpoint
 
-        return GgufCheckpoint(path, name)
+        return GgufCheckpoint(path)
     raise UnsupportedModel(f"{path} is neither a directory nor a .gguf file; give {_KINDS}")

@@ -11,6 +11,7 @@ from tsqp.spec.model import ModelSpec
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+MAX_LAYERS = 1024  # the largest models have some 130; a damaged number must not keep anyone busy
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -33,6 +34,13 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 if group.bias:
                     shapes[part_tensor(layer, part, "bias")] = (rows,)
     return shapes
+
+
+def check_layers(count: int, where: str) -> int:
+    """The number of layers. Raises UnsupportedModel when it is beyond reason."""
+    if count > MAX_LAYERS:
+        raise UnsupportedModel(f"{where}: {count} layers are not implemented; at most {MAX_LAYERS} are")
+    return count
 
 
 def check_stored_shapes(

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import spec_json
-from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, tensor_shapes
-from tsqp.errors import CheckpointNotFound, CorruptCheckpoint
+from tsqp.errors import CheckpointNotFound
 from tsqp.spec.model import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
@@ -108,34 +107,20 @@ SHAPES: dict[str, ModelSpec] = {
 }
 
 
-class SyntheticCheckpoint:
+class SyntheticCheckpoint(Checkpoint):
     """``synthetic:NAME``; the name's case does not matter. Raises CheckpointNotFound, with the known names."""
 
     def __init__(self, model: str) -> None:
-        self._name = model
         self._shape_name = model.removeprefix("synthetic:").lower()
         if self._shape_name not in SHAPES:
             raise CheckpointNotFound(f"no synthetic model {model!r}; there are {', '.join(SHAPES)}")
-        self._spec = SHAPES[self._shape_name]
-        self._shapes = tensor_shapes(self._spec)
+        super().__init__(SHAPES[self._shape_name], model)
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    def tensor(self, name: str) -> torch.Tensor:
+    def _read(self, name: str) -> torch.Tensor:
         """Made anew at every call, bfloat16: ones for a norm, random values for a matrix."""
         import torch
 
-        if name == LM_HEAD and self._spec.tied_embeddings:
-            name = EMBEDDING
-        shape = self._shapes.get(name)
-        if shape is None:
-            raise CorruptCheckpoint(f"{self._name}: this model has no tensor {name}")
+        shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
         seed = hashlib.sha256(f"{GENERATOR_VERSION}/{self._shape_name}/{name}".encode()).digest()
@@ -144,7 +129,7 @@ class SyntheticCheckpoint:
 
     def fingerprint(self) -> str:
         made_from = f"synthetic {GENERATOR_VERSION} {self._shape_name} ".encode()
-        return hashlib.sha256(made_from + spec_json(self._spec)).hexdigest()
+        return hashlib.sha256(made_from + spec_json(self.spec)).hexdigest()
 
     def text_format(self) -> TextFormat:
         """Bytes as tokens: ids 0 to 255. Larger ids decode to nothing, and nothing ends a generation."""

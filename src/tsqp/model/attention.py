@@ -5,43 +5,105 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+BLOCK_ROWS = 128  # queries of one block: its scores, heads × 128 × keys, still fit the cache
+
 
 def first_visible(position: int, window: int | None) -> int:
     """The first key that the query at ``position`` attends to."""
     return 0 if window is None else max(0, position - window + 1)
 
 
-def causal_mask(position: int, rows: int, first_key: int, keys: int, window: int | None) -> torch.Tensor:
+def causal_mask(
+    position: int, rows: int, first_key: int, keys: int, window: int | None, device: torch.device | None = None
+) -> torch.Tensor:
     """True where a query may look: bool (rows, keys) for queries from ``position`` and keys from ``first_key``."""
-    query = torch.arange(position, position + rows).unsqueeze(1)
-    key = torch.arange(first_key, first_key + keys).unsqueeze(0)
+    query = torch.arange(position, position + rows, device=device).unsqueeze(1)
+    key = torch.arange(first_key, first_key + keys, device=device).unsqueeze(0)
     mask = key <= query
     return mask if window is None else mask & (key > query - window)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, first_key: int, window: int | None
-) -> torch.Tensor:
-    """Softmax(Q·Kᵀ/√d)·V without materialised scores.
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    first_key: int,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Softmax(Q·Kᵀ/√d)·V.
 
-    ``q`` (T, heads, head_dim) at positions from ``position``; ``k``, ``v`` (kv_heads, keys, head_dim) at positions
-    from ``first_key``. Returns (T, heads, head_dim).
+    ``q`` (heads, T, head_dim) at positions from ``position``; ``k``, ``v`` (kv_heads, keys, head_dim) at positions
+    from ``first_key``; ``out`` (T, heads, head_dim).
     """
-    rows, heads, head_dim = q.shape
-    kv_heads, keys, _ = k.shape
-    if rows == 1:  # a decode step sees every key; the heads of a group share their keys as rows of one product
-        grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k[None], v[None]).reshape(1, heads, head_dim)
+    if q.shape[1] == 1:
+        _attend_one(q, k, v, out)
+    elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and not fused_is_fast():
+        _attend_in_blocks(q, k, v, position, first_key, window, out)
+    else:
+        _attend_fused(q, k, v, position, first_key, window, out)
+
+
+def fused_is_fast() -> bool:
+    """torch's fused kernel multiplies bfloat16 on AMX tiles, and where there are none in float32, far slower."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    """A decode step sees every key; the heads of a group share their keys as rows of one product."""
+    heads, _, head_dim = q.shape
+    kv_heads = k.shape[0]
+    grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
+    out.copy_(F.scaled_dot_product_attention(grouped, k[None], v[None]).view(1, heads, head_dim))
+
+
+def _attend_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    first_key: int,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """torch's own kernel, which never materialises the scores."""
+    rows, keys = q.shape[1], k.shape[1]
     whole = position == first_key and rows == keys and (window is None or rows <= window)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
+    mixed = F.scaled_dot_product_attention(
+        q[None],
         k[None],
         v[None],
-        attn_mask=None if whole else causal_mask(position, rows, first_key, keys, window),
+        attn_mask=None if whole else causal_mask(position, rows, first_key, keys, window, q.device),
         is_causal=whole,
-        enable_gqa=heads != kv_heads,
+        enable_gqa=len(q) != len(k),
     )
-    return out[0].transpose(0, 1)  # (T, heads, head_dim)
+    out.copy_(mixed[0].transpose(0, 1))
+
+
+def _attend_in_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    first_key: int,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Block by block of queries, with bfloat16 products over the keys that the block can see."""
+    rows = q.shape[1]
+    scaled = q * q.shape[2] ** -0.5
+    for start in range(0, rows, BLOCK_ROWS):
+        end = min(start + BLOCK_ROWS, rows)
+        low = max(first_key, first_visible(position + start, window)) - first_key
+        high = position + end - first_key
+        scores = score_product(scaled[:, start:end], k[:, low:high])  # (heads, block, keys seen)
+        # Without a window only the last `block` keys can be in the future of a query.
+        edge = low if window is not None else max(low, high - (end - start))
+        mask = causal_mask(position + start, end - start, first_key + edge, high - edge, window)
+        scores[:, :, edge - low :].masked_fill_(~mask, float("-inf"))
+        mixed = value_product(torch.softmax(scores, dim=-1), v[:, low:high])
+        out[start:end] = mixed.transpose(0, 1)
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -50,19 +112,20 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.softmax(wide, dim=-1).to(scores.dtype)
 
 
-def score_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Q·Kᵀ: q (heads, rows, head_dim), k (kv_heads, keys, head_dim) to (heads, rows, keys)."""
-    return _grouped_product(q, k.transpose(1, 2))
+def score_product(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Q·Kᵀ: q (heads, rows, head_dim), k (kv_heads, keys, head_dim) to (heads, rows, keys), in ``out`` if given."""
+    return _grouped_product(q, k.transpose(1, 2), out)
 
 
-def value_product(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def value_product(p: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Probabilities·V: p (heads, rows, keys), v (kv_heads, keys, head_dim) to (heads, rows, head_dim)."""
-    return _grouped_product(p, v)
+    return _grouped_product(p, v, out)
 
 
-def _grouped_product(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+def _grouped_product(x: torch.Tensor, shared: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Heads of a group share their right factor: (heads, rows, n) · (kv_heads, n, m) to (heads, rows, m)."""
     heads, rows, inner = x.shape
-    kv_heads = shared.shape[0]
-    grouped = x.reshape(kv_heads, heads // kv_heads * rows, inner)
-    return torch.bmm(grouped, shared).view(heads, rows, -1)
+    kv_heads, _, columns = shared.shape
+    shape = (kv_heads, heads // kv_heads * rows, columns)
+    product = torch.bmm(x.reshape(kv_heads, -1, inner), shared, out=None if out is None else out.view(shape))
+    return product.view(heads, rows, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,19 @@ def group_keys(spec: ModelSpec) -> list[GroupKey]:
     return [*keys, ("lm_head", None)]
 
 
+class LinearProduct(Protocol):
+    """One linear group that can be multiplied by, whatever its weights are kept as."""
+
+    @property
+    def group(self) -> LinearGroup: ...
+
+    def input(self, rows: int) -> torch.Tensor:
+        """Uninitialised memory for an input of this group: (rows, in_features)."""
+
+    def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``x Wᵀ + b`` for x (T, in_features): all parts, or one; written to ``out`` if given."""
+
+
 @dataclass(frozen=True)
 class LinearWeights:
     """``weight`` (out_features, in_features) with the parts concatenated, ``bias`` (out_features,) or None."""
@@ -28,11 +42,25 @@ class LinearWeights:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def product(self, x: torch.Tensor, part: int | None = None) -> torch.Tensor:
-        """``x Wᵀ + b`` for x (T, in_features) of the weight's dtype: all parts, or one."""
+    def input(self, rows: int) -> torch.Tensor:
+        """Uninitialised memory for an input of this group: (rows, in_features), of the weight's dtype."""
+        return self.weight.new_empty(rows, self.group.in_features)
+
+    def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``x Wᵀ + b`` for x (T, in_features) of the weight's dtype: all parts, or one; written to ``out`` if given."""
         first, end = self.group.part_rows(part)
+        weight = self.weight[first:end]
         bias = None if self.bias is None else self.bias[first:end]
-        return F.linear(x, self.weight[first:end], bias)
+        if out is None:
+            return F.linear(x, weight, bias)
+        return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def load_groups(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[GroupKey, LinearWeights]:
+    """Read every group of a checkpoint. Raises CorruptCheckpoint."""
+    return {key: load_group(checkpoint, key, dtype, device) for key in group_keys(checkpoint.spec)}
 
 
 def load_group(

@@ -35,18 +35,18 @@ def _llama3(base: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
 class Rotary:
     """Cosine and sine tables for every position of the context, in the compute dtype."""
 
-    def __init__(self, rope: RopeSpec, head_dim: int, dtype: torch.dtype) -> None:
-        self._inverse = inverse_frequencies(rope, head_dim)
+    def __init__(self, rope: RopeSpec, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._inverse = inverse_frequencies(rope, head_dim).to(device)
         self._dtype = dtype
 
     def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for int64 positions (T,): each (T, 1, head_dim), ready to broadcast over heads."""
-        angles = torch.outer(positions.float(), self._inverse)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        """Cosine and sine for int64 positions (T,): (T, head_dim) each."""
+        angles = torch.outer(positions.to(self._inverse), self._inverse)
+        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x`` (T, heads, head_dim) by the tables of its positions."""
+    """Rotate ``x`` (T, heads, head_dim) by the tables of its positions, (T, head_dim) each."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)

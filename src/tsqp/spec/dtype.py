@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 ITEM_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# What a worker computes its linear layers in: int8 has integer weights and activations, the rest is bfloat16.
+ComputeDtype = Literal["float32", "bfloat16", "float16", "int8"]
+COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+
+# What float payloads cross the line as: int8 is rows of digits, each with one float32 scale.
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+SCALE_BYTES = 4
+
+
+def payload_bytes(wire: WireDtype, shape: tuple[int, ...]) -> int:
+    """The size of a float payload: it follows from the tensor's shape, so a receiver knows it before it looks."""
+    if wire == "int8":
+        return math.prod(shape[:-1]) * SCALE_BYTES + math.prod(shape)
+    return math.prod(shape) * ITEM_BYTES[wire]
+
+
+def float_dtype(dtype: ComputeDtype) -> DtypeName:
+    """What is computed in beside the linear layers: the dtype itself, and bfloat16 beside int8."""
+    return "bfloat16" if dtype == "int8" else dtype

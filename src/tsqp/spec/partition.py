@@ -11,18 +11,21 @@ class Partition:
 
     ``split_groups``: one call per matrix instead of one per linear group. ``remote_attention``: Q·Kᵀ and
     probabilities·V run on the worker, softmax between them on the trusted side. ``remote_embedding``: the worker
-    looks up the embedding, so it receives the token ids.
+    looks up the embedding, so it receives the token ids. ``whole_layers``: one call per layer, nothing but token ids
+    and logits crosses, and the KV cache is the worker's.
     """
 
     name: str
     split_groups: bool
     remote_attention: bool
     remote_embedding: bool
-    worker_runs: str
+    whole_layers: bool = False
 
     @property
     def calls_per_layer(self) -> int:
         """Calls of one layer for one sequence in one chunk."""
+        if self.whole_layers:
+            return 1
         return (7 if self.split_groups else 4) + (2 if self.remote_attention else 0)
 
     def calls_per_pass(self, layers: int, chunks: int = 1) -> int:
@@ -33,14 +36,13 @@ class Partition:
 PARTITIONS: dict[str, Partition] = {
     p.name: p
     for p in (
-        Partition(
-            "op",
-            True,
-            True,
-            True,
-            "every linear layer and attention product, one call each; embedding; LM head",
-        ),
-        Partition("batched", False, True, True, "the same with Q, K, V in one call and gate, up in one call"),
-        Partition("linear", False, False, False, "linear layers and LM head; attention and embedding stay trusted"),
+        # Every linear layer and attention product, one call each; embedding; LM head.
+        Partition("op", split_groups=True, remote_attention=True, remote_embedding=True),
+        # The same with Q, K, V in one call and gate, up in one call.
+        Partition("batched", split_groups=False, remote_attention=True, remote_embedding=True),
+        # Linear layers and LM head; attention, KV cache and embedding stay trusted.
+        Partition("linear", split_groups=False, remote_attention=False, remote_embedding=False),
+        # The whole model state; only the text, its tokens and the sampler stay trusted.
+        Partition("layer", split_groups=False, remote_attention=True, remote_embedding=True, whole_layers=True),
     )
 }

@@ -24,7 +24,7 @@ PROTECTIONS: dict[str, Protection] = {
         Protection(
             "open",
             "the activations in clear: prompts can be recovered from them",
-            ("op", "batched", "linear"),
+            ("op", "batched", "linear", "layer"),
         ),
         Protection("local", "nothing: there is no worker, everything runs in this process", ()),
     )

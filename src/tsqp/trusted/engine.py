@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from tsqp.errors import NumericError, PromptError
+from tsqp.model.batch import Batch
+from tsqp.model.pending import Steps, run
 from tsqp.spec.model import ModelSpec
-from tsqp.trusted.batch import Batch
-from tsqp.trusted.cache import KVCache
-from tsqp.trusted.decoder import Decoder
-from tsqp.trusted.pending import run
 from tsqp.trusted.sampling import Sampler
 from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
@@ -28,11 +28,22 @@ class NewToken:
     finish_reason: str | None  # "stop": an end token (itself not part of the text); "length"; None: goes on
 
 
+class PassDecoder(Protocol):
+    """What the engine needs of a decoder; sequences are known by caches that the decoder makes."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def new_cache(self) -> Any: ...
+
+    def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]: ...
+
+
 @dataclass
 class _Sequence:
     index: int
     tokens: list[int]
-    cache: KVCache
+    cache: Any  # the decoder's
     sampler: Sampler
     generated: int = 0
     finished: bool = False
@@ -42,10 +53,10 @@ class _Sequence:
 class Engine:
     """Runs prompts through a decoder. ``eos_token_ids`` end a sequence unless it ignores them."""
 
-    decoder: Decoder
+    decoder: PassDecoder
     eos_token_ids: tuple[int, ...]
     stats: Stats
-    _stopped: set[int] = field(default_factory=set)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def spec(self) -> ModelSpec:
@@ -66,34 +77,19 @@ class Engine:
     def logits(self, prompt: Sequence[int]) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
         self.check_prompt(prompt)
-        with torch.inference_mode():
-            return run(self.decoder.forward(Batch([prompt], [self._cache()], every_row=True)))
+        return self._run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[NewToken]:
-        """Generate for all prompts together, token by token, in the order they come.
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
+        """All prompts together. Several generations may be open at once and take turns.
 
-        Raises PromptError before anything is sent, NumericError and any ChannelError on the way; tokens yielded
-        before stand.
+        Raises PromptError before anything is sent.
         """
         for prompt in prompts:
             self.check_prompt(prompt)
-        self._stopped.clear()
-        live = [_Sequence(index, list(prompt), self._cache(), Sampler(params)) for index, prompt in enumerate(prompts)]
-        fresh: list[list[int]] = [sequence.tokens[:] for sequence in live]
-        prefill = True
-        while live:
-            logits = self._forward(live, fresh, prefill=prefill)
-            for sequence, row in zip(live, logits, strict=True):
-                yield self._extend(sequence, row, params)
-            live = [s for s in live if not s.finished and s.index not in self._stopped]
-            fresh = [sequence.tokens[-1:] for sequence in live]
-            prefill = False
+        return Generation(self, prompts, params)
 
-    def stop(self, sequence: int) -> None:
-        """End one sequence of the running ``generate`` early, for instance at a stop string."""
-        self._stopped.add(sequence)
-
-    def _extend(self, sequence: _Sequence, logits: torch.Tensor, params: SamplingParams) -> NewToken:
+    def extend(self, sequence: _Sequence, logits: torch.Tensor, params: SamplingParams) -> NewToken:
+        """Choose the next token of a sequence from its logits (vocab_size,)."""
         token = sequence.sampler.choose(logits, sequence.tokens)
         sequence.tokens.append(token)
         sequence.generated += 1
@@ -108,13 +104,15 @@ class Engine:
         full = len(sequence.tokens) >= self.spec.max_positions
         return "length" if full or sequence.generated >= params.max_tokens else None
 
-    def _forward(self, live: Sequence[_Sequence], fresh: Sequence[Sequence[int]], *, prefill: bool) -> torch.Tensor:
+    def forward(self, live: Sequence[_Sequence], fresh: Sequence[Sequence[int]], *, prefill: bool) -> torch.Tensor:
+        """Logits (sequences, vocab_size) after the ``fresh`` tokens of each sequence. Raises NumericError."""
         start = time.perf_counter()
-        with torch.inference_mode():
-            logits = run(self.decoder.forward(Batch(fresh, [sequence.cache for sequence in live])))
+        logits = self._run(Batch(fresh, [sequence.cache for sequence in live]))
         if not torch.isfinite(logits).all():
             raise NumericError("the logits are not numbers: broken weights, too narrow a --dtype or a broken worker")
-        elapsed = time.perf_counter() - start
+        end = time.perf_counter()
+        elapsed = end - start
+        self.stats.traced("pass", "prefill" if prefill else "decode", start, end)
         if prefill:
             self.stats.prefill_s += elapsed
             self.stats.prompt_tokens += sum(len(tokens) for tokens in fresh)
@@ -123,5 +121,42 @@ class Engine:
             self.stats.decode_tokens += len(live)
         return logits
 
-    def _cache(self) -> KVCache:
-        return KVCache(self.spec, self.decoder.dtype)
+    def _run(self, batch: Batch[Any]) -> torch.Tensor:
+        """One forward pass; the passes of several threads take turns."""
+        with self._one_at_a_time, torch.inference_mode():
+            return run(self.decoder.forward(batch))
+
+    def new_sequence(self, index: int, prompt: Sequence[int], params: SamplingParams) -> _Sequence:
+        """A sequence of which nothing is computed yet."""
+        return _Sequence(index, list(prompt), self._cache(), Sampler(params))
+
+    def _cache(self) -> Any:
+        return self.decoder.new_cache()
+
+
+class Generation:
+    """One batch under way: iterate over its tokens, in the order they come.
+
+    Iterating raises NumericError and any ChannelError; tokens yielded before stand.
+    """
+
+    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        self._engine = engine
+        self._params = params
+        self._live = [engine.new_sequence(index, prompt, params) for index, prompt in enumerate(prompts)]
+        self._stopped: set[int] = set()
+
+    def __iter__(self) -> Iterator[NewToken]:
+        fresh = [sequence.tokens[:] for sequence in self._live]
+        prefill = True
+        while self._live:
+            logits = self._engine.forward(self._live, fresh, prefill=prefill)
+            for sequence, row in zip(self._live, logits, strict=True):
+                yield self._engine.extend(sequence, row, self._params)
+            self._live = [s for s in self._live if not s.finished and s.index not in self._stopped]
+            fresh = [sequence.tokens[-1:] for sequence in self._live]
+            prefill = False
+
+    def stop(self, sequence: int) -> None:
+        """End one sequence early, for instance at a stop string."""
+        self._stopped.add(sequence)

@@ -1,58 +1,15 @@
-"""Where the decoder's linear products are computed: here, or on a worker that sees their inputs."""
+"""Linear layers on a worker that sees their inputs."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-from tsqp.checkpoint.base import Checkpoint
-from tsqp.model.linear import GroupKey, LinearWeights, group_keys, load_group
+from tsqp.model.linear import GroupKey
+from tsqp.model.local import call_kind
+from tsqp.model.pending import Joined, Pending
 from tsqp.spec.groups import linear_groups
-from tsqp.trusted.pending import Deferred, Joined, Pending
 from tsqp.trusted.session import WorkerSession
-from tsqp.trusted.stats import CallKind, Stats
 from tsqp.wire.messages import Linear
-
-
-class Linears(Protocol):
-    """All linear layers of a model."""
-
-    def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
-        """Ask for ``x Wᵀ + b`` of one group: x (T, in_features) to (T, out_features), parts concatenated.
-
-        ``x`` must not change until the product is there.
-        """
-
-
-def call_kind(key: GroupKey) -> CallKind:
-    """The statistics row of a group."""
-    return "lm_head" if key[0] == "lm_head" else "linear"
-
-
-class LocalLinears:
-    """Every product on the trusted side: nothing leaves it."""
-
-    def __init__(self, weights: dict[GroupKey, LinearWeights], stats: Stats) -> None:
-        self._weights = weights
-        self._stats = stats
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, stats: Stats) -> LocalLinears:
-        """Read every group of a checkpoint."""
-        return cls({key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.spec)}, stats)
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """The LM head (vocab_size, hidden_size), which tied models also use as the embedding."""
-        return self._weights["lm_head", None].weight
-
-    def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
-        def product() -> torch.Tensor:
-            with self._stats.product(call_kind(key)):
-                return self._weights[key].product(x)
-
-        return Deferred(product)
 
 
 class OpenLinears:
@@ -65,6 +22,9 @@ class OpenLinears:
         self._session = session
         self._groups = linear_groups(session.spec)
         self._split = split
+
+    def input(self, key: GroupKey, rows: int) -> torch.Tensor:
+        return self._session.input((rows, self._groups[key[0]].in_features))
 
     def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
         parts = len(self._groups[key[0]].parts)

@@ -28,16 +28,23 @@ class Sampler:
             logits = penalised(logits, text, params.repetition_penalty)
         if params.temperature == 0.0:
             return int(logits.argmax())
-        probabilities = torch.softmax(narrowed(logits / params.temperature, params), dim=-1)
+        probabilities = torch.softmax(narrowed(tempered(logits, params.temperature), params), dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits divided by a temperature above 0, the largest of them at 0 so that none overflows."""
+    # Below the smallest normal float32 all of the probability is on the maximum anyway.
+    return (logits - logits.max()) / max(temperature, torch.finfo(torch.float32).tiny)
 
 
 def penalised(logits: torch.Tensor, text: Sequence[int], penalty: float) -> torch.Tensor:
     """Logits with those of the tokens in ``text`` made less likely."""
     seen = torch.tensor(sorted(set(text)), dtype=torch.int64)
     scores = logits[seen]
+    largest = torch.finfo(logits.dtype).max
     penalised_logits = logits.clone()
-    penalised_logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    penalised_logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty).clamp(-largest, largest)
     return penalised_logits
 
 

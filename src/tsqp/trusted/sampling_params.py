@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from tsqp.errors import OptionError
 
+MAX_PENALTY = 100.0  # far beyond use: 1.0 to 1.3 are common
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -40,10 +42,11 @@ class SamplingParams:
         _require("top_k", self.top_k, "at least 0", self.top_k >= 0)
         _require("top_p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1)
         _require("min_p", self.min_p, "at least 0 and below 1", 0 <= self.min_p < 1)
-        _require(
-            "repetition_penalty", self.repetition_penalty, "finite and above 0", 0 < self.repetition_penalty < math.inf
-        )
+        penalty_fits = 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY
+        _require("repetition_penalty", self.repetition_penalty, f"{1 / MAX_PENALTY} to {MAX_PENALTY}", penalty_fits)
         _require("stop", self.stop, "strings that are not empty", all(self.stop))
+        ids_fit = all(token >= 0 for token in self.stop_token_ids)
+        _require("stop_token_ids", self.stop_token_ids, "ids of tokens, so at least 0", ids_fit)
         seed_fits = self.seed is None or -(2**63) <= self.seed < 2**63
         _require("seed", self.seed, "a 64-bit integer", seed_fits)
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
 import torch
+from msgspec.structs import asdict
 
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
-from tsqp.model.payload import TORCH_DTYPES, bytes_tensor, tensor_bytes
-from tsqp.spec.dtype import DtypeName
+from tsqp.model.meter import CallKind
+from tsqp.model.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
+from tsqp.spec.dtype import DtypeName, WireDtype
 from tsqp.spec.groups import linear_groups
 from tsqp.spec.model import ModelSpec
-from tsqp.trusted.stats import CallKind, Stats
+from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Welcome
-
-HANDSHAKE_DEADLINE_S = 30.0
+from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, Welcome
+from tsqp.wire.words import printable
 
 
 class WorkerSession:
@@ -34,7 +34,7 @@ class WorkerSession:
         spec: ModelSpec,
         fingerprint: str,
         *,
-        wire_dtype: DtypeName,
+        wire_dtype: WireDtype,
         dtype: DtypeName,
         stats: Stats,
         deadline_s: float,
@@ -42,12 +42,13 @@ class WorkerSession:
         self.channel = channel
         self.spec = spec
         self.stats = stats
-        self._wire_dtype = TORCH_DTYPES[wire_dtype]
+        self._wire = wire_format(wire_dtype)
         self._dtype = TORCH_DTYPES[dtype]
         self._deadline_s = deadline_s
         self._next_id = 0
         self._waiting: set[int] = set()
         self._arrived: dict[int, memoryview] = {}
+        self._busy_ns: dict[int, int] = {}
         self._dead: ChannelError | None = None
         try:
             self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype))
@@ -60,6 +61,25 @@ class WorkerSession:
         self._next_id += 1
         return self._next_id
 
+    def reserve(self, size: int) -> memoryview:
+        """Uninitialised memory for a payload, which is sent from there without a copy.
+
+        Over shm **the worker can read it while it is written**, so write nothing to it that the worker may not see;
+        and it can change it, so never read back from it. Raises ArenaFull, and ends the session with it.
+        """
+        self._raise_if_dead()
+        try:
+            return self.channel.reserve(size)
+        except ChannelError as error:
+            self._die(error)
+            raise
+
+    def input(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of the compute dtype for the input of a call; where that is the wire dtype it is not copied."""
+        if self._wire.dtype != self._dtype:
+            return torch.empty(shape, dtype=self._dtype)
+        return bytes_tensor(self.reserve(self._wire.size(shape)), self._dtype, shape)
+
     def start(
         self, kind: CallKind, call: Call, tensors: Sequence[torch.Tensor], shape: tuple[int, ...]
     ) -> PendingReply:
@@ -70,11 +90,11 @@ class WorkerSession:
         self._raise_if_dead()
         row = self.stats.calls[kind]
         began = time.perf_counter()
-        payloads = [tensor_bytes(self._to_wire(tensor)) for tensor in tensors]
+        payloads = [self._payload(tensor) for tensor in tensors]
         control = encode(call)
         serialised = time.perf_counter()
         try:
-            self.channel.send(Frames(control, payloads))
+            self.channel.send(Frames(control, payloads), self._wire.size(shape))
         except ChannelError as error:
             self._die(error)
             raise
@@ -82,7 +102,8 @@ class WorkerSession:
         row.count += 1
         row.serialise_s += serialised - began
         row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
-        return PendingReply(self, kind, call.id, shape, began)
+        self.stats.traced("line", "send", began, time.perf_counter(), id=call.id)
+        return PendingReply(self, kind, call, shape, began)
 
     def close(self) -> None:
         """End the session. Closing twice is allowed."""
@@ -90,55 +111,74 @@ class WorkerSession:
         self.channel.close()
 
     def finish(self, reply: PendingReply) -> torch.Tensor:
-        """Wait for one reply and hand out its product. Raises any ChannelError, and ends the session with it."""
+        """Wait for one reply and hand out its product. Raises any ChannelError, and ends the session with it.
+
+        Over shm the product may lie in memory that the worker can still change: read each element once.
+        """
         self._raise_if_dead()
+        waits = time.perf_counter()
         try:
             payload = self._payload_of(reply.call_id)
-            expected = math.prod(reply.shape) * self._wire_dtype.itemsize
+            expected = self._wire.size(reply.shape)
             if payload.nbytes != expected:
                 raise ReplyShapeError(expected, payload.nbytes)
         except ChannelError as error:
             self._die(error)
             raise
         arrived = time.perf_counter()
-        product = bytes_tensor(payload, self._wire_dtype, reply.shape).to(self._dtype)
+        product = self._wire.read(payload, reply.shape, self._dtype)
         row = self.stats.calls[reply.kind]
-        row.deserialise_s += time.perf_counter() - arrived
-        row.rpc_s += time.perf_counter() - reply.began
+        end = time.perf_counter()
+        row.deserialise_s += end - arrived
+        row.rpc_s += end - reply.began
         row.bytes_received += payload.nbytes
+        # Whatever the worker says, it cannot have computed for longer than the call was under way.
+        busy_s = min(self._busy_ns.pop(reply.call_id) * 1e-9, arrived - reply.began)
+        row.worker_s += busy_s
+        self.stats.traced("line", "wait", waits, arrived)
+        self.stats.traced("line", "take", arrived, end)
+        self.stats.traced("call", call_name(reply.call), reply.began, end, busy_s=busy_s, **asdict(reply.call))
         return product
 
-    def _to_wire(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype.is_floating_point:
-            tensor = tensor.to(self._wire_dtype)
-        return tensor.contiguous()
+    def _payload(self, tensor: torch.Tensor) -> memoryview:
+        """The tensor's own bytes if they can go as they are, otherwise a copy made right where it is sent from."""
+        wire = self._wire if tensor.dtype.is_floating_point else PlainFormat(tensor.dtype)
+        if tensor.dtype == wire.dtype and tensor.is_contiguous():
+            return tensor_bytes(tensor)
+        place = self.reserve(wire.size(tuple(tensor.shape)))
+        wire.write(tensor, place)
+        return place
 
     def _payload_of(self, call_id: int) -> memoryview:
         """Receive until the reply to ``call_id`` is here; replies to other calls wait for their turn."""
+        end = time.monotonic() + self._deadline_s
         while call_id not in self._arrived:
-            control, tensors = self.channel.receive(self._deadline_s)
+            control, tensors = self.channel.receive(max(0.0, end - time.monotonic()))
             reply = decode_reply(control)
             if reply.id not in self._waiting:
                 raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
             if not isinstance(reply, Done):
                 raise WorkerFailed(f"the worker at {self.channel.address} failed: {printable(reply.reason)}")
-            if len(tensors) != 1:
-                raise ProtocolError(f"a reply with {len(tensors)} payloads where 1 was expected")
+            if len(tensors) > 1:
+                raise ProtocolError(f"a reply with {len(tensors)} payloads")
             self._waiting.remove(reply.id)
-            self._arrived[reply.id] = tensors[0]
+            self._arrived[reply.id] = tensors[0] if tensors else memoryview(b"")
+            self._busy_ns[reply.id] = reply.busy_ns
         return self._arrived.pop(call_id)
 
     def _handshake(self, hello: Hello) -> Welcome:
         self.channel.send(Frames(encode(hello)))
-        control, tensors = self.channel.receive(HANDSHAKE_DEADLINE_S)
+        control, tensors = self.channel.receive(self._deadline_s)  # it may still be reading its weights
         answer = decode_handshake(control)
         if tensors:
             raise ProtocolError("a handshake with payloads")
         where = f"the worker at {self.channel.address}"
+        if answer.version != hello.version:
+            raise ProtocolError(
+                f"{where} speaks protocol {answer.version}, this side {hello.version}: upgrade the older"
+            )
         if not isinstance(answer, Welcome):
             raise ModelMismatch(f"{where} refused: {printable(answer.reason)}")
-        if answer.version != hello.version:
-            raise ProtocolError(f"{where} speaks protocol {answer.version}, this side {hello.version}")
         groups = tuple(
             GroupShape(group.name, group.in_features, group.out_features) for group in linear_groups(self.spec).values()
         )
@@ -159,10 +199,11 @@ class PendingReply:
     """A call under way; see ``Pending``."""
 
     def __init__(
-        self, session: WorkerSession, kind: CallKind, call_id: int, shape: tuple[int, ...], began: float
+        self, session: WorkerSession, kind: CallKind, call: Call, shape: tuple[int, ...], began: float
     ) -> None:
         self.kind: CallKind = kind
-        self.call_id = call_id
+        self.call = call
+        self.call_id = call.id
         self.shape = shape
         self.began = began
         self._session = session
@@ -171,6 +212,6 @@ class PendingReply:
         return self._session.finish(self)
 
 
-def printable(text: str) -> str:
-    """A worker's words, safe for a terminal: one line, no control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def call_name(call: Call) -> str:
+    """What a call is, for a person: the linear group, or the kind of the message."""
+    return call.group if isinstance(call, Linear) else type(call).__name__.lower()

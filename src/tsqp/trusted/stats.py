@@ -6,17 +6,17 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Literal, get_args
+from typing import Any
 
-CallKind = Literal["embedding", "linear", "matmul", "lm_head"]
-CALL_KINDS: tuple[CallKind, ...] = get_args(CallKind)
-OperatorKind = Literal["rms_norm", "rotary", "softmax", "silu"]
-OPERATOR_KINDS: tuple[OperatorKind, ...] = get_args(OperatorKind)
+from tsqp.model.meter import CALL_KINDS, OPERATOR_KINDS, CallKind, OperatorKind
+from tsqp.trusted.trace import Trace, Track
 
 
 @dataclass
 class CallStats:
     """Calls of one kind. Times in seconds; ``rpc_s`` runs from sending a call to holding its reply.
+
+    ``worker_s`` is what the worker says it computed for: shown, and used for nothing else.
 
     At ``local`` nothing is sent: ``rpc_s`` is the time of the product itself and ``count`` stays 0.
     """
@@ -25,6 +25,7 @@ class CallStats:
     rpc_s: float = 0.0
     serialise_s: float = 0.0
     deserialise_s: float = 0.0
+    worker_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -37,7 +38,7 @@ def total(calls: Iterable[CallStats]) -> CallStats:
 
 @dataclass
 class Stats:
-    """Counters of one engine since it started; ``reset`` begins again."""
+    """Counters of one engine since it started; ``reset`` begins again. ``trace`` records every step when set."""
 
     calls: dict[CallKind, CallStats] = field(default_factory=lambda: {kind: CallStats() for kind in CALL_KINDS})
     operator_s: dict[OperatorKind, float] = field(default_factory=lambda: dict.fromkeys(OPERATOR_KINDS, 0.0))
@@ -49,20 +50,30 @@ class Stats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     decode_tokens: int = 0
+    trace: Trace | None = field(default=None, repr=False)
 
     @contextmanager
     def operator(self, kind: OperatorKind) -> Iterator[None]:
         """Count the time of a trusted operator."""
         start = time.perf_counter()
         yield
-        self.operator_s[kind] += time.perf_counter() - start
+        end = time.perf_counter()
+        self.operator_s[kind] += end - start
+        self.traced("operator", kind, start, end)
 
     @contextmanager
     def product(self, kind: CallKind) -> Iterator[None]:
         """Count the time of a product computed on the trusted side: no call, so only its time."""
         start = time.perf_counter()
         yield
-        self.calls[kind].rpc_s += time.perf_counter() - start
+        end = time.perf_counter()
+        self.calls[kind].rpc_s += end - start
+        self.traced("operator", kind, start, end)
+
+    def traced(self, track: Track, name: str, start_s: float, end_s: float, **details: Any) -> None:
+        """Record one span where a trace is wanted."""
+        if self.trace is not None:
+            self.trace.add(track, name, start_s, end_s, **details)
 
     @property
     def rpc_calls(self) -> int:
@@ -94,5 +105,5 @@ class Stats:
         }
 
     def reset(self) -> None:
-        """Begin again at zero."""
-        self.__init__()  # type: ignore[misc]
+        """Begin again at zero; a trace goes on."""
+        self.__init__(trace=self.trace)  # type: ignore[misc]

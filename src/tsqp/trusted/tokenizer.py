@@ -41,7 +41,14 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; ``special_tokens`` adds those that the model expects around it, such as BOS."""
+        """Token ids of a text; ``special_tokens`` adds those that the model expects around it, such as BOS.
+
+        Raises PromptError for text that is not Unicode, as bytes that are not UTF-8 become.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError("the prompt is not UTF-8 text") from None
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -66,13 +73,21 @@ class Tokenizer:
             text = environment.from_string(self._template).render(
                 messages=messages, add_generation_prompt=True, **self._special_tokens
             )
-        except TemplateError as error:
-            raise PromptError(f"the chat template refuses this conversation: {error}") from None
+        except _Refusal as refusal:
+            # Only what stands in the template itself: a reason that it has put together may hold the prompt.
+            reason = f": {refusal}" if str(refusal) in self._template else ""
+            raise PromptError(f"the chat template refuses this conversation{reason}") from None
+        except Exception:  # a stranger's code can raise anything; its text may hold the prompt
+            raise PromptError("the checkpoint's chat template fails with this conversation: try --raw") from None
         return self.encode(text, special_tokens=False)
 
 
-def _refuse(reason: str) -> None:
-    raise TemplateError(reason)
+class _Refusal(TemplateError):
+    """The template called ``raise_exception``."""
+
+
+def _refuse(reason: object) -> None:
+    raise _Refusal(str(reason))
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

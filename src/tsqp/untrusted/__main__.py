@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsqp.errors import InputError, OptionError, TsqpError
-from tsqp.spec.dtype import DTYPE_NAMES
+from tsqp.spec.dtype import COMPUTE_DTYPES
+from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
     from tsqp.wire.transport.keys import WorkerKeys
@@ -36,25 +37,34 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="tsqp worker", description="Serve the linear algebra of one model to trusted sides.")
     parser.add_argument("--model", required=True, help="directory, .gguf file, Hub id, default, synthetic:NAME")
     parser.add_argument(
-        "--listen", metavar="ADDR", help="ipc:///path or tcp://host:port [default: a fresh ipc address]"
+        "--listen",
+        metavar="ADDR",
+        help="shm:///path, ipc:///path or tcp://host:port [default: a fresh shm address]",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:n] [default: cpu]")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=DTYPE_NAMES, help="what it computes in [default: bfloat16]"
+        "--dtype", default="bfloat16", choices=COMPUTE_DTYPES, help="what it computes in [default: bfloat16]"
     )
+    parser.add_argument("--compile", action="store_true", help="compile the products; needs a C++ compiler")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
     parser.add_argument("--key", type=Path, metavar="FILE", help="this worker's secret CURVE key, for tcp")
     parser.add_argument("--allow", type=Path, metavar="FILE", action="append", help="a trusted side's public CURVE key")
     parser.add_argument("--insecure-plain-tcp", action="store_true", help="allow tcp off loopback without keys")
     parser.add_argument("--exit-with-stdin", action="store_true", help="stop at the end of standard input")
     parser.add_argument("--debug", action="store_true", help="a traceback with every error")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        raise OptionError(f"--threads must be at least 1, not {options.threads}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a worker. Returns the exit code: 0 stopped, 1 failed, 2 wrong options."""
     logging.basicConfig(stream=sys.stderr, format="tsqp worker: %(message)s", level=logging.INFO)
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Until the worker listens, a signal ends it as an exception does: the address is given back on the way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
         serve(parse(arguments))
     except TsqpError as error:
@@ -62,36 +72,37 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"tsqp worker: error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
-    except KeyboardInterrupt:  # before there is a listener to interrupt
-        return 130
     return 0
 
 
 def serve(options: argparse.Namespace) -> None:
     """Listen, load, announce, answer, until a signal or the end of standard input. Raises TsqpError."""
+    if options.compile:
+        check_compiler(options.device)
     # These pull in torch; wrong options and --help must not wait for it.
     import torch
 
     from tsqp.checkpoint import open_checkpoint
-    from tsqp.model.payload import TORCH_DTYPES
+    from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.device import pick_device
     from tsqp.untrusted.weights import WorkerWeights
     from tsqp.untrusted.worker import Worker
-    from tsqp.wire.transport import listen, new_ipc_address
+    from tsqp.wire.transport import listen, new_shm_address
 
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     device = pick_device(options.device)
+    compiler = Compiler() if options.compile else None
     checkpoint = open_checkpoint(options.model)
     listener = listen(
-        options.listen or new_ipc_address(),
+        options.listen or new_shm_address(),
         security=worker_keys(options),
         insecure_plain_tcp=options.insecure_plain_tcp,
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with closing(listener):
+        worker = Worker(WorkerWeights.load(checkpoint, options.dtype, device, compiler=compiler))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: listener.interrupt())
-        worker = Worker(WorkerWeights.load(checkpoint, TORCH_DTYPES[options.dtype], device))
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
         log.info("%s on %s in %s, listening on %s", options.model, device, options.dtype, listener.address)
         worker.serve(listener)

@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from tsqp.arith.product import DigitKernel, pick_kernel
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.model.linear import GroupKey, LinearWeights, group_keys, load_group
+from tsqp.model.block import Norms
+from tsqp.model.linear import GroupKey, LinearProduct, load_groups
+from tsqp.model.payload import TORCH_DTYPES
+from tsqp.spec.dtype import ComputeDtype, float_dtype
 from tsqp.spec.model import ModelSpec
+from tsqp.untrusted.compiled import Compiler
+from tsqp.untrusted.int8 import load_int8_groups
 
 
 @dataclass(frozen=True)
 class WorkerWeights:
-    """Weights in the compute dtype on one device. ``embedding`` is (vocab_size, hidden_size)."""
+    """Weights on one device. ``compute`` is what linear layers are computed in; everything else is in ``dtype``.
+
+    ``embedding`` is (vocab_size, hidden_size).
+    """
 
     spec: ModelSpec
     fingerprint: str
+    compute: ComputeDtype
     dtype: torch.dtype
     device: torch.device
-    groups: dict[GroupKey, LinearWeights]
+    groups: Mapping[GroupKey, LinearProduct]
     embedding: torch.Tensor
+    norms: Norms
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> WorkerWeights:
-        """Read a checkpoint onto a device. Raises CheckpointError."""
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        compute: ComputeDtype,
+        device: torch.device,
+        *,
+        kernel: DigitKernel | None = None,
+        compiler: Compiler | None = None,
+    ) -> WorkerWeights:
+        """Read a checkpoint onto a device; ``kernel`` for int8 is chosen by a self-test unless given.
+
+        Raises CheckpointError.
+        """
         spec = checkpoint.spec
-        groups = {key: load_group(checkpoint, key, dtype, device) for key in group_keys(spec)}
-        if spec.tied_embeddings:
-            embedding = groups["lm_head", None].weight
+        dtype = TORCH_DTYPES[float_dtype(compute)]
+        groups: Mapping[GroupKey, LinearProduct]
+        if compute == "int8":
+            groups = load_int8_groups(checkpoint, kernel or pick_kernel(device), dtype, device)
+            embedding = None
         else:
+            groups = floats = load_groups(checkpoint, dtype, device)
+            embedding = floats["lm_head", None].weight if spec.tied_embeddings else None
+        if embedding is None:
             embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
-        return cls(spec, checkpoint.fingerprint(), dtype, device, groups, embedding)
+        if compiler is not None:
+            groups = compiler.compiled(groups)
+        norms = Norms.load(checkpoint, dtype, device)
+        return cls(spec, checkpoint.fingerprint(), compute, dtype, device, groups, embedding, norms)

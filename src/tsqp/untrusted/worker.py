@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from tsqp.errors import ProtocolError
-from tsqp.model.payload import DTYPE_NAMES_BY_TORCH, TORCH_DTYPES
+from tsqp.model.payload import wire_format
 from tsqp.spec.groups import linear_groups
 from tsqp.untrusted.ops import Operators
 from tsqp.untrusted.weights import WorkerWeights
-from tsqp.wire.channel import Frames, Listener
+from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, GroupShape, Hello, Refused, Welcome
 
 MAX_CONNECTIONS = 4096
+MAX_STATEFUL_CONNECTIONS = 8  # with KV caches here; each is bounded too
 
 log = logging.getLogger("tsqp.worker")
 
@@ -23,29 +25,27 @@ class Worker:
 
     def __init__(self, weights: WorkerWeights) -> None:
         self._weights = weights
-        self._operators = {name: Operators(weights, dtype) for name, dtype in TORCH_DTYPES.items()}
-        self._connections: dict[bytes, Operators] = {}  # those past the handshake, oldest first
+        self._connections: dict[bytes, Operators] = {}  # those past the handshake, the longest silent first
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
         while not listener.interrupted:
-            arrival = listener.receive(None)
-            if arrival is None:
-                continue
-            answer = self.answer(arrival.peer, arrival.frames)
-            if answer is not None:
-                listener.send(arrival.peer, answer)
+            event = listener.receive(None)
+            if isinstance(event, Departure):
+                self._connections.pop(event.peer, None)
+            elif event is not None and (answer := self.answer(event)) is not None:
+                listener.send(event, answer)
 
-    def answer(self, peer: bytes, frames: Frames) -> Frames | None:
+    def answer(self, arrival: Arrival) -> Frames | None:
         """The answer to one message; None for bytes that are no message, which deserve none."""
         try:
-            message = decode_to_worker(frames.control)
+            message = decode_to_worker(arrival.frames.control)
         except ProtocolError as error:
             log.warning("ignored a message: %s", error)
             return None
         if isinstance(message, Hello):
-            return Frames(encode(self._greet(peer, message)))
-        return self._compute(peer, message, frames)
+            return Frames(encode(self._greet(arrival.peer, message)))
+        return self._compute(message, arrival)
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome | Refused:
         weights = self._weights
@@ -58,22 +58,33 @@ class Worker:
                 "start both sides with the same --model"
             )
             return Refused(PROTOCOL_VERSION, weights.fingerprint, reason)
-        self._connections[peer] = self._operators[hello.wire_dtype]
-        if len(self._connections) > MAX_CONNECTIONS:  # transports do not report ended connections
+        self._connections.pop(peer, None)
+        self._connections[peer] = Operators(weights, wire_format(hello.wire_dtype))
+        if len(self._connections) > MAX_CONNECTIONS:  # ZeroMQ does not report ended connections
             del self._connections[next(iter(self._connections))]
         groups = tuple(
             GroupShape(group.name, group.in_features, group.out_features)
             for group in linear_groups(weights.spec).values()
         )
-        dtype = DTYPE_NAMES_BY_TORCH[weights.dtype]
-        return Welcome(PROTOCOL_VERSION, weights.fingerprint, groups, str(weights.device), dtype)
+        return Welcome(PROTOCOL_VERSION, weights.fingerprint, groups, str(weights.device), weights.compute)
 
-    def _compute(self, peer: bytes, call: Call, frames: Frames) -> Frames:
-        operators = self._connections.get(peer)
+    def _compute(self, call: Call, arrival: Arrival) -> Frames:
+        operators = self._connections.pop(arrival.peer, None)
         if operators is None:
             return Frames(encode(Failed(call.id, "no handshake was made on this connection")))
+        self._connections[arrival.peer] = operators
         try:
-            return Frames(encode(Done(call.id)), (operators(call, frames.tensors),))
+            began = time.perf_counter_ns()
+            product = operators(call, arrival.frames.tensors, arrival.reply)
+            self._bound_state()
+            done = Done(call.id, time.perf_counter_ns() - began)
+            return Frames(encode(done), () if product is None else (product,))
         except (ProtocolError, RuntimeError, MemoryError) as error:  # torch reports lack of memory as RuntimeError
             log.warning("call %d failed: %s", call.id, error)
-            return Frames(encode(Failed(call.id, str(error).splitlines()[0][:500])))
+            return Frames(encode(Failed(call.id, (str(error) or type(error).__name__).splitlines()[0][:500])))
+
+    def _bound_state(self) -> None:
+        """Forget the longest silent of too many connections with state: ZeroMQ does not say which have ended."""
+        stateful = [peer for peer, operators in self._connections.items() if operators.keeps_state]
+        if len(stateful) > MAX_STATEFUL_CONNECTIONS:
+            del self._connections[stateful[0]]

@@ -27,21 +27,33 @@ class Channel(Protocol):
 
     @property
     def transport(self) -> str:
-        """The transport really in use: ``mem``, ``ipc`` or ``tcp``."""
+        """The transport really in use: ``mem``, ``ipc``, ``tcp`` or ``shm``."""
 
     @property
     def address(self) -> str:
         """The address really in use, as a user would type it."""
 
-    def send(self, frames: Frames) -> None:
-        """Queue one message without waiting for a reply and without copying its tensors.
+    def reserve(self, size: int) -> memoryview:
+        """Writable memory for one tensor of a message to come: a tensor that lies in it is sent without a copy.
 
-        The tensors' memory must stay unchanged until the reply to this message has been received. Raises
-        ProtocolError for a message over the limits, WorkerLost, ChannelClosed.
+        Over shm **the worker can read it from the first byte written**, before the message is sent: write nothing to
+        it that the worker may not see. It is free again when nothing refers to it or to what was made over it
+        (a slice, a tensor). Raises ProtocolError for a size over the limit, ArenaFull, ChannelClosed.
+        """
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+        """Queue one message without waiting for a reply; ``reply_bytes`` is the size of the product expected in it.
+
+        Tensors are not copied, except over shm those that lie outside of reserved memory. Their memory must stay
+        unchanged until the reply to this message has been received. Raises ProtocolError for a message over the
+        limits, ArenaFull, WorkerLost, ChannelClosed.
         """
 
     def receive(self, deadline_s: float) -> Frames:
-        """The next message from the worker, in the order sent. The tensors are private to the caller.
+        """The next message from the worker, in the order sent.
+
+        Its tensors are private to the caller, except over shm: there **the worker can still change them at any
+        time**, so read each byte once and believe only the copy; and what is there after a failed call is undefined.
 
         Raises DeadlineExceeded when none came within ``deadline_s`` seconds, WorkerLost when the worker is gone
         (at once, not at the deadline), ProtocolError for a message over the limits, ChannelClosed.
@@ -52,10 +64,22 @@ class Channel(Protocol):
 
 
 class Arrival(NamedTuple):
-    """A message at the worker, and the connection to answer on."""
+    """A message at the worker, and the connection to answer on.
+
+    ``reply`` is where its product is to be written, of exactly that size; None where a product is sent as a frame.
+    ``ticket`` is the transport's own mark on the message.
+    """
 
     peer: bytes
     frames: Frames
+    reply: memoryview | None = None
+    ticket: int = 0
+
+
+class Departure(NamedTuple):
+    """A connection ended; nothing more comes from it, and its name is not used again."""
+
+    peer: bytes
 
 
 class Listener(Protocol):
@@ -65,17 +89,20 @@ class Listener(Protocol):
     def address(self) -> str:
         """The address that clients can connect to, with the port that the system chose."""
 
-    def receive(self, timeout_s: float | None) -> Arrival | None:
+    def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
         """The next message of any connection; None on timeout (``None`` waits for ever) or once ``interrupted``.
 
-        Messages over the limits are dropped together with their connection where the transport can.
+        Messages over the limits are dropped together with their connection where the transport can. The end of a
+        connection is reported by mem and shm. ZeroMQ does not tell a router which of its peers has left, so over ipc
+        and tcp nothing is reported: bound what is kept for a connection.
         """
 
-    def send(self, peer: bytes, frames: Frames) -> None:
-        """Answer on a connection; a peer that is gone, or that has stopped reading, is no error.
+    def send(self, arrival: Arrival, frames: Frames) -> None:
+        """Answer one arrival; a peer that is gone, or that has stopped reading, is no error.
 
-        The tensors' memory must never be written again: it may be sent later, without a copy. It is kept alive
-        until then. Raises ProtocolError for a message over the limits, ChannelClosed.
+        A tensor that is ``arrival.reply`` itself is not copied; any other is copied there, and must be of its size.
+        Without a ``reply`` the tensors' memory must never be written again: it may be sent later, without a copy. It
+        is kept alive until then. Raises ProtocolError for a message over the limits, ChannelClosed.
         """
 
     @property

@@ -19,14 +19,15 @@ _encoder = msgspec.msgpack.Encoder()
 class Decoder(Generic[M]):
     """Decodes control frames of the types that may arrive here, and refuses all others."""
 
-    def __init__(self, expected: Any) -> None:
+    def __init__(self, expected: Any, max_bytes: int = MAX_CONTROL_BYTES) -> None:
         self._decoder = msgspec.msgpack.Decoder(expected, strict=True)
+        self._max_bytes = max_bytes
 
     def __call__(self, frame: bytes | memoryview) -> M:
         """Decode one control frame. Raises ProtocolError; size is checked before anything is decoded."""
         size = frame.nbytes if isinstance(frame, memoryview) else len(frame)
-        if size > MAX_CONTROL_BYTES:
-            raise ProtocolError(f"a control frame of {size} bytes; the limit is {MAX_CONTROL_BYTES}")
+        if size > self._max_bytes:
+            raise ProtocolError(f"a control frame of {size} bytes; the limit is {self._max_bytes}")
         try:
             return self._decoder.decode(frame)  # type: ignore[no-any-return]
         # Invalid UTF-8 is a UnicodeDecodeError (a ValueError), deep nesting a RecursionError.

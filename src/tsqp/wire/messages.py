@@ -12,16 +12,17 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from tsqp.spec.dtype import DtypeName
+from tsqp.spec.dtype import ComputeDtype, WireDtype
 from tsqp.spec.groups import GroupName
 
 PROTOCOL_VERSION = 1
 
 CallId = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Nanoseconds = Annotated[int, Meta(ge=0, lt=2**62)]
 Index = Annotated[int, Meta(ge=0, lt=2**31)]
 Fingerprint = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
-Label = Annotated[str, Meta(max_length=64)]
+Device = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3})$", max_length=8)]  # shown to the user
 Reason = Annotated[str, Meta(max_length=500)]
 
 
@@ -34,7 +35,7 @@ class Hello(Message, frozen=True, tag="hello"):
 
     version: Index
     fingerprint: Fingerprint
-    wire_dtype: DtypeName
+    wire_dtype: WireDtype
 
 
 class GroupShape(Message, frozen=True):
@@ -46,13 +47,13 @@ class GroupShape(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The worker accepts. ``dtype`` is what it computes in."""
+    """The worker accepts. ``dtype`` is what it computes linear layers in."""
 
     version: Index
     fingerprint: Fingerprint
     groups: Annotated[tuple[GroupShape, ...], Meta(max_length=8)]
-    device: Label
-    dtype: DtypeName
+    device: Device
+    dtype: ComputeDtype
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -105,10 +106,55 @@ class Mix(Message, frozen=True, tag="mix"):
     keys: Count
 
 
-class Done(Message, frozen=True, tag="done"):
-    """The product asked for by call ``id`` follows as one payload."""
+class Place(Message, frozen=True):
+    """Consecutive new tokens of one sequence: ``sequence`` is the client's number for it, ``position`` the first's."""
+
+    sequence: Index
+    position: Index
+    rows: Count
+
+
+class Begin(Message, frozen=True, tag="begin"):
+    """Begin a forward pass that stays on the worker. One payload of int32 token ids: (sum of rows,). No product.
+
+    The worker looks up the embedding and keeps it, with a KV cache for each sequence of this connection, until the
+    client tells it to ``forget`` the sequence or goes. The rows cross the layers in chunks of ``max_rows``.
+    """
 
     id: CallId
+    places: Annotated[tuple[Place, ...], Meta(min_length=1, max_length=64)]
+    max_rows: Count
+    forget: Annotated[tuple[Index, ...], Meta(max_length=256)] = ()
+
+
+class Layer(Message, frozen=True, tag="layer"):
+    """Put one chunk of the pass that call ``begin`` began through one layer. No payload, no product."""
+
+    id: CallId
+    begin: CallId
+    layer: Index
+    chunk: Index
+
+
+class Finish(Message, frozen=True, tag="finish"):
+    """Final norm and LM head of a pass, which ends. No payload.
+
+    Reply: logits (sequences, vocab_size) of each sequence's last row; (sum of rows, vocab_size) for ``every_row``.
+    """
+
+    id: CallId
+    begin: CallId
+    every_row: bool
+
+
+class Done(Message, frozen=True, tag="done"):
+    """The product asked for by call ``id`` follows as one payload.
+
+    ``busy_ns``: how long the worker says it computed. A figure to show: nothing may depend on it.
+    """
+
+    id: CallId
+    busy_ns: Nanoseconds = 0
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -118,7 +164,7 @@ class Failed(Message, frozen=True, tag="failed"):
     reason: Reason
 
 
-Call = Linear | Embed | Scores | Mix
+Call = Linear | Embed | Scores | Mix | Begin | Layer | Finish
 ToWorker = Hello | Call
 Handshake = Welcome | Refused
 Reply = Done | Failed

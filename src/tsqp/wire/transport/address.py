@@ -1,4 +1,4 @@
-"""Addresses as users type them: ``mem:NAME``, ``ipc:///run/x.sock`` and ``tcp://host:port``."""
+"""Addresses as users type them: ``mem:NAME``, ``ipc:///run/x.sock``, ``shm:///run/x.sock``, ``tcp://host:port``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from tsqp.errors import AddressError
 
-Transport = Literal["mem", "ipc", "tcp"]
+Transport = Literal["mem", "ipc", "shm", "tcp"]
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108, the closing zero byte included
 
@@ -32,8 +32,8 @@ class Address:
 
     @property
     def path(self) -> Path:
-        """The socket of an ipc address."""
-        return Path(self._target_of("ipc"))
+        """The socket of an ipc or shm address."""
+        return Path(self._target_of("ipc", "shm"))
 
     @property
     def host(self) -> str:
@@ -59,9 +59,9 @@ class Address:
         """The same tcp host with the port that the system chose."""
         return Address("tcp", f"{self._target_of('tcp').rpartition(':')[0]}:{port}")
 
-    def _target_of(self, transport: Transport) -> str:
-        if self.transport != transport:
-            raise AddressError(f"{self} is not a {transport} address")
+    def _target_of(self, *transports: Transport) -> str:
+        if self.transport not in transports:
+            raise AddressError(f"{self} is not an address of {' or '.join(transports)}")
         return self.target
 
 
@@ -74,9 +74,11 @@ def parse_address(text: str) -> Address:
         return Address("mem", _name(rest, text))
     if rest.startswith("//") and scheme == "ipc":
         return Address("ipc", _socket_path(rest[2:], text))
+    if rest.startswith("//") and scheme == "shm":
+        return Address("shm", _socket_path(rest[2:], text))
     if rest.startswith("//") and scheme == "tcp":
         return Address("tcp", _host_and_port(rest[2:], text))
-    raise _malformed(text, "use ipc:///path, tcp://host:port or mem:NAME")
+    raise _malformed(text, "use shm:///path, ipc:///path, tcp://host:port or mem:NAME")
 
 
 def _name(name: str, text: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError
 from tsqp.wire.channel import MAX_TENSORS, Frames
 from tsqp.wire.codec import MAX_CONTROL_BYTES
 from tsqp.wire.transport.address import Address
+
+CONNECT_TIMEOUT_S = 5.0
+SEND_TIMEOUT_S = 60.0  # how long a full queue may stay full before the worker counts as stalled
 
 _MAX_WAIT_S = 1_000_000.0  # in milliseconds it still fits the C int that poll takes
 
@@ -61,7 +62,7 @@ class BaseChannel(ABC):
 
     @property
     def transport(self) -> str:
-        """``mem``, ``ipc`` or ``tcp``."""
+        """``mem``, ``ipc``, ``tcp`` or ``shm``."""
         return self._address.transport
 
     @property
@@ -69,28 +70,49 @@ class BaseChannel(ABC):
         """The address in its normal form."""
         return str(self._address)
 
-    def send(self, frames: Frames) -> None:
+    def reserve(self, size: int) -> memoryview:
+        """See Channel.reserve."""
+        self._check_alive()
+        try:
+            self._check_size(size)
+            return self._reserve(size)
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         """See Channel.send."""
-        with self._alive():
+        self._check_alive()
+        try:
             check_limits(frames, self._max_frame_bytes)
-            self._send(frames)
+            self._check_size(reply_bytes)
+            self._send(frames, reply_bytes)
+        except BaseException as error:
+            self._die_of(error)
+            raise
 
     def receive(self, deadline_s: float) -> Frames:
         """See Channel.receive."""
-        with self._alive():
-            frames = self._receive(Deadline(deadline_s))
-            check_limits(frames, self._max_frame_bytes)
-            return frames
+        self._check_alive()
+        try:
+            return self._receive(deadline_s)
+        except BaseException as error:
+            self._die_of(error)
+            raise
 
     def close(self) -> None:
         """See Channel.close."""
         self._die("it was closed")
 
-    @abstractmethod
-    def _send(self, frames: Frames) -> None: ...
+    def _reserve(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
 
     @abstractmethod
-    def _receive(self, deadline: Deadline) -> Frames: ...
+    def _send(self, frames: Frames, reply_bytes: int) -> None: ...
+
+    @abstractmethod
+    def _receive(self, deadline_s: float) -> Frames:
+        """The next message, its limits checked."""
 
     @abstractmethod
     def _release(self) -> None: ...
@@ -103,13 +125,14 @@ class BaseChannel(ABC):
             self._end = why
             self._release()
 
-    @contextmanager
-    def _alive(self) -> Iterator[None]:
+    def _die_of(self, error: BaseException) -> None:
+        """Also of a KeyboardInterrupt: half a message may have been moved, and the next one must not join it."""
+        self._die(f"{type(error).__name__} ended it")
+
+    def _check_alive(self) -> None:
         if self._end is not None:
             raise ChannelClosed(f"the channel to {self.address} is closed: {self._end}")
-        try:
-            yield
-        except BaseException as error:
-            # Also after a KeyboardInterrupt: half a message may have been moved, and the next one must not join it.
-            self._die(f"{type(error).__name__} ended it")
-            raise
+
+    def _check_size(self, size: int) -> None:
+        if not 0 <= size <= self._max_frame_bytes:
+            raise ProtocolError(f"a tensor of {size} bytes; the limit is {self._max_frame_bytes}")

@@ -1,4 +1,4 @@
-"""One worker per ipc address: a lock beside the socket, held for as long as the worker lives.
+"""One worker per socket path: a lock beside the socket, held for as long as the worker lives.
 
 ZeroMQ's bind takes over a live socket without a word and deletes a regular file in its way, so it is only called
 under a claim. The kernel drops the lock when a process dies, however it dies; so a lock that can be taken marks a
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsqp.errors import AddressError, AddressInUse
+from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.ipc import check_parent
 
 LOCK_SUFFIX = ".lock"
@@ -29,22 +30,22 @@ class AddressClaim:
         self._lock_fd: int | None = lock_fd
 
     @classmethod
-    def acquire(cls, path: Path) -> AddressClaim:
+    def acquire(cls, address: Address) -> AddressClaim:
         """Take the path and remove a dead worker's socket from it.
 
         Raises AddressInUse while another worker lives there, AddressError where something that is not a socket
         lies there (it is never deleted) or where others could interfere.
         """
-        check_parent(path)
-        with serialised(path.parent):
-            return cls.acquire_serialised(path)
+        check_parent(address.path)
+        with serialised(address.path.parent):
+            return cls.acquire_serialised(address)
 
     @classmethod
-    def acquire_serialised(cls, path: Path) -> AddressClaim:
+    def acquire_serialised(cls, address: Address) -> AddressClaim:
         """``acquire`` for a caller that holds the directory already."""
-        claim = cls(path, _lock(path))
+        claim = cls(address.path, _lock(address))
         try:
-            _remove_dead_socket(path)
+            _remove_dead_socket(address)
         except BaseException:
             claim._unlock()
             raise
@@ -85,18 +86,19 @@ def serialised(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _lock(path: Path) -> int:
+def _lock(address: Address) -> int:
     """A descriptor that holds the lock of a path. Raises AddressInUse, AddressError."""
+    lock = lock_path(address.path)
     while True:
-        fd = _open_lock(lock_path(path))
+        fd = _open_lock(lock)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have unlinked the file after we opened it: then our lock guards nothing.
-            if _is_file_at(fd, lock_path(path)):
+            if _is_file_at(fd, lock):
                 return fd
         except BlockingIOError:
             os.close(fd)
-            raise _in_use(path) from None
+            raise _in_use(address) from None
         except BaseException:
             os.close(fd)
             raise
@@ -122,8 +124,9 @@ def _is_file_at(fd: int, path: Path) -> bool:
         return False
 
 
-def _remove_dead_socket(path: Path) -> None:
+def _remove_dead_socket(address: Address) -> None:
     """Called under the lock, so no worker of this package serves the path."""
+    path = address.path
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -133,7 +136,7 @@ def _remove_dead_socket(path: Path) -> None:
     if info.st_uid != os.geteuid():
         raise AddressError(f"the socket {path} belongs to another user; choose another path")
     if _is_served(path):  # by a program that knows nothing of our locks
-        raise _in_use(path)
+        raise _in_use(address)
     path.unlink()
 
 
@@ -149,5 +152,5 @@ def _is_served(path: Path) -> bool:
     return True
 
 
-def _in_use(path: Path) -> AddressInUse:
-    return AddressInUse(f"ipc://{path} is in use by a running worker; stop it or choose another path")
+def _in_use(address: Address) -> AddressInUse:
+    return AddressInUse(f"{address} is in use by a running worker; stop it or choose another path")

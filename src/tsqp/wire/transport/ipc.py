@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsqp.errors import AddressError, WorkerUnreachable
+from tsqp.wire.transport.address import Address
 
 
 def check_parent(path: Path) -> None:
@@ -27,14 +28,15 @@ def check_parent(path: Path) -> None:
         raise AddressError(f"cannot use {parent} for a socket: others can write to it; use a private directory")
 
 
-def check_own_socket(path: Path) -> None:
+def check_own_socket(address: Address) -> None:
     """What a client asks before it connects. Raises WorkerUnreachable where nothing is, AddressError where not ours."""
+    path = address.path
     if path.parent.exists():  # where it does not, nobody listens either
         check_parent(path)
     try:
         info = path.lstat()  # a symlink is not followed: it is not a socket of ours
     except FileNotFoundError:
-        raise WorkerUnreachable(f"ipc://{path}: no worker listens there; start one, or check the path") from None
+        raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the path") from None
     except OSError as error:
         raise AddressError(f"cannot use the socket {path}: {error.strerror}") from None
     if not stat.S_ISSOCK(info.st_mode):

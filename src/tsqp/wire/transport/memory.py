@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from tsqp.errors import AddressInUse, ChannelClosed, ProtocolError, WorkerLost, WorkerUnreachable
-from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Frames
+from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import BaseChannel, Deadline, check_limits
 
@@ -52,17 +52,18 @@ class MemoryChannel(BaseChannel):
         super().__init__(address, max_frame_bytes)
         self._connection = connection
 
-    def _send(self, frames: Frames) -> None:
+    def _send(self, frames: Frames, reply_bytes: int) -> None:
         if not self._connection.listener.deliver(self._connection, _private_copy(frames)):
             raise self._lost()
 
-    def _receive(self, deadline: Deadline) -> Frames:
+    def _receive(self, deadline_s: float) -> Frames:
         try:
-            frames = self._connection.inbox.get(timeout=deadline.remaining_s)
+            frames = self._connection.inbox.get(timeout=Deadline(deadline_s).remaining_s)
         except Empty:
             raise self._nothing_came() from None
         if frames is None:
             raise self._lost()
+        check_limits(frames, self._max_frame_bytes)
         return frames
 
     def _release(self) -> None:
@@ -81,7 +82,7 @@ class MemoryListener:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._connections: dict[bytes, _Connection] = {}
-        self._inbox: SimpleQueue[Arrival | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Arrival | Departure | None] = SimpleQueue()
         self._interrupted = False
         self._closed = False
 
@@ -95,27 +96,27 @@ class MemoryListener:
         """See Listener.interrupted."""
         return self._interrupted
 
-    def receive(self, timeout_s: float | None) -> Arrival | None:
+    def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
         """See Listener.receive."""
         self._check_open()
         deadline = Deadline(timeout_s)
         while not self._interrupted and not self._closed:
             try:
-                arrival = self._inbox.get(timeout=deadline.remaining_s)
+                event = self._inbox.get(timeout=deadline.remaining_s)
             except Empty:
                 if deadline.passed:
                     return None
                 continue
-            if arrival is not None and self._within_limits(arrival):
-                return arrival
+            if isinstance(event, Departure) or (event is not None and self._within_limits(event)):
+                return event
         return None
 
-    def send(self, peer: bytes, frames: Frames) -> None:
+    def send(self, arrival: Arrival, frames: Frames) -> None:
         """See Listener.send."""
         self._check_open()
         check_limits(frames, self._max_frame_bytes)
         with self._lock:
-            connection = self._connections.get(peer)
+            connection = self._connections.get(arrival.peer)
             if connection is not None:
                 connection.inbox.put(_private_copy(frames))
 
@@ -158,6 +159,7 @@ class MemoryListener:
         with self._lock:
             if self._connections.pop(connection.peer, None) is not None:
                 connection.inbox.put(None)
+                self._inbox.put(Departure(connection.peer))
 
     def _within_limits(self, arrival: Arrival) -> bool:
         """Refuse a message over the limits together with its connection."""

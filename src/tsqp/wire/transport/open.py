@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tsqp.errors import OptionError
 from tsqp.wire.channel import MAX_FRAME_BYTES, Channel, Listener
 from tsqp.wire.transport.address import Address, parse_address
+from tsqp.wire.transport.base import CONNECT_TIMEOUT_S
 from tsqp.wire.transport.keys import ClientKeys, WorkerKeys
 from tsqp.wire.transport.memory import connect_memory, listen_memory
-from tsqp.wire.transport.zmq import CONNECT_TIMEOUT_S, connect_zmq, listen_zmq
+from tsqp.wire.transport.shm import ArenaKind, connect_shm, listen_shm
+from tsqp.wire.transport.zmq import connect_zmq, listen_zmq
 
 
 def connect(
@@ -15,18 +19,26 @@ def connect(
     *,
     security: ClientKeys | None = None,
     insecure_plain_tcp: bool = False,
+    arena: ArenaKind | None = None,
+    arena_bytes: int | None = None,
+    spin_s: float | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> Channel:
-    """Connect to a worker; returns once it has answered. ``max_frame_bytes`` bounds one tensor, either way.
+    """Connect to a worker; over shm it may still be loading, otherwise it has answered when this returns.
 
+    ``max_frame_bytes`` bounds one tensor, either way. ``arena``, ``arena_bytes`` and ``spin_s`` are for shm: what kind
+    of memory, how much of it both sides together can take, and how long to ask again and again before sleeping.
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
     Raises AddressError, OptionError, WorkerUnreachable (after at most ``connect_timeout_s`` seconds).
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)
+    shm_options = _shm_options(parsed, arena=arena, arena_bytes=arena_bytes, spin_s=spin_s)
     if parsed.transport == "mem":
         return connect_memory(parsed, max_frame_bytes=max_frame_bytes)
+    if parsed.transport == "shm":
+        return connect_shm(parsed, connect_timeout_s=connect_timeout_s, max_frame_bytes=max_frame_bytes, **shm_options)
     return connect_zmq(
         parsed,
         security=security,
@@ -41,6 +53,7 @@ def listen(
     *,
     security: WorkerKeys | None = None,
     insecure_plain_tcp: bool = False,
+    spin_s: float | None = None,
     watch_fd: int | None = None,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> Listener:
@@ -48,14 +61,18 @@ def listen(
 
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
     ``watch_fd``, when it becomes readable or its other end closes, counts as ``Listener.interrupt``: a worker that
-    watches its standard input ends with its parent. Raises AddressInUse, AddressError, OptionError.
+    watches its standard input ends with its parent. ``spin_s`` is for shm, see ``connect``.
+    Raises AddressInUse, AddressError, OptionError.
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)
+    shm_options = _shm_options(parsed, spin_s=spin_s)
     if parsed.transport == "mem":
         if watch_fd is not None:
-            raise OptionError(f"{parsed}: a descriptor can be watched over ipc and tcp only")
+            raise OptionError(f"{parsed}: a descriptor cannot be watched over mem")
         return listen_memory(parsed, max_frame_bytes=max_frame_bytes)
+    if parsed.transport == "shm":
+        return listen_shm(parsed, watch_fd=watch_fd, max_frame_bytes=max_frame_bytes, **shm_options)
     return listen_zmq(
         parsed,
         security=security,
@@ -70,3 +87,11 @@ def _check_tcp_options(address: Address, security: object, insecure_plain_tcp: b
         raise OptionError(f"{address}: keys and plain TCP are options of tcp addresses only")
     if security is not None and insecure_plain_tcp:
         raise OptionError(f"{address}: keys and insecure plain TCP exclude each other; give one of them")
+
+
+def _shm_options(address: Address, **options: Any) -> dict[str, Any]:
+    """The options that were given, if they can be honoured."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and address.transport != "shm":
+        raise OptionError(f"{address}: {', '.join(given)} can only be chosen for shm addresses")
+    return given

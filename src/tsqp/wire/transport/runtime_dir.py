@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from tsqp.errors import AddressError, RuntimeDirectoryError
-from tsqp.wire.transport.address import parse_address
+from tsqp.wire.transport.address import Address, Transport, parse_address
 from tsqp.wire.transport.claim import LOCK_SUFFIX, AddressClaim, serialised
 
 SOCKET_SUFFIX = ".sock"
+ARENA_SUFFIX = ".arena"
 
 
 def runtime_directory() -> Path:
@@ -38,15 +41,32 @@ def new_ipc_address() -> str:
 
     Raises RuntimeDirectoryError, and AddressError where the directory's path is too long for a socket in it.
     """
+    return _new_address("ipc")
+
+
+def new_shm_address() -> str:
+    """The same for shared memory."""
+    return _new_address("shm")
+
+
+def create_arena_file() -> tuple[int, Path]:
+    """A new empty file for shared memory, mode 0600, and a descriptor that locks it while its maker lives.
+
+    The maker removes it as soon as the worker has it, so only a kill in between leaves it to ``reclaim_stale``.
+    Raises RuntimeDirectoryError, OSError.
+    """
     directory = runtime_directory()
-    reclaim_stale(directory)
-    return str(parse_address(str(directory / f"worker-{secrets.token_hex(8)}{SOCKET_SUFFIX}")))
+    path = directory / f"{secrets.token_hex(8)}{ARENA_SUFFIX}"
+    with serialised(directory):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else knows the file yet
+    return fd, path
 
 
 def reclaim_stale(directory: Path) -> list[Path]:
-    """Remove the sockets and locks of dead workers from our runtime directory and return the sockets' paths.
+    """Remove what dead processes left in our runtime directory: sockets, locks and arenas. Returns their paths.
 
-    A live worker holds its lock and is left alone. Raises RuntimeDirectoryError for a directory not ours alone.
+    A live process holds its lock and is left alone. Raises RuntimeDirectoryError for a directory not ours alone.
     """
     _check_private(directory)
     reclaimed = []
@@ -54,11 +74,32 @@ def reclaim_stale(directory: Path) -> list[Path]:
         for lock in sorted(directory.glob(f"*{SOCKET_SUFFIX}{LOCK_SUFFIX}")):
             path = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
             try:
-                AddressClaim.acquire_serialised(path).release()
+                AddressClaim.acquire_serialised(Address("ipc", str(path))).release()
             except AddressError:
                 continue  # a live worker (AddressInUse), or something that is not ours to remove
             reclaimed.append(path)
+        reclaimed += [path for path in sorted(directory.glob(f"*{ARENA_SUFFIX}")) if _reclaim_arena(path)]
     return reclaimed
+
+
+def _new_address(transport: Transport) -> str:
+    directory = runtime_directory()
+    reclaim_stale(directory)
+    return str(parse_address(f"{transport}://{directory}/worker-{secrets.token_hex(8)}{SOCKET_SUFFIX}"))
+
+
+def _reclaim_arena(path: Path) -> bool:
+    """Remove an arena whose maker is gone; whether it was removed."""
+    with suppress(OSError):  # it was removed just now, or is locked, or is not a file of ours
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                path.unlink()
+                return True
+        finally:
+            os.close(fd)
+    return False
 
 
 def _location() -> Path:

@@ -27,14 +27,11 @@ from tsqp.errors import (
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Frames
 from tsqp.wire.transport import tcp
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import BaseChannel, Deadline, check_limits
+from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
 from tsqp.wire.transport.claim import AddressClaim
 from tsqp.wire.transport.ipc import check_own_socket, private_umask
 from tsqp.wire.transport.keys import ClientKeys, WorkerKeys
 from tsqp.wire.transport.sockets import MOST_PARTS, configure, receive_parts, send_parts, to_frames, use_keys
-
-CONNECT_TIMEOUT_S = 5.0
-SEND_TIMEOUT_S = 60.0  # how long a full queue may stay full before the worker counts as stalled
 
 # The longest that ZeroMQ knows, 24 days. "Never" (-1) would do more than not reconnect: on a disconnect it also throws
 # away messages that had arrived. A channel dies at the first disconnect that it sees, so nothing is ever sent again.
@@ -90,7 +87,7 @@ def listen_zmq(
     """
     with ExitStack() as resources:
         if address.transport == "ipc":
-            resources.callback(AddressClaim.acquire(address.path).release)
+            resources.callback(AddressClaim.acquire(address).release)
         socket = _socket(resources, zmq.ROUTER)
         socket.router_mandatory = True  # a send that cannot be queued says so, instead of losing the message
         if address.transport == "ipc":
@@ -118,7 +115,8 @@ class ZmqChannel(BaseChannel):
         self._readable = self._poller(zmq.POLLIN)
         self._writable = self._poller(zmq.POLLOUT)
 
-    def _send(self, frames: Frames) -> None:
+    def _send(self, frames: Frames, reply_bytes: int) -> None:
+        del reply_bytes  # the reply comes with its own length, within the limits
         deadline = Deadline(SEND_TIMEOUT_S)
         while not self._worker_gone():
             with suppress(zmq.Again):
@@ -128,7 +126,8 @@ class ZmqChannel(BaseChannel):
             self._writable.poll(deadline.remaining_ms)
         raise self._lost()
 
-    def _receive(self, deadline: Deadline) -> Frames:
+    def _receive(self, deadline_s: float) -> Frames:
+        deadline = Deadline(deadline_s)
         while True:
             gone = self._worker_gone()  # asked first, so that what arrived before the end is still read below
             with suppress(zmq.Again):
@@ -207,12 +206,12 @@ class ZmqListener:
                 return arrival
         return None
 
-    def send(self, peer: bytes, frames: Frames) -> None:
+    def send(self, arrival: Arrival, frames: Frames) -> None:
         """See Listener.send."""
         self._check_open()
         check_limits(frames, self._max_frame_bytes)
         try:
-            send_parts(self._socket, (peer,), frames)
+            send_parts(self._socket, (arrival.peer,), frames)
         except zmq.Again:
             pass  # a client that reads none of its last 1,024 replies must not stop the others
         except zmq.ZMQError as error:
@@ -255,7 +254,7 @@ def _socket(resources: ExitStack, kind: int) -> zmq.Socket[bytes]:
 
 def _endpoint_to_reach(address: Address, *, encrypted: bool, insecure_plain_tcp: bool) -> Address:
     if address.transport == "ipc":
-        check_own_socket(address.path)
+        check_own_socket(address)
         return address
     if address.port == 0:
         raise AddressError(f"{address}: port 0 can only be listened on; give the port that the worker printed")

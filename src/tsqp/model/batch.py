@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Generic, TypeVar
 
 import torch
 
-from tsqp.trusted.cache import KVCache
+from tsqp.model.cache import Positions
+
+C = TypeVar("C", bound=Positions)
 
 
 @dataclass(frozen=True)
-class Span:
+class Span(Generic[C]):
     """Consecutive new positions of one sequence within the flat rows of a chunk.
 
     Rows ``first`` to ``first + rows`` of the chunk are positions ``position`` onwards; ``last`` tells that the
     sequence's final row of this pass is among them.
     """
 
-    cache: KVCache
+    cache: C
     position: int
     first: int
     rows: int
@@ -35,15 +39,36 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Generic[C]):
     """A bounded number of flat rows that cross the layers together. ``offset`` is its first row in the batch."""
 
     offset: int
-    spans: tuple[Span, ...]
+    spans: tuple[Span[C], ...]
 
     @property
     def rows(self) -> int:
         return sum(span.rows for span in self.spans)
+
+    @property
+    def slice(self) -> slice:
+        """Its rows in the batch."""
+        return slice(self.offset, self.offset + self.rows)
+
+    def split(self, parts: int) -> list[Chunk[C]]:
+        """The same rows as ``parts`` chunks of about equal size, fewer when there are fewer rows."""
+        parts = min(parts, self.rows)
+        edges = [self.rows * part // parts for part in range(parts + 1)]
+        return [self._between(first, end) for first, end in pairwise(edges)]
+
+    def _between(self, first: int, end: int) -> Chunk[C]:
+        """The rows from ``first`` to ``end`` of this chunk."""
+        spans = []
+        for span in self.spans:
+            low, high = max(first, span.first), min(end, span.first + span.rows)
+            if low < high:
+                last = span.last and high == span.first + span.rows
+                spans.append(Span(span.cache, span.position + low - span.first, low - first, high - low, last))
+        return Chunk(self.offset + first, tuple(spans))
 
     def positions(self) -> torch.Tensor:
         """The position of every row, int64 (rows,)."""
@@ -55,20 +80,25 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Generic[C]):
     """The new tokens of several sequences, each with its cache. ``every_row`` asks for the logits of all rows."""
 
     tokens: Sequence[Sequence[int]]
-    caches: Sequence[KVCache]
+    caches: Sequence[C]
     every_row: bool = False
 
     def flat_tokens(self) -> torch.Tensor:
         """All token ids, int64 (T,)."""
         return torch.tensor([token for tokens in self.tokens for token in tokens], dtype=torch.int64)
 
-    def chunks(self, max_rows: int) -> Iterator[Chunk]:
+    def advance(self) -> None:
+        """Every layer of every cache now holds the new tokens."""
+        for tokens, cache in zip(self.tokens, self.caches, strict=True):
+            cache.advance(len(tokens))
+
+    def chunks(self, max_rows: int) -> Iterator[Chunk[C]]:
         """The batch in chunks of at most ``max_rows`` rows, in causal order."""
-        spans: list[Span] = []
+        spans: list[Span[C]] = []
         offset = filled = 0
         for tokens, cache in zip(self.tokens, self.caches, strict=True):
             done = 0

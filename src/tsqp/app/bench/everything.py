@@ -1,0 +1,84 @@
+"""``bench all``: the whole set, each result into a file of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tsqp.app.bench.options import TransportName
+from tsqp.app.bench.origin import bench_origin
+from tsqp.app.bench.pipeline import PipelineSetup, bench_pipeline
+from tsqp.app.bench.rpc import bench_rpc
+from tsqp.app.bench.show import table
+from tsqp.app.bench.split import Workload, bench_split
+from tsqp.app.options import RunOptions
+from tsqp.errors import OptionError
+
+RPC_TRANSPORTS: tuple[TransportName, ...] = ("ipc", "tcp", "shm")
+
+
+@dataclass(frozen=True)
+class Everything:
+    """What is measured: every model split and unsplit, the line, the pipeline, and the origin at the first model."""
+
+    models: tuple[str, ...]
+    run: RunOptions
+    work: Workload
+    rpc_bytes: int
+    rpc_calls: int
+    directory: Path
+    prefix: str
+
+    def check(self) -> None:
+        """Raises OptionError."""
+        self.work.check()
+        if not self.models:
+            raise OptionError("--models names no model")
+        if not self.directory.is_dir():
+            raise OptionError(f"--results: {self.directory} is not a directory")
+
+
+def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:
+    """Measure, print each table, write each file. Raises OptionError and every error of ``LLM``."""
+    setup.check()
+    results = []
+    for name, result in _measurements(setup, console):
+        path = setup.directory / f"{setup.prefix}{name}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        console.print(table(result))
+        console.print(f"written to {path}", highlight=False, soft_wrap=True)
+        results.append(result)
+    return results
+
+
+def file_name(model: str) -> str:
+    """A model's part of a file's name."""
+    return model.removeprefix("synthetic:").rstrip("/").rpartition("/")[2]
+
+
+def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, dict[str, Any]]]:
+    work = setup.work
+    for transport in RPC_TRANSPORTS:
+        yield f"rpc-{transport}", bench_rpc(transport, setup.rpc_bytes, setup.rpc_calls, work.runs, console)
+    for model in setup.models:
+        for suffix, run in _variants(replace(setup.run, model=model), first=model == setup.models[0]):
+            for phase, result in bench_split(run, work, None, None, console).items():
+                yield f"{phase}-{file_name(model)}{suffix}", result
+            gc.collect()  # a model's weights are gigabytes, and the next ones come
+    pipeline = PipelineSetup(setup.models[0], RPC_TRANSPORTS[-1], setup.run.dtype, 2, None, setup.run.threads)
+    yield "pipeline", bench_pipeline(pipeline, work, console)
+    yield "origin", bench_origin(setup.models[0], work, setup.run.threads, console)
+
+
+def _variants(run: RunOptions, *, first: bool) -> Iterator[tuple[str, RunOptions]]:
+    """The run asked for; at the first model also the other ways to run it."""
+    yield "", run
+    if first:
+        yield "-layer", replace(run, partition="layer")
+        yield "-int8", replace(run, dtype="int8")

@@ -1,0 +1,102 @@
+"""Exact products of 8-bit digits, accumulated in int32.
+
+``torch._int_mm`` is exact on processors with VNNI or AMX and on tensor cores. Elsewhere it may add pairs of products in
+saturating 16-bit arithmetic, so that nearly every output is wrong: a self-test with random digits decides (extreme digits,
+all alike, would pass it). Where it fails, ``BlockedKernel`` multiplies in float32, in blocks of so few terms that
+every partial sum is an integer below 2²⁴, which float32 holds exactly.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+
+MAX_INNER = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
+BLOCK_TERMS = 1_024  # 128 · 127 · 1,024 < 2²⁴
+BLOCK_COLUMNS = 4_096  # bounds the float32 copy of a block of weights to 16 MB
+
+
+class DigitKernel(Protocol):
+    """Products of digits x int8 (T, K) and w int8 (N, K), K ≤ ``MAX_INNER``.
+
+    ``accumulate(x, w) - offsets(w)`` is x·wᵀ, exactly: int32 (T, N). The offsets depend on w alone.
+    """
+
+    def offsets(self, w: torch.Tensor) -> torch.Tensor:
+        """int32 (N,), to be computed once for weights that stay."""
+
+    def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """int32 (T, N)."""
+
+
+class OffsetKernel:
+    """``_int_mm`` on the CPU: the instruction multiplies unsigned by signed bytes, so x goes in as x + 128."""
+
+    def offsets(self, w: torch.Tensor) -> torch.Tensor:
+        return (w.sum(dim=1, dtype=torch.int32) * 128).contiguous()
+
+    def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch._int_mm(x.view(torch.uint8) ^ 128, w.t())  # flipping the top bit adds 128
+
+
+class TensorCoreKernel:
+    """``_int_mm`` on CUDA, which wants more than 16 rows and K, N in multiples of 8."""
+
+    LEAST_ROWS = 32
+
+    def offsets(self, w: torch.Tensor) -> torch.Tensor:
+        return w.new_zeros(w.shape[0], dtype=torch.int32)
+
+    def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if w.shape[0] % 8 or w.shape[1] % 8:
+            return BlockedKernel().accumulate(x, w)
+        rows = x.shape[0]
+        if rows < self.LEAST_ROWS:
+            x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
+        return torch._int_mm(x, w.t())[:rows]
+
+
+class BlockedKernel:
+    """Float32 products over blocks of terms: exact everywhere, and slow."""
+
+    def offsets(self, w: torch.Tensor) -> torch.Tensor:
+        return w.new_zeros(w.shape[0], dtype=torch.int32)
+
+    def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.int32, device=x.device)
+        for k in range(0, x.shape[1], BLOCK_TERMS):
+            terms = x[:, k : k + BLOCK_TERMS].float()
+            for n in range(0, w.shape[0], BLOCK_COLUMNS):
+                partial = terms @ w[n : n + BLOCK_COLUMNS, k : k + BLOCK_TERMS].float().t()
+                total[:, n : n + BLOCK_COLUMNS] += partial.to(torch.int32)
+        return total
+
+
+def exact_product(kernel: DigitKernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x·wᵀ for digits x int8 (T, K) and w int8 (N, K): int32 (T, N)."""
+    return kernel.accumulate(x, w) - kernel.offsets(w)
+
+
+@cache
+def pick_kernel(device: torch.device) -> DigitKernel:
+    """The fast kernel where its self-test passes on this machine, otherwise the blocked one."""
+    fast: DigitKernel = TensorCoreKernel() if device.type == "cuda" else OffsetKernel()
+    return fast if is_exact(fast, device) else BlockedKernel()
+
+
+def is_exact(kernel: DigitKernel, device: torch.device) -> bool:
+    """Whether products of random digits are those of int64 arithmetic, for one row and for many."""
+    generator = torch.Generator().manual_seed(0)  # a fixed test: what it looks for fails on almost any digits
+    w = torch.randint(-127, 128, (264, 1_160), dtype=torch.int8, generator=generator)
+    for rows in (1, 65):
+        x = torch.randint(-127, 128, (rows, w.shape[1]), dtype=torch.int8, generator=generator)
+        expected = x.long() @ w.long().t()
+        try:
+            got = exact_product(kernel, x.to(device), w.to(device))
+        except RuntimeError:  # not implemented on this device
+            return False
+        if not torch.equal(got.cpu().long(), expected):
+            return False
+    return True

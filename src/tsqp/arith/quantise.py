@@ -1,0 +1,52 @@
+"""Rows of floats as rows of 8-bit digits with one scale each: the one quantiser of weights and activations.
+
+For every row x of float32 numbers, all operations in IEEE float32:
+
+    scale = max|x| / 127            1 where that is below 2⁻¹²⁶, the least normal number: a row of zeros, in effect
+    digit = round(x / scale)        to nearest, ties to even; then clamped to [-127, 127]
+
+so that ``x ≈ digit · scale`` within half a scale. Weights are quantised per output channel (a row of W is one), by
+this routine on the CPU, whatever device they go to; activations per token. No sum is involved, and a maximum does not
+depend on its order: the result is the same, bit for bit, on any number of threads. A row with an infinity or a NaN has a
+scale that is not finite, so that its products are not either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LEVELS = 127
+LEAST_SCALE = torch.finfo(torch.float32).tiny
+BLOCK_ELEMENTS = 1 << 18  # of float32 at a time: what is between two steps stays in the cache
+
+
+class Quantised(NamedTuple):
+    """``digits`` int8 (rows, n) in [-127, 127], ``scales`` float32 (rows,)."""
+
+    digits: torch.Tensor
+    scales: torch.Tensor
+
+
+def quantise_rows(x: torch.Tensor) -> Quantised:
+    """Quantise x (rows, n), of any float dtype, by the formula above."""
+    rows, n = x.shape
+    step = max(1, BLOCK_ELEMENTS // n)
+    if rows <= step:
+        return quantise_block(x)
+    digits = torch.empty_like(x, dtype=torch.int8)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    for first in range(0, rows, step):
+        end = first + step
+        digits[first:end], scales[first:end] = quantise_block(x[first:end])
+    return Quantised(digits, scales)
+
+
+def quantise_block(x: torch.Tensor) -> Quantised:
+    """The formula as one expression, for a compiler or for few rows."""
+    wide = x.float()
+    scales = wide.abs().amax(dim=1) / LEVELS
+    scales = torch.where(scales < LEAST_SCALE, 1.0, scales)  # written so that a NaN stays one
+    digits = (wide / scales.unsqueeze(1)).round_().clamp_(-LEVELS, LEVELS)
+    return Quantised(digits.to(torch.int8), scales)

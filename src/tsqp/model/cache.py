@@ -1,0 +1,54 @@
+"""The KV cache of one sequence. It lives where attention is computed and grows with the text."""
+
+from __future__ import annotations
+
+import torch
+
+from tsqp.spec.model import ModelSpec
+
+GROW_ROWS = 256
+
+
+class Positions:
+    """A sequence that grows: ``length`` positions of it are held."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def advance(self, rows: int) -> None:
+        """Now ``rows`` more positions are held."""
+        self.length += rows
+
+
+class KVCache(Positions):
+    """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by doubling.
+
+    ``length`` is the number of positions that every layer holds; a forward pass reserves and fills layer by layer and
+    then calls ``advance``.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self._max_positions = spec.max_positions
+        empty = torch.empty(spec.num_kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
+        self._keys = [empty] * spec.num_layers
+        self._values = [empty] * spec.num_layers
+
+    def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
+        self._keys[layer] = self._grown(self._keys[layer], end)
+        self._values[layer] = self._grown(self._values[layer], end)
+        return self._keys[layer], self._values[layer]
+
+    def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions first to end: (kv_heads, end - first, head_dim) each, not copied."""
+        return self._keys[layer][:, first:end], self._values[layer][:, first:end]
+
+    def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
+        capacity = old.shape[1]
+        if needed <= capacity:
+            return old
+        capacity = min(max(needed + GROW_ROWS, 2 * capacity), max(needed, self._max_positions))
+        new = old.new_empty(old.shape[0], capacity, old.shape[2])
+        new[:, : old.shape[1]] = old
+        return new

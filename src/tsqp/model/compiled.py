@@ -1,0 +1,120 @@
+"""Loops that numba compiles; see ``kernels.py``, which also holds what each must equal.
+
+Arrays are uint16 that hold bfloat16, rows first. Each function does rows ``first`` to ``end``; it releases the
+interpreter lock, so that several threads can share the rows. Every intermediate that torch would round to bfloat16 is
+rounded here too, to nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+# Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
+_FAST = {"reassoc", "contract", "nsz"}
+_kernel: Callable[..., Any] = numba.njit(
+    nogil=True, error_model="numpy", fastmath=_FAST, cache="NUMBA_CACHE_DIR" in os.environ
+)
+_inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=_FAST)
+
+_ONE = np.float32(1.0)
+_INFINITE = np.float32(np.inf)
+_HALF = np.uint32(0x7FFF)
+
+
+@_inline
+def _widen(bits):  # type: ignore[no-untyped-def]
+    """bfloat16 to float32: the upper half of its bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_inline
+def _narrow(value):  # type: ignore[no-untyped-def]
+    """float32 to bfloat16, ties to even."""
+    bits = np.float32(value).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16(np.uint32(bits + _HALF + odd) >> np.uint32(16))
+
+
+@_inline
+def _round(value):  # type: ignore[no-untyped-def]
+    """float32 to the nearest bfloat16 and back."""
+    return _widen(_narrow(value))
+
+
+@_inline
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e to the x, float32 to about 1e-7 relative; a loop of it vectorises, which one of the library's does not.
+
+    Range reduction by multiples of ln 2 in two parts and a degree-5 polynomial, as in the Cephes library (Moshier).
+    """
+    bounded = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = bounded - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32((p * r * r + r + _ONE) * power) if x <= np.float32(88.0) else _INFINITE
+
+
+@_inline
+def _norm_row(x, weight, eps, out, row):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for j in range(x.shape[1]):
+        value = _widen(x[row, j])
+        total += value * value
+    scale = _ONE / np.sqrt(total / np.float32(x.shape[1]) + np.float32(eps))
+    for j in range(x.shape[1]):
+        out[row, j] = _narrow(_round(_widen(x[row, j]) * scale) * _widen(weight[j]))
+
+
+@_kernel
+def rms_norm(x, weight, eps, out, first, end):  # type: ignore[no-untyped-def]
+    """x (T, n), weight (n,), out (T, n)."""
+    for row in range(first, end):
+        _norm_row(x, weight, eps, out, row)
+
+
+@_kernel
+def add_rms_norm(hidden, y, weight, eps, out, first, end):  # type: ignore[no-untyped-def]
+    """hidden, y, out (T, n), weight (n,); hidden becomes hidden + y."""
+    for row in range(first, end):
+        for j in range(hidden.shape[1]):
+            hidden[row, j] = _narrow(_widen(hidden[row, j]) + _widen(y[row, j]))
+        _norm_row(hidden, weight, eps, out, row)
+
+
+@_kernel
+def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
+    """gate_up (T, 2·n), out (T, n)."""
+    n = out.shape[1]
+    for row in range(first, end):
+        for j in range(n):
+            gate = _widen(gate_up[row, j])
+            out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate))) * _widen(gate_up[row, n + j]))
+
+
+@_kernel
+def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-untyped-def]
+    """x (T, width) with heads from ``column`` on, cos and sin (T, d), out (heads, capacity, d) from ``position`` on."""
+    half = out.shape[2] // 2
+    for row in range(first, end):
+        for head in range(out.shape[0]):
+            low_column = column + head * 2 * half
+            high_column = low_column + half
+            for j in range(half):
+                low, high = _widen(x[row, low_column + j]), _widen(x[row, high_column + j])
+                out[head, position + row, j] = _narrow(
+                    _round(low * _widen(cos[row, j])) - _round(high * _widen(sin[row, j]))
+                )
+                out[head, position + row, half + j] = _narrow(
+                    _round(high * _widen(cos[row, half + j])) + _round(low * _widen(sin[row, half + j]))
+                )

@@ -1,0 +1,72 @@
+"""Embedding, linear layers and attention in this process, by weights that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from tsqp.model.attention import attend, first_visible
+from tsqp.model.batch import Span
+from tsqp.model.cache import KVCache
+from tsqp.model.linear import GroupKey, LinearProduct
+from tsqp.model.meter import CallKind, Meter
+from tsqp.model.pending import Deferred, Pending, Steps
+
+
+def call_kind(key: GroupKey) -> CallKind:
+    """What a group's products are counted as."""
+    return "lm_head" if key[0] == "lm_head" else "linear"
+
+
+class LocalEmbedding:
+    """A look-up in ``table`` (vocab_size, hidden_size)."""
+
+    def __init__(self, table: torch.Tensor, meter: Meter) -> None:
+        self._table = table
+        self._meter = meter
+
+    def start(self, tokens: torch.Tensor) -> Pending:
+        def look_up() -> torch.Tensor:
+            with self._meter.product("embedding"):
+                return F.embedding(tokens, self._table)
+
+        return Deferred(look_up)
+
+
+class LocalLinears:
+    """Every product by weights of this process."""
+
+    def __init__(self, weights: Mapping[GroupKey, LinearProduct], meter: Meter) -> None:
+        self._weights = weights
+        self._meter = meter
+
+    def input(self, key: GroupKey, rows: int) -> torch.Tensor:
+        return self._weights[key].input(rows)
+
+    def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
+        def product() -> torch.Tensor:
+            with self._meter.product(call_kind(key)):
+                return self._weights[key].product(x)
+
+        return Deferred(product)
+
+
+class LocalAttention:
+    """Attention without materialised scores where torch has a fused kernel, in blocks where that is faster."""
+
+    def __init__(self, windows: tuple[int | None, ...], meter: Meter) -> None:
+        self._windows = windows
+        self._meter = meter
+
+    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+        window = self._windows[layer]
+        first = first_visible(span.position, window)
+        k, v = span.cache.view(layer, first, span.end)
+        with self._meter.operator("softmax"):
+            attend(q, k, v, span.position, first, window, out)
+        return
+        yield  # a generator that hands out no products

@@ -1,0 +1,212 @@
+"""The trusted side's end of a shared-memory connection."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from contextlib import ExitStack, closing
+from typing import NamedTuple
+
+from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
+from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
+from tsqp.wire.transport.address import Address
+from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline
+from tsqp.wire.transport.shm.arena import Arena
+from tsqp.wire.transport.shm.packets import (
+    OPENING,
+    PACKET_BYTES,
+    SHM_VERSION,
+    Answer,
+    Opening,
+    Region,
+    Request,
+    decode_answer,
+    encode_packet,
+)
+from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
+from tsqp.wire.transport.shm.unix import dial
+
+SPIN_S = 50e-6  # how long to ask again and again before sleeping: waking up takes as long as a small call
+MAX_UNDER_WAY = 256  # calls without their reply; so many packets fit into the socket, and a worker is never held up
+
+_READABLE = select.POLLIN
+_EITHER = select.POLLIN | select.POLLOUT
+
+
+class _UnderWay(NamedTuple):
+    """What must stay as it is until a reply is here: the memory of its call, and the place of its product."""
+
+    tensors: tuple[memoryview, ...]
+    product: tuple[memoryview, ...]
+
+
+_NO_MEMORY = _UnderWay((), ())
+
+
+def connect_shm(
+    address: Address,
+    *,
+    arena: ArenaKind = "memfd",
+    arena_bytes: int = ARENA_BYTES,
+    spin_s: float = SPIN_S,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+) -> ShmChannel:
+    """Connect and hand over an arena; a worker that is still loading takes it later.
+
+    ``arena_bytes`` bounds the memory that both sides together, and so a hostile worker, can make resident.
+    Raises WorkerUnreachable, AddressError, and for a file RuntimeDirectoryError.
+    """
+    with ExitStack() as resources:
+        line = resources.enter_context(closing(dial(address, connect_timeout_s)))
+        segment = resources.enter_context(closing(Segment(arena, arena_bytes)))
+        opening = encode_packet(Opening(SHM_VERSION, None if segment.path is None else str(segment.path)))
+        try:
+            socket.send_fds(line, [opening], [segment.fd] if segment.path is None else [])
+        except OSError:
+            raise WorkerLost(f"{address}: the worker went away; start it again and connect anew") from None
+        return ShmChannel(address, max_frame_bytes, line, segment, spin_s, resources.pop_all())
+
+
+class ShmChannel(BaseChannel):
+    """See Channel. A worker's packet says which call it answers; everything else about a reply is known here."""
+
+    def __init__(
+        self,
+        address: Address,
+        max_frame_bytes: int,
+        line: socket.socket,
+        segment: Segment,
+        spin_s: float,
+        resources: ExitStack,
+    ) -> None:
+        super().__init__(address, max_frame_bytes)
+        self._line = line
+        self._segment = segment
+        self._arena = Arena(segment)
+        self._spin_s = spin_s
+        self._resources = resources
+        self._poller = select.poll()
+        self._sequence = OPENING
+        self._under_way = {OPENING: _NO_MEMORY}
+        self._arrived: deque[Frames] = deque()  # read while there was no room to send
+
+    @property
+    def arena_taken_bytes(self) -> int:
+        """Bytes of the arena that tensors, calls under way and replies still hold. Raises ChannelClosed."""
+        self._check_alive()
+        return self._arena.taken_bytes
+
+    def _reserve(self, size: int) -> memoryview:
+        return self._arena.reserve(size)[0]
+
+    def _send(self, frames: Frames, reply_bytes: int) -> None:
+        while len(self._under_way) >= MAX_UNDER_WAY:
+            self._make_room(_READABLE)
+        control, tensors = frames
+        sequence = self._sequence = self._sequence + 1
+        if tensors or reply_bytes:
+            request, under_way = self._lay_out(sequence, frames, reply_bytes)
+        else:
+            request, under_way = Request(sequence, control, (), None), _NO_MEMORY
+        packet = encode_packet(request)
+        while not self._sent(packet):
+            self._make_room(_EITHER)
+        self._under_way[sequence] = under_way
+
+    def _receive(self, deadline_s: float) -> Frames:
+        if self._arrived:
+            return self._arrived.popleft()
+        until = time.monotonic() + self._spin_s
+        while True:
+            os.sched_yield()  # the kernel likes to put the worker on this very core: then it can run only now
+            frames = self._next_reply()
+            if frames is not None:
+                return frames
+            if time.monotonic() >= until:
+                return self._await_reply(Deadline(deadline_s))
+
+    def _await_reply(self, deadline: Deadline) -> Frames:
+        while not deadline.passed:
+            self._sleep(_READABLE, deadline)
+            frames = self._next_reply()
+            if frames is not None:
+                return frames
+        raise self._nothing_came()
+
+    def _release(self) -> None:
+        self._under_way.clear()
+        self._arrived.clear()
+        self._resources.close()
+        del self._arena, self._segment  # the mapping goes with the last tensor in it
+
+    def _lay_out(self, sequence: int, frames: Frames, reply_bytes: int) -> tuple[Request, _UnderWay]:
+        """Give everything its place in the arena; what does not lie there yet is copied."""
+        placed = [self._place(tensor) for tensor in frames.tensors]
+        tensors, regions = tuple(view for view, _ in placed), tuple(region for _, region in placed)
+        if not reply_bytes:
+            return Request(sequence, frames.control, regions, None), _UnderWay(tensors, ())
+        product, reply = self._arena.reserve(reply_bytes)
+        return Request(sequence, frames.control, regions, reply), _UnderWay(tensors, (product,))
+
+    def _place(self, tensor: memoryview) -> tuple[memoryview, Region]:
+        region = self._arena.region_of(tensor)
+        if region is not None:
+            return tensor, region
+        view, region = self._arena.reserve(tensor.nbytes)
+        view[:] = tensor.cast("B")
+        return view, region
+
+    def _sent(self, packet: bytes) -> bool:
+        """Hand a packet to the kernel; False where it has no room for it."""
+        try:
+            self._line.send(packet)
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise self._lost() from None
+        return True
+
+    def _next_reply(self) -> Frames | None:
+        """The reply that is here, if one is."""
+        try:
+            packet = self._line.recv(PACKET_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:  # reset: the worker died without reading everything
+            raise self._lost() from None
+        if not packet:
+            raise self._lost()
+        answer = decode_answer(packet)
+        under_way = self._under_way.pop(answer.sequence, None)
+        if under_way is None:
+            raise ProtocolError(f"{self.address}: an answer to packet {answer.sequence}, which is not under way")
+        if answer.sequence == OPENING:
+            self._opened(answer)
+            return None
+        return Frames(answer.control, under_way.product)
+
+    def _opened(self, answer: Answer) -> None:
+        if answer.control:
+            raise WorkerLost(f"{self.address}: the worker refused the shared memory: {answer.control[:200]!a}")
+        self._segment.remove_name()
+
+    def _make_room(self, events: int) -> None:
+        """Wait until the worker is ready for more, and take in its replies meanwhile: it may wait for that."""
+        deadline = Deadline(SEND_TIMEOUT_S)
+        self._sleep(events, deadline)
+        if deadline.passed:
+            raise DeadlineExceeded(f"{self.address}: the worker takes no more calls; it has stalled")
+        frames = self._next_reply()
+        if frames is not None:
+            self._arrived.append(frames)
+
+    def _sleep(self, events: int, deadline: Deadline) -> None:
+        self._poller.register(self._line, events)
+        self._poller.poll(deadline.remaining_ms)
+
+    def _lost(self) -> WorkerLost:
+        return WorkerLost(f"{self.address}: the worker went away; start it again and connect anew")

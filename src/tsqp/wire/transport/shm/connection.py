@@ -1,0 +1,98 @@
+"""The worker's end of one shared-memory connection: its socket, its mapping, and requests checked against it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from tsqp.errors import ProtocolError
+from tsqp.wire.channel import Arrival, Frames
+from tsqp.wire.transport.shm.packets import (
+    OPENING,
+    PACKET_BYTES,
+    SHM_VERSION,
+    Answer,
+    Region,
+    decode_opening,
+    decode_request,
+    encode_packet,
+)
+from tsqp.wire.transport.shm.segment import map_descriptor, map_file
+
+_NO_PRODUCT = memoryview(bytearray())
+
+
+class Connection:
+    """One client. Its requests name places in its own arena only, so it can harm nobody else's."""
+
+    def __init__(self, peer: bytes, line: socket.socket, max_frame_bytes: int) -> None:
+        self.peer = peer
+        self.line = line
+        self._max_frame_bytes = max_frame_bytes
+        self._memory: memoryview | None = None  # until the arena is here
+
+    def receive(self) -> Arrival | None:
+        """The next message; None for the opening. Raises BlockingIOError, EOFError, OSError, ProtocolError."""
+        if self._memory is None:
+            self._memory = self._open()
+            return None
+        packet = self.line.recv(PACKET_BYTES)
+        if not packet:
+            raise EOFError
+        request = decode_request(packet)
+        if not request.tensors and request.reply is None:
+            return Arrival(self.peer, Frames(request.control), _NO_PRODUCT, request.sequence)
+        tensors = tuple([self._cut(region) for region in request.tensors])
+        if request.reply is None:
+            return Arrival(self.peer, Frames(request.control, tensors), _NO_PRODUCT, request.sequence)
+        if any(_overlap(request.reply, region) for region in request.tensors):
+            raise ProtocolError("a product in the place of its own input")
+        return Arrival(self.peer, Frames(request.control, tensors), self._cut(request.reply), request.sequence)
+
+    def answer(self, sequence: int, control: bytes) -> None:
+        """Say that a request is answered. Raises OSError where that is not possible at once."""
+        self.line.send(encode_packet(Answer(sequence, control)))
+
+    def close(self) -> None:
+        """Let go of socket and arena; the mapping goes with the last tensor in it."""
+        self.line.close()
+        self._memory = None
+
+    def _open(self) -> memoryview:
+        packet, fds, _, _ = socket.recv_fds(self.line, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        try:
+            if not packet:
+                raise EOFError
+            memory = _map(packet, fds)
+        except ProtocolError as error:
+            self.answer(OPENING, str(error).encode())
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.answer(OPENING, b"")
+        return memory
+
+    def _cut(self, region: Region) -> memoryview:
+        """Bytes of the arena. Raises ProtocolError for a region that is too large, or not wholly inside."""
+        if region.size > self._max_frame_bytes:
+            raise ProtocolError(f"a tensor of {region.size} bytes; the limit is {self._max_frame_bytes}")
+        memory, end = self._memory, region.offset + region.size
+        if memory is None or end > memory.nbytes:
+            raise ProtocolError(f"bytes {region.offset} to {end} of an arena that has fewer")
+        return memory[region.offset : end]
+
+
+def _map(packet: bytes, fds: list[int]) -> memoryview:
+    opening = decode_opening(packet)
+    if opening.version != SHM_VERSION:
+        raise ProtocolError(f"shared memory of version {opening.version}; this side speaks {SHM_VERSION}")
+    if opening.path is not None and not fds:
+        return memoryview(map_file(opening.path))
+    if opening.path is None and len(fds) == 1:
+        return memoryview(map_descriptor(fds[0]))
+    raise ProtocolError("an arena is one descriptor or one file")
+
+
+def _overlap(one: Region, other: Region) -> bool:
+    return one.offset < other.offset + other.size and other.offset < one.offset + one.size

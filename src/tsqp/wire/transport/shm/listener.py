@@ -1,0 +1,208 @@
+"""The worker's end of all its shared-memory connections."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from contextlib import ExitStack
+
+from tsqp.errors import ChannelClosed, ProtocolError
+from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
+from tsqp.wire.transport.address import Address
+from tsqp.wire.transport.base import Deadline, check_limits
+from tsqp.wire.transport.shm.channel import SPIN_S
+from tsqp.wire.transport.shm.connection import Connection
+from tsqp.wire.transport.shm.unix import is_own_process, listen_at
+
+MAX_CONNECTIONS = 256  # each maps an arena; one more is closed as soon as it comes
+_TURN = 32  # messages of one busy connection before the others, and a request to stop, are looked at
+
+
+def listen_shm(
+    address: Address,
+    *,
+    spin_s: float = SPIN_S,
+    watch_fd: int | None = None,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+) -> ShmListener:
+    """Listen. Raises AddressInUse, AddressError. ``watch_fd`` as in ``listen``; it is not closed here."""
+    with ExitStack() as resources:
+        line, claim = listen_at(address)
+        resources.callback(claim.release)
+        resources.enter_context(line)
+        return ShmListener(address, max_frame_bytes, line, spin_s, watch_fd, resources.pop_all())
+
+
+class ShmListener:
+    """See Listener. After an answer it asks that connection again for a moment, then sleeps on all of them."""
+
+    def __init__(
+        self,
+        address: Address,
+        max_frame_bytes: int,
+        line: socket.socket,
+        spin_s: float,
+        watch_fd: int | None,
+        resources: ExitStack,
+    ) -> None:
+        self._address = address
+        self._max_frame_bytes = max_frame_bytes
+        self._line = line
+        self._spin_s = spin_s
+        self._resources = resources
+        self._closed = False
+        self._interrupted = False
+        self._connections: dict[bytes, Connection] = {}
+        self._by_fd: dict[int, Connection] = {}
+        self._ready: deque[Connection] = deque()
+        self._departed: deque[Departure] = deque()
+        self._last: Connection | None = None  # the one answered last: the likeliest to speak next
+        self._turn = _TURN
+        self._accepted = 0
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        resources.callback(os.close, self._stop)
+        self._epoll = resources.enter_context(select.epoll())
+        self._epoll.register(line, select.EPOLLIN)
+        self._epoll.register(self._stop, select.EPOLLIN)
+        if watch_fd is not None:
+            try:
+                self._epoll.register(watch_fd, select.EPOLLIN)
+            except PermissionError:  # a file, or /dev/null: it is always readable
+                self._interrupted = True
+
+    @property
+    def address(self) -> str:
+        """See Listener.address."""
+        return str(self._address)
+
+    @property
+    def interrupted(self) -> bool:
+        """See Listener.interrupted."""
+        return self._interrupted
+
+    def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
+        """See Listener.receive."""
+        self._check_open()
+        self._turn -= 1
+        if not self._turn:
+            self._look(0.0)
+        event = None if self._interrupted else self._next_event()
+        return self._await_event(Deadline(timeout_s)) if event is None else event
+
+    def send(self, arrival: Arrival, frames: Frames) -> None:
+        """See Listener.send."""
+        self._check_open()
+        check_limits(frames, self._max_frame_bytes)
+        connection = self._connections.get(arrival.peer)
+        if connection is None:
+            return
+        if frames.tensors:
+            _put_product(arrival, frames)
+        self._last = connection
+        try:
+            connection.answer(arrival.ticket, frames.control)
+        except OSError:  # it is gone, or reads none of its replies
+            self._drop(connection)
+
+    def interrupt(self) -> None:
+        """See Listener.interrupt."""
+        if not self._closed:  # afterwards the number of the descriptor may belong to something else
+            os.eventfd_write(self._stop, 1)
+
+    def close(self) -> None:
+        """See Listener.close."""
+        self._closed = True
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+        self._resources.close()
+
+    def _await_event(self, deadline: Deadline) -> Arrival | Departure | None:
+        while not self._interrupted:
+            happened = self._look(deadline.remaining_s)
+            event = None if self._interrupted else self._next_event()
+            if event is not None or not (happened or not deadline.passed):
+                return event
+        return None
+
+    def _next_event(self) -> Arrival | Departure | None:
+        """What is known to be here, first come first served; then what comes within a short spin."""
+        while self._ready and not self._departed:
+            arrival = self._receive_from(self._ready.popleft())
+            if arrival is not None:
+                return arrival
+        last, self._last = self._last, None
+        if last is not None:
+            until = time.monotonic() + self._spin_s
+            while not self._departed:
+                os.sched_yield()  # the client may be on this very core: then it can run only now
+                arrival = self._receive_from(last)
+                if arrival is not None:
+                    return arrival
+                if time.monotonic() >= until:
+                    break
+        return self._departed.popleft() if self._departed else None
+
+    def _receive_from(self, connection: Connection) -> Arrival | None:
+        try:
+            return connection.receive()
+        except BlockingIOError:
+            return None
+        except (EOFError, OSError, ProtocolError):
+            self._drop(connection)
+            return None
+
+    def _look(self, timeout_s: float) -> bool:
+        """Sleep until something is here; whether anything was."""
+        self._turn = _TURN
+        happened = self._epoll.poll(timeout_s)
+        for fd, _ in happened:
+            if fd in self._by_fd:
+                self._ready.append(self._by_fd[fd])
+            elif fd == self._line.fileno():
+                self._accept()
+            else:
+                self._interrupted = True
+        return bool(happened)
+
+    def _accept(self) -> None:
+        try:
+            line, _ = self._line.accept()
+        except OSError:
+            return  # it left before it was let in
+        if len(self._connections) >= MAX_CONNECTIONS or not is_own_process(line):
+            line.close()
+            return
+        line.setblocking(False)
+        self._accepted += 1
+        connection = Connection(b"shm-%d" % self._accepted, line, self._max_frame_bytes)
+        self._connections[connection.peer] = self._by_fd[line.fileno()] = connection
+        self._epoll.register(line.fileno(), select.EPOLLIN)
+
+    def _drop(self, connection: Connection) -> None:
+        """End a connection. Dropping twice is allowed."""
+        if self._connections.pop(connection.peer, None) is not None:
+            del self._by_fd[connection.line.fileno()]
+            self._epoll.unregister(connection.line.fileno())
+            connection.close()
+            self._departed.append(Departure(connection.peer))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed(f"the listener on {self.address} is closed")
+
+
+def _put_product(arrival: Arrival, frames: Frames) -> None:
+    """See that the product is in its place. Raises ProtocolError where it cannot be."""
+    place = arrival.reply
+    if len(frames.tensors) != 1 or place is None:
+        raise ProtocolError("an answer over shm has one tensor, in the place that its call names")
+    (product,) = frames.tensors
+    if product is place:
+        return
+    if product.nbytes != place.nbytes:
+        raise ProtocolError(f"a product of {product.nbytes} bytes where its call has room for {place.nbytes}")
+    place[:] = product.cast("B")

@@ -1,0 +1,74 @@
+"""The socket of a shared-memory connection: packets between two processes of one user, and the kernel's word on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from contextlib import ExitStack
+
+from tsqp.errors import AddressError, WorkerUnreachable
+from tsqp.wire.transport.address import Address
+from tsqp.wire.transport.claim import AddressClaim
+from tsqp.wire.transport.ipc import check_own_socket, private_umask
+
+_BACKLOG = 128
+_BUFFER_BYTES = 1 << 20  # of packets under way in one direction; the system may give less
+
+
+def dial(address: Address, timeout_s: float) -> socket.socket:
+    """Connect to a worker of this user. Raises WorkerUnreachable, AddressError."""
+    check_own_socket(address)
+    with ExitStack() as undo:
+        line = undo.enter_context(_new_socket())
+        # The kernel waits this long for room in the worker's queue of connections, and not at all for anything else.
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
+        try:
+            line.connect(str(address.path))
+        except BlockingIOError:
+            raise WorkerUnreachable(f"{address}: no worker answered in time; check that it runs") from None
+        except OSError as error:
+            if error.errno == errno.EPROTOTYPE:
+                raise WorkerUnreachable(f"{address}: the worker there has another transport; try ipc://") from None
+            raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the path") from None
+        if not is_own_process(line):
+            raise AddressError(f"{address}: the process that listens there belongs to another user; it is not used")
+        line.setblocking(False)
+        undo.pop_all()
+        return line
+
+
+def listen_at(address: Address) -> tuple[socket.socket, AddressClaim]:
+    """A listening socket of mode 0600, and the claim to release after it. Raises AddressInUse, AddressError."""
+    with ExitStack() as undo:
+        claim = AddressClaim.acquire(address)
+        undo.callback(claim.release)
+        line = undo.enter_context(_new_socket())
+        line.setblocking(False)
+        try:
+            with private_umask():
+                line.bind(str(address.path))
+            line.listen(_BACKLOG)
+        except OSError as error:
+            raise AddressError(f"cannot listen on {address}: {error.strerror}") from None
+        undo.pop_all()
+        return line, claim
+
+
+def is_own_process(line: socket.socket) -> bool:
+    """Whether the other end was opened by this user, as the kernel recorded it then."""
+    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return bool(uid == os.geteuid())
+
+
+def _new_socket() -> socket.socket:
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    return line
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))

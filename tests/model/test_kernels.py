@@ -1,0 +1,112 @@
+"""Each compiled kernel against its plain reference, bit by bit but for roundings that fall on an edge."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, enable_cache, pick_kernels
+
+COMPILED: Kernels = CompiledKernels()
+PLAIN: Kernels = TorchKernels()
+ROWS = st.sampled_from([1, 2, 3, 127, 128, 129, 300])
+SIZES = st.sampled_from([2, 16, 66, 128])
+SCALES = st.sampled_from([1e-3, 1.0, 30.0])
+few = settings(max_examples=40, deadline=None)
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def assert_same(ours: torch.Tensor, plain: torch.Tensor) -> None:
+    """Equal, but for a few elements that are the neighbouring bfloat16: roundings that fell on an edge."""
+    assert (ours != plain).sum() <= 2 + 1e-3 * ours.numel()
+    torch.testing.assert_close(ours.float(), plain.float(), rtol=2**-6, atol=1e-30)
+
+
+@few
+@given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99))
+def test_rms_norm(rows: int, size: int, scale: float, seed: int) -> None:
+    x, weight = random(rows, size, seed=seed, scale=scale), random(size, seed=seed + 1)
+    ours, plain = torch.empty_like(x), torch.empty_like(x)
+    COMPILED.rms_norm(x, weight, 1e-5, ours)
+    PLAIN.rms_norm(x, weight, 1e-5, plain)
+    assert_same(ours, plain)
+
+
+@few
+@given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99))
+def test_add_rms_norm(rows: int, size: int, scale: float, seed: int) -> None:
+    hidden, y = random(rows, size, seed=seed, scale=scale), random(rows, size, seed=seed + 2, scale=scale)
+    weight = random(size, seed=seed + 1)
+    hiddens, outs = (hidden.clone(), hidden.clone()), (torch.empty_like(y), torch.empty_like(y))
+    for kernels, changed, out in zip((COMPILED, PLAIN), hiddens, outs, strict=True):
+        kernels.add_rms_norm(changed, y, weight, 1e-5, out)
+    assert torch.equal(*hiddens)
+    assert_same(*outs)
+
+
+@few
+@given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99))
+def test_silu_mul(rows: int, size: int, scale: float, seed: int) -> None:
+    gate_up = random(rows, 2 * size, seed=seed, scale=scale)
+    ours, plain = (torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(2))
+    COMPILED.silu_mul(gate_up, ours)
+    PLAIN.silu_mul(gate_up, plain)
+    assert_same(ours, plain)
+
+
+def test_silu_of_extreme_gates_is_finite() -> None:
+    gates = torch.tensor([[-3e38, -200.0, -88.0, 0.0, 88.0, 200.0, 3e38]]).bfloat16()
+    gate_up = torch.cat((gates, torch.ones_like(gates)), dim=-1)
+    ours, plain = torch.empty_like(gates), torch.empty_like(gates)
+    COMPILED.silu_mul(gate_up, ours)
+    PLAIN.silu_mul(gate_up, plain)
+    assert torch.isfinite(ours).all()
+    torch.testing.assert_close(ours.float(), plain.float(), rtol=2**-6, atol=1e-30)
+
+
+@few
+@given(
+    rows=ROWS, heads=st.integers(1, 5), half=st.sampled_from([1, 8, 32]), seed=st.integers(0, 99), gap=st.integers(0, 3)
+)
+def test_rotate(rows: int, heads: int, half: int, seed: int, gap: int) -> None:
+    size = 2 * half
+    x = random(rows, gap * size + heads * size + 2, seed=seed)
+    cos, sin = random(rows, size, seed=seed + 1), random(rows, size, seed=seed + 2)
+    outs = [random(heads, rows + gap + 1, size, seed=seed) for _ in range(2)]
+    for kernels, out in zip((COMPILED, PLAIN), outs, strict=True):
+        kernels.rotate(x, gap * size, cos, sin, out, gap)
+    assert torch.equal(*outs)
+
+
+def test_the_choice_of_kernels() -> None:
+    assert isinstance(pick_kernels(torch.bfloat16), CompiledKernels)
+    assert isinstance(pick_kernels(torch.bfloat16, compiled=False), TorchKernels)
+    for other in (pick_kernels(torch.float32), pick_kernels(torch.float16), pick_kernels(torch.bfloat16, "meta")):
+        assert isinstance(other, TorchKernels)
+
+
+def test_nothing_is_cached_unless_a_directory_is_named(tmp_path: Path) -> None:
+    code = "import tsqp.model.compiled as c; print(c.rms_norm._cache.__class__.__name__)"
+    for environment, expected in (({}, "NullCache"), ({"NUMBA_CACHE_DIR": str(tmp_path)}, "FunctionCache")):
+        clean = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == expected
+
+
+def test_the_cache_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    enable_cache(tmp_path / "kernels")
+    assert stat.S_IMODE((tmp_path / "kernels").stat().st_mode) == 0o700

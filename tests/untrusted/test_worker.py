@@ -1,0 +1,145 @@
+"""Whatever a client sends, the worker answers with a refusal or not at all, and goes on serving the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.untrusted import ops
+from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.worker import Worker
+from tsqp.wire.channel import Arrival, Frames
+from tsqp.wire.codec import decode_handshake, decode_reply, encode
+from tsqp.wire.messages import (
+    PROTOCOL_VERSION,
+    Done,
+    Embed,
+    Failed,
+    Hello,
+    Linear,
+    Message,
+    Mix,
+    Refused,
+    Scores,
+    Welcome,
+)
+
+CHECKPOINT = open_checkpoint("synthetic:tiny")
+SPEC = CHECKPOINT.spec
+HELLO = Hello(PROTOCOL_VERSION, CHECKPOINT.fingerprint(), "float32")
+PEER = b"a client"
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker(WorkerWeights.load(CHECKPOINT, "float32", torch.device("cpu")))
+
+
+def arrival(message: Message | bytes, *payloads: torch.Tensor, peer: bytes = PEER) -> Arrival:
+    control = message if isinstance(message, bytes) else encode(message)
+    tensors = tuple(memoryview(bytearray(p.contiguous().view(torch.uint8).numpy().tobytes())) for p in payloads)
+    return Arrival(peer, Frames(control, tensors), None)
+
+
+def greet(worker: Worker, hello: Hello = HELLO, peer: bytes = PEER) -> Welcome | Refused:
+    frames = worker.answer(arrival(hello, peer=peer))
+    assert frames is not None
+    return decode_handshake(frames.control)
+
+
+def answer(worker: Worker, message: Message, *payloads: torch.Tensor) -> Done | Failed:
+    frames = worker.answer(arrival(message, *payloads))
+    assert frames is not None
+    reply = decode_reply(frames.control)
+    assert len(frames.tensors) == (1 if isinstance(reply, Done) else 0)
+    return reply
+
+
+X = torch.zeros(2, SPEC.hidden_size)
+GOOD = Linear(7, "qkv", 0, None, 2)
+BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor]]] = {
+    "a layer that is not there": (Linear(1, "qkv", SPEC.num_layers, None, 2), [X]),
+    "no layer": (Linear(1, "qkv", None, None, 2), [X]),
+    "a layer for the head": (Linear(1, "lm_head", 0, None, 2), [X]),
+    "a part that is not there": (Linear(1, "qkv", 0, 3, 2), [X]),
+    "more rows than sent": (Linear(1, "qkv", 0, None, 3), [X]),
+    "fewer rows than sent": (Linear(1, "qkv", 0, None, 1), [X]),
+    "no payload": (Linear(1, "qkv", 0, None, 2), []),
+    "two payloads": (Linear(1, "qkv", 0, None, 2), [X, X]),
+    "a token outside of the vocabulary": (Embed(1, 1), [torch.tensor([SPEC.vocab_size], dtype=torch.int32)]),
+    "a negative token": (Embed(1, 1), [torch.tensor([-1], dtype=torch.int32)]),
+    "tokens of another size": (Embed(1, 1), [torch.tensor([1], dtype=torch.int64)]),
+    "scores without keys": (Scores(1, 1, 1), [torch.zeros(SPEC.num_heads, 1, SPEC.head_dim)]),
+    "a mix of other sizes": (Mix(1, 2, 2), [X, X]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_call_fails_and_the_next_one_works(worker: Worker, name: str) -> None:
+    greet(worker)
+    message, payloads = BAD_CALLS[name]
+    reply = answer(worker, message, *payloads)
+    assert isinstance(reply, Failed)
+    assert reply.id == 1
+    assert isinstance(answer(worker, GOOD, X), Done)
+
+
+def test_a_call_before_the_handshake_fails(worker: Worker) -> None:
+    reply = answer(worker, GOOD, X)
+    assert isinstance(reply, Failed)
+    assert "handshake" in reply.reason
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xc1", b"\xff" * 100, encode(Done(1)), encode(Failed(1, "x"))])
+def test_garbage_gets_no_answer(worker: Worker, garbage: bytes) -> None:
+    greet(worker)
+    assert worker.answer(arrival(garbage)) is None
+    assert isinstance(answer(worker, GOOD, X), Done)
+
+
+@pytest.mark.parametrize(
+    "hello", [Hello(PROTOCOL_VERSION + 1, HELLO.fingerprint, "float32"), Hello(PROTOCOL_VERSION, "0" * 64, "float32")]
+)
+def test_another_version_or_model_is_refused(worker: Worker, hello: Hello) -> None:
+    assert isinstance(greet(worker, hello), Refused)
+    assert isinstance(answer(worker, GOOD, X), Failed)
+
+
+def test_a_product_that_no_reply_can_carry_is_refused_before_it_is_computed(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greet(worker)
+    monkeypatch.setattr(ops, "MAX_FRAME_BYTES", 1000)
+    reply = answer(worker, GOOD, X)
+    assert isinstance(reply, Failed)
+    assert "limit" in reply.reason
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory\nstack"), RuntimeError("x" * 10_000)])
+def test_a_failure_of_the_product_is_an_answer(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    greet(worker)
+
+    def fail(*_: Any) -> memoryview:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.Operators, "__call__", fail)
+        reply = answer(worker, GOOD, X)
+    assert isinstance(reply, Failed)
+    assert reply.reason
+    assert "\n" not in reply.reason
+    assert isinstance(answer(worker, GOOD, X), Done)
+
+
+def test_the_longest_silent_connection_is_forgotten_first(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "MAX_CONNECTIONS", 3)
+    greet(worker)
+    for number in range(20):
+        greet(worker, peer=b"other %d" % number)
+        assert isinstance(answer(worker, GOOD, X), Done)  # in use, so it stays
