@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- results: written by python -m benchmarks.readme -->", "<!-- end of results -->"
 MODELS = {"llama-3.2-1b": "Llama-3.2-1B shape", "default": "SmolLM2-135M"}
-WAYS = {"": "", "-layer": ", `layer`", "-int8": ", int8"}  # suffixes of the files, and what the rows say
+WAYS = {"": "", "-layer": ", `layer`"}  # suffixes of the files, and what the rows say
 TRANSPORTS = ("ipc", "tcp", "shm")
 
 
@@ -63,6 +63,7 @@ def table() -> str:
         *startup_rows(),
         "",
         *origin_lines(),
+        *int8_lines(),
         *rpc_lines(),
     ]
     return "\n".join(lines).rstrip()
@@ -104,6 +105,19 @@ def origin_lines() -> list[str]:
         f"{origin['seconds']:.1f} s for a {result['tokens']}-token prefill in {origin['calls']} calls that move "
         f"{(origin['sent_mb'] + origin['received_mb']) / 1024:.1f} GiB, now {best['seconds']:.2f} s in {best['calls']} "
         f"calls: **{result['speedup']:.0f}×** ({result['speedup_float32']:.1f}× in float32).",
+        "",
+    ]
+
+
+def int8_lines() -> list[str]:
+    """Integer weights beside our own bfloat16."""
+    result = load("decode-llama-3.2-1b-int8")
+    if result is None:
+        return []
+    milliseconds = result["seconds"] * 1e3
+    return [
+        f"`--dtype int8` decodes a token of the 1B shape in {milliseconds:.0f} ms, **{result['ratio']:.2f}** of our "
+        f"own bfloat16 in the same run.",
         "",
     ]
 

@@ -42,7 +42,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "no time at all": (["generate", "a", "--deadline", "nan", *MODEL], "deadline"),
     "stop token below 0": (["generate", "a", "--stop-token", "-1", *MODEL], "stop_token_ids"),
     "penalty out of range": (["generate", "a", "--repetition-penalty", "1e-40", *MODEL], "repetition_penalty"),
-    "argument that is not UTF-8": (["generate", "a\udcff", *MODEL, *LOCAL], "UTF-8"),
+    "argument that is not UTF-8": (["generate", "a\udcff", *MODEL], "UTF-8"),
     "system message that is not UTF-8": (["chat", "--system", "a\udcff", "--model", "default", *LOCAL], "UTF-8"),
     **{
         f"{flag} without a worker": (["generate", "a", *MODEL, *LOCAL, flag, *value], flag)
@@ -92,14 +92,11 @@ def test_an_error_about_the_command_line_repeats_no_prompt(tsqp: Command, argume
 
 
 def test_a_prompt_may_begin_with_a_hyphen(tsqp: Command) -> None:
-    for prompt in ("-foo bar", "--debug", "--help", "-"):
-        result = tsqp("generate", *MODEL, *LOCAL, "--dtype", "float32", "-n", "4", "--json", "--raw", "--", prompt)
-        if prompt == "-":
-            assert "prompt is empty" in result.error  # the standard input of the tests
-        else:
-            assert result.code == 0, result.err
-            tokens = byte_tokenizer().encode(prompt).ids
-            assert result.json["token_ids"] == tiny_model("llama").greedy(tokens, 4)
+    for prompt in ("-foo bar", "--debug", "--help"):
+        result = tsqp("generate", *MODEL, *LOCAL, "--dtype", "float32", "-n", "4", "--json", "--", prompt)
+        assert result.code == 0, result.err
+        tokens = byte_tokenizer().encode(prompt).ids
+        assert result.json["token_ids"] == tiny_model("llama").greedy(tokens, 4)
 
 
 FAILURES: dict[str, tuple[list[str], str]] = {

@@ -94,7 +94,7 @@ def test_a_model_is_described(tsqp: Command) -> None:
     info = tsqp("model", "info", model.directory, "--json").json
     assert info["architecture"] == "qwen2"
     assert info["fingerprint"] == open_checkpoint(str(model.directory)).fingerprint()
-    assert info["calls_per_pass"] == {"op": 20, "batched": 14, "linear": 9}
+    assert info["calls_per_pass"] == {"op": 20, "batched": 14, "linear": 9, "layer": 4}
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])

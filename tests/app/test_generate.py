@@ -62,7 +62,7 @@ def test_the_warning_comes_before_anything_else(home: Home) -> None:
     result = home.run("generate", PROMPT, *MODEL, "-n", "1")
     mode, line = result.err.splitlines()
     assert WARNING in mode
-    assert f"ipc://{home.runtime}/tsqp/" in line
+    assert f"shm://{home.runtime}/tsqp/" in line
 
 
 @pytest.mark.parametrize(

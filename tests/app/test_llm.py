@@ -105,8 +105,8 @@ def test_a_worker_lives_as_long_as_its_llm() -> None:
     [
         ({"protection": "masked"}, "masked"),
         ({"protection": "open", "partition": "diagonal"}, "diagonal"),
-        ({"protection": "open", "dtype": "int8"}, "int8"),
-        ({"protection": "open", "wire_dtype": "int8"}, "int8"),
+        ({"protection": "open", "dtype": "int4"}, "int4"),
+        ({"protection": "open", "wire_dtype": "int4"}, "int4"),
         ({"protection": "open", "prefill_chunk": 0}, "chunk"),
         ({"protection": "open", "threads": 0}, "threads"),
         ({"protection": "local", "threads": -1}, "threads"),

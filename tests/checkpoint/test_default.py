@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import multiprocessing
 import shutil
 import threading
@@ -149,6 +150,20 @@ def test_a_cut_connection_leaves_nothing(index: Index, pin: PinnedModel) -> None
     assert open_checkpoint(str(fetch_default(progress=False, pin=pin))).spec.num_layers == 3
 
 
+@pytest.mark.parametrize("what", ["page", "file"])
+def test_no_more_is_read_than_can_be_right(
+    index: Index, pin: PinnedModel, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "page":
+        monkeypatch.setattr("tsqp.checkpoint.download._PAGE_BYTES", 10)
+    else:
+        index.content += bytes(1 << 20)
+    with pytest.raises(FetchError, match="longer than it may be") as caught:
+        fetch_default(progress=False, pin=pin)
+    assert "secret" not in str(caught.value)
+    _assert_unused(pin)
+
+
 @pytest.mark.parametrize("same_length", [True, False])
 def test_other_content_is_refused(index: Index, pin: PinnedModel, same_length: bool) -> None:
     index.content = index.content[:-1] + b"?" if same_length else b"another file"
@@ -284,26 +299,37 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_directory() == Path.home() / "elsewhere"
 
 
-def test_waiting_is_said(index: Index, pin: PinnedModel, capsys: pytest.CaptureFixture[str]) -> None:
+class Listening(io.StringIO):
+    """A standard error that says when a word was written to it."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word = word
+        self.heard = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._word in text:
+            self.heard.set()
+        return super().write(text)
+
+
+def test_waiting_is_said(index: Index, pin: PinnedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Listening("waiting for another process")
+    monkeypatch.setattr("sys.stderr", stderr)
     _home(pin).mkdir(parents=True)
     lock = default.FileLock(_home(pin) / "lock")
     lock.acquire()
     thread = threading.Thread(target=fetch_default, kwargs={"pin": pin})
     thread.start()
-    deadline = time.monotonic() + 10
-    said = ""
-    while "waiting" not in said and time.monotonic() < deadline:
-        said += capsys.readouterr().err
-        time.sleep(0.01)
+    said = stderr.heard.wait(30)
     lock.release()
     thread.join(30)
-    assert "waiting for another process" in said
+    assert said
     assert default_directory(pin) is not None
 
 
 def test_the_real_one(default_directory: Path, default_gguf_file: Path) -> None:
     checkpoint = open_checkpoint("default")
-    assert checkpoint.name == "default"
     spec = checkpoint.spec
     assert (spec.num_layers, spec.hidden_size, spec.vocab_size, spec.tied_embeddings) == (30, 576, 49_152, True)
     assert default_gguf_file.stat().st_size == DEFAULT_MODEL.gguf.size

@@ -99,6 +99,15 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path / "ones.gguf")).spec.rope == RopeSpec(500_000.0)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_rope_factors_that_divide_nothing(tmp_path: Path, value: float) -> None:
+    model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(LLAMA3))
+    for factors in (np.full(32, value, np.float32), np.array([1.0] * 31 + [value], np.float32)):
+        write_gguf(tmp_path / "m.gguf", model, extra_tensors={ROPE_FACTORS: factors})
+        with pytest.raises(CorruptCheckpoint, match="positive"):
+            open_checkpoint(str(tmp_path / "m.gguf"))
+
+
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
@@ -106,6 +115,7 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
         ({"rope.dimension_count": 4}, "part of each head"),
         ({"attention.value_length": 4}, "value heads"),
+        ({"block_count": 2**31}, "block_count: 2147483648 layers"),
     ],
 )
 def test_refuses_by_name(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:

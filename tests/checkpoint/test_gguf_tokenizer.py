@@ -173,6 +173,9 @@ def test_refuses_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> 
         _read(tmp_path, {**byte_level_fields(), **change})
 
 
+TOKENS = list(enumerate(byte_level_fields()["tokens"]))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -180,6 +183,12 @@ def test_refuses_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> 
         ({"merges": None}, "merges"),
         ({"merges": ["no such"]}, "merges"),
         ({"types": [1]}, "token types"),
+        ({"types": ["one"] * VOCAB}, "token_type"),
+        ({"tokens": ["twice"] * VOCAB}, "duplicates"),
+        ({"tokens": list(range(VOCAB))}, "tokens"),
+        ({"merges": [1, 2]}, "merges"),
+        ({"model": "llama", "scores": ["best"] * VOCAB}, "scores"),
+        ({"add_bos_token": True, "tokens": ["$A:1 x" if i == VOCAB - 2 else t for i, t in TOKENS]}, "BOS"),
         ({"eos_token_id": VOCAB}, "eos_token_id"),
         ({"model": "llama", "scores": [0.0]}, "scores"),
     ],

@@ -109,6 +109,7 @@ def test_window_counts_the_position_itself() -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         (
             {"model_type": "qwen3", "num_key_value_heads": 2, "layer_types": ["linear_attention"] * 3},
@@ -131,6 +132,7 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
         ({"vocab_size": 0}, "vocab_size"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "KV heads"),
         ({"head_dim": 5}, "head_dim"),

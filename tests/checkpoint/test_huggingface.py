@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +180,8 @@ def test_chat_template_places(tiny: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     _edit(settings, chat_template=named)
     assert checkpoint.text_format().chat_template == "plain"
+    _edit(settings, chat_template=[{"name": ["default"], "template": "listed"}, 5, *named])
+    assert checkpoint.text_format().chat_template == "plain"
     _edit(settings, chat_template=3)
     with pytest.raises(CorruptCheckpoint, match="chat_template"):
         checkpoint.text_format()
@@ -198,7 +199,9 @@ def test_missing_or_broken_tokenizer(tiny: Path) -> None:
         checkpoint.text_format()
 
 
-@pytest.mark.parametrize("content", ['{"added_tokens": [3], "model": 4}', '{"model": {"vocab": ["a"]}}', "{}"])
+@pytest.mark.parametrize(
+    "content", ['{"added_tokens": [3], "model": 4}', '{"added_tokens": 5}', '{"model": {"vocab": ["a"]}}', "{}"]
+)
 def test_end_token_of_an_odd_tokenizer_is_not_found(tiny: Path, content: str) -> None:
     (tiny / "tokenizer.json").write_text(content)
     _edit(tiny / "tokenizer_config.json", eos_token="</s>")
@@ -209,8 +212,3 @@ def test_end_token_of_an_odd_tokenizer_is_not_found(tiny: Path, content: str) ->
 def test_unknown_tensor_name(tiny: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match="nonsense"):
         open_checkpoint(str(tiny)).tensor("nonsense")
-
-
-def test_name_is_as_typed(tiny: Path) -> None:
-    shutil.copytree(tiny, tiny.parent / "copy")
-    assert open_checkpoint(f"{tiny.parent}/./copy").name == f"{tiny.parent}/./copy"

@@ -90,6 +90,16 @@ def test_temperature_is_the_distribution_it_says() -> None:
         assert abs(counts[token] / 6000 - weight / sum(weights)) < 0.03
 
 
+@given(st.integers(0, 10_000), st.floats(0.0, 1e-30, exclude_min=True), st.sampled_from([0.01, 1.0, 100.0]))
+def test_a_tiny_temperature_is_greedy(seed: int, temperature: float, penalty: float) -> None:
+    logits = random_logits(seed) * 1e37  # sums and products of such logits leave float32
+    params = {"repetition_penalty": penalty, "seed": seed}
+    greedy = Sampler(SamplingParams(**params)).choose(logits, [0])
+    for narrowing in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        sampler = Sampler(SamplingParams(temperature=temperature, **narrowing, **params))
+        assert sampler.choose(logits, [0]) == greedy
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -102,6 +112,10 @@ def test_temperature_is_the_distribution_it_says() -> None:
         {"top_p": 1.1},
         {"min_p": 1.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": math.inf},
+        {"repetition_penalty": math.nan},
+        {"stop_token_ids": (3, -1)},
         {"stop": ("",)},
         {"seed": 2**70},
     ],

@@ -18,6 +18,7 @@ from tsqp.wire.transport.address import Address, parse_address
         ("/run/x.sock", "ipc:///run/x.sock"),
         ("ipc:////run//./x.sock", "ipc:///run/x.sock"),
         ("ipc:///run/a b", "ipc:///run/a b"),
+        ("shm:////run//x.sock", "shm:///run/x.sock"),
         ("ipc:///" + "x" * 106, "ipc:///" + "x" * 106),
         ("tcp://127.0.0.1:7000", "tcp://127.0.0.1:7000"),
         ("tcp://Worker.Example:07000", "tcp://worker.example:7000"),
@@ -34,6 +35,7 @@ def test_addresses_have_one_normal_form(text: str, normal: str) -> None:
     [
         *("", "x", "mem:", "mem:a/b", "mem:" + "x" * 65, "inproc://x", "http://x:1", "TCP://x:1"),
         *("ipc://", "ipc://x.sock", "ipc://@abstract", "ipc://*", "ipc:/x", "ipc:///", "/", "//", "/run/", "/run/."),
+        *("shm:x", "shm:///", "shm://x.sock", "shm:///run/../x"),
         *("/run/../x", "/run/\0x", "/run/\nx", "/" + "x" * 107, "/" + "é" * 54, "/\ud800"),
         *("tcp://", "tcp://host", "tcp://:1", "tcp://host:", "tcp://host:x", "tcp://host:-1", "tcp://host:65536"),
         *("tcp://host:123456", "tcp://*:1", "tcp://::1:1", "tcp://[::1]", "tcp://[1.2.3.4]:1", "tcp://[::1%lo]:1"),

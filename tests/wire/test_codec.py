@@ -33,7 +33,7 @@ INDEX = st.integers(0, 2**31 - 1)
 FINGERPRINT = st.text("0123456789abcdef", min_size=64, max_size=64)
 DTYPE = st.sampled_from(DTYPE_NAMES)
 GROUP = st.sampled_from(GROUP_NAMES)
-LABEL = st.text(st.characters(codec="utf-8"), max_size=64)
+DEVICE = st.just("cpu") | st.integers(0, 999).map("cuda:{}".format)
 REASON = st.text(st.characters(codec="utf-8"), max_size=500)
 
 TO_WORKER = st.one_of(
@@ -45,7 +45,7 @@ TO_WORKER = st.one_of(
 )
 SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT), max_size=8).map(tuple)
 HANDSHAKE = st.one_of(
-    st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, LABEL, DTYPE), st.builds(Refused, INDEX, FINGERPRINT, REASON)
+    st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, DEVICE, DTYPE), st.builds(Refused, INDEX, FINGERPRINT, REASON)
 )
 REPLY = st.one_of(st.builds(Done, CALL_ID), st.builds(Failed, CALL_ID, REASON))
 

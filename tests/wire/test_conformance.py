@@ -23,7 +23,7 @@ from tsqp.errors import (
     WorkerLost,
     WorkerUnreachable,
 )
-from tsqp.wire.channel import MAX_TENSORS, Arrival, Channel, Frames, Listener
+from tsqp.wire.channel import MAX_TENSORS, Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.codec import MAX_CONTROL_BYTES, decode_reply, decode_to_worker
 from tsqp.wire.transport import connect
 
@@ -230,6 +230,29 @@ def test_a_client_that_leaves_is_no_error(link: Link, listener: Listener) -> Non
     with closing(link.connect(listener)) as channel:
         channel.send(Frames(b"next"))
         assert arrived(listener).frames.control == b"next"
+
+
+def test_the_end_of_a_connection_is_reported_where_that_is_promised(link: Link, listener: Listener) -> None:
+    with closing(link.connect(listener)) as channel:
+        channel.send(Frames(b"call"))
+        peer = arrived(listener).peer
+    reported = link.name in ("mem", "shm", "shm-file")
+    assert listener.receive(WAIT_S if reported else 0.05) == (Departure(peer) if reported else None)
+
+
+def test_reserved_memory_is_sent_like_any_other(channel: Channel, listener: Listener) -> None:
+    place = channel.reserve(100_000)
+    assert (place.nbytes, place.readonly, place.format) == (100_000, False, "B")
+    place[:] = b"r" * 100_000
+    channel.send(Frames(b"", (place[1:11], channel.reserve(0))))
+    assert contents(arrived(listener).frames) == (b"", [b"r" * 10, b""])
+
+
+def test_memory_over_the_limit_is_not_reserved(link: Link, listener: Listener) -> None:
+    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(ProtocolError):
+        channel.reserve(LIMIT + 1)
+    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(ProtocolError):
+        channel.send(Frames(b""), LIMIT + 1)
 
 
 def test_closing_twice_and_use_after_close(channel: Channel, listener: Listener) -> None:

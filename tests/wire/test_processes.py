@@ -51,9 +51,9 @@ def said(process: subprocess.Popen[str]) -> dict[str, Any]:
     return line
 
 
-@pytest.fixture(params=["ipc", "tcp"])
+@pytest.fixture(params=["ipc", "shm", "tcp"])
 def address(request: pytest.FixtureRequest, private_dir: Path) -> str:
-    return {"ipc": f"ipc://{private_dir}/worker.sock", "tcp": "tcp://127.0.0.1:0"}[request.param]
+    return "tcp://127.0.0.1:0" if request.param == "tcp" else f"{request.param}://{private_dir}/worker.sock"
 
 
 def test_a_killed_worker_is_noticed_at_once(start: StartProcess, address: str) -> None:

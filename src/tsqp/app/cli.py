@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 
 from tsqp import __version__
 from tsqp.app.bench.cli import bench_app
+from tsqp.app.evaluate import eval_app
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
 from tsqp.app.trace import check_output
 from tsqp.errors import InputError, OptionError, PromptError
@@ -39,6 +40,7 @@ app = App(
 model_app = App(name="model", help="List, fetch and describe checkpoints.")
 app.command(model_app)
 app.command(bench_app)
+app.command(eval_app)
 
 
 @app.command
@@ -225,13 +227,15 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: boo
     if prompt is not None and prompt != "-":
         if prompt.startswith("-") and not after_dashes:
             raise OptionError(unknown_option(prompt))
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise PromptError("the prompt is not UTF-8 text")  # what Python makes of an argument's other bytes
         return prompt
     try:
         from_stdin = prompt_file is None or str(prompt_file) == "-"
         text = sys.stdin.buffer.read() if from_stdin or prompt_file is None else prompt_file.read_bytes()
         return text.decode().removesuffix("\n")  # the one that every editor and echo adds
     except OSError as error:
-        raise InputError(f"cannot read the prompt: {error.strerror}: {prompt_file}") from None
+        raise InputError(f"cannot read the prompt: {error.strerror or error}: {prompt_file or 'standard input'}") from None
     except UnicodeDecodeError:
         raise PromptError("the prompt is not UTF-8 text") from None
 
@@ -264,6 +268,7 @@ def open_llm(options: RunOptions) -> LLM:
         prefill_chunk=options.prefill_chunk,
         micro_batches=options.micro_batches,
         compiled_kernels=options.compiled_kernels,
+        kernel_cache=options.kernel_cache,
         compiled_worker=options.compile,
         threads=len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
         deadline_s=options.deadline,

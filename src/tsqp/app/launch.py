@@ -64,7 +64,9 @@ class Ready(msgspec.Struct, frozen=True):
 class LocalWorker:
     """A worker process that lives as long as this object. Start it, do other work, then ``wait_ready``."""
 
-    def __init__(self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False) -> None:
+    def __init__(
+        self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False
+    ) -> None:
         self._address = new_shm_address()
         command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self._address]
         if compiled:

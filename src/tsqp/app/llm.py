@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from tsqp.app.kernel_cache import kernel_cache_directory
 from tsqp.app.launch import LocalWorker
 from tsqp.app.plan import Plan, refuse_unused
-from tsqp.checkpoint import locate, open_checkpoint
+from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
 from tsqp.errors import ChannelError, ModelMismatch, PromptError, WorkerLost
 from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
@@ -71,11 +73,12 @@ class LLM:
         partition: str = "linear",
         worker: str | None = None,
         device: str = "cpu",
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         wire_dtype: str | None = None,
         prefill_chunk: int = 2048,
         micro_batches: int = 1,
         compiled_kernels: bool = True,
+        kernel_cache: str = "auto",
         compiled_worker: bool = False,
         threads: int | None = None,
         deadline_s: float = 300.0,
@@ -83,10 +86,10 @@ class LLM:
         insecure_plain_tcp: bool = False,
         announce: Callable[[Plan], None] | None = None,
     ) -> None:
-        self.plan = Plan.check(
+        check = partial(
+            Plan.check,
             protection=protection,
             partition=partition,
-            dtype=dtype,
             wire_dtype=wire_dtype,
             prefill_chunk=prefill_chunk,
             micro_batches=micro_batches,
@@ -94,6 +97,7 @@ class LLM:
             threads=threads,
             deadline_s=deadline_s,
         )
+        self.plan = check(dtype="bfloat16" if dtype == "auto" else dtype)
         if self.plan.partition is None:
             of_a_worker = {"worker": worker, "wire_dtype": wire_dtype, "compiled_worker": compiled_worker}
             refuse_unused(f"protection {self.plan.protection.name} uses no worker", of_a_worker)
@@ -109,6 +113,8 @@ class LLM:
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
             model = locate(model)
+            if dtype == "auto":
+                self.plan = check(dtype=stored_dtype(model))
             if self.plan.partition is not None and worker is None:
                 started = LocalWorker(
                     model, device=device, dtype=self.plan.worker_dtype, threads=threads, compiled=compiled_worker
@@ -118,7 +124,11 @@ class LLM:
             import torch
 
             from tsqp.app.assemble import build_local_engine, build_split_engine
+            from tsqp.model.kernels import enable_cache
 
+            kernels = kernel_cache_directory(kernel_cache) if self.plan.compiled_kernels else None
+            if kernels is not None:
+                enable_cache(kernels)
             if threads is not None:
                 torch.set_num_threads(threads)
 

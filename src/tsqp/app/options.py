@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import ComputeDtype, WireDtype
+from tsqp.spec.dtype import AskedDtype, WireDtype
 from tsqp.spec.protection import PROTECTIONS
 
 PartitionName = Literal["op", "batched", "linear", "layer"]
@@ -85,7 +85,7 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    ComputeDtype,
+    AskedDtype,
     Parameter(
         env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
         help="What both sides compute in; int8: the worker's linear layers, everything else in bfloat16.",
@@ -119,7 +119,7 @@ class RunOptions:
         ),
     ] = None
     device: Device = "cpu"
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     wire_dtype: Annotated[
         WireDtype | None,
         Parameter(
@@ -140,6 +140,13 @@ class RunOptions:
             help="Element-wise operators compiled by numba, for bfloat16.",
         ),
     ] = True
+    kernel_cache: Annotated[
+        str,
+        Parameter(
+            env_var="TSQP_KERNEL_CACHE",
+            help="Where compiled kernels are kept: a directory, off, or auto (the user's cache, none in a TEE).",
+        ),
+    ] = "auto"
     threads: Threads = None
     deadline: Annotated[float, Parameter(help="The longest wait for one reply of the worker, in seconds.")] = 300.0
     key: Annotated[Path | None, Parameter(env_var="TSQP_KEY", help="This side's secret key file, for tcp.")] = None
@@ -196,12 +203,12 @@ class WorkerOptions:
     ] = None
     device: Device = "cpu"
     dtype: Annotated[
-        ComputeDtype,
+        AskedDtype,
         Parameter(
             env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
             help="What the worker computes in; int8: its linear layers, everything else in bfloat16.",
         ),
-    ] = "bfloat16"
+    ] = "auto"
     compile: Compile = False
     threads: Threads = None
     key: Annotated[Path | None, Parameter(env_var="TSQP_KEY", help="The worker's secret key file, for tcp.")] = None

@@ -86,7 +86,7 @@ def _operator_table(stats: Stats) -> Table:
     table = _table("operators", ["side", "ms", "share"])
     whole = stats.prefill_s + stats.decode_s
     rows = [
-        *((CALL_TITLES[kind], _side(kind, c), c.rpc_s) for kind, c in stats.calls.items()),
+        *((CALL_TITLES[kind], _side(kind, c), c.held_s) for kind, c in stats.calls.items()),
         *((OPERATOR_TITLES[kind], "trusted", seconds) for kind, seconds in stats.operator_s.items()),
         ("other", "trusted", stats.other_s),
         ("all", "", whole),

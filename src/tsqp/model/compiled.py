@@ -14,6 +14,9 @@ from typing import Any
 import numba
 import numpy as np
 
+# numba may have been loaded before this was set.
+setattr(numba.config, "CACHE_DIR", os.environ.get("NUMBA_CACHE_DIR", ""))  # noqa: B010  (unknown to its type hints)
+
 # Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
 _FAST = {"reassoc", "contract", "nsz"}
 _kernel: Callable[..., Any] = numba.njit(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,8 +116,14 @@ def bits(tensor: torch.Tensor) -> Any:
 def pick_kernels(dtype: torch.dtype, device: str | torch.device = "cpu", *, compiled: bool = True) -> Kernels:
     """Compiled kernels for bfloat16 on the CPU unless told otherwise, else torch's."""
     if compiled and dtype == torch.bfloat16 and torch.device(device).type == "cpu":
-        return CompiledKernels()
+        return _compiled_kernels()
     return TorchKernels()
+
+
+@cache
+def _compiled_kernels() -> CompiledKernels:
+    """One for the process, with one pool of threads."""
+    return CompiledKernels()
 
 
 def enable_cache(directory: Path) -> None:

@@ -13,6 +13,9 @@ ITEM_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 ComputeDtype = Literal["float32", "bfloat16", "float16", "int8"]
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
 
+# What a user asks for: auto is float32 for weights that are stored so, bfloat16 for all others.
+AskedDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
 # What float payloads cross the line as: int8 is rows of digits, each with one float32 scale.
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)

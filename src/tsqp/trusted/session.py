@@ -98,11 +98,13 @@ class WorkerSession:
         except ChannelError as error:
             self._die(error)
             raise
+        sent = time.perf_counter()
         self._waiting.add(call.id)
         row.count += 1
+        row.held_s += sent - began
         row.serialise_s += serialised - began
         row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
-        self.stats.traced("line", "send", began, time.perf_counter(), id=call.id)
+        self.stats.traced("line", "send", began, sent, id=call.id)
         return PendingReply(self, kind, call, shape, began)
 
     def close(self) -> None:
@@ -131,6 +133,7 @@ class WorkerSession:
         end = time.perf_counter()
         row.deserialise_s += end - arrived
         row.rpc_s += end - reply.began
+        row.held_s += end - waits
         row.bytes_received += payload.nbytes
         # Whatever the worker says, it cannot have computed for longer than the call was under way.
         busy_s = min(self._busy_ns.pop(reply.call_id) * 1e-9, arrived - reply.began)

@@ -16,9 +16,10 @@ from tsqp.trusted.trace import Trace, Track
 class CallStats:
     """Calls of one kind. Times in seconds; ``rpc_s`` runs from sending a call to holding its reply.
 
-    ``worker_s`` is what the worker says it computed for: shown, and used for nothing else.
+    Calls in flight together are each counted in full there; ``held_s`` is the time that this side spent on them and
+    could do nothing else. ``worker_s`` is what the worker says it computed for: shown, and used for nothing else.
 
-    At ``local`` nothing is sent: ``rpc_s`` is the time of the product itself and ``count`` stays 0.
+    At ``local`` nothing is sent: ``rpc_s`` and ``held_s`` are the time of the product itself, ``count`` stays 0.
     """
 
     count: int = 0
@@ -26,6 +27,7 @@ class CallStats:
     serialise_s: float = 0.0
     deserialise_s: float = 0.0
     worker_s: float = 0.0
+    held_s: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -68,6 +70,7 @@ class Stats:
         yield
         end = time.perf_counter()
         self.calls[kind].rpc_s += end - start
+        self.calls[kind].held_s += end - start
         self.traced("operator", kind, start, end)
 
     def traced(self, track: Track, name: str, start_s: float, end_s: float, **details: Any) -> None:
@@ -82,7 +85,7 @@ class Stats:
     @property
     def other_s(self) -> float:
         """Time of the forward passes that no row accounts for: residuals, the cache, sampling, Python."""
-        known = total(self.calls.values()).rpc_s + sum(self.operator_s.values())
+        known = total(self.calls.values()).held_s + sum(self.operator_s.values())
         return max(0.0, self.prefill_s + self.decode_s - known)
 
     def as_dict(self) -> dict[str, object]:

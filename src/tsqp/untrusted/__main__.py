@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsqp.errors import InputError, OptionError, TsqpError
-from tsqp.spec.dtype import COMPUTE_DTYPES
+from tsqp.spec.dtype import COMPUTE_DTYPES, ComputeDtype
 from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:n] [default: cpu]")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=COMPUTE_DTYPES, help="what it computes in [default: bfloat16]"
+        "--dtype", default="auto", choices=("auto", *COMPUTE_DTYPES), help="what it computes in [default: auto]"
     )
     parser.add_argument("--compile", action="store_true", help="compile the products; needs a C++ compiler")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
@@ -82,17 +82,22 @@ def serve(options: argparse.Namespace) -> None:
     # These pull in torch; wrong options and --help must not wait for it.
     import torch
 
-    from tsqp.checkpoint import open_checkpoint
+    from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
+    from tsqp.checkpoint.cache import cache_directory
+    from tsqp.model.kernels import enable_cache
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.device import pick_device
     from tsqp.untrusted.weights import WorkerWeights
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
 
+    enable_cache(cache_directory() / "worker-kernels")  # its own: what it writes is never loaded by a trusted side
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     device = pick_device(options.device)
     compiler = Compiler() if options.compile else None
-    checkpoint = open_checkpoint(options.model)
+    place = locate(options.model)
+    checkpoint = open_checkpoint(place)
+    dtype: ComputeDtype = stored_dtype(place) if options.dtype == "auto" else options.dtype
     listener = listen(
         options.listen or new_shm_address(),
         security=worker_keys(options),
@@ -100,11 +105,11 @@ def serve(options: argparse.Namespace) -> None:
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with closing(listener):
-        worker = Worker(WorkerWeights.load(checkpoint, options.dtype, device, compiler=compiler))
+        worker = Worker(WorkerWeights.load(checkpoint, dtype, device, compiler=compiler))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: listener.interrupt())
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
-        log.info("%s on %s in %s, listening on %s", options.model, device, options.dtype, listener.address)
+        log.info("%s on %s in %s, listening on %s", options.model, device, dtype, listener.address)
         worker.serve(listener)
 
 

@@ -1,7 +1,7 @@
 """``--compile``: the worker's linear products compiled by torch.compile, for shapes with any number of rows.
 
 For int8 a compiled product is one loop before the sum and one after it, instead of a pass over memory for each step of
-the quantiser and of the scaling. For float dtypes a product is one library call either way.
+the quantiser and of the scaling; the numbers are the same. For float dtypes a product is one library call either way.
 
 torch.compile writes C++ and loads what the compiler makes of it. It keeps both on disk: in a directory of this user
 alone below the cache directory, not in torch's default under /tmp. Whoever can write there runs code in the worker.
@@ -47,7 +47,7 @@ class Compiler:
         with torch.inference_mode():
             for (_, layer), linear in wrapped.items():
                 if layer in (0, None):
-                    for rows in (1, 2, 3):
+                    for rows in (1, 2, 3):  # one row is a graph of its own; the third shows that rows are dynamic
                         linear.product(linear.input(rows).zero_())
         return wrapped
 
@@ -75,6 +75,8 @@ class CompiledInt8:
 
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         linear = self.linear
+        if x.shape[0] == 1 and x.device.type == "cpu":
+            return linear.product(x, part, out=out)  # too little to fuse: checking a graph's guards takes longer
         first, end = linear.group.part_rows(part)
         if out is None:
             out = torch.empty(x.shape[0], end - first, dtype=linear.dtype, device=x.device)
@@ -99,6 +101,8 @@ class CompiledFloat:
         return self.linear.input(rows)
 
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        if x.shape[0] == 1 and x.device.type == "cpu":
+            return self.linear.product(x, part, out=out)
         first, end = self.linear.group.part_rows(part)
         if out is None:
             out = x.new_empty(x.shape[0], end - first)

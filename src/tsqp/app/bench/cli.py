@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from tsqp.app.bench.options import BenchOptions, PeerName, TransportName
-from tsqp.app.options import Dtype, RunOptions, Threads
+from tsqp.app.options import RunOptions, Threads
 from tsqp.app.trace import check_output
 from tsqp.errors import OptionError
+from tsqp.spec.dtype import DtypeName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,12 @@ bench_app = App(
 )
 
 Tokens = Annotated[int, Parameter(help="The length of the prompt.")]
-Peer = Annotated[PeerName | None, Parameter(help="What to compare with; transformers where it is installed.")]
+Peer = Annotated[
+    PeerName | None,
+    Parameter(
+        help="What to compare with: transformers (the default where it is installed), ours (linear, bfloat16) or none."
+    ),
+]
 TraceFile = Annotated[Path | None, Parameter(help="Write the last run to this file, for https://ui.perfetto.dev.")]
 
 
@@ -89,7 +95,7 @@ def pipeline(
     *,
     model: Annotated[str, Parameter(help="As for tsqp generate; its linear layers are not needed.")] = MODEL_1B,
     transport: Annotated[TransportName, Parameter(help="ipc, tcp or shm.")] = "shm",
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[DtypeName, Parameter(help="What both sides compute in.")] = "bfloat16",
     tokens: Tokens = 1024,
     micro_batches: Annotated[int, Parameter(help="How many take turns.")] = 2,
     worker_ms: Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.app.bench.options import TransportName
+from tsqp.app.bench.options import PeerName, TransportName, benchmarked
 from tsqp.app.bench.origin import bench_origin
 from tsqp.app.bench.pipeline import PipelineSetup, bench_pipeline
 from tsqp.app.bench.rpc import bench_rpc
@@ -19,6 +19,7 @@ from tsqp.app.bench.show import table
 from tsqp.app.bench.split import Workload, bench_split
 from tsqp.app.options import RunOptions
 from tsqp.errors import OptionError
+from tsqp.spec.dtype import float_dtype
 
 RPC_TRANSPORTS: tuple[TransportName, ...] = ("ipc", "tcp", "shm")
 
@@ -68,10 +69,13 @@ def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, di
         yield f"rpc-{transport}", bench_rpc(transport, setup.rpc_bytes, setup.rpc_calls, work.runs, console)
     for model in setup.models:
         for suffix, run in _variants(replace(setup.run, model=model), first=model == setup.models[0]):
-            for phase, result in bench_split(run, work, None, None, console).items():
+            peer: PeerName | None = "ours" if run.dtype == "int8" else None
+            for phase, result in bench_split(run, work, peer, None, console).items():
                 yield f"{phase}-{file_name(model)}{suffix}", result
             gc.collect()  # a model's weights are gigabytes, and the next ones come
-    pipeline = PipelineSetup(setup.models[0], RPC_TRANSPORTS[-1], setup.run.dtype, 2, None, setup.run.threads)
+    pipeline = PipelineSetup(
+        setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 2, None, setup.run.threads
+    )
     yield "pipeline", bench_pipeline(pipeline, work, console)
     yield "origin", bench_origin(setup.models[0], work, setup.run.threads, console)
 

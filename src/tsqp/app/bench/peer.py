@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from tsqp.app.bench.ceilings import synchronize
 from tsqp.app.bench.options import PeerName
+from tsqp.app.llm import LLM
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import config_from_spec
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.errors import CorruptCheckpoint, OptionError
+from tsqp.trusted.sampling_params import SamplingParams
 
 
 def choose_peer(name: PeerName | None) -> PeerName:
@@ -23,6 +25,31 @@ def choose_peer(name: PeerName | None) -> PeerName:
     if name == "transformers" and not installed:
         raise OptionError("--peer transformers needs it: pip install 'tsqp[bench]'")
     return name or ("transformers" if installed else "none")
+
+
+class Peer(Protocol):
+    """Something else that runs the same model."""
+
+    name: str
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """Seconds of one pass over the prompt, and of ``steps`` tokens one at a time after it."""
+
+
+class Ours:
+    """This package itself."""
+
+    name = "TSQP linear, bfloat16"  # as a peer
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """See Peer.run."""
+        stats = self._llm.stats
+        stats.reset()
+        self._llm.generate(tokens, SamplingParams(max_tokens=steps + 1, ignore_eos=True))
+        return stats.prefill_s, stats.decode_s
 
 
 class TransformersPeer:
@@ -51,7 +78,7 @@ class TransformersPeer:
         self._model: Any = peer.eval()
 
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
-        """Seconds of one pass over the prompt, and of ``steps`` tokens one at a time with its cache."""
+        """See Peer.run."""
         with torch.inference_mode():
             prompt = torch.tensor([tokens], device=self._device)
             synchronize(self._device)

@@ -24,7 +24,7 @@ from tsqp.app.bench.split import Workload
 from tsqp.app.llm import LLM
 from tsqp.checkpoint import locate
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import DtypeName
+from tsqp.spec.dtype import ComputeDtype
 from tsqp.trusted.sampling_params import SamplingParams
 
 MODULE = "tsqp.app.bench.waiting"
@@ -36,7 +36,7 @@ class PipelineSetup:
 
     model: str
     transport: TransportName
-    dtype: DtypeName
+    dtype: ComputeDtype
     micro_batches: int
     worker_ms: float | None
     threads: int | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from rich.console import Console
 
 from tsqp.app.bench.ceilings import ceilings, model_limits, print_ceilings
 from tsqp.app.bench.machine import cores, machine
-from tsqp.app.bench.options import PeerName
-from tsqp.app.bench.peer import TransformersPeer, choose_peer
+from tsqp.app.bench.options import PeerName, benchmarked
+from tsqp.app.bench.peer import Ours, Peer, TransformersPeer, choose_peer
 from tsqp.app.bench.progress import watched
 from tsqp.app.cli import open_llm
 from tsqp.app.llm import LLM
@@ -23,7 +24,7 @@ from tsqp.app.trace import communication_share, write_trace
 from tsqp.checkpoint import locate
 from tsqp.errors import OptionError
 from tsqp.model.payload import TORCH_DTYPES
-from tsqp.trusted.sampling_params import SamplingParams
+from tsqp.spec.dtype import float_dtype
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.trace import Trace
 
@@ -80,21 +81,20 @@ def bench_split(
 ) -> dict[Phase, dict[str, Any]]:
     """Both phases, decode only where the workload has steps. Raises OptionError and every error of ``LLM``."""
     work.check()
+    run = replace(run, dtype=benchmarked(run.dtype))
     peer_name = choose_peer(peer_name)
     threads = run.threads or cores()
     rates = ceilings(run.dtype, run.device if run.worker is None else "cpu", threads)
     print_ceilings(rates, console)
-    with open_llm(run) as llm:
+    with ExitStack() as stack:
+        llm = stack.enter_context(open_llm(run))
         announce(llm, console)
-        peer = None
-        if peer_name == "transformers":
-            dtype = TORCH_DTYPES.get(run.dtype, torch.bfloat16)
-            peer = TransformersPeer(locate(run.model), dtype, str(rates["device"]))
+        peer = _open_peer(peer_name, run, str(rates["device"]), stack)
         ours, theirs = Measured.empty(), Measured.empty()
         prompt = work.prompt()
         for warm in watched(range(-1, work.runs), console, f"{run.model}"):
             trace = llm.stats.trace = Trace()
-            seconds = _run_ours(llm, prompt, work.steps)
+            seconds = Ours(llm).run(prompt, work.steps)
             if peer is not None:
                 peer_seconds = peer.run(prompt, work.steps)
                 if warm >= 0:
@@ -113,11 +113,14 @@ def bench_split(
     }
 
 
-def _run_ours(llm: LLM, prompt: list[int], steps: int) -> tuple[float, float]:
-    """Seconds of prefill and of all decode steps."""
-    llm.stats.reset()
-    llm.generate(prompt, SamplingParams(max_tokens=steps + 1, ignore_eos=True))
-    return llm.stats.prefill_s, llm.stats.decode_s
+def _open_peer(name: PeerName, run: RunOptions, device: str, stack: ExitStack) -> Peer | None:
+    """What the run is compared with; what it needs is closed with ``stack``."""
+    if name == "none":
+        return None
+    if name == "ours":
+        plain = replace(run, worker=None, partition="linear", dtype="bfloat16", wire_dtype=None, compile=False)
+        return Ours(stack.enter_context(open_llm(plain)))
+    return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.dtype))], device)
 
 
 def _about(run: RunOptions, llm: LLM, work: Workload) -> dict[str, Any]:

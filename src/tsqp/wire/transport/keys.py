@@ -67,6 +67,7 @@ def create_keys(directory: Path, name: str) -> KeyFiles:
         raise AddressError(f"{name[:100]!a} cannot name a key; use letters, digits, dots, dashes and underscores")
     files = KeyFiles(directory / f"{name}.key", directory / f"{name}.key_secret")
     try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
         # Written where only we can look, then linked into place: a link fails where a file exists already.
         with tempfile.TemporaryDirectory(dir=directory, prefix=".keys-") as workshop:

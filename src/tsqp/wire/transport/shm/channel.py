@@ -176,8 +176,8 @@ class ShmChannel(BaseChannel):
             packet = self._line.recv(PACKET_BYTES)
         except BlockingIOError:
             return None
-        except OSError:  # reset: the worker died without reading everything
-            raise self._lost() from None
+        except ConnectionResetError:  # said once, ahead of the packets that had arrived; the end is said after them
+            return self._next_reply()
         if not packet:
             raise self._lost()
         answer = decode_answer(packet)

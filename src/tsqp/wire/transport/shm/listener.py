@@ -89,7 +89,7 @@ class ShmListener:
         self._turn -= 1
         if not self._turn:
             self._look(0.0)
-        event = None if self._interrupted else self._next_event()
+        event = self._next_event()
         return self._await_event(Deadline(timeout_s)) if event is None else event
 
     def send(self, arrival: Arrival, frames: Frames) -> None:
@@ -123,13 +123,17 @@ class ShmListener:
     def _await_event(self, deadline: Deadline) -> Arrival | Departure | None:
         while not self._interrupted:
             happened = self._look(deadline.remaining_s)
-            event = None if self._interrupted else self._next_event()
-            if event is not None or not (happened or not deadline.passed):
+            event = self._next_event()
+            if event is not None:
                 return event
+            if not happened and deadline.passed:
+                break
         return None
 
     def _next_event(self) -> Arrival | Departure | None:
         """What is known to be here, first come first served; then what comes within a short spin."""
+        if self._interrupted:
+            return None
         while self._ready and not self._departed:
             arrival = self._receive_from(self._ready.popleft())
             if arrival is not None:

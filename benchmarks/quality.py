@@ -1,0 +1,68 @@
+"""What a number format costs in quality: the perplexity of a real text in each mode.
+
+    python -m benchmarks.quality [--model default] [--tokens 2049] [--text FILE]
+
+Writes benchmarks/results/quality.json and prints the same as a table; ratios are to float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tsqp import LLM
+from tsqp.app.bench.machine import cores, machine
+from tsqp.app.bench.progress import watched
+from tsqp.app.evaluate import measure
+
+RESULTS = Path(__file__).parent / "results"
+PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
+WINDOW, STRIDE = 1024, 512
+MODES: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "int8"},
+    "bfloat16, int8 wire": {"dtype": "bfloat16", "wire_dtype": "int8"},
+    "int8, int8 wire": {"dtype": "int8", "wire_dtype": "int8"},
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--tokens", type=int, default=2049)
+    parser.add_argument("--text", type=Path, default=PROSE)
+    parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
+    options = parser.parse_args()
+    console = Console()
+    text = options.text.read_text(encoding="utf-8")
+    results: dict[str, dict[str, Any]] = {}
+    for name in watched(list(MODES), console, "measuring"):
+        with LLM(options.model, protection="open", threads=cores(), **MODES[name]) as llm:
+            results[name] = measure(llm, text, tokens=options.tokens, window=WINDOW, stride=STRIDE)
+    table = Table(title=f"{options.model}, {options.text.name}, {options.tokens} tokens", title_justify="left")
+    for column in ("", "perplexity", "ratio", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, result in results.items():
+        result["ratio"] = result["perplexity"] / results["float32"]["perplexity"]
+        table.add_row(name, f"{result['perplexity']:.4f}", f"{result['ratio']:.4f}", f"{result['seconds']:.1f}")
+    console.print(table)
+    whole = {
+        "benchmark": "quality",
+        "model": options.model,
+        "text": options.text.name,
+        "modes": results,
+        "machine": machine(),
+    }
+    options.output.write_text(json.dumps(whole, indent=2) + "\n")
+    console.print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What a worker keeps for a connection at the ``layer`` partition is bounded, private to it, and goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.conftest import StartWorker
+from tests.families import random_tokens, tiny_model
+from tests.untrusted.test_worker import CHECKPOINT, HELLO, SPEC, arrival
+from tsqp import LLM, SamplingParams
+from tsqp.errors import ProtocolError, WorkerFailed
+from tsqp.untrusted import layers
+from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.layers import LayerState
+from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.worker import Worker
+from tsqp.wire.codec import decode_reply
+from tsqp.wire.messages import Begin, Done, Failed, Finish, Layer, Message, Place
+
+WEIGHTS = WorkerWeights.load(CHECKPOINT, "float32", torch.device("cpu"))
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32)
+
+
+def whole_pass(state: LayerState, begin: Begin) -> torch.Tensor:
+    """A pass in one chunk: its logits."""
+    with torch.inference_mode():
+        state.begin(begin, tokens(sum(place.rows for place in begin.places)))
+        for layer in range(SPEC.num_layers):
+            state.layer(Layer(0, begin.id, layer, 0))
+        return state.finish(Finish(0, begin.id, False))
+
+
+def test_a_sequence_goes_on_where_it_was() -> None:
+    state = LayerState(WEIGHTS)
+    assert whole_pass(state, Begin(1, (Place(5, 0, 3), Place(6, 0, 1)), 64)).shape == (2, SPEC.vocab_size)
+    assert whole_pass(state, Begin(2, (Place(5, 3, 1),), 64)).shape == (1, SPEC.vocab_size)
+
+
+BAD: dict[str, Sequence[Message]] = {
+    "a position that is not the next": [Begin(1, (Place(1, 7, 1),), 8)],
+    "a sequence twice": [Begin(1, (Place(1, 0, 1), Place(1, 0, 1)), 8)],
+    "longer than the context": [Begin(1, (Place(1, 0, SPEC.max_positions + 1),), 8)],
+    "no such pass": [Layer(2, 9, 0, 0)],
+    "no such layer": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, SPEC.num_layers, 0)],
+    "no such chunk": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, 0, 1)],
+    "no pass to finish": [Finish(1, 3, False)],
+    "finished twice": [Begin(1, (Place(1, 0, 2),), 8), Finish(2, 1, False), Finish(3, 1, False)],
+    "too many passes": [Begin(n, (Place(n, 0, 1),), 8) for n in range(1, layers.MAX_PASSES + 2)],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls_fail_and_the_connection_goes_on(name: str) -> None:
+    worker = Worker(WEIGHTS)
+    worker.answer(arrival(HELLO))
+    replies = []
+    for message in BAD[name]:
+        rows = sum(place.rows for place in message.places) if isinstance(message, Begin) else 0
+        frames = worker.answer(arrival(message, *([tokens(rows)] if rows else [])))
+        assert frames is not None
+        replies.append(decode_reply(frames.control))
+    assert all(isinstance(reply, Done) for reply in replies[:-1])
+    assert isinstance(replies[-1], Failed)
+
+
+def test_the_caches_of_a_connection_are_bounded() -> None:
+    one_position = 2 * 2 * SPEC.num_layers * SPEC.kv_size * 4
+    state = LayerState(WEIGHTS, max_cache_bytes=10 * one_position)
+    whole_pass(state, Begin(1, (Place(1, 0, 8),), 8))
+    with pytest.raises(ProtocolError, match="KV caches"):
+        whole_pass(state, Begin(2, (Place(2, 0, 8),), 8))
+    whole_pass(state, Begin(3, (Place(2, 0, 8),), 8, forget=(1,)))  # what is forgotten makes room
+
+
+def test_one_connection_cannot_name_what_another_keeps() -> None:
+    worker = Worker(WEIGHTS)
+    for peer in (b"one", b"two"):
+        worker.answer(arrival(HELLO, peer=peer))
+    worker.answer(arrival(Begin(1, (Place(1, 0, 2),), 8), tokens(2), peer=b"one"))
+    frames = worker.answer(arrival(Layer(2, 1, 0, 0), peer=b"two"))
+    assert frames is not None
+    assert isinstance(decode_reply(frames.control), Failed)
+
+
+def test_connections_with_state_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "MAX_STATEFUL_CONNECTIONS", 2)
+    worker = Worker(WEIGHTS)
+    for number in range(5):
+        worker.answer(arrival(HELLO, peer=b"%d" % number))
+        worker.answer(arrival(Begin(1, (Place(1, 0, 2),), 8), tokens(2), peer=b"%d" % number))
+    assert len(worker._connections) == 2
+
+
+@pytest.mark.parametrize("transport", ["mem", "shm"])
+def test_state_goes_with_the_connection(
+    transport: str, monkeypatch: pytest.MonkeyPatch, start_worker: StartWorker
+) -> None:
+    import threading
+
+    gone = threading.Event()
+    pop = dict.pop
+
+    class Watched(dict[bytes, object]):
+        def pop(self, key: bytes, *default: object) -> object:
+            found = pop(self, key, *default)
+            if not self:
+                gone.set()
+            return found
+
+    init = Worker.__init__
+
+    def watched_init(self: Worker, weights: WorkerWeights) -> None:
+        init(self, weights)
+        self._connections = Watched()  # type: ignore[assignment]
+
+    monkeypatch.setattr(Worker, "__init__", watched_init)
+    directory = str(tiny_model("llama").directory)
+    with LLM(
+        directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory, transport)
+    ) as llm:
+        llm.generate(random_tokens(5), SamplingParams(max_tokens=2))
+        gone.clear()
+    assert gone.wait(10)
+
+
+def test_traffic_is_token_ids_and_one_row_of_logits(start_worker: StartWorker) -> None:
+    directory = str(tiny_model("llama").directory)
+    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+        llm.generate(random_tokens(100), SamplingParams(max_tokens=1))
+        stats = llm.stats.as_dict()
+    calls = 2 + 2
+    assert stats["bytes_received"] == 320 * 4
+    assert stats["bytes_sent"] <= 100 * 4 + calls * 64  # type: ignore[operator]
+
+
+def test_a_forgotten_sequence_makes_room_on_the_worker(start_worker: StartWorker) -> None:
+    directory = str(tiny_model("llama").directory)
+    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+        for seed in range(30):  # each prompt is a sequence of its own, let go when it is answered
+            llm.generate(random_tokens(5, seed), SamplingParams(max_tokens=2))
+
+
+def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatch, start_worker: StartWorker) -> None:
+    directory = str(tiny_model("llama").directory)
+    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+        stream = llm.stream(random_tokens(5), SamplingParams(max_tokens=20))
+        next(stream)
+        monkeypatch.setattr(
+            LayerState, "_cache", lambda *_: (_ for _ in ()).throw(ProtocolError("sequence 1 has 0 positions"))
+        )
+        with pytest.raises(WorkerFailed, match="0 positions"):
+            list(stream)
