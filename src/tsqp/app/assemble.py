@@ -12,7 +12,6 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Block, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import group_keys, load_group
-from tsqp.model.linear import load_groups
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.payload import TORCH_DTYPES
 from tsqp.model.roles import Attention, Embedding, Linears

@@ -235,7 +235,8 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: boo
         text = sys.stdin.buffer.read() if from_stdin or prompt_file is None else prompt_file.read_bytes()
         return text.decode().removesuffix("\n")  # the one that every editor and echo adds
     except OSError as error:
-        raise InputError(f"cannot read the prompt: {error.strerror or error}: {prompt_file or 'standard input'}") from None
+        where = prompt_file or "standard input"
+        raise InputError(f"cannot read the prompt: {error.strerror or error}: {where}") from None
     except UnicodeDecodeError:
         raise PromptError("the prompt is not UTF-8 text") from None
 

@@ -67,7 +67,7 @@ def perplexity(
 
 
 def measure(llm: LLM, text: str, *, tokens: int | None, window: int, stride: int) -> dict[str, object]:
-    """The perplexity of a text in the mode of ``llm``, with that mode. Raises OptionError, PromptError, ChannelError."""
+    """The perplexity of a text, and the mode it was measured in. Raises OptionError, PromptError, ChannelError."""
     check_windows(window, stride)
     ids = llm.tokenizer.encode(text)[:tokens]
     if len(ids) < 2:

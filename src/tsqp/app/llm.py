@@ -53,14 +53,17 @@ class LLM:
     ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection`` must be
     stated: ``open`` (the worker sees the activations in clear) or ``local`` (no worker). ``worker``: the address of a
     running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
-    side computes in, and the worker if it is started here, or ``int8``: then that worker's linear layers are computed in
-    integers and everything else in bfloat16. ``wire_dtype``: what crosses the line, by default what this side computes
-    in. ``compiled_worker``: a worker started here compiles its products, for which it needs a C++ compiler.
-    ``threads``: CPU threads of each side; None leaves torch's setting here and gives the worker all cores.
-    ``deadline_s``: the longest wait for one reply. ``announce`` is called with what was asked for, checked, before
+    side computes in, and the worker if it is started here; ``auto`` is float32 for weights stored so and bfloat16 for
+    all others; ``int8`` makes a worker started here compute its linear layers in integers. ``wire_dtype``: what
+    crosses the line, by default what this side computes in. ``prefill_chunk``: the most rows that cross the layers
+    together, as ``micro_batches`` parts in turn. ``compiled_kernels``: element-wise operators compiled by numba, kept
+    in ``kernel_cache`` (a directory, ``auto`` or ``off``). ``compiled_worker``: a worker started here compiles its
+    products, for which it needs a C++ compiler. ``threads``: CPU threads of each side; None leaves torch's setting here
+    and gives the worker all cores. ``deadline_s``: the longest wait for one reply. ``security`` and
+    ``insecure_plain_tcp``: how tcp is protected. ``announce`` is called with what was asked for, checked, before
     anything is fetched, started or sent.
 
-    For one thread. Several streams may be open at once in it: each goes on when it is asked for its next piece.
+    Forward passes of several threads take turns, and so do several streams that are open at once.
 
     Raises InputError, CheckpointError, ChannelError. Use it as a context manager, or call ``close``.
     """

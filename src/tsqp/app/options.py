@@ -115,7 +115,7 @@ class RunOptions:
         str | None,
         Parameter(
             env_var=["TSQP_WORKER", "LLAMA_IPC_PATH"],
-            help="Address of a running worker, shm:///path, ipc:///path or tcp://host:port; without one a worker is started here.",
+            help="A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started.",
         ),
     ] = None
     device: Device = "cpu"
@@ -198,7 +198,7 @@ class WorkerOptions:
         str | None,
         Parameter(
             env_var=["TSQP_LISTEN", "LLAMA_IPC_PATH"],
-            help="shm:///path, ipc:///path or tcp://host:port (port 0: the system chooses); a fresh shm address when not given.",
+            help="shm:///path, ipc:///path or tcp://host:port (port 0: any); a fresh shm address when not given.",
         ),
     ] = None
     device: Device = "cpu"

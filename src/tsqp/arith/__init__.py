@@ -1,1 +1,1 @@
-"""Floor 1: integer arithmetic that both sides must do alike. Pure functions of public or private tensors, no secrets."""
+"""Floor 1: integer arithmetic that both sides must do alike. Pure functions, no secrets."""

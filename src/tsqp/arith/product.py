@@ -1,8 +1,8 @@
 """Exact products of 8-bit digits, accumulated in int32.
 
 ``torch._int_mm`` is exact on processors with VNNI or AMX and on tensor cores. Elsewhere it may add pairs of products in
-saturating 16-bit arithmetic, so that nearly every output is wrong: a self-test with random digits decides (extreme digits,
-all alike, would pass it). Where it fails, ``BlockedKernel`` multiplies in float32, in blocks of so few terms that
+saturating 16-bit arithmetic, so that nearly every output is wrong: a self-test with random digits decides (digits that
+are all extreme would pass it). Where it fails, ``BlockedKernel`` multiplies in float32, in blocks of so few terms that
 every partial sum is an integer below 2²⁴, which float32 holds exactly.
 """
 
@@ -38,7 +38,10 @@ class OffsetKernel:
         return (w.sum(dim=1, dtype=torch.int32) * 128).contiguous()
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return torch._int_mm(x.view(torch.uint8) ^ 128, w.t())  # flipping the top bit adds 128
+        unsigned = x.view(torch.uint8) ^ 128  # flipping the top bit adds 128
+        if x.shape[1] == 1:  # the one inner size that torch 2.13 multiplies wrongly: it mistakes w.t()'s strides
+            return unsigned.int() * w.int().t()
+        return torch._int_mm(unsigned, w.t())
 
 
 class TensorCoreKernel:

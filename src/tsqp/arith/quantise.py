@@ -7,8 +7,8 @@ For every row x of float32 numbers, all operations in IEEE float32:
 
 so that ``x ≈ digit · scale`` within half a scale. Weights are quantised per output channel (a row of W is one), by
 this routine on the CPU, whatever device they go to; activations per token. No sum is involved, and a maximum does not
-depend on its order: the result is the same, bit for bit, on any number of threads. A row with an infinity or a NaN has a
-scale that is not finite, so that its products are not either.
+depend on its order: the result is the same, bit for bit, on any number of threads. A row with an infinity or a NaN has
+a scale that is not finite, so that its products are not either.
 """
 
 from __future__ import annotations

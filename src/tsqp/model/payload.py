@@ -91,6 +91,8 @@ class Int8Format:
         digits.copy_(quantised.digits)
 
     def read(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if not math.prod(shape):  # the reply to a call without a product
+            return torch.empty(shape, dtype=dtype)
         scale_bytes, digits = self._parts(payload, shape)
         scales = scale_bytes.clone().view(torch.float32).unsqueeze(1)  # in memory of its own it is aligned
         tensor = torch.empty(digits.shape, dtype=dtype)

@@ -24,9 +24,10 @@ SCALE_BYTES = 4
 
 def payload_bytes(wire: WireDtype, shape: tuple[int, ...]) -> int:
     """The size of a float payload: it follows from the tensor's shape, so a receiver knows it before it looks."""
+    elements = math.prod(shape)
     if wire == "int8":
-        return math.prod(shape[:-1]) * SCALE_BYTES + math.prod(shape)
-    return math.prod(shape) * ITEM_BYTES[wire]
+        return elements + SCALE_BYTES * (elements // shape[-1] if elements else 0)
+    return elements * ITEM_BYTES[wire]
 
 
 def float_dtype(dtype: ComputeDtype) -> DtypeName:

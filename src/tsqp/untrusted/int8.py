@@ -1,7 +1,7 @@
 """Linear layers in integers: 8-bit weights per output channel, 8-bit activations per token, exact sums between them.
 
-y[t, j] = float32(Σ_k xq[t, k] · Wq[j, k]) · s_x[t] · s_w[j] + b[j], the sum exact, multiplied from the left. Quantiser and
-sum are those of ``tsqp.arith``.
+y[t, j] = float32(Σ_k xq[t, k] · Wq[j, k]) · s_x[t] · s_w[j] + b[j], the sum exact, multiplied from the left. Quantiser
+and sum are those of ``tsqp.arith``.
 """
 
 from __future__ import annotations

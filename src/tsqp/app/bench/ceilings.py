@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,14 +19,15 @@ from tsqp.spec.model import ModelSpec
 OUT, IN, ROWS = 8192, 2048, 1024  # the gate matrix of the 1B shape, and a prompt's rows
 WEIGHTS_BYTES = 256 * 2**20  # read once per decode step: beyond the last-level cache of most machines
 COPY_BYTES = 64 * 2**20
+LEAST_TRIES, MOST_TRIES, TRY_FOR_S = 5, 50, 0.5
 
 
-@cache
 def ceilings(dtype_name: str, device_name: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """The rates of this machine with ``threads`` CPU threads, all cores when None. Takes about a second.
+    """The rates of this machine with ``threads`` CPU threads, all cores when None. Takes a second or two.
 
     ``gemm_flop_per_s``: 2·m·n·k over the time of x (1,024 × 2,048) · Wᵀ (2,048 × 8,192). ``weight_read_bytes_per_s``:
-    one row times 256 MB of such matrices, over their bytes. ``copy_bytes_per_s``: a copy of 64 MiB.
+    one row times 256 MB of such matrices, over their bytes. ``copy_bytes_per_s``: a copy of 64 MiB. The best try
+    counts, not the median: these are bounds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or cores())
@@ -42,10 +41,15 @@ def ceilings(dtype_name: str, device_name: str = "cpu", threads: int | None = No
             "threads": threads or cores(),
             "gemm_flop_per_s": 2 * ROWS * OUT * IN / gemm_s,
             "weight_read_bytes_per_s": read_bytes / read_s,
-            "copy_bytes_per_s": COPY_BYTES / median_seconds(lambda: target.copy_(source)),
+            "copy_bytes_per_s": COPY_BYTES / fastest_seconds(lambda: target.copy_(source)),
         }
     finally:
         torch.set_num_threads(before)
+
+
+def higher(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The better of two measurements, rate by rate: what else runs on a machine may slow one of them."""
+    return {key: max(value, after[key]) if key.endswith("_per_s") else value for key, value in before.items()}
 
 
 def _gemm(dtype_name: str, device: torch.device) -> tuple[float, float, int]:
@@ -71,7 +75,11 @@ def _gemm(dtype_name: str, device: torch.device) -> tuple[float, float, int]:
         synchronize(device)
 
     with torch.inference_mode():
-        return median_seconds(prefill_step), median_seconds(decode_step), count * weight.numel() * weight.element_size()
+        return (
+            fastest_seconds(prefill_step),
+            fastest_seconds(decode_step),
+            count * weight.numel() * weight.element_size(),
+        )
 
 
 def limits(spec: ModelSpec, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
@@ -92,14 +100,15 @@ def model_limits(model: str, tokens: int, rates: dict[str, Any]) -> dict[str, fl
     return limits(open_checkpoint(model).spec, tokens, rates)
 
 
-def median_seconds(work: Callable[[], object], runs: int = 7) -> float:
-    """The median time of ``work``, after one run that does not count."""
-    times = []
-    for _ in range(runs + 1):
+def fastest_seconds(work: Callable[[], object]) -> float:
+    """The shortest time of ``work`` in some tries: what the machine can do when nothing else asks for it."""
+    work()
+    times: list[float] = []
+    while len(times) < LEAST_TRIES or (sum(times) < TRY_FOR_S and len(times) < MOST_TRIES):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times)
 
 
 def synchronize(device: torch.device) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import zmq
 from rich.console import Console
 
-from tsqp.app.bench.ceilings import ceilings, limits, print_ceilings
+from tsqp.app.bench.ceilings import ceilings, higher, limits, print_ceilings
 from tsqp.app.bench.child import Child
 from tsqp.app.bench.machine import cores, machine
 from tsqp.app.bench.origin_wire import pack, unpack
@@ -149,6 +149,7 @@ def bench_origin(model: str, work: Workload, threads: int | None, console: Conso
     spec = open_checkpoint(locate(model)).spec
     origin = _run_origin(model, work, threads, console)
     float32, bfloat16 = (_run_ours(model, work, dtype, threads, console) for dtype in ("float32", "bfloat16"))
+    rates = {dtype: higher(rate, ceilings(dtype, "cpu", threads)) for dtype, rate in rates.items()}
     return {
         "benchmark": "origin",
         "model": model,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from tsqp.app.bench.ceilings import ceilings, model_limits, print_ceilings
+from tsqp.app.bench.ceilings import ceilings, higher, model_limits, print_ceilings
 from tsqp.app.bench.machine import cores, machine
 from tsqp.app.bench.options import PeerName, benchmarked
 from tsqp.app.bench.peer import Ours, Peer, TransformersPeer, choose_peer
@@ -104,6 +104,7 @@ def bench_split(
                 ours.add_shares(trace)
         if trace_file is not None:
             write_trace(trace, trace_file)
+        rates = higher(rates, ceilings(run.dtype, str(rates["device"]), threads))
         limit = model_limits(locate(run.model), work.tokens, rates)
         about = {**_about(run, llm, work), "peer_name": None if peer is None else peer.name}
     return {
