@@ -89,4 +89,4 @@ def test_a_flag_never_weakens_the_protection(monkeypatch: pytest.MonkeyPatch) ->
 def test_defaults() -> None:
     options = run_options()
     assert (options.model, options.protection, options.partition) == ("default", "open", "linear")
-    assert (options.dtype, options.device, options.worker) == ("bfloat16", "cpu", None)
+    assert (options.dtype, options.device, options.worker) == ("auto", "cpu", None)
