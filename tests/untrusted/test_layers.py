@@ -11,7 +11,7 @@ from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tests.untrusted.test_worker import CHECKPOINT, HELLO, SPEC, arrival
 from tsqp import LLM, SamplingParams
-from tsqp.errors import ProtocolError, WorkerFailed
+from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.layers import LayerState
@@ -156,3 +156,11 @@ def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatc
         )
         with pytest.raises(WorkerFailed, match="0 positions"):
             list(stream)
+
+
+def test_too_many_prompts_at_once_are_refused_before_anything_is_sent(start_worker: StartWorker) -> None:
+    directory = str(tiny_model("llama").directory)
+    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+        with pytest.raises(InputError, match="65 prompts"):
+            llm.generate([[1]] * 65)
+        assert len(llm.generate([[1]] * 64, SamplingParams(max_tokens=2))) == 64

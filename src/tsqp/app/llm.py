@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +24,12 @@ from tsqp.wire.transport.keys import ClientKeys
 if TYPE_CHECKING:
     import torch
 
+    from tsqp.checkpoint.base import Checkpoint
+    from tsqp.trusted.engine import Engine
     from tsqp.trusted.session import WorkerSession
 
 Prompt = str | Sequence[int]
+Given = Mapping[str, object]  # what was given, by name
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,8 @@ class LLM:
             deadline_s=deadline_s,
         )
         self.plan = check(dtype="bfloat16" if dtype == "auto" else dtype)
-        if self.plan.partition is None:
-            of_a_worker = {"worker": worker, "wire_dtype": wire_dtype, "compiled_worker": compiled_worker}
-            refuse_unused(f"protection {self.plan.protection.name} uses no worker", of_a_worker)
-        if worker is None or not worker.startswith("tcp://"):
-            of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
-            refuse_unused("there is no worker with a tcp address", of_tcp)
-        if worker is not None:
-            refuse_unused("the worker is not started here", {"compiled_worker": compiled_worker})
+        of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
+        self._refuse_unused(worker, {"wire_dtype": wire_dtype}, {"compiled_worker": compiled_worker}, of_tcp)
         if announce is not None:
             announce(self.plan)
         self.stats = Stats()
@@ -123,34 +120,48 @@ class LLM:
                     model, device=device, dtype=self.plan.worker_dtype, threads=threads, compiled=compiled_worker
                 )
                 self._local_worker = stack.enter_context(started)
-            # Loading torch takes a second or two on either side: only now, so that the worker does it meanwhile.
-            import torch
-
-            from tsqp.app.assemble import build_local_engine, build_split_engine
-            from tsqp.model.kernels import enable_cache
-
-            kernels = kernel_cache_directory(kernel_cache) if self.plan.compiled_kernels else None
-            if kernels is not None:
-                enable_cache(kernels)
-            if threads is not None:
-                torch.set_num_threads(threads)
+            self._prepare_torch(kernel_cache)
 
             def dial() -> Channel:
                 address = str(worker) if self._local_worker is None else self._local_worker.wait_ready()
                 return connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
 
-            checkpoint = open_checkpoint(model)
-            self.tokenizer = Tokenizer(checkpoint.text_format())
-            ends = self.tokenizer.eos_token_ids
-            if self.plan.partition is None:
-                self._engine = build_local_engine(checkpoint, self.plan, ends, self.stats)
-            else:
-                self._engine, self._session = build_split_engine(
-                    checkpoint, self.plan, self.plan.partition, dial, ends, self.stats
-                )
-                stack.callback(self._session.close)
-                self._check_worker_dtype(self._session)
+            self._engine = self._build_engine(open_checkpoint(model), dial, stack)
             self._resources = stack.pop_all()
+
+    def _refuse_unused(self, worker: str | None, of_a_worker: Given, of_one_started_here: Given, of_tcp: Given) -> None:
+        """Raises OptionError for what was given and would play no part."""
+        if self.plan.partition is None:
+            given = {"worker": worker, **of_a_worker, **of_one_started_here}
+            refuse_unused(f"protection {self.plan.protection.name} uses no worker", given)
+        if worker is None or not worker.startswith("tcp://"):
+            refuse_unused("there is no worker with a tcp address", of_tcp)
+        if worker is not None:
+            refuse_unused("the worker is not started here", of_one_started_here)
+
+    def _prepare_torch(self, kernel_cache: str) -> None:
+        """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""
+        import torch
+
+        from tsqp.model.kernels import enable_cache
+
+        kernels = kernel_cache_directory(kernel_cache) if self.plan.compiled_kernels else None
+        if kernels is not None:
+            enable_cache(kernels)
+        if self.plan.threads is not None:
+            torch.set_num_threads(self.plan.threads)
+
+    def _build_engine(self, checkpoint: Checkpoint, dial: Callable[[], Channel], stack: ExitStack) -> Engine:
+        from tsqp.app.assemble import build_local_engine, build_split_engine
+
+        self.tokenizer = Tokenizer(checkpoint.text_format())
+        ends = self.tokenizer.eos_token_ids
+        if self.plan.partition is None:
+            return build_local_engine(checkpoint, self.plan, ends, self.stats)
+        engine, self._session = build_split_engine(checkpoint, self.plan, self.plan.partition, dial, ends, self.stats)
+        stack.callback(self._session.close)
+        self._check_worker_dtype(self._session)
+        return engine
 
     def _check_worker_dtype(self, session: WorkerSession) -> None:
         """Integers are asked for to be fast or to be measured: floats instead would be another run."""

@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from tsqp.errors import InputError
 from tsqp.model.batch import Batch
 from tsqp.model.cache import Positions
 from tsqp.model.pending import Steps
@@ -46,6 +47,8 @@ class LayerDecoder:
 
     def forward(self, batch: Batch[RemoteCache]) -> Steps[torch.Tensor]:
         """Logits, float32: see ``Decoder.forward``. Raises ChannelError; the worker's caches are lost with it."""
+        if len(batch.tokens) > MAX_PLACES:
+            raise InputError(f"{len(batch.tokens)} prompts at once; at partition layer the most is {MAX_PLACES}")
         session, spec, stats = self._session, self.spec, self._session.stats
         begin = session.next_id()
         chunks = list(batch.chunks(self._max_rows))

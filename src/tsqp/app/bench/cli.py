@@ -97,7 +97,7 @@ def pipeline(
     transport: Annotated[TransportName, Parameter(help="ipc, tcp or shm.")] = "shm",
     dtype: Annotated[DtypeName, Parameter(help="What both sides compute in.")] = "bfloat16",
     tokens: Tokens = 1024,
-    micro_batches: Annotated[int, Parameter(help="How many take turns.")] = 2,
+    micro_batches: Annotated[int, Parameter(help="How many take turns.")] = 8,
     worker_ms: Annotated[
         float | None,
         Parameter(help="How long the worker waits per call, in ms; the trusted side's own time when not given."),
