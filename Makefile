@@ -21,6 +21,7 @@ check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
 	$(BIN)/tsqp bench all
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.readme
 
 wheel: .venv/.dev

@@ -74,7 +74,7 @@ def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, di
                 yield f"{phase}-{file_name(model)}{suffix}", result
             gc.collect()  # a model's weights are gigabytes, and the next ones come
     pipeline = PipelineSetup(
-        setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 2, None, setup.run.threads
+        setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 8, None, setup.run.threads
     )
     yield "pipeline", bench_pipeline(pipeline, work, console)
     yield "origin", bench_origin(setup.models[0], work, setup.run.threads, console)

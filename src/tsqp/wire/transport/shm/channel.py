@@ -29,7 +29,7 @@ from tsqp.wire.transport.shm.packets import (
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
 from tsqp.wire.transport.shm.unix import dial
 
-SPIN_S = 50e-6  # how long to ask again and again before sleeping: waking up takes as long as a small call
+SPIN_S = 100e-6  # how long to ask again and again before sleeping: waking up takes as long as a small call
 MAX_UNDER_WAY = 256  # calls without their reply; so many packets fit into the socket, and a worker is never held up
 
 _READABLE = select.POLLIN
