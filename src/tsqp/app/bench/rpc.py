@@ -58,12 +58,10 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
                 copies_s.append(_seconds(work.two_copies))
                 full_s.append(_seconds(work.run))
         idle = _idle_share(pid)
-        address_in_use = channel.address
     seconds, peer_s = statistics.median(full_s), statistics.median(copies_s)
     return {
         "benchmark": "rpc",
         "transport": transport,
-        "address": address_in_use,
         "server": "a process of its own" if pid is not None else "a thread of this process",
         "bytes": nbytes,
         "calls": calls,
