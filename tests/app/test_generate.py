@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.app.commands import Home
+from tests.app.commands import LIMIT_S, Home
 from tests.families import byte_tokenizer, tiny_model
 from tsqp import LLM, SamplingParams, TsqpError
 from tsqp.spec.partition import PARTITIONS
@@ -158,3 +160,24 @@ def test_chat_needs_a_template(home: Home) -> None:
     result = home.run("chat", *MODEL, "--protection", "local", stdin="hello\n")
     assert result.code == 2
     assert "chat template" in result.error
+
+
+def test_a_variable_set_to_nothing_is_not_set(home: Home) -> None:
+    result = home.run("generate", PROMPT, *MODEL, "-n", "1", "--json", TSQP_WORKER="", TSQP_DTYPE="", LLAMA_IPC_PATH="")
+    assert result.code == 0, result.err
+    assert result.json["address"].startswith("shm://")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_no_traceback(home: Home, closed: str) -> None:
+    command = f"exec {sys.executable} -m tsqp generate - --protection local --model synthetic:tiny -n 1 {closed}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command],
+        env=home.environment,
+        input=b"hello",
+        capture_output=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == (2 if closed == "<&-" else 0)
+    assert b"Traceback" not in done.stderr

@@ -23,6 +23,8 @@ def main() -> None:
     """Entry point of the console script."""
     # Before torch is loaded: this side and a worker take turns on the same cores, so waiting threads must not spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(("TSQP_", "LLAMA_"))]:
+        del os.environ[name]  # set to nothing is not set
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123

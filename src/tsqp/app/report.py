@@ -72,7 +72,7 @@ def print_stats(stats: Stats, console: Console) -> None:
 
 
 def _call_table(stats: Stats) -> Table:
-    columns = ["calls", "RPC", "serialise", "deserialise", "worker", "sent MB", "received MB"]
+    columns = ["calls", "RPC", "serialise", "deserialise", "worker", "MB sent", "MB back"]
     table = _table("calls to the worker, times in ms", columns)
     made = {CALL_TITLES[kind]: call for kind, call in stats.calls.items() if call.count}
     for title, c in {**made, "all": total(stats.calls.values())}.items():
@@ -86,7 +86,7 @@ def _operator_table(stats: Stats) -> Table:
     table = _table("operators", ["side", "ms", "share"])
     whole = stats.prefill_s + stats.decode_s
     rows = [
-        *((CALL_TITLES[kind], _side(kind, c), c.held_s) for kind, c in stats.calls.items()),
+        *((CALL_TITLES[k], _side(k, c), c.held_s) for k, c in stats.calls.items() if c.count or k != "layer"),
         *((OPERATOR_TITLES[kind], "trusted", seconds) for kind, seconds in stats.operator_s.items()),
         ("other", "trusted", stats.other_s),
         ("all", "", whole),

@@ -61,7 +61,7 @@ class Tokenizer:
         Raises PromptError when the checkpoint has no template or the template refuses the conversation.
         """
         if self._template is None:
-            raise PromptError("the checkpoint has no chat template: use raw text (--raw)")
+            raise PromptError("the checkpoint has no chat template: use tsqp generate --raw")
         # The template comes with the checkpoint: it is data of a stranger, so it runs in a sandbox.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False
