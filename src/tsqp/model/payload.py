@@ -17,7 +17,6 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DTYPE_NAMES_BY_TORCH: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -128,10 +128,7 @@ class Engine:
 
     def new_sequence(self, index: int, prompt: Sequence[int], params: SamplingParams) -> _Sequence:
         """A sequence of which nothing is computed yet."""
-        return _Sequence(index, list(prompt), self._cache(), Sampler(params))
-
-    def _cache(self) -> Any:
-        return self.decoder.new_cache()
+        return _Sequence(index, list(prompt), self.decoder.new_cache(), Sampler(params))
 
 
 class Generation:

@@ -109,4 +109,4 @@ class Stats:
 
     def reset(self) -> None:
         """Begin again at zero; a trace goes on."""
-        self.__init__(trace=self.trace)  # type: ignore[misc]
+        vars(self).update(vars(Stats(trace=self.trace)))

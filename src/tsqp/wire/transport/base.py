@@ -136,3 +136,27 @@ class BaseChannel(ABC):
     def _check_size(self, size: int) -> None:
         if not 0 <= size <= self._max_frame_bytes:
             raise ProtocolError(f"a tensor of {size} bytes; the limit is {self._max_frame_bytes}")
+
+
+class BaseListener:
+    """What every Listener knows of itself: where it listens, and whether it was told to stop or was closed."""
+
+    def __init__(self, address: Address, max_frame_bytes: int) -> None:
+        self._address = address
+        self._max_frame_bytes = max_frame_bytes
+        self._interrupted = False
+        self._closed = False
+
+    @property
+    def address(self) -> str:
+        """See Listener.address."""
+        return str(self._address)
+
+    @property
+    def interrupted(self) -> bool:
+        """See Listener.interrupted."""
+        return self._interrupted
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed(f"the listener on {self.address} is closed")

@@ -7,10 +7,10 @@ import threading
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from tsqp.errors import AddressInUse, ChannelClosed, ProtocolError, WorkerLost, WorkerUnreachable
+from tsqp.errors import AddressInUse, ProtocolError, WorkerLost, WorkerUnreachable
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import BaseChannel, Deadline, check_limits
+from tsqp.wire.transport.base import BaseChannel, BaseListener, Deadline, check_limits
 
 # SimpleQueue.put may be called from a signal handler; None in a queue means that nothing will follow.
 _listeners: dict[str, MemoryListener] = {}
@@ -73,28 +73,15 @@ class MemoryChannel(BaseChannel):
         return WorkerLost(f"{self.address}: the worker closed the connection")
 
 
-class MemoryListener:
+class MemoryListener(BaseListener):
     """The worker's end."""
 
     def __init__(self, address: Address, max_frame_bytes: int) -> None:
-        self._address = address
-        self._max_frame_bytes = max_frame_bytes
+        super().__init__(address, max_frame_bytes)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._connections: dict[bytes, _Connection] = {}
         self._inbox: SimpleQueue[Arrival | Departure | None] = SimpleQueue()
-        self._interrupted = False
-        self._closed = False
-
-    @property
-    def address(self) -> str:
-        """See Listener.address."""
-        return str(self._address)
-
-    @property
-    def interrupted(self) -> bool:
-        """See Listener.interrupted."""
-        return self._interrupted
 
     def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
         """See Listener.receive."""
@@ -172,10 +159,6 @@ class MemoryListener:
                 self.drop(connection)
             return False
         return True
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ChannelClosed(f"the listener on {self.address} is closed")
 
 
 def _private_copy(frames: Frames) -> Frames:

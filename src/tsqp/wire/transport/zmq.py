@@ -18,7 +18,6 @@ from zmq.utils.monitor import recv_monitor_message
 from tsqp.errors import (
     AddressError,
     AddressInUse,
-    ChannelClosed,
     DeadlineExceeded,
     ProtocolError,
     WorkerLost,
@@ -27,7 +26,14 @@ from tsqp.errors import (
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Frames
 from tsqp.wire.transport import tcp
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
+from tsqp.wire.transport.base import (
+    CONNECT_TIMEOUT_S,
+    SEND_TIMEOUT_S,
+    BaseChannel,
+    BaseListener,
+    Deadline,
+    check_limits,
+)
 from tsqp.wire.transport.claim import AddressClaim
 from tsqp.wire.transport.ipc import check_own_socket, private_umask
 from tsqp.wire.transport.keys import ClientKeys, WorkerKeys
@@ -156,7 +162,7 @@ class ZmqChannel(BaseChannel):
         return WorkerLost(f"{self.address}: the worker went away; start it again and connect anew")
 
 
-class ZmqListener:
+class ZmqListener(BaseListener):
     """The worker's end."""
 
     def __init__(
@@ -167,30 +173,17 @@ class ZmqListener:
         watch_fd: int | None,
         resources: ExitStack,
     ) -> None:
-        self._address = address
-        self._max_frame_bytes = max_frame_bytes
+        super().__init__(address, max_frame_bytes)
         self._socket = socket
         self._resources = resources
-        self._closed = False
         self._stops = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)]
         resources.callback(os.close, self._stops[0])
         if watch_fd is not None:
             self._stops.append(watch_fd)
-        self._interrupted = False
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         for fd in self._stops:
             self._poller.register(fd, zmq.POLLIN | zmq.POLLERR)  # a pipe whose writer is gone only reports the latter
-
-    @property
-    def address(self) -> str:
-        """See Listener.address."""
-        return str(self._address)
-
-    @property
-    def interrupted(self) -> bool:
-        """See Listener.interrupted."""
-        return self._interrupted
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
         """See Listener.receive."""
@@ -237,10 +230,6 @@ class ZmqListener:
             return Arrival(peer.bytes, to_frames(parts, self._max_frame_bytes))
         except (zmq.Again, ProtocolError):
             return None
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ChannelClosed(f"the listener on {self.address} is closed")
 
 
 def _socket(resources: ExitStack, kind: int) -> zmq.Socket[bytes]:

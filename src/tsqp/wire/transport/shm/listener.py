@@ -9,10 +9,10 @@ import time
 from collections import deque
 from contextlib import ExitStack
 
-from tsqp.errors import ChannelClosed, ProtocolError
+from tsqp.errors import ProtocolError
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import Deadline, check_limits
+from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
 from tsqp.wire.transport.shm.channel import SPIN_S
 from tsqp.wire.transport.shm.connection import Connection
 from tsqp.wire.transport.shm.unix import is_own_process, listen_at
@@ -36,7 +36,7 @@ def listen_shm(
         return ShmListener(address, max_frame_bytes, line, spin_s, watch_fd, resources.pop_all())
 
 
-class ShmListener:
+class ShmListener(BaseListener):
     """See Listener. After an answer it asks that connection again for a moment, then sleeps on all of them."""
 
     def __init__(
@@ -48,13 +48,10 @@ class ShmListener:
         watch_fd: int | None,
         resources: ExitStack,
     ) -> None:
-        self._address = address
-        self._max_frame_bytes = max_frame_bytes
+        super().__init__(address, max_frame_bytes)
         self._line = line
         self._spin_s = spin_s
         self._resources = resources
-        self._closed = False
-        self._interrupted = False
         self._connections: dict[bytes, Connection] = {}
         self._by_fd: dict[int, Connection] = {}
         self._ready: deque[Connection] = deque()
@@ -72,16 +69,6 @@ class ShmListener:
                 self._epoll.register(watch_fd, select.EPOLLIN)
             except PermissionError:  # a file, or /dev/null: it is always readable
                 self._interrupted = True
-
-    @property
-    def address(self) -> str:
-        """See Listener.address."""
-        return str(self._address)
-
-    @property
-    def interrupted(self) -> bool:
-        """See Listener.interrupted."""
-        return self._interrupted
 
     def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
         """See Listener.receive."""
@@ -193,10 +180,6 @@ class ShmListener:
             self._epoll.unregister(connection.line.fileno())
             connection.close()
             self._departed.append(Departure(connection.peer))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ChannelClosed(f"the listener on {self.address} is closed")
 
 
 def _put_product(arrival: Arrival, frames: Frames) -> None:
