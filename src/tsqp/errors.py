@@ -11,7 +11,10 @@
     │   ├── CorruptCheckpoint
     │   ├── UnsupportedModel      architecture, rope type or tokenizer kind, refused by name
     │   └── FetchError            a download that did not finish, or not with the pinned hash
-    ├── NumericError              logits that are not numbers
+    ├── NumericError              activations or logits that are not numbers
+    ├── PadError                  one-time pads that must not be used, or are not there
+    │   ├── PadReused             a pad was asked for twice, or in a forked process
+    │   └── PadsExhausted         no pads ready, and the run was told not to wait for new ones
     └── ChannelError              the line between the two sides; the session is dead afterwards
         ├── ArenaFull             the shared memory has no room for a tensor
         ├── AddressError          malformed, or refused for safety
@@ -23,8 +26,11 @@
         ├── ModelMismatch         the two sides read different checkpoints
         ├── DeadlineExceeded
         ├── ChannelClosed         used after close
-        └── ProtocolError         bytes that the protocol does not allow
-            └── ReplyShapeError   a reply whose size is not that of the product asked for
+        ├── ProtocolError         bytes that the protocol does not allow
+        │   └── ReplyShapeError   a reply whose size is not that of the product asked for
+        └── CheckFailed           the worker or the dealer cheats, or its machine is broken
+            ├── ReplyRangeError   a product with numbers that are not canonical
+            └── ProductMismatch   a product that is not the one asked for
 
 The text of each is one line: what is wrong, and what to do about it. It never holds prompt text, tokens or keys.
 """
@@ -70,6 +76,18 @@ class FetchError(CheckpointError):
 
 class NumericError(TsqpError):
     """Logits that are not numbers: broken weights, an overflow in a narrow dtype, or a worker that answers nonsense."""
+
+
+class PadError(TsqpError):
+    """One-time pads that must not be used, or are not there."""
+
+
+class PadReused(PadError):
+    """A pad was asked for twice, or in a forked process, which has a copy of them all."""
+
+
+class PadsExhausted(PadError):
+    """No pads are ready, and the run was told not to wait for new ones. Nothing was sent."""
 
 
 class ChannelError(TsqpError):
@@ -127,3 +145,15 @@ class ReplyShapeError(ProtocolError):
         super().__init__(f"the reply has {got_bytes} bytes where the product has {expected_bytes}")
         self.expected_bytes = expected_bytes
         self.got_bytes = got_bytes
+
+
+class CheckFailed(ChannelError):
+    """A product failed its check: whoever computed it cheats, or its machine is broken. Nothing was made of it."""
+
+
+class ReplyRangeError(CheckFailed):
+    """A product with numbers outside of the range in which there is one way to write each."""
+
+
+class ProductMismatch(CheckFailed):
+    """A product that is not that of the input and the weights asked for."""

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, enable_cache, pick_kernels
+from tsqp.arith.jit import enable_cache
+from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, pick_kernels
 
 COMPILED: Kernels = CompiledKernels()
 PLAIN: Kernels = TorchKernels()

@@ -19,7 +19,8 @@ from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import ModelMismatch, OptionError, UnsupportedModel
-from tsqp.model.linear import GroupKey, LinearProduct, LinearWeights, load_group
+from tsqp.model.linear import LinearProduct, LinearWeights, load_group
+from tsqp.spec.groups import GroupKey
 from tsqp.spec.partition import PARTITIONS
 from tsqp.untrusted import int8
 from tsqp.untrusted.int8 import Int8Linear, load_int8_group

@@ -11,10 +11,11 @@ from tsqp.app.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Block, Norms
 from tsqp.model.kernels import pick_kernels
-from tsqp.model.linear import group_keys, load_group
+from tsqp.model.linear import load_group
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.payload import TORCH_DTYPES
 from tsqp.model.roles import Attention, Embedding, Linears
+from tsqp.spec.groups import group_keys
 from tsqp.spec.partition import Partition
 from tsqp.trusted.attention import OpenAttention
 from tsqp.trusted.decoder import Decoder

@@ -143,7 +143,7 @@ class LLM:
         """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""
         import torch
 
-        from tsqp.model.kernels import enable_cache
+        from tsqp.arith.jit import enable_cache
 
         kernels = kernel_cache_directory(kernel_cache) if self.plan.compiled_kernels else None
         if kernels is not None:

@@ -30,6 +30,14 @@ class DigitKernel(Protocol):
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """int32 (T, N)."""
 
+    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The same for digits that come as x + 128, uint8 (T, K)."""
+
+
+def signed(x: torch.Tensor) -> torch.Tensor:
+    """Digits int8 from uint8 digits that have 128 added: that is their top bit flipped."""
+    return (x ^ 128).view(torch.int8)
+
 
 class OffsetKernel:
     """``_int_mm`` on the CPU: the instruction multiplies unsigned by signed bytes, so x goes in as x + 128."""
@@ -38,10 +46,12 @@ class OffsetKernel:
         return (w.sum(dim=1, dtype=torch.int32) * 128).contiguous()
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        unsigned = x.view(torch.uint8) ^ 128  # flipping the top bit adds 128
+        return self.accumulate_unsigned(x.view(torch.uint8) ^ 128, w)  # flipping the top bit adds 128
+
+    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if x.shape[1] == 1:  # the one inner size that torch 2.13 multiplies wrongly: it mistakes w.t()'s strides
-            return unsigned.int() * w.int().t()
-        return torch._int_mm(unsigned, w.t())
+            return x.int() * w.int().t()
+        return torch._int_mm(x, w.t())
 
 
 class TensorCoreKernel:
@@ -60,6 +70,9 @@ class TensorCoreKernel:
             x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
         return torch._int_mm(x, w.t())[:rows]
 
+    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return self.accumulate(signed(x), w)
+
 
 class BlockedKernel:
     """Float32 products over blocks of terms: exact everywhere, and slow."""
@@ -75,6 +88,9 @@ class BlockedKernel:
                 partial = terms @ w[n : n + BLOCK_COLUMNS, k : k + BLOCK_TERMS].float().t()
                 total[:, n : n + BLOCK_COLUMNS] += partial.to(torch.int32)
         return total
+
+    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return self.accumulate(signed(x), w)
 
 
 def exact_product(kernel: DigitKernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

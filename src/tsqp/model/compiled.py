@@ -7,22 +7,16 @@ rounded here too, to nearest, ties to even.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import numba
 import numpy as np
 
-# numba may have been loaded before this was set.
-setattr(numba.config, "CACHE_DIR", os.environ.get("NUMBA_CACHE_DIR", ""))  # noqa: B010  (unknown to its type hints)
+from tsqp.arith.jit import inline, kernel
 
 # Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
 _FAST = {"reassoc", "contract", "nsz"}
-_kernel: Callable[..., Any] = numba.njit(
-    nogil=True, error_model="numpy", fastmath=_FAST, cache="NUMBA_CACHE_DIR" in os.environ
-)
-_inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=_FAST)
+_kernel = partial(kernel, fastmath=_FAST)
+_inline = partial(inline, fastmath=_FAST)
 
 _ONE = np.float32(1.0)
 _INFINITE = np.float32(np.inf)

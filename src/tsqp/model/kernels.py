@@ -5,21 +5,17 @@ CPU. ``TorchKernels`` says plainly what is computed, for every dtype and device,
 Results go straight where they are needed: ``out`` may be memory that a transport sends from, keys and values go into
 the cache.
 
-numba compiles when it first sees a function, about a second in all. ``enable_cache`` keeps the compiled code on disk:
-it is code that this process loads, so the directory must be one that nobody else can write.
+numba compiles when it first sees a function, about a second in all; ``tsqp.arith.jit`` can keep the compiled code.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from tsqp.arith.rows import row_threads
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
@@ -79,33 +75,34 @@ class CompiledKernels:
         from tsqp.model import compiled
 
         self._compiled = compiled
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="tsqp-kernel")
+        self._threads = row_threads()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-        self._rows(self._compiled.rms_norm, len(x), bits(x), bits(weight), eps, bits(out))
+        self._threads.run(self._compiled.rms_norm, len(x), bits(x), bits(weight), eps, bits(out), least=SPLIT_ROWS)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
     ) -> None:
-        self._rows(self._compiled.add_rms_norm, len(hidden), bits(hidden), bits(y), bits(weight), eps, bits(out))
+        self._threads.run(
+            self._compiled.add_rms_norm,
+            len(hidden),
+            bits(hidden),
+            bits(y),
+            bits(weight),
+            eps,
+            bits(out),
+            least=SPLIT_ROWS,
+        )
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        self._rows(self._compiled.silu_mul, len(out), bits(gate_up), bits(out))
+        self._threads.run(self._compiled.silu_mul, len(out), bits(gate_up), bits(out), least=SPLIT_ROWS)
 
     def rotate(
         self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
-        self._rows(self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position)
-
-    def _rows(self, kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
-        """Run a kernel over all rows, in equal parts on as many threads as torch uses."""
-        parts = self._threads if rows >= SPLIT_ROWS else 1
-        edges = [rows * part // parts for part in range(parts + 1)]
-        others = [self._pool.submit(kernel, *arguments, edges[i], edges[i + 1]) for i in range(1, parts)]
-        kernel(*arguments, edges[0], edges[1])
-        for other in others:
-            other.result()
+        self._threads.run(
+            self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position, least=SPLIT_ROWS
+        )
 
 
 def bits(tensor: torch.Tensor) -> Any:
@@ -124,12 +121,3 @@ def pick_kernels(dtype: torch.dtype, device: str | torch.device = "cpu", *, comp
 def _compiled_kernels() -> CompiledKernels:
     """One for the process, with one pool of threads."""
     return CompiledKernels()
-
-
-def enable_cache(directory: Path) -> None:
-    """Keep compiled kernels in ``directory``, made with mode 0700. Call it before the first kernel is picked.
-
-    Whoever can write there runs code in this process.
-    """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ["NUMBA_CACHE_DIR"] = str(directory)

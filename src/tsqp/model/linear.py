@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.spec.groups import LAYER_GROUPS, GroupName, LinearGroup, linear_groups, part_tensor
-from tsqp.spec.model import ModelSpec
-
-GroupKey = tuple[GroupName, int | None]  # the LM head has layer None
-
-
-def group_keys(spec: ModelSpec) -> list[GroupKey]:
-    """Every linear group of a model, layer by layer, the LM head last."""
-    keys: list[GroupKey] = [(name, layer) for layer in range(spec.num_layers) for name in LAYER_GROUPS]
-    return [*keys, ("lm_head", None)]
+from tsqp.spec.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
 
 
 class LinearProduct(Protocol):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from tsqp.model.attention import attend, first_visible
 from tsqp.model.batch import Span
 from tsqp.model.cache import KVCache
-from tsqp.model.linear import GroupKey, LinearProduct
+from tsqp.model.linear import LinearProduct
 from tsqp.model.meter import CallKind, Meter
 from tsqp.model.pending import Deferred, Pending, Steps
+from tsqp.spec.groups import GroupKey
 
 
 def call_kind(key: GroupKey) -> CallKind:

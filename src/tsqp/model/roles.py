@@ -8,8 +8,8 @@ import torch
 
 from tsqp.model.batch import Span
 from tsqp.model.cache import KVCache
-from tsqp.model.linear import GroupKey
 from tsqp.model.pending import Pending, Steps
+from tsqp.spec.groups import GroupKey
 
 
 class Linears(Protocol):

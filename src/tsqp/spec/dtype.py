@@ -9,9 +9,17 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 ITEM_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# What a worker computes its linear layers in: int8 has integer weights and activations, the rest is bfloat16.
-ComputeDtype = Literal["float32", "bfloat16", "float16", "int8"]
+# What a worker computes its linear layers in: int8 has integer weights and activations, the rest is bfloat16; field is
+# exact integers mod p, for the private modes.
+ComputeDtype = Literal["float32", "bfloat16", "float16", "int8", "field"]
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = get_args(ComputeDtype)
+
+# What a client asks of a worker: products in floats, in int8, or mod p. A worker prepares weights for no other.
+NumericPath = Literal["float", "int8", "field"]
+
+# What a model is computed in where nothing is masked or checked.
+PlainDtype = Literal["float32", "bfloat16", "float16", "int8"]
+PLAIN_DTYPES: tuple[PlainDtype, ...] = get_args(PlainDtype)
 
 # What a user asks for: auto is float32 for weights that are stored so, bfloat16 for all others.
 AskedDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -31,5 +39,16 @@ def payload_bytes(wire: WireDtype, shape: tuple[int, ...]) -> int:
 
 
 def float_dtype(dtype: ComputeDtype) -> DtypeName:
-    """What is computed in beside the linear layers: the dtype itself, and bfloat16 beside int8."""
-    return "bfloat16" if dtype == "int8" else dtype
+    """What is computed in beside the linear layers: the dtype itself, bfloat16 beside int8, float32 beside field."""
+    match dtype:
+        case "int8":
+            return "bfloat16"
+        case "field":
+            return "float32"
+        case _:
+            return dtype
+
+
+def numeric_path(dtype: ComputeDtype) -> NumericPath:
+    """The path that computes linear layers in ``dtype``."""
+    return dtype if dtype in ("int8", "field") else "float"

@@ -10,6 +10,7 @@ from tsqp.spec.model import ModelSpec
 GroupName = Literal["qkv", "o", "gate_up", "down", "lm_head"]
 GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
 LAYER_GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
+GroupKey = tuple[GroupName, int | None]  # the LM head has layer None
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,9 @@ def linear_groups(spec: ModelSpec) -> dict[GroupName, LinearGroup]:
 def part_tensor(layer: int | None, part: str, kind: str) -> str:
     """A part's name in a Hugging Face checkpoint; ``layer`` is None for the LM head, ``kind`` is weight or bias."""
     return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"
+
+
+def group_keys(spec: ModelSpec) -> list[GroupKey]:
+    """Every linear group of a model, layer by layer, the LM head last."""
+    keys: list[GroupKey] = [(name, layer) for layer in range(spec.num_layers) for name in LAYER_GROUPS]
+    return [*keys, ("lm_head", None)]

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protection:
-    """``partitions`` are those the protection can be combined with; none means that no worker is used."""
+    """``partitions`` are those the protection can be combined with; none means that no worker is used.
+
+    ``checked``: every product is verified before it is used. ``masked``: the worker sees uniform noise.
+    """
 
     name: str
     worker_sees: str
     partitions: tuple[str, ...]
+    checked: bool = False
+    masked: bool = False
 
     @property
     def uses_worker(self) -> bool:
@@ -25,6 +30,19 @@ PROTECTIONS: dict[str, Protection] = {
             "open",
             "the activations in clear: prompts can be recovered from them",
             ("op", "batched", "linear", "layer"),
+        ),
+        Protection(
+            "verified",
+            "the activations in clear, as integers; every product is checked before it is used",
+            ("linear",),
+            checked=True,
+        ),
+        Protection(
+            "masked",
+            "uniform noise; every product is checked before it is used",
+            ("linear",),
+            checked=True,
+            masked=True,
         ),
         Protection("local", "nothing: there is no worker, everything runs in this process", ()),
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tsqp.model.linear import GroupKey
 from tsqp.model.local import call_kind
 from tsqp.model.pending import Joined, Pending
-from tsqp.spec.groups import linear_groups
+from tsqp.spec.groups import GroupKey, linear_groups
 from tsqp.trusted.session import WorkerSession
 from tsqp.wire.messages import Linear
 

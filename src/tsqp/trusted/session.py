@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
+import msgspec
 import torch
 from msgspec.structs import asdict
 
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
 from tsqp.model.meter import CallKind
 from tsqp.model.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
-from tsqp.spec.dtype import DtypeName, WireDtype
+from tsqp.spec.dtype import DtypeName, NumericPath, WireDtype
 from tsqp.spec.groups import linear_groups
 from tsqp.spec.model import ModelSpec
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, Welcome
+from tsqp.wire.messages import PROTOCOL_VERSION, Call, Deal, Done, GroupShape, Hello, Linear, Product, Welcome
 from tsqp.wire.words import printable
 
 
@@ -38,6 +40,7 @@ class WorkerSession:
         dtype: DtypeName,
         stats: Stats,
         deadline_s: float,
+        path: NumericPath = "float",
     ) -> None:
         self.channel = channel
         self.spec = spec
@@ -51,7 +54,7 @@ class WorkerSession:
         self._busy_ns: dict[int, int] = {}
         self._dead: ChannelError | None = None
         try:
-            self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype))
+            self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path))
         except ChannelError:
             channel.close()
             raise
@@ -88,13 +91,31 @@ class WorkerSession:
         Raises the session's first ChannelError when it is dead, WorkerLost, ProtocolError.
         """
         self._raise_if_dead()
-        row = self.stats.calls[kind]
         began = time.perf_counter()
         payloads = [self._payload(tensor) for tensor in tensors]
+        return PendingReply(self, self._send(kind, call, payloads, self._wire.size(shape), began), shape)
+
+    def ask(self, kind: CallKind, call: Call, payload: memoryview, reply_bytes: int) -> PendingBytes:
+        """Send one call with one payload as it is; its product is ``reply_bytes`` of the worker's.
+
+        Raises the session's first ChannelError when it is dead, WorkerLost, ProtocolError.
+        """
+        self._raise_if_dead()
+        return self._send(kind, call, [payload], reply_bytes, time.perf_counter())
+
+    def fail(self, error: ChannelError) -> NoReturn:
+        """End the session because of ``error``, and raise it: now, and at every later call."""
+        self._die(error)
+        raise error
+
+    def _send(
+        self, kind: CallKind, call: Call, payloads: Sequence[memoryview], reply_bytes: int, began: float
+    ) -> PendingBytes:
+        row = self.stats.calls[kind]
         control = encode(call)
         serialised = time.perf_counter()
         try:
-            self.channel.send(Frames(control, payloads), self._wire.size(shape))
+            self.channel.send(Frames(control, payloads), reply_bytes)
         except ChannelError as error:
             self._die(error)
             raise
@@ -105,7 +126,7 @@ class WorkerSession:
         row.serialise_s += serialised - began
         row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
         self.stats.traced("line", "send", began, sent, id=call.id)
-        return PendingReply(self, kind, call, shape, began)
+        return PendingBytes(self, kind, call, reply_bytes, began)
 
     def close(self) -> None:
         """End the session. Closing twice is allowed."""
@@ -117,31 +138,39 @@ class WorkerSession:
 
         Over shm the product may lie in memory that the worker can still change: read each element once.
         """
+        payload = self.take(reply.bytes)
+        arrived = time.perf_counter()
+        product = self._wire.read(payload, reply.shape, self._dtype)
+        end = time.perf_counter()
+        row = self.stats.calls[reply.bytes.kind]
+        row.deserialise_s += end - arrived
+        row.rpc_s += end - arrived
+        row.held_s += end - arrived
+        self.stats.traced("line", "take", arrived, end)
+        return product
+
+    def take(self, reply: PendingBytes) -> memoryview:
+        """Wait for one reply; the bytes of its product, of the size asked for. See ``finish``."""
         self._raise_if_dead()
         waits = time.perf_counter()
         try:
-            payload = self._payload_of(reply.call_id)
-            expected = self._wire.size(reply.shape)
-            if payload.nbytes != expected:
-                raise ReplyShapeError(expected, payload.nbytes)
+            payload = self._payload_of(reply.call.id)
+            if payload.nbytes != reply.reply_bytes:
+                raise ReplyShapeError(reply.reply_bytes, payload.nbytes)
         except ChannelError as error:
             self._die(error)
             raise
         arrived = time.perf_counter()
-        product = self._wire.read(payload, reply.shape, self._dtype)
         row = self.stats.calls[reply.kind]
-        end = time.perf_counter()
-        row.deserialise_s += end - arrived
-        row.rpc_s += end - reply.began
-        row.held_s += end - waits
+        row.rpc_s += arrived - reply.began
+        row.held_s += arrived - waits
         row.bytes_received += payload.nbytes
         # Whatever the worker says, it cannot have computed for longer than the call was under way.
-        busy_s = min(self._busy_ns.pop(reply.call_id) * 1e-9, arrived - reply.began)
+        busy_s = min(self._busy_ns.pop(reply.call.id) * 1e-9, arrived - reply.began)
         row.worker_s += busy_s
         self.stats.traced("line", "wait", waits, arrived)
-        self.stats.traced("line", "take", arrived, end)
-        self.stats.traced("call", call_name(reply.call), reply.began, end, busy_s=busy_s, **asdict(reply.call))
-        return product
+        self.stats.traced("call", call_name(reply.call), reply.began, arrived, busy_s=busy_s, **asdict(reply.call))
+        return payload
 
     def _payload(self, tensor: torch.Tensor) -> memoryview:
         """The tensor's own bytes if they can go as they are, otherwise a copy made right where it is sent from."""
@@ -185,7 +214,8 @@ class WorkerSession:
         groups = tuple(
             GroupShape(group.name, group.in_features, group.out_features) for group in linear_groups(self.spec).values()
         )
-        if answer.fingerprint != hello.fingerprint or answer.groups != groups:
+        shapes = tuple(msgspec.structs.replace(group, digest=None) for group in answer.groups)
+        if answer.fingerprint != hello.fingerprint or shapes != groups:
             raise ModelMismatch(f"{where} holds another model: start it with the same --model as this side")
         return answer
 
@@ -198,17 +228,27 @@ class WorkerSession:
         self.channel.close()
 
 
+class PendingBytes:
+    """A call under way whose product is wanted as bytes."""
+
+    def __init__(self, session: WorkerSession, kind: CallKind, call: Call, reply_bytes: int, began: float) -> None:
+        self.kind: CallKind = kind
+        self.call = call
+        self.reply_bytes = reply_bytes
+        self.began = began
+        self._session = session
+
+    def wait(self) -> memoryview:
+        """The product's bytes; over shm the worker can still change them. Raises any ChannelError."""
+        return self._session.take(self)
+
+
 class PendingReply:
     """A call under way; see ``Pending``."""
 
-    def __init__(
-        self, session: WorkerSession, kind: CallKind, call: Call, shape: tuple[int, ...], began: float
-    ) -> None:
-        self.kind: CallKind = kind
-        self.call = call
-        self.call_id = call.id
+    def __init__(self, session: WorkerSession, reply: PendingBytes, shape: tuple[int, ...]) -> None:
+        self.bytes = reply
         self.shape = shape
-        self.began = began
         self._session = session
 
     def wait(self) -> torch.Tensor:
@@ -217,4 +257,4 @@ class PendingReply:
 
 def call_name(call: Call) -> str:
     """What a call is, for a person: the linear group, or the kind of the message."""
-    return call.group if isinstance(call, Linear) else type(call).__name__.lower()
+    return call.group if isinstance(call, Linear | Product | Deal) else type(call).__name__.lower()

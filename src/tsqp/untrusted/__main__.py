@@ -82,9 +82,9 @@ def serve(options: argparse.Namespace) -> None:
     # These pull in torch; wrong options and --help must not wait for it.
     import torch
 
+    from tsqp.arith.jit import enable_cache
     from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
     from tsqp.checkpoint.cache import cache_directory
-    from tsqp.model.kernels import enable_cache
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.device import pick_device
     from tsqp.untrusted.weights import WorkerWeights

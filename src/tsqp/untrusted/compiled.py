@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tsqp.model.linear import GroupKey, LinearProduct, LinearWeights
-from tsqp.spec.groups import LinearGroup
+from tsqp.model.linear import LinearProduct, LinearWeights
+from tsqp.spec.groups import GroupKey, LinearGroup
 from tsqp.untrusted.int8 import Int8Linear, product_in_one
 from tsqp.untrusted.toolchain import code_directory
 

@@ -14,8 +14,7 @@ from tsqp.arith.product import MAX_INNER, DigitKernel
 from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import UnsupportedModel
-from tsqp.model.linear import GroupKey, group_keys
-from tsqp.spec.groups import LinearGroup, linear_groups, part_tensor
+from tsqp.spec.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
 
 
 @dataclass(frozen=True)

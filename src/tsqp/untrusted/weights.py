@@ -10,9 +10,10 @@ import torch
 from tsqp.arith.product import DigitKernel, pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Norms
-from tsqp.model.linear import GroupKey, LinearProduct, load_groups
+from tsqp.model.linear import LinearProduct, load_groups
 from tsqp.model.payload import TORCH_DTYPES
 from tsqp.spec.dtype import ComputeDtype, float_dtype
+from tsqp.spec.groups import GroupKey
 from tsqp.spec.model import ModelSpec
 from tsqp.untrusted.compiled import Compiler
 from tsqp.untrusted.int8 import load_int8_groups

@@ -7,15 +7,15 @@ free text is a reason for a human, and it is bounded.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from tsqp.spec.dtype import ComputeDtype, WireDtype
+from tsqp.spec.dtype import ComputeDtype, NumericPath, WireDtype
 from tsqp.spec.groups import GroupName
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 CallId = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -31,19 +31,27 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """Trusted side, first on a connection. ``wire_dtype`` is the format of every float payload after it."""
+    """Trusted side, first on a connection. ``wire_dtype`` is the format of every float payload after it.
+
+    ``path`` is what the worker is to compute linear layers in; calls of another path fail.
+    """
 
     version: Index
     fingerprint: Fingerprint
     wire_dtype: WireDtype
+    path: NumericPath = "float"
 
 
 class GroupShape(Message, frozen=True):
-    """One linear group as the worker holds it."""
+    """One linear group as the worker holds it.
+
+    ``digest``, for the field path: SHA-256 over its 8-bit weights, all layers in order, row-major. Otherwise None.
+    """
 
     name: GroupName
     in_features: Count
     out_features: Count
+    digest: Fingerprint | None = None
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -75,6 +83,31 @@ class Linear(Message, frozen=True, tag="linear"):
     layer: Index | None
     part: Index | None
     rows: Count
+
+
+class Product(Message, frozen=True, tag="product"):
+    """Field path: y = x Wqᵀ, exactly, for all parts of a group. One payload x: (rows, in_features).
+
+    ``digits`` 4: x and y are uint32 mod p. 2: x is int16 of at most 32,639, y is int32. Reply y: (rows, out_features).
+    """
+
+    id: CallId
+    group: GroupName
+    layer: Index | None
+    rows: Count
+    digits: Literal[2, 4]
+
+
+class Deal(Message, frozen=True, tag="deal"):
+    """Field path, to a dealer: r Wqᵀ mod p for blocks of pads. One payload: a key of 32 bytes for each block.
+
+    Each key is expanded to r (16, in_features), see ``tsqp.arith.expand``. Reply: uint32 (16 · blocks, out_features).
+    """
+
+    id: CallId
+    group: GroupName
+    layer: Index | None
+    blocks: Annotated[int, Meta(ge=1, le=4096)]
 
 
 class Embed(Message, frozen=True, tag="embed"):
@@ -164,7 +197,7 @@ class Failed(Message, frozen=True, tag="failed"):
     reason: Reason
 
 
-Call = Linear | Embed | Scores | Mix | Begin | Layer | Finish
+Call = Linear | Product | Deal | Embed | Scores | Mix | Begin | Layer | Finish
 ToWorker = Hello | Call
 Handshake = Welcome | Refused
 Reply = Done | Failed

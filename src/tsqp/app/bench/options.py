@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tsqp.spec.dtype import AskedDtype, ComputeDtype
+from tsqp.spec.dtype import AskedDtype, PlainDtype
 
 TransportName = Literal["mem", "ipc", "tcp", "shm"]
 # ours: linear in bfloat16, for what claims to be faster than that
 PeerName = Literal["transformers", "ours", "none"]
 
 
-def benchmarked(dtype: AskedDtype) -> ComputeDtype:
+def benchmarked(dtype: AskedDtype) -> PlainDtype:
     """What a benchmark computes in: bfloat16, which the field compares, unless it is told otherwise."""
     return "bfloat16" if dtype == "auto" else dtype
 

@@ -17,7 +17,8 @@ import zmq
 
 from tsqp.app.bench.origin_wire import pack, unpack
 from tsqp.checkpoint import open_checkpoint
-from tsqp.model.linear import group_keys, load_group
+from tsqp.model.linear import load_group
+from tsqp.spec.groups import group_keys
 
 
 class OriginWorker:

@@ -1,0 +1,35 @@
+"""How loops are compiled: by numba, with the interpreter lock released, and kept on disk where that was asked for.
+
+What lies in the cache is code that this process loads, so the directory must be one that nobody else can write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+_CACHE = "NUMBA_CACHE_DIR"
+
+Loop = Callable[..., Any]
+
+
+def enable_cache(directory: Path) -> None:
+    """Keep compiled loops in ``directory``, made with mode 0700. For those whose modules are imported afterwards."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ[_CACHE] = str(directory)
+
+
+def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:
+    """A loop to be called from Python. Without ``fastmath``, rounding and order are what its source says."""
+    # numba may have been loaded before this was set.
+    setattr(numba.config, "CACHE_DIR", os.environ.get(_CACHE, ""))  # noqa: B010  (unknown to its type hints)
+    return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath or False, cache=_CACHE in os.environ)(loop)
+
+
+def inline(loop: Loop, fastmath: set[str] | None = None) -> Loop:
+    """A part of loops, put in where it is used."""
+    return numba.njit(inline="always", error_model="numpy", fastmath=fastmath or False)(loop)

@@ -1,0 +1,35 @@
+"""Rows of one operation shared out over threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+
+class RowThreads:
+    """As many threads as torch uses. Work is a function that releases the interpreter lock, as compiled kernels do."""
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="tsqp-rows")
+
+    def run(self, work: Callable[..., Any], rows: int, *arguments: Any, least: int) -> None:
+        """``work(*arguments, first, end)`` over all rows in equal parts; fewer than ``least`` stay on this thread."""
+        parts = min(self._threads, rows) if rows >= least else 1  # waking another thread takes longer than little work
+        edges = [rows * part // parts for part in range(parts + 1)]
+        others = [self._pool.submit(work, *arguments, edges[i], edges[i + 1]) for i in range(1, parts)]
+        try:
+            work(*arguments, edges[0], edges[1])
+        finally:
+            for other in others:  # they write to memory of the caller: never leave one behind
+                other.result()
+
+
+@cache
+def row_threads() -> RowThreads:
+    """One for the process, made when it is first needed."""
+    return RowThreads()
