@@ -15,8 +15,8 @@ from hypothesis import settings
 
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.spec.dtype import ComputeDtype
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.spec.dtype import DTYPE_NAMES, ComputeDtype, numeric_path
+from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen, new_ipc_address, new_shm_address
 
@@ -54,9 +54,10 @@ def start_worker() -> Iterator[StartWorker]:
 
         def start(model: str | Path, transport: str = "mem", dtype: ComputeDtype = "float32", wrap: Any = None) -> str:
             checkpoint: Checkpoint = open_checkpoint(str(model))
-            weights = WorkerWeights.load(checkpoint, dtype, torch.device("cpu"))
+            store = WeightStore(checkpoint, dtype if dtype in DTYPE_NAMES else "float32", torch.device("cpu"))
+            store.prepare(numeric_path(dtype))
             listener = stack.enter_context(closing(listen(fresh_address(transport))))
-            worker = Worker(weights)
+            worker = Worker(store)
             thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)
             thread.start()
             stack.callback(thread.join, 10)

@@ -156,6 +156,11 @@ BAD_GREETINGS: dict[str, tuple[Frames, type[ChannelError], str]] = {
         ModelMismatch,
         "--model",
     ),
+    "another path": (
+        Frames(encode(Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "int8"))),
+        ModelMismatch,
+        "computes in int8",
+    ),
     "another version": (
         Frames(encode(Welcome(PROTOCOL_VERSION + 1, FINGERPRINT, GROUPS, "cpu", "float32"))),
         ProtocolError,

@@ -18,12 +18,13 @@ from tsqp.arith.product import BlockedKernel, DigitKernel, pick_kernel
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.errors import ModelMismatch, OptionError, UnsupportedModel
+from tsqp.errors import OptionError, UnsupportedModel
 from tsqp.model.linear import LinearProduct, LinearWeights, load_group
 from tsqp.spec.groups import GroupKey
 from tsqp.spec.partition import PARTITIONS
 from tsqp.untrusted import int8
 from tsqp.untrusted.int8 import Int8Linear, load_int8_group
+from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.weights import WorkerWeights
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen
@@ -65,9 +66,9 @@ class Reference:
 
 
 @contextmanager
-def serving(weights: WorkerWeights) -> Iterator[str]:
+def serving(store: WeightStore) -> Iterator[str]:
     with closing(listen(f"mem:int8-{next(_numbers)}")) as listener:
-        thread = threading.Thread(target=Worker(weights).serve, args=(listener,), daemon=True)
+        thread = threading.Thread(target=Worker(store).serve, args=(listener,), daemon=True)
         thread.start()
         yield listener.address
         listener.interrupt()
@@ -101,12 +102,14 @@ def test_a_product_is_the_formula(
 def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition: str) -> None:
     model = tiny_model("llama-biases")
     checkpoint = checkpoint_of("llama-biases")
-    weights = WorkerWeights.load(checkpoint, "int8", CPU, kernel=kernel)
+    store, reference = (WeightStore(checkpoint, "float32", CPU, kernel=kernel) for _ in range(2))
+    weights = store.prepare("int8")
     groups: dict[GroupKey, LinearProduct] = {
         key: Reference(load_group(checkpoint, key, torch.float32)) for key in weights.groups
     }
     answers = []
-    for held in (weights, replace(weights, groups=groups)):
+    reference._prepared["int8"] = replace(weights, groups=groups)
+    for held in (store, reference):
         with (
             serving(held) as address,
             LLM(
@@ -129,9 +132,8 @@ def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition:
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_an_int8_wire_stays_close(partition: str) -> None:
     model = tiny_model("qwen3")
-    weights = WorkerWeights.load(checkpoint_of("qwen3"), "float32", CPU)
     with (
-        serving(weights) as address,
+        serving(WeightStore(checkpoint_of("qwen3"), "float32", CPU)) as address,
         LLM(
             str(model.directory),
             protection="open",
@@ -165,9 +167,34 @@ def test_int8_without_a_worker_is_refused() -> None:
         LLM("synthetic:tiny", protection="local", dtype="int8")
 
 
-def test_a_worker_in_floats_is_refused_where_int8_was_asked_for() -> None:
-    with (
-        serving(WorkerWeights.load(open_checkpoint("synthetic:tiny"), "bfloat16", CPU)) as address,
-        pytest.raises(ModelMismatch, match=r"bfloat16, not in int8.*--dtype int8"),
-    ):
-        LLM("synthetic:tiny", protection="open", worker=address, dtype="int8")
+def test_one_worker_serves_floats_and_int8_to_those_who_ask() -> None:
+    directory = str(tiny_model("llama").directory)
+    store = WeightStore(checkpoint_of("llama"), "float32", CPU)
+    computes = []
+    with serving(store) as address:
+        for dtype in ("float32", "int8", "int8", "float32"):
+            with LLM(directory, protection="open", worker=address, dtype=dtype) as llm:
+                llm.generate(PROMPT, SamplingParams(max_tokens=2))
+                assert llm.session is not None
+                computes.append(llm.session.welcome.dtype)
+    assert computes == ["float32", "int8", "int8", "float32"]
+    assert store.prepare("int8") is store.prepare("int8")  # read once, then kept
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
+    kind: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = checkpoint_of("llama-biases")
+    read = checkpoint.tensor
+
+    def broken(name: str) -> torch.Tensor:
+        tensor = read(name).clone()
+        if name == f"model.layers.1.mlp.up_proj.{kind}":
+            tensor.flatten()[3] = value
+        return tensor
+
+    monkeypatch.setattr(checkpoint, "tensor", broken)
+    with pytest.raises(UnsupportedModel, match="group gate_up of layer 1 .*finite"):
+        WorkerWeights.load(checkpoint, "int8", CPU)

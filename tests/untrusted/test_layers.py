@@ -15,12 +15,13 @@ from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.layers import LayerState
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import decode_reply
 from tsqp.wire.messages import Begin, Done, Failed, Finish, Layer, Message, Place
 
-WEIGHTS = WorkerWeights.load(CHECKPOINT, "float32", torch.device("cpu"))
+STORE = WeightStore(CHECKPOINT, "float32", torch.device("cpu"))
+WEIGHTS = STORE.prepare("float")
 
 
 def tokens(count: int) -> torch.Tensor:
@@ -57,7 +58,7 @@ BAD: dict[str, Sequence[Message]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_calls_fail_and_the_connection_goes_on(name: str) -> None:
-    worker = Worker(WEIGHTS)
+    worker = Worker(STORE)
     worker.answer(arrival(HELLO))
     replies = []
     for message in BAD[name]:
@@ -79,7 +80,7 @@ def test_the_caches_of_a_connection_are_bounded() -> None:
 
 
 def test_one_connection_cannot_name_what_another_keeps() -> None:
-    worker = Worker(WEIGHTS)
+    worker = Worker(STORE)
     for peer in (b"one", b"two"):
         worker.answer(arrival(HELLO, peer=peer))
     worker.answer(arrival(Begin(1, (Place(1, 0, 2),), 8), tokens(2), peer=b"one"))
@@ -90,7 +91,7 @@ def test_one_connection_cannot_name_what_another_keeps() -> None:
 
 def test_connections_with_state_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MAX_STATEFUL_CONNECTIONS", 2)
-    worker = Worker(WEIGHTS)
+    worker = Worker(STORE)
     for number in range(5):
         worker.answer(arrival(HELLO, peer=b"%d" % number))
         worker.answer(arrival(Begin(1, (Place(1, 0, 2),), 8), tokens(2), peer=b"%d" % number))
@@ -115,8 +116,8 @@ def test_state_goes_with_the_connection(
 
     init = Worker.__init__
 
-    def watched_init(self: Worker, weights: WorkerWeights) -> None:
-        init(self, weights)
+    def watched_init(self: Worker, store: WeightStore) -> None:
+        init(self, store)
         self._connections = Watched()  # type: ignore[assignment]
 
     monkeypatch.setattr(Worker, "__init__", watched_init)

@@ -10,7 +10,7 @@ import torch
 from tsqp.checkpoint import open_checkpoint
 from tsqp.untrusted import ops
 from tsqp.untrusted import worker as worker_module
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
@@ -36,7 +36,7 @@ PEER = b"a client"
 
 @pytest.fixture
 def worker() -> Worker:
-    return Worker(WorkerWeights.load(CHECKPOINT, "float32", torch.device("cpu")))
+    return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
 
 
 def arrival(message: Message | bytes, *payloads: torch.Tensor, peer: bytes = PEER) -> Arrival:

@@ -7,22 +7,29 @@ from dataclasses import dataclass
 
 import torch
 
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.errors import ModelMismatch
 from tsqp.model.block import Block, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.payload import TORCH_DTYPES
 from tsqp.model.roles import Attention, Embedding, Linears
+from tsqp.spec.dtype import numeric_path
 from tsqp.spec.groups import group_keys
 from tsqp.spec.partition import Partition
 from tsqp.trusted.attention import OpenAttention
 from tsqp.trusted.decoder import Decoder
 from tsqp.trusted.embedding import OpenEmbedding
 from tsqp.trusted.engine import Engine
+from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.pool import PadPool
+from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.layers import LayerDecoder
 from tsqp.trusted.linears import OpenLinears
+from tsqp.trusted.private import Guard, load_private_model
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
@@ -70,6 +77,7 @@ def build_split_engine(
         dtype=plan.dtype,
         stats=stats,
         deadline_s=plan.deadline_s,
+        path=numeric_path(plan.worker_dtype),
     )
     if partition.whole_layers:
         return Engine(LayerDecoder(session, max_rows=plan.prefill_chunk), eos_token_ids, stats), session
@@ -81,11 +89,68 @@ def build_split_engine(
     return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
 
 
-def _decoder(checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats) -> Decoder:
+def build_private_engine(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: GuardOptions,
+    dial: Callable[[], Channel],
+    dial_dealer: Callable[[], Channel] | None,
+    eos_token_ids: tuple[int, ...],
+    stats: Stats,
+) -> tuple[Engine, WorkerSession, Guard]:
+    """Linear layers on the worker that ``dial`` connects to, each product checked, the inputs masked where asked for.
+
+    Raises ModelMismatch also for a model with another digest than ``options`` pin.
+    """
+    table = checkpoint.tensor("model.embed_tokens.weight").clone()  # as it is stored: half the memory of float32
+    norms = Norms.load(checkpoint, torch.float32)
+    model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=dial_dealer is None)
+    if options.model_digest not in (None, model.digest):
+        raise ModelMismatch(f"this model has the digest {model.digest}, not the one that was asked for")
+
+    def session(dial_one: Callable[[], Channel], counted: Stats) -> WorkerSession:
+        return WorkerSession(
+            dial_one(),
+            checkpoint.spec,
+            checkpoint.fingerprint(),
+            wire_dtype="float32",
+            dtype="float32",
+            stats=counted,
+            deadline_s=plan.deadline_s,
+            path="field",
+            digests=model.digests,
+        )
+
+    worker = session(dial, stats)
+    linears: VerifiedLinears | MaskedLinears
+    dealer = None
+    if plan.protection.masked:
+        dealer = None if dial_dealer is None else session(dial_dealer, Stats())
+        pool = PadPool(
+            model.groups,
+            TeeSource() if dealer is None else DealerSource(dealer),
+            ahead=options.pads_ahead,
+            memory=options.pad_memory,
+            wait=options.pads_empty == "wait",
+        )
+        linears = MaskedLinears(worker, model.groups, pool)
+    else:
+        linears = VerifiedLinears(worker, model.groups)
+    guard = Guard(linears, model.digest, dealer)
+    stats.guard = guard.report
+    placement = Placement(
+        LocalEmbedding(table, stats, torch.float32), linears, LocalAttention(checkpoint.spec.windows, stats)
+    )
+    return Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats), worker, guard
+
+
+def _decoder(
+    checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats, norms: Norms | None = None
+) -> Decoder:
     dtype = TORCH_DTYPES[plan.dtype]
     block = Block(
         checkpoint.spec,
-        Norms.load(checkpoint, dtype),
+        norms or Norms.load(checkpoint, dtype),
         placement.linears,
         placement.attention,
         pick_kernels(dtype, compiled=plan.compiled_kernels),

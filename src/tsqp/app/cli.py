@@ -17,6 +17,7 @@ from tsqp.app.evaluate import eval_app
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
 from tsqp.app.trace import check_output
 from tsqp.errors import InputError, OptionError, PromptError
+from tsqp.spec.protection import PROTECTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,6 +77,8 @@ def generate(
 
         console = _stderr()
         announce(llm, console)
+        if prompt not in (None, "-"):
+            warn_of_argument(run.protection, console)
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
         completion = None
@@ -239,6 +242,13 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: boo
         raise InputError(f"cannot read the prompt: {error.strerror or error}: {where}") from None
     except UnicodeDecodeError:
         raise PromptError("the prompt is not UTF-8 text") from None
+
+
+def warn_of_argument(protection: str, console: Console) -> None:
+    """One line, in a private mode: a prompt that was an argument is no secret any more."""
+    if PROTECTIONS[protection].checked:
+        line = "warning: everybody on this host can read a prompt that is an argument: use - or --prompt-file"
+        console.print(line, style="yellow", soft_wrap=True)
 
 
 def unknown_option(word: str) -> str:

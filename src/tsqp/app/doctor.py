@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tsqp.app.hardening import hardening_state
 from tsqp.app.tee import detect_tee
 from tsqp.checkpoint.default import default_directory
 from tsqp.wire.channel import Arrival, Frames
@@ -56,7 +57,7 @@ def examine() -> Findings:
     """Look at everything. Never raises for what it finds."""
     looks: dict[str, Callable[[], tuple[State, str]]] = {
         "TEE": _tee,
-        "isolation": _isolation,
+        "isolation": lambda: ("note", hardening_state()),
         "accelerator": _accelerator,
         "runtime directory": lambda: ("ok", f"{runtime_directory()}, for this user alone"),
         "transport mem": lambda: _transport("mem:doctor"),
@@ -92,13 +93,6 @@ def _tee() -> tuple[State, str]:
     if tee is None:
         return "note", "none: process isolation only, for demonstration; the host can read everything"
     return "ok", tee
-
-
-def _isolation() -> tuple[State, str]:
-    return "note", (
-        f"a worker started here has the same user id ({os.getuid()}): demonstration only, "
-        "it could read this side's memory"
-    )
 
 
 def _accelerator() -> tuple[State, str]:

@@ -9,11 +9,12 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.kernel_cache import kernel_cache_directory
 from tsqp.app.launch import LocalWorker
 from tsqp.app.plan import Plan, refuse_unused
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
-from tsqp.errors import ChannelError, ModelMismatch, PromptError, WorkerLost
+from tsqp.errors import ChannelError, PromptError, WorkerLost
 from tsqp.trusted.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tokenizer import ChatMessage, TextStream, Tokenizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from tsqp.checkpoint.base import Checkpoint
     from tsqp.trusted.engine import Engine
+    from tsqp.trusted.private import Guard
     from tsqp.trusted.session import WorkerSession
 
 Prompt = str | Sequence[int]
@@ -57,14 +59,15 @@ class LLM:
     stated: ``open`` (the worker sees the activations in clear) or ``local`` (no worker). ``worker``: the address of a
     running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
     side computes in, and the worker if it is started here; ``auto`` is float32 for weights stored so and bfloat16 for
-    all others; ``int8`` makes a worker started here compute its linear layers in integers. ``wire_dtype``: what
+    all others; ``int8`` makes the worker compute its linear layers in integers. ``wire_dtype``: what
     crosses the line, by default what this side computes in. ``prefill_chunk``: the most rows that cross the layers
     together, as ``micro_batches`` parts in turn. ``compiled_kernels``: element-wise operators compiled by numba, kept
     in ``kernel_cache`` (a directory, ``auto`` or ``off``). ``compiled_worker``: a worker started here compiles its
     products, for which it needs a C++ compiler. ``threads``: CPU threads of each side; None leaves torch's setting here
     and gives the worker all cores. ``deadline_s``: the longest wait for one reply. ``security`` and
     ``insecure_plain_tcp``: how tcp is protected. ``announce`` is called with what was asked for, checked, before
-    anything is fetched, started or sent.
+    anything is fetched, started or sent. ``wrap_channel`` may put something in front of the worker's channel, as
+    ``tsqp audit`` does to see what crosses.
 
     Forward passes of several threads take turns, and so do several streams that are open at once.
 
@@ -76,6 +79,7 @@ class LLM:
         model: str,
         *,
         protection: str,
+        guard: GuardOptions | None = None,
         partition: str = "linear",
         worker: str | None = None,
         device: str = "cpu",
@@ -91,6 +95,7 @@ class LLM:
         security: ClientKeys | None = None,
         insecure_plain_tcp: bool = False,
         announce: Callable[[Plan], None] | None = None,
+        wrap_channel: Callable[[Channel], Channel] | None = None,
     ) -> None:
         check = partial(
             Plan.check,
@@ -109,7 +114,9 @@ class LLM:
         if announce is not None:
             announce(self.plan)
         self.stats = Stats()
+        self._options = guard or GuardOptions()
         self._session: WorkerSession | None = None
+        self._guard: Guard | None = None
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
             model = locate(model)
@@ -124,7 +131,8 @@ class LLM:
 
             def dial() -> Channel:
                 address = str(worker) if self._local_worker is None else self._local_worker.wait_ready()
-                return connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
+                channel = connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
+                return channel if wrap_channel is None else wrap_channel(channel)
 
             self._engine = self._build_engine(open_checkpoint(model), dial, stack)
             self._resources = stack.pop_all()
@@ -152,24 +160,24 @@ class LLM:
             torch.set_num_threads(self.plan.threads)
 
     def _build_engine(self, checkpoint: Checkpoint, dial: Callable[[], Channel], stack: ExitStack) -> Engine:
-        from tsqp.app.assemble import build_local_engine, build_split_engine
+        from tsqp.app.assemble import build_local_engine, build_private_engine, build_split_engine
 
         self.tokenizer = Tokenizer(checkpoint.text_format())
         ends = self.tokenizer.eos_token_ids
         if self.plan.partition is None:
             return build_local_engine(checkpoint, self.plan, ends, self.stats)
+        if self.plan.protection.checked:
+            engine, self._session, self._guard = build_private_engine(
+                checkpoint, self.plan, self._options, dial, None, ends, self.stats
+            )
+            stack.callback(self._session.close)
+            stack.callback(self._guard.close)
+            if self._guard.pool is not None:
+                self._guard.pool.start()
+            return engine
         engine, self._session = build_split_engine(checkpoint, self.plan, self.plan.partition, dial, ends, self.stats)
         stack.callback(self._session.close)
-        self._check_worker_dtype(self._session)
         return engine
-
-    def _check_worker_dtype(self, session: WorkerSession) -> None:
-        """Integers are asked for to be fast or to be measured: floats instead would be another run."""
-        if self.plan.worker_dtype == "int8" and session.welcome.dtype != "int8":
-            raise ModelMismatch(
-                f"the worker at {session.channel.address} computes in {session.welcome.dtype}, not in int8: "
-                "start it with --dtype int8"
-            )
 
     @property
     def session(self) -> WorkerSession | None:

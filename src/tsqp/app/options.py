@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import AskedDtype, WireDtype
+from tsqp.spec.dtype import AskedDtype, AskedWorkerDtype, WireDtype
 from tsqp.spec.protection import PROTECTIONS
 
 PartitionName = Literal["op", "batched", "linear", "layer"]
@@ -203,10 +203,11 @@ class WorkerOptions:
     ] = None
     device: Device = "cpu"
     dtype: Annotated[
-        AskedDtype,
+        AskedWorkerDtype,
         Parameter(
             env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
-            help="What the worker computes in; int8: its linear layers, everything else in bfloat16.",
+            help="What the worker computes in, prepared before it listens; int8: its linear layers, everything else in "
+            "bfloat16; field: exact products for the private modes. A client that asks for another waits for it.",
         ),
     ] = "auto"
     compile: Compile = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import COMPUTE_DTYPES, WIRE_DTYPES, ComputeDtype, DtypeName, WireDtype, float_dtype
+from tsqp.spec.dtype import PLAIN_DTYPES, WIRE_DTYPES, ComputeDtype, DtypeName, WireDtype, float_dtype
 from tsqp.spec.partition import PARTITIONS, Partition
 from tsqp.spec.protection import PROTECTIONS, Protection
 
@@ -20,7 +20,7 @@ class Plan:
     """What was asked for, checked: a run never differs from its plan.
 
     ``partition`` is None at ``local``, where nothing is split. ``dtype`` is what this side computes in,
-    ``worker_dtype`` what was asked for and a worker started here computes in. ``threads``: None is torch's own choice.
+    ``worker_dtype`` what the worker is asked to compute in. ``threads``: None is torch's own choice.
     """
 
     protection: Protection
@@ -62,15 +62,16 @@ class Plan:
             raise OptionError(f"threads must be at least 1, not {threads}")
         if not 0 < deadline_s < math.inf:
             raise OptionError(f"the deadline must be a positive number of seconds, not {deadline_s}")
-        asked = _named("dtype", dtype, {name: name for name in COMPUTE_DTYPES})
+        asked = _named("dtype", dtype, {name: name for name in PLAIN_DTYPES})
         if asked == "int8" and not chosen.uses_worker:
             raise OptionError(f"dtype int8 is a worker's, and protection {chosen.name} uses no worker: use bfloat16")
-        here = float_dtype(asked)
+        compute: ComputeDtype = "field" if chosen.checked else asked  # what is checked is products mod p
+        here = float_dtype(compute)
         return cls(
             protection=chosen,
             partition=split if chosen.uses_worker else None,
             dtype=here,
-            worker_dtype=asked,
+            worker_dtype=compute,
             wire_dtype=_named("wire dtype", wire_dtype or here, {name: name for name in WIRE_DTYPES}),
             prefill_chunk=prefill_chunk,
             micro_batches=micro_batches,

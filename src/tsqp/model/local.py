@@ -22,16 +22,17 @@ def call_kind(key: GroupKey) -> CallKind:
 
 
 class LocalEmbedding:
-    """A look-up in ``table`` (vocab_size, hidden_size)."""
+    """A look-up in ``table`` (vocab_size, hidden_size), handed out in ``dtype``, by default the table's."""
 
-    def __init__(self, table: torch.Tensor, meter: Meter) -> None:
+    def __init__(self, table: torch.Tensor, meter: Meter, dtype: torch.dtype | None = None) -> None:
         self._table = table
         self._meter = meter
+        self._dtype = dtype or table.dtype
 
     def start(self, tokens: torch.Tensor) -> Pending:
         def look_up() -> torch.Tensor:
             with self._meter.product("embedding"):
-                return F.embedding(tokens, self._table)
+                return F.embedding(tokens, self._table).to(self._dtype)
 
         return Deferred(look_up)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
@@ -13,8 +12,8 @@ from msgspec.structs import asdict
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
 from tsqp.model.meter import CallKind
 from tsqp.model.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
-from tsqp.spec.dtype import DtypeName, NumericPath, WireDtype
-from tsqp.spec.groups import linear_groups
+from tsqp.spec.dtype import DtypeName, NumericPath, WireDtype, numeric_path
+from tsqp.spec.groups import GroupName, linear_groups
 from tsqp.spec.model import ModelSpec
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel, Frames
@@ -41,10 +40,12 @@ class WorkerSession:
         stats: Stats,
         deadline_s: float,
         path: NumericPath = "float",
+        digests: Mapping[GroupName, str] | None = None,
     ) -> None:
         self.channel = channel
         self.spec = spec
         self.stats = stats
+        self._digests = digests
         self._wire = wire_format(wire_dtype)
         self._dtype = TORCH_DTYPES[dtype]
         self._deadline_s = deadline_s
@@ -103,10 +104,9 @@ class WorkerSession:
         self._raise_if_dead()
         return self._send(kind, call, [payload], reply_bytes, time.perf_counter())
 
-    def fail(self, error: ChannelError) -> NoReturn:
-        """End the session because of ``error``, and raise it: now, and at every later call."""
+    def fail(self, error: ChannelError) -> None:
+        """End the session: every later call raises ``error``."""
         self._die(error)
-        raise error
 
     def _send(
         self, kind: CallKind, call: Call, payloads: Sequence[memoryview], reply_bytes: int, began: float
@@ -215,8 +215,12 @@ class WorkerSession:
             GroupShape(group.name, group.in_features, group.out_features) for group in linear_groups(self.spec).values()
         )
         shapes = tuple(msgspec.structs.replace(group, digest=None) for group in answer.groups)
-        if answer.fingerprint != hello.fingerprint or shapes != groups:
+        digests = {group.name: group.digest for group in answer.groups}
+        same_weights = self._digests is None or digests == self._digests
+        if answer.fingerprint != hello.fingerprint or shapes != groups or not same_weights:
             raise ModelMismatch(f"{where} holds another model: start it with the same --model as this side")
+        if numeric_path(answer.dtype) != hello.path:  # to be fast, or private, or measured: never another run
+            raise ModelMismatch(f"{where} computes in {answer.dtype}, the {hello.path} path was asked for: upgrade it")
         return answer
 
     def _raise_if_dead(self) -> None:

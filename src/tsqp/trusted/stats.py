@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
@@ -53,6 +53,7 @@ class Stats:
     new_tokens: int = 0
     decode_tokens: int = 0
     trace: Trace | None = field(default=None, repr=False)
+    guard: Callable[[], dict[str, object]] | None = field(default=None, repr=False)  # figures of a private mode
 
     @contextmanager
     def operator(self, kind: OperatorKind) -> Iterator[None]:
@@ -103,10 +104,11 @@ class Stats:
             "forward_passes": self.forward_passes,
             "chunks": self.chunks,
             "micro_batches": self.micro_batches,
+            **({} if self.guard is None else self.guard()),
             "calls": {str(kind): asdict(call) for kind, call in self.calls.items()},
             "operators_s": {**{str(kind): s for kind, s in self.operator_s.items()}, "other": self.other_s},
         }
 
     def reset(self) -> None:
-        """Begin again at zero; a trace goes on."""
-        vars(self).update(vars(Stats(trace=self.trace)))
+        """Begin again at zero; a trace goes on, and so do the figures of a guard."""
+        vars(self).update(vars(Stats(trace=self.trace, guard=self.guard)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsqp.errors import InputError, OptionError, TsqpError
-from tsqp.spec.dtype import COMPUTE_DTYPES, ComputeDtype
+from tsqp.spec.dtype import COMPUTE_DTYPES, DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:n] [default: cpu]")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *COMPUTE_DTYPES), help="what it computes in [default: auto]"
+        "--dtype",
+        default="auto",
+        choices=("auto", *COMPUTE_DTYPES),
+        help="what it computes in; field: exact products for private modes [default: auto]",
     )
     parser.add_argument("--compile", action="store_true", help="compile the products; needs a C++ compiler")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
@@ -55,6 +58,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads must be at least 1, not {options.threads}")
+    if options.compile and options.dtype == "field":
+        raise OptionError("--compile plays no part in --dtype field: leave it out")
     return options
 
 
@@ -85,19 +90,23 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.arith.jit import enable_cache
     from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
     from tsqp.checkpoint.cache import cache_directory
+
+    # Its own: what it writes is never loaded by a trusted side. Before the modules with loops are imported.
+    enable_cache(cache_directory() / "worker-kernels")
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.device import pick_device
-    from tsqp.untrusted.weights import WorkerWeights
+    from tsqp.untrusted.store import WeightStore
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
 
-    enable_cache(cache_directory() / "worker-kernels")  # its own: what it writes is never loaded by a trusted side
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     device = pick_device(options.device)
     compiler = Compiler() if options.compile else None
     place = locate(options.model)
     checkpoint = open_checkpoint(place)
-    dtype: ComputeDtype = stored_dtype(place) if options.dtype == "auto" else options.dtype
+    stored = stored_dtype(place)
+    dtype: ComputeDtype = stored if options.dtype == "auto" else options.dtype
+    floats: DtypeName = options.dtype if options.dtype in DTYPE_NAMES else stored
     listener = listen(
         options.listen or new_shm_address(),
         security=worker_keys(options),
@@ -105,7 +114,9 @@ def serve(options: argparse.Namespace) -> None:
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with closing(listener):
-        worker = Worker(WorkerWeights.load(checkpoint, dtype, device, compiler=compiler))
+        store = WeightStore(checkpoint, floats, device, compiler=compiler)
+        store.prepare(numeric_path(dtype))  # any other path when a client asks for it
+        worker = Worker(store)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: listener.interrupt())
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201

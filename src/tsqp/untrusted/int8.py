@@ -14,7 +14,8 @@ from tsqp.arith.product import MAX_INNER, DigitKernel
 from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import UnsupportedModel
-from tsqp.spec.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
+from tsqp.model.quantised import group_label, load_quantised_group
+from tsqp.spec.groups import GroupKey, LinearGroup, group_keys, linear_groups
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,10 @@ def load_int8_group(
     checkpoint: Checkpoint, key: GroupKey, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
 ) -> Int8Linear:
     """Read one group and quantise it on the CPU. Raises CorruptCheckpoint, UnsupportedModel."""
-    name, layer = key
-    group = linear_groups(checkpoint.spec)[name]
-    if group.in_features > MAX_INNER:
-        raise UnsupportedModel(f"int8 sums hold {MAX_INNER} terms, group {name} has {group.in_features}")
-    digits = torch.empty(group.out_features, group.in_features, dtype=torch.int8)
-    scales = torch.empty(group.out_features, dtype=torch.float32)
-    bias = torch.empty(group.out_features, dtype=torch.float32) if group.bias else None
-    for index, (part, _) in enumerate(group.parts):
-        first, end = group.part_rows(index)
-        weight = checkpoint.tensor(part_tensor(layer, part, "weight"))
-        digits[first:end], scales[first:end] = quantise_rows(weight)
-        if bias is not None:
-            bias[first:end] = checkpoint.tensor(part_tensor(layer, part, "bias"))
-    digits = digits.to(device)
-    on_device = None if bias is None else bias.to(device)
-    return Int8Linear(group, digits, scales.to(device), kernel.offsets(digits), on_device, kernel, dtype)
+    terms = linear_groups(checkpoint.spec)[key[0]].in_features
+    if terms > MAX_INNER:
+        raise UnsupportedModel(f"int8 sums hold {MAX_INNER} terms, {group_label(key)} has {terms}: use a float dtype")
+    read = load_quantised_group(checkpoint, key)
+    digits = read.wq.to(device)
+    bias = None if read.bias is None else read.bias.to(device)
+    return Int8Linear(read.group, digits, read.scales.to(device), kernel.offsets(digits), bias, kernel, dtype)

@@ -14,7 +14,7 @@ from tsqp.model.payload import WireFormat, bytes_tensor, tensor_bytes
 from tsqp.untrusted.layers import LayerState
 from tsqp.untrusted.weights import WorkerWeights
 from tsqp.wire.channel import MAX_FRAME_BYTES
-from tsqp.wire.messages import Begin, Call, Embed, Finish, Layer, Linear, Mix, Scores
+from tsqp.wire.messages import Begin, Call, Deal, Embed, Finish, Layer, Linear, Mix, Product, Scores
 
 
 class Operators:
@@ -50,7 +50,7 @@ class Operators:
                 case Mix():
                     product = self._mix(call, payloads, out)
                 case Begin():
-                    (payload,) = _exactly(1, payloads)
+                    (payload,) = exactly(1, payloads)
                     rows = sum(place.rows for place in call.places)
                     self._layers.begin(call, self._tokens(payload, rows))
                     return None
@@ -60,10 +60,12 @@ class Operators:
                 case Finish():
                     self._place(None, (self._layers.rows_of(call), self._weights.spec.vocab_size))  # its size, first
                     product = self._layers.finish(call)
+                case Product() | Deal():
+                    raise ProtocolError("products mod p are of the field path, and this connection asked for another")
             return self._payload(product, out)
 
     def _linear(self, call: Linear, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
-        (payload,) = _exactly(1, payloads)
+        (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
         if weights is None:
             raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
@@ -74,7 +76,7 @@ class Operators:
         return weights.product(x, call.part, out=self._place(out, (call.rows, end - first)))
 
     def _embed(self, call: Embed, payloads: Sequence[memoryview]) -> torch.Tensor:
-        (payload,) = _exactly(1, payloads)
+        (payload,) = exactly(1, payloads)
         return F.embedding(self._tokens(payload, call.rows).to(self._weights.device), self._weights.embedding)
 
     def _tokens(self, payload: memoryview, rows: int) -> torch.Tensor:
@@ -85,7 +87,7 @@ class Operators:
         return tokens
 
     def _scores(self, call: Scores, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
-        q, k = _exactly(2, payloads)
+        q, k = exactly(2, payloads)
         spec = self._weights.spec
         return score_product(
             self._floats(q, (spec.num_heads, call.rows, spec.head_dim)),
@@ -94,7 +96,7 @@ class Operators:
         )
 
     def _mix(self, call: Mix, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
-        p, v = _exactly(2, payloads)
+        p, v = exactly(2, payloads)
         spec = self._weights.spec
         return value_product(
             self._floats(p, (spec.num_heads, call.rows, call.keys)),
@@ -133,7 +135,8 @@ class Operators:
         return bytes_tensor(out, self._weights.dtype, shape)
 
 
-def _exactly(count: int, payloads: Sequence[memoryview]) -> Sequence[memoryview]:
+def exactly(count: int, payloads: Sequence[memoryview]) -> Sequence[memoryview]:
+    """The payloads, of which there are ``count``. Raises ProtocolError."""
     if len(payloads) != count:
         raise ProtocolError(f"{len(payloads)} payloads where {count} were expected")
     return payloads

@@ -12,7 +12,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Norms
 from tsqp.model.linear import LinearProduct, load_groups
 from tsqp.model.payload import TORCH_DTYPES
-from tsqp.spec.dtype import ComputeDtype, float_dtype
+from tsqp.spec.dtype import PlainDtype, float_dtype
 from tsqp.spec.groups import GroupKey
 from tsqp.spec.model import ModelSpec
 from tsqp.untrusted.compiled import Compiler
@@ -27,8 +27,7 @@ class WorkerWeights:
     """
 
     spec: ModelSpec
-    fingerprint: str
-    compute: ComputeDtype
+    compute: PlainDtype
     dtype: torch.dtype
     device: torch.device
     groups: Mapping[GroupKey, LinearProduct]
@@ -39,7 +38,7 @@ class WorkerWeights:
     def load(
         cls,
         checkpoint: Checkpoint,
-        compute: ComputeDtype,
+        compute: PlainDtype,
         device: torch.device,
         *,
         kernel: DigitKernel | None = None,
@@ -63,4 +62,4 @@ class WorkerWeights:
         if compiler is not None:
             groups = compiler.compiled(groups)
         norms = Norms.load(checkpoint, dtype, device)
-        return cls(spec, checkpoint.fingerprint(), compute, dtype, device, groups, embedding, norms)
+        return cls(spec, compute, dtype, device, groups, embedding, norms)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 
-from tsqp.errors import ProtocolError
+from tsqp.errors import ProtocolError, TsqpError
 from tsqp.model.payload import wire_format
 from tsqp.spec.groups import linear_groups
+from tsqp.untrusted.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.ops import Operators
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.store import PathWeights, WeightStore
 from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, GroupShape, Hello, Refused, Welcome
@@ -21,11 +22,12 @@ log = logging.getLogger("tsqp.worker")
 
 
 class Worker:
-    """Answers any number of connections from one set of weights."""
+    """Answers any number of connections from one checkpoint's weights."""
 
-    def __init__(self, weights: WorkerWeights) -> None:
-        self._weights = weights
-        self._connections: dict[bytes, Operators] = {}  # those past the handshake, the longest silent first
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        # Those past the handshake, the longest silent first.
+        self._connections: dict[bytes, Operators | FieldOperators] = {}
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
@@ -48,25 +50,28 @@ class Worker:
         return self._compute(message, arrival)
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome | Refused:
-        weights = self._weights
         if hello.version != PROTOCOL_VERSION:
             reason = f"it speaks protocol {PROTOCOL_VERSION}, not {hello.version}: upgrade the older side"
-            return Refused(PROTOCOL_VERSION, weights.fingerprint, reason)
-        if hello.fingerprint != weights.fingerprint:
-            reason = (
-                f"it holds another model (fingerprint {weights.fingerprint[:12]}, asked for {hello.fingerprint[:12]}): "
+            return self._refused(reason)
+        fingerprint = self._store.fingerprint
+        if hello.fingerprint != fingerprint:
+            return self._refused(
+                f"it holds another model (fingerprint {fingerprint[:12]}, asked for {hello.fingerprint[:12]}): "
                 "start both sides with the same --model"
             )
-            return Refused(PROTOCOL_VERSION, weights.fingerprint, reason)
+        try:
+            weights = self._store.prepare(hello.path)
+        except (TsqpError, RuntimeError, MemoryError) as error:
+            log.warning("the %s path cannot be served: %s", hello.path, error)
+            return self._refused(reason_of(error))
         self._connections.pop(peer, None)
-        self._connections[peer] = Operators(weights, wire_format(hello.wire_dtype))
+        self._connections[peer] = operators(weights, hello)
         if len(self._connections) > MAX_CONNECTIONS:  # ZeroMQ does not report ended connections
             del self._connections[next(iter(self._connections))]
-        groups = tuple(
-            GroupShape(group.name, group.in_features, group.out_features)
-            for group in linear_groups(weights.spec).values()
-        )
-        return Welcome(PROTOCOL_VERSION, weights.fingerprint, groups, str(weights.device), weights.compute)
+        return Welcome(PROTOCOL_VERSION, fingerprint, group_shapes(weights), str(weights.device), weights.compute)
+
+    def _refused(self, reason: str) -> Refused:
+        return Refused(PROTOCOL_VERSION, self._store.fingerprint, reason)
 
     def _compute(self, call: Call, arrival: Arrival) -> Frames:
         operators = self._connections.pop(arrival.peer, None)
@@ -81,10 +86,31 @@ class Worker:
             return Frames(encode(done), () if product is None else (product,))
         except (ProtocolError, RuntimeError, MemoryError) as error:  # torch reports lack of memory as RuntimeError
             log.warning("call %d failed: %s", call.id, error)
-            return Frames(encode(Failed(call.id, (str(error) or type(error).__name__).splitlines()[0][:500])))
+            return Frames(encode(Failed(call.id, reason_of(error))))
 
     def _bound_state(self) -> None:
         """Forget the longest silent of too many connections with state: ZeroMQ does not say which have ended."""
         stateful = [peer for peer, operators in self._connections.items() if operators.keeps_state]
         if len(stateful) > MAX_STATEFUL_CONNECTIONS:
             del self._connections[stateful[0]]
+
+
+def operators(weights: PathWeights, hello: Hello) -> Operators | FieldOperators:
+    """What computes the calls of a connection that said ``hello``."""
+    if isinstance(weights, FieldWorkerWeights):
+        return FieldOperators(weights)
+    return Operators(weights, wire_format(hello.wire_dtype))
+
+
+def group_shapes(weights: PathWeights) -> tuple[GroupShape, ...]:
+    """The linear groups as a client is told of them, with their digests on the field path."""
+    digests = weights.digests if isinstance(weights, FieldWorkerWeights) else {}
+    return tuple(
+        GroupShape(group.name, group.in_features, group.out_features, digests.get(group.name))
+        for group in linear_groups(weights.spec).values()
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """One bounded line, for a person."""
+    return (str(error) or type(error).__name__).splitlines()[0][:500]

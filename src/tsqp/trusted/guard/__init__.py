@@ -1,0 +1,1 @@
+"""Audit this first: everything that touches a pad, a check vector or an unchecked reply. See ``docs/audit.md``."""

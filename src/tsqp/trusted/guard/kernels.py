@@ -1,0 +1,178 @@
+"""Compiled loops of the guard: quantise and mask a row, check and unmask a row; see ``docs/masking.md``.
+
+Rows are independent. Numbers mod p are uint32 below p; sums of their products are kept in two halves, since 2³¹ ≡ 1:
+lo adds up the lower 31 bits, hi the upper, each below 2⁶⁴ for 2³³ terms. Every loop reads what it may trust only:
+inputs are private memory, ``out`` may be memory that the worker reads and writes, and is never read here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tsqp.arith.jit import inline, kernel
+
+OK, NOT_FINITE, ERASED_PAD, OUT_OF_RANGE, MISMATCH, UNSEEN = range(6)  # verdicts on a row, UNSEEN before there is one
+ERASED = np.uint32(0xFFFFFFFF)  # what used pads are overwritten with: no number mod p, so it cannot pass for one
+
+_P = np.uint32(2**31 - 1)
+_P64 = np.uint64(2**31 - 1)
+_HALF = np.uint32(2**30 - 1)  # (p - 1) / 2
+_SHIFT = np.uint64(31)
+_LEAST_SCALE = np.float32(2.0**-126)
+_INFINITE_BITS = np.uint32(0x7F800000)
+_ABS_BITS = np.uint32(0x7FFFFFFF)
+_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves no fraction: rounds to nearest, ties to even, below 2²²
+
+
+@inline
+def _canonical(centred):  # type: ignore[no-untyped-def]
+    """int32 in ±(p - 1)/2 as uint32 below p. (The casts keep numba in 32 bits.)"""
+    return np.uint32(np.uint32(centred) + np.uint32(_P & np.uint32(centred >> np.int32(31))))
+
+
+@inline
+def _reduce(value):  # type: ignore[no-untyped-def]
+    """uint32 below 2p to below p: of value and value - p, the one that did not wrap around is the smaller."""
+    return min(value, np.uint32(value - _P))
+
+
+@inline
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    """a · b mod p, both (n,)."""
+    lo = np.uint64(0)
+    hi = np.uint64(0)
+    for i in range(a.shape[0]):
+        product = np.uint64(a[i]) * np.uint64(b[i])
+        lo += product & _P64
+        hi += product >> _SHIFT
+    total = (lo & _P64) + (lo >> _SHIFT) + (hi & _P64) + (hi >> _SHIFT)
+    total = (total & _P64) + (total >> _SHIFT)
+    total = (total & _P64) + (total >> _SHIFT)
+    return np.uint32(0) if total == _P64 else np.uint32(total)
+
+
+@inline
+def _quantise(x, limit, digits):  # type: ignore[no-untyped-def]
+    """One row, float32 (n,), to int32 within ±limit. Its scale; negative for a row with NaN or infinity."""
+    bits = x.view(np.uint32)
+    largest = np.uint32(0)
+    for i in range(bits.shape[0]):
+        largest = max(largest, bits[i] & _ABS_BITS)  # of floats without sign, the order of the bits is the order
+    if largest >= _INFINITE_BITS:
+        return np.float32(-1.0)
+    scale = np.uint32(largest).view(np.float32) / limit
+    if scale < _LEAST_SCALE:
+        scale = np.float32(1.0)
+    for i in range(x.shape[0]):
+        nearest = (x[i] / scale + _ROUNDER) - _ROUNDER
+        digits[i] = np.int32(min(max(nearest, -limit), limit))  # the proof of no overflow rests on this bound
+    return scale
+
+
+@kernel
+def quantise(x, limit, folded, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """x float32 (T, K) to out int16 (T, K), scales (T,), and what the check is to find: expected uint32 (T, k)."""
+    digits = np.empty(x.shape[1], np.int32)
+    field = np.empty(x.shape[1], np.uint32)
+    for row in range(first, end):
+        scale = _quantise(x[row], limit, digits)
+        if scale < 0:
+            verdicts[row] = NOT_FINITE
+            continue
+        scales[row] = scale
+        for i in range(digits.shape[0]):
+            field[i] = _canonical(digits[i])
+            out[row, i] = np.int16(digits[i])
+        for k in range(folded.shape[0]):
+            expected[row, k] = _dot(field, folded[k])
+        verdicts[row] = OK
+
+
+@kernel
+def mask(x, limit, folded, out, scales, expected, verdicts, pads, first, end):  # type: ignore[no-untyped-def]
+    """The same with a pad, uint32 (T, K), which is erased: out uint32 (T, K) is x + pad mod p."""
+    digits = np.empty(x.shape[1], np.int32)
+    masked = np.empty(x.shape[1], np.uint32)
+    for row in range(first, end):
+        scale = _quantise(x[row], limit, digits)
+        erased = np.uint32(0)
+        for i in range(digits.shape[0]):
+            pad = pads[row, i]
+            pads[row, i] = ERASED
+            erased |= np.uint32(pad >= _P)
+            masked[i] = _reduce(np.uint32(pad + _canonical(digits[i])))
+        if scale < 0:
+            verdicts[row] = NOT_FINITE
+        elif erased != 0:
+            verdicts[row] = ERASED_PAD  # used before: this row would be in clear, so it goes nowhere
+        else:
+            scales[row] = scale
+            for i in range(masked.shape[0]):
+                out[row, i] = masked[i]
+            for k in range(folded.shape[0]):
+                expected[row, k] = _dot(masked, folded[k])
+            verdicts[row] = OK
+
+
+@kernel
+def fold(values, secrets, out, first, end):  # type: ignore[no-untyped-def]
+    """values uint32 (T, n) against each of secrets (k, n): out uint32 (T, k)."""
+    for row in range(first, end):
+        for k in range(secrets.shape[0]):
+            out[row, k] = _dot(values[row], secrets[k])
+
+
+@inline
+def _scaled(value, x_scale, w_scale, bias):  # type: ignore[no-untyped-def]
+    return np.float32(np.float32(value) * x_scale) * w_scale + bias
+
+
+@kernel
+def check(reply, secrets, expected, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """A private copy of a reply, int32 (T, N), checked and rescaled: out float32 (T, N)."""
+    field = np.empty(reply.shape[1], np.uint32)
+    for row in range(first, end):
+        outside = np.uint32(0)
+        for j in range(field.shape[0]):
+            value = reply[row, j]
+            outside |= np.uint32(value > np.int32(_HALF)) | np.uint32(value < -np.int32(_HALF))
+            field[j] = _canonical(value)
+        if outside != 0:
+            verdicts[row] = OUT_OF_RANGE
+            continue
+        verdict = OK
+        for k in range(secrets.shape[0]):
+            if _dot(field, secrets[k]) != expected[row, k]:
+                verdict = MISMATCH
+        verdicts[row] = verdict
+        for j in range(field.shape[0]):
+            out[row, j] = _scaled(reply[row, j], scales[row], w_scales[j], bias[j])
+
+
+@kernel
+def check_and_unmask(  # type: ignore[no-untyped-def]
+    reply, secrets, expected, scales, w_scales, bias, out, verdicts, pads, first, end
+):
+    """The same for a reply uint32 (T, N) mod p, with the pads' products, uint32 (T, N), which are erased."""
+    for row in range(first, end):
+        outside = np.uint32(0)
+        erased = np.uint32(0)
+        for j in range(reply.shape[1]):
+            outside |= np.uint32(reply[row, j] >= _P)
+            erased |= np.uint32(pads[row, j] >= _P)
+        if outside != 0:
+            verdicts[row] = OUT_OF_RANGE
+            continue
+        if erased != 0:
+            verdicts[row] = ERASED_PAD
+            continue
+        verdict = OK
+        for k in range(secrets.shape[0]):
+            if _dot(reply[row], secrets[k]) != expected[row, k]:
+                verdict = MISMATCH
+        verdicts[row] = verdict
+        for j in range(reply.shape[1]):
+            value = np.int32(_reduce(np.uint32(reply[row, j] + np.uint32(_P - pads[row, j]))))
+            centred = np.int32(value - np.int32(_P)) if value > np.int32(_HALF) else value
+            pads[row, j] = ERASED
+            out[row, j] = _scaled(centred, scales[row], w_scales[j], bias[j])

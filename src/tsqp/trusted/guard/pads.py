@@ -1,0 +1,127 @@
+"""One-time pads: keys that lead nowhere back, and rows that exist until they are used.
+
+Covers: a key is used for one block and overwritten, a row is handed out once (tests/guard/test_pads.py); what was used
+is overwritten with a value that is no number mod p, so that it cannot be used by mistake either (same file). A forked
+process, which has a copy of everything, gets no rows (same file). Does not cover: copies that libraries or the kernel
+made; a virtual machine that is cloned while it runs. Assumes: ``os.urandom``, AES-256.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
+from tsqp.errors import PadReused
+from tsqp.trusted.guard.kernels import ERASED
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Ratchet:
+    """A chain of block keys. No state leads back to an earlier one, or to a key that was made before it."""
+
+    def __init__(self, root: bytes) -> None:
+        self._state = bytearray(root)
+        self._process = os.getpid()
+
+    def next_key(self) -> bytearray:
+        """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
+        refuse_in_fork(self._process)
+        stream = bytearray(2 * KEY_BYTES)
+        AesKeyStream(self._state).fill(memoryview(stream))
+        key = stream[KEY_BYTES:]
+        self._state[:] = stream[:KEY_BYTES]
+        wipe(stream)
+        return key
+
+    def destroy(self) -> None:
+        """Overwrite the state. No key comes from it any more that anyone could tell."""
+        self._state[:] = os.urandom(KEY_BYTES)
+
+
+class PadBlock:
+    """16 rows of pads of one group, handed out in order. ``products`` are those rows times Wq, once they are there.
+
+    Pads are uint32 (16, K), products uint32 (16, N); rows that were used are ``ERASED``. The key goes as soon as both
+    are there: nothing but the rows is left of it then, and nothing of a row that was used.
+    """
+
+    def __init__(self, key: bytearray) -> None:
+        self._key = key
+        self._used = 0
+        self._pads: Array | None = None
+        self._products: Array | None = None
+
+    @property
+    def supplied(self) -> bool:
+        """Whether the products are there."""
+        return self._products is not None
+
+    @property
+    def left(self) -> int:
+        """Rows that were not handed out."""
+        return BLOCK_ROWS - self._used
+
+    def claim(self, rows: int) -> int:
+        """Hand out ``rows`` rows: the first of them. They belong to one call, whatever becomes of it."""
+        if rows > self.left:
+            raise PadReused("a row of pads was asked for twice")
+        first = self._used
+        self._used += rows
+        return first
+
+    def key(self) -> bytearray:
+        """The key, as long as products are to be made from it."""
+        if self._products is not None or not any(self._key):
+            raise PadReused("the key of a block of pads was asked for again")
+        return self._key
+
+    def pads(self, first: int, rows: int, width: int) -> Array:
+        """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
+        if self._pads is None:
+            pads = np.empty((BLOCK_ROWS, width), np.uint32)
+            expand(AesKeyStream(self._key), pads)
+            self._pads = pads
+            self._wipe_key()
+        return self._pads[first : first + rows]
+
+    def products(self, first: int, rows: int) -> Array:
+        """The products of rows that were claimed, uint32 (rows, N), to be used and erased."""
+        if self._products is None:
+            raise PadReused("the products of a block of pads were asked for before they were made")
+        return self._products[first : first + rows]
+
+    def supply(self, products: Array) -> None:
+        """Take the products of all rows, (16, N), which have been checked."""
+        self._products = products
+        self._wipe_key()
+
+    def erase(self, first: int, rows: int) -> None:
+        """Overwrite rows that a call has claimed."""
+        for part in (self._pads, self._products):
+            if part is not None:
+                part[first : first + rows] = ERASED
+
+    def destroy(self) -> None:
+        """Overwrite everything, used or not."""
+        self._used = BLOCK_ROWS
+        self.erase(0, BLOCK_ROWS)
+        wipe(self._key)
+
+    def _wipe_key(self) -> None:
+        if self._pads is not None and self._products is not None:
+            wipe(self._key)
+
+
+def wipe(secret: bytearray) -> None:
+    """Overwrite with zeros."""
+    secret[:] = bytes(len(secret))
+
+
+def refuse_in_fork(process: int) -> None:
+    """Raises PadReused in another process than ``process``: both have the same pads, and one may use them."""
+    if os.getpid() != process:
+        raise PadReused("one-time pads belong to the process that made them: open a new LLM after a fork")

@@ -1,0 +1,78 @@
+"""Who multiplies pads by the weights. Both answers are unchecked: the pool checks them like a worker's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.errors import ChannelError
+from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.wire.messages import Call, Deal
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Waiting(Protocol):
+    """A call under way."""
+
+    def wait(self) -> memoryview:
+        """The bytes of its product, of the size asked for. **The other side may change them at any time.**"""
+
+
+class Line(Protocol):
+    """A connection to one worker. After any error it is dead, and every call raises that error."""
+
+    def next_id(self) -> int: ...
+
+    def reserve(self, size: int) -> memoryview:
+        """Memory for a payload: **the other side can read it while it is written, and change it.**"""
+
+    def ask(self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int) -> Waiting: ...
+
+    def fail(self, error: ChannelError) -> None:
+        """End the connection: every later call raises ``error``."""
+
+
+class PadSource(Protocol):
+    """Makes the products of pads."""
+
+    def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
+        """Unchecked r·Wqᵀ mod p, uint32 (16·blocks, N), in private memory.
+
+        ``keys``: one for each block; ``pads``: what they expand to, uint32 (16·blocks, K).
+        """
+
+
+class TeeSource:
+    """This process multiplies."""
+
+    def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
+        if group.weights is None:
+            raise ValueError(f"the weights of {group.key} were left to a dealer")
+        out = torch.empty(len(pads), group.out_features, dtype=torch.int32)
+        group.weights.product(torch.from_numpy(pads.view(np.int32)), 4, out=out)
+        return out.numpy().view(np.uint32)
+
+
+class DealerSource:
+    """A second worker multiplies, which gets keys and nothing else, and must not collude with the first."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._one_at_a_time = threading.Lock()  # the pool's thread and the run's may both ask
+
+    def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
+        name, layer = group.key
+        with self._one_at_a_time:
+            payload = self._line.reserve(len(keys) * KEY_BYTES)
+            for index, key in enumerate(keys):
+                payload[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
+            rows, columns = len(keys) * BLOCK_ROWS, group.out_features
+            call = Deal(self._line.next_id(), name, layer, len(keys))
+            reply = self._line.ask("linear", call, payload, rows * columns * 4).wait()
+            return np.frombuffer(reply, np.uint32).reshape(rows, columns).copy()  # read once

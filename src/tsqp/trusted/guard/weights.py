@@ -1,0 +1,119 @@
+"""What the guard holds of one linear group: its scales, its bound on activations, its check vectors.
+
+Covers: no sum of products can leave the range of the field (tests/guard/test_weights.py); check vectors are fresh for
+every connection, uniform and overwritten at the end (tests/guard/test_hostile.py). Does not cover: whether these are
+the weights the user meant; ``--model-digest`` does. Assumes: weights come from this side's own checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, FieldWeights, P
+from tsqp.arith.product import DigitKernel
+from tsqp.arith.rows import row_threads
+from tsqp.errors import UnsupportedModel
+from tsqp.spec.groups import GroupKey
+from tsqp.trusted.guard.kernels import fold
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LEAST_LIMIT = 127  # 8 bits
+_SUM_ROWS = 1 << 16  # rows of Wq summed at a time: 128 · 127 · 2¹⁶ < 2³¹
+
+
+@dataclass(frozen=True)
+class GuardedGroup:
+    """One group with N = out_features, K = in_features.
+
+    ``limit``: activations are integers within ±limit. ``scales``, ``bias`` float32 (N,). ``secrets`` uint32 (k, N): the
+    check vectors; ``folded`` uint32 (k, K): secrets · Wq mod p. ``weights``: Wq, None where a dealer multiplies.
+    """
+
+    key: GroupKey
+    limit: int
+    scales: Array
+    bias: Array
+    secrets: Array
+    folded: Array
+    weights: FieldWeights | None
+
+    @classmethod
+    def of(
+        cls,
+        key: GroupKey,
+        wq: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        kernel: DigitKernel,
+        *,
+        checks: int,
+        keep_weights: bool,
+    ) -> GuardedGroup:
+        """From Wq int8 (N, K), scales and bias float32 (N,). Raises UnsupportedModel.
+
+        ``checks``: check vectors; ``keep_weights``: whether this side is to multiply by Wq.
+        """
+        secrets = np.empty((checks, len(wq)), np.uint32)
+        expand(AesKeyStream(os.urandom(KEY_BYTES)), secrets)
+        no_bias = torch.zeros(len(wq), dtype=torch.float32)
+        return cls(
+            key=key,
+            limit=activation_limit(key, wq),
+            scales=scales.numpy(),
+            bias=(no_bias if bias is None else bias).numpy(),
+            secrets=secrets,
+            folded=_folded(secrets, wq, kernel),
+            weights=FieldWeights.of(wq, kernel) if keep_weights else None,
+        )
+
+    @property
+    def in_features(self) -> int:
+        return int(self.folded.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.secrets.shape[1])
+
+    def products_agree(self, x: Array, y: Array) -> bool:
+        """Freivalds' check of y = x·Wqᵀ mod p: x uint32 (T, K), y uint32 (T, N), both private memory."""
+        sums = [np.empty((len(x), len(self.secrets)), np.uint32) for _ in range(2)]
+        for values, vectors, out in ((x, self.folded, sums[0]), (y, self.secrets, sums[1])):
+            row_threads().run(fold, len(x), values, vectors, out, least=2)
+        return bool((y < P).all()) and bool((sums[0] == sums[1]).all())
+
+    def forget(self) -> None:
+        """Overwrite the check vectors, so that whatever is checked with them afterwards fails."""
+        self.secrets.fill(0)
+        self.folded.fill(1)  # not 0: x·0 = y·0 would accept everything
+
+
+def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
+    """q_max: with activations within it no product leaves ±(p − 1)/2. Raises UnsupportedModel below 8 bits."""
+    largest = max(1, int(wq.abs().sum(dim=1, dtype=torch.int64).max()))
+    limit = min(MAX_SMALL, MAX_CENTRED // largest)
+    if limit < LEAST_LIMIT:
+        name = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
+        raise UnsupportedModel(
+            f"the weights of {name} leave {limit} levels for activations, private modes need {LEAST_LIMIT}: "
+            "use --protection open or local"
+        )
+    return limit
+
+
+def _folded(secrets: Array, wq: torch.Tensor, kernel: DigitKernel) -> Array:
+    """secrets · Wq mod p: uint32 (k, K)."""
+    total = np.zeros((len(secrets), wq.shape[1]), np.uint64)
+    for first in range(0, len(wq), _SUM_ROWS):
+        own = slice(first, first + _SUM_ROWS)
+        part = torch.empty(total.shape, dtype=torch.int32)
+        values = torch.from_numpy(np.ascontiguousarray(secrets[:, own]).view(np.int32))
+        FieldWeights.of(wq[own].t(), kernel).product(values, 4, out=part)
+        total += part.numpy().view(np.uint32)
+    return (total % P).astype(np.uint32)

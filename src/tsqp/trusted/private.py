@@ -1,0 +1,99 @@
+"""What the private modes load: every linear group as the guard holds it, and digests of all that was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from tsqp.arith.product import pick_kernel
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.model.block import Norms
+from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.spec.groups import GroupKey, GroupName, group_keys
+from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.pool import PadPool
+from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.trusted.session import WorkerSession
+
+
+@dataclass(frozen=True)
+class PrivateModel:
+    """``groups``: what the guard holds. ``digests``: SHA-256 of each group's 8-bit weights, which a worker must have.
+
+    ``digest``: SHA-256 of those and of everything else that this side computes with.
+    """
+
+    groups: Mapping[GroupKey, GuardedGroup]
+    digests: Mapping[GroupName, str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The guard of one run: what it has done, and its pads. ``dealer`` is the session with one, where there is one."""
+
+    linears: VerifiedLinears | MaskedLinears
+    model_digest: str
+    dealer: WorkerSession | None
+
+    @property
+    def pool(self) -> PadPool | None:
+        """The pads of ``masked``."""
+        return self.linears.pool if isinstance(self.linears, MaskedLinears) else None
+
+    def report(self) -> dict[str, object]:
+        """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
+        figures: dict[str, object] = {
+            "checks": self.linears.checks,
+            "soundness_bits": round(self.linears.soundness_bits, 2),
+            "model_digest": self.model_digest,
+        }
+        if self.pool is not None:
+            figures |= {
+                "pads_used": self.pool.used,
+                "pads_missed": self.pool.missed,
+                "pads_ahead": self.pool.ahead,
+                "pads_ready": self.pool.ready(answer=True),
+                "pads_ready_prompt": self.pool.ready(answer=False),
+            }
+        return figures
+
+    def close(self) -> None:
+        """Destroy pads and check vectors, and leave the dealer. Closing twice is allowed."""
+        self.linears.close()
+        if self.dealer is not None:
+            self.dealer.close()
+
+
+def load_private_model(
+    checkpoint: Checkpoint, embedding: torch.Tensor, norms: Norms, *, checks: int, keep_weights: bool
+) -> PrivateModel:
+    """Read and quantise every group; ``keep_weights``: whether this side is to multiply by them.
+
+    Raises CorruptCheckpoint, UnsupportedModel.
+    """
+    kernel = pick_kernel(torch.device("cpu"))
+    digests = GroupDigests()
+    whole = hashlib.sha256(json.dumps(asdict(checkpoint.spec), sort_keys=True).encode())
+    groups: dict[GroupKey, GuardedGroup] = {}
+    for key in group_keys(checkpoint.spec):
+        loaded = load_quantised_group(checkpoint, key)
+        digests.add(key, loaded.wq)
+        _take(whole, (loaded.scales, *(() if loaded.bias is None else (loaded.bias,))))
+        groups[key] = GuardedGroup.of(
+            key, loaded.wq, loaded.scales, loaded.bias, kernel, checks=checks, keep_weights=keep_weights
+        )
+    layer_norms = (w for layer in norms.layers for w in (layer.attention, layer.mlp, layer.q, layer.k) if w is not None)
+    _take(whole, (embedding, *layer_norms, norms.final))
+    for name, digest in sorted(digests.hexdigests().items()):
+        whole.update(f"{name}={digest}\n".encode())
+    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest())
+
+
+def _take(whole: hashlib._Hash, tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,39 @@
+"""A private mode says that a prompt in the command line is not private."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.families import tiny_model
+from tsqp.app import cli
+from tsqp.spec.protection import PROTECTIONS
+
+MODEL = str(tiny_model("llama").directory)
+
+
+@pytest.mark.parametrize("name", PROTECTIONS)
+def test_only_private_modes_warn(name: str) -> None:
+    written = io.StringIO()
+    cli.warn_of_argument(name, Console(file=written, width=40))
+    lines = written.getvalue().splitlines()
+    assert len(lines) == PROTECTIONS[name].checked
+    assert all("use - or --prompt-file" in line for line in lines)
+
+
+@pytest.mark.parametrize(("given", "warns"), [("argument", True), ("-", False), ("file", False)])
+def test_only_an_argument_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, warns: bool
+) -> None:
+    # As if ``local`` were a private mode: for this function, not for the run.
+    monkeypatch.setattr(cli, "PROTECTIONS", {"local": replace(PROTECTIONS["local"], checked=True)})
+    (tmp_path / "prompt").write_text("hello")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    prompt = {"argument": ["hello"], "-": ["-"], "file": ["--prompt-file", str(tmp_path / "prompt")]}[given]
+    options = ["--protection", "local", "--model", MODEL, "-n", "1", "--threads", "1", "--kernel-cache", "off"]
+    cli.app(["generate", *prompt, *options], exit_on_error=False, result_action="return_value")
+    assert ("--prompt-file" in capsys.readouterr().err) == warns
