@@ -17,9 +17,8 @@ from tsqp.arith.product import (
     DigitKernel,
     OffsetKernel,
     exact_product,
-    is_exact,
-    pick_kernel,
 )
+from tsqp.arith.self_test import is_exact, pick_kernel
 
 CPU = torch.device("cpu")
 KERNELS: list[DigitKernel] = [BlockedKernel(), pick_kernel(CPU)]
@@ -66,7 +65,7 @@ def test_the_self_test_finds_saturation() -> None:
 def test_without_vnni_the_blocked_kernel_is_picked() -> None:
     """oneDNN told to use AVX2 only really saturates; whichever way, what is picked must be exact."""
     code = (
-        "import torch\nfrom tsqp.arith.product import *\n"
+        "import torch\nfrom tsqp.arith.product import *\nfrom tsqp.arith.self_test import *\n"
         "kernel = pick_kernel(torch.device('cpu'))\n"
         "print(type(kernel).__name__, is_exact(kernel, torch.device('cpu')))"
     )

@@ -14,7 +14,8 @@ import torch
 
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, SamplingParams
-from tsqp.arith.product import BlockedKernel, DigitKernel, pick_kernel
+from tsqp.arith.product import BlockedKernel, DigitKernel
+from tsqp.arith.self_test import pick_kernel
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
@@ -196,5 +197,5 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
         return tensor
 
     monkeypatch.setattr(checkpoint, "tensor", broken)
-    with pytest.raises(UnsupportedModel, match="group gate_up of layer 1 .*finite"):
+    with pytest.raises(UnsupportedModel, match=r"group gate_up of layer 1 .*finite"):
         WorkerWeights.load(checkpoint, "int8", CPU)

@@ -48,11 +48,11 @@ def limit(norm: int) -> dict[str, Any]:  # §1: norm is the largest ‖Wq[j,:]�
 
 
 def product(x: Matrix, wq: Matrix, digits: int) -> dict[str, Any]:  # §2
-    rest, split, y = mod(x, -HALF), [], matmul(x, wq)
+    rest, split = mod(x, -HALF), []
     for _ in range(digits):
         split.append([[(value + 128) % 256 - 128 for value in row] for row in rest])
         rest = [[(value + 128) // 256 for value in row] for row in rest]
-    return {"split": split, "sums": [matmul(digit, wq) for digit in split], "y": mod(y) if digits == 4 else y}
+    return {"split": split, "sums": [matmul(digit, wq) for digit in split], "y": mod(matmul(x, wq))}
 
 
 def masked(xq: Matrix, r: Matrix, wq: Matrix, s_x: list[str], s_w: list[str], b: list[str]) -> dict[str, Any]:  # §3
@@ -65,11 +65,10 @@ def masked(xq: Matrix, r: Matrix, wq: Matrix, s_x: list[str], s_w: list[str], b:
     return {"x": x, "y": y, "undo": undo, "exact": exact, "result": [texts(row) for row in result]}
 
 
-def check(field: bool, x: Matrix, wq: Matrix, s: Matrix, y: Matrix) -> dict[str, Any]:  # §4
+def check(x: Matrix, wq: Matrix, s: Matrix, y: Matrix) -> dict[str, Any]:  # §4
     w_s = mod(matmul(s, [list(column) for column in zip(*wq, strict=True)]))
-    low, high = (0, P - 1) if field else (-HALF, HALF)
     verdict = "accept" if mod(matmul(y, s)) == mod(matmul(x, w_s)) else "ProductMismatch"
-    return {"w_s": w_s, "verdict": verdict if all(low <= v <= high for row in y for v in row) else "ReplyRangeError"}
+    return {"w_s": w_s, "verdict": verdict if y == mod(y) else "ReplyRangeError"}
 
 
 def twice(value: int) -> int:  # in GF(2⁸)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from tsqp.trusted.attention import OpenAttention
 from tsqp.trusted.decoder import Decoder
 from tsqp.trusted.embedding import OpenEmbedding
 from tsqp.trusted.engine import Engine
+from tsqp.trusted.filler import PadFiller, targets
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerSource, TeeSource
@@ -104,7 +106,8 @@ def build_private_engine(
     """
     table = checkpoint.tensor("model.embed_tokens.weight").clone()  # as it is stored: half the memory of float32
     norms = Norms.load(checkpoint, torch.float32)
-    model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=dial_dealer is None)
+    multiplies = plan.protection.masked and dial_dealer is None
+    model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
     if options.model_digest not in (None, model.digest):
         raise ModelMismatch(f"this model has the digest {model.digest}, not the one that was asked for")
 
@@ -121,22 +124,21 @@ def build_private_engine(
             digests=model.digests,
         )
 
-    worker = session(dial, stats)
     linears: VerifiedLinears | MaskedLinears
-    dealer = None
-    if plan.protection.masked:
-        dealer = None if dial_dealer is None else session(dial_dealer, Stats())
-        pool = PadPool(
-            model.groups,
-            TeeSource() if dealer is None else DealerSource(dealer),
-            ahead=options.pads_ahead,
-            memory=options.pad_memory,
-            wait=options.pads_empty == "wait",
-        )
-        linears = MaskedLinears(worker, model.groups, pool)
-    else:
-        linears = VerifiedLinears(worker, model.groups)
-    guard = Guard(linears, model.digest, dealer)
+    dealer = filler = None
+    with ExitStack() as opened:
+        worker = session(dial, stats)
+        opened.callback(worker.close)
+        if plan.protection.masked:
+            dealer = None if dial_dealer is None else session(dial_dealer, Stats())
+            source = TeeSource() if dealer is None else DealerSource(dealer)
+            pool = PadPool(model.groups, source, wait=options.pads_empty == "wait")
+            filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
+            linears = MaskedLinears(worker, model.groups, pool)
+        else:
+            linears = VerifiedLinears(worker, model.groups)
+        opened.pop_all()
+    guard = Guard(linears, options.checks, model.digest, filler, dealer)
     stats.guard = guard.report
     placement = Placement(
         LocalEmbedding(table, stats, torch.float32), linears, LocalAttention(checkpoint.spec.windows, stats)

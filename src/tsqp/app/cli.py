@@ -6,14 +6,18 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from tsqp import __version__
+from tsqp.app.audit.cli import audit_app
 from tsqp.app.bench.cli import bench_app
 from tsqp.app.evaluate import eval_app
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
 from tsqp.app.trace import check_output
 from tsqp.errors import InputError, OptionError, PromptError
@@ -42,6 +46,7 @@ model_app = App(name="model", help="List, fetch and describe checkpoints.")
 app.command(model_app)
 app.command(bench_app)
 app.command(eval_app)
+app.command(audit_app)
 
 
 @app.command
@@ -89,7 +94,7 @@ def generate(
         if not output.json:
             _write("\n")
         if output.stats:
-            print_stats(llm.stats, console)
+            print_stats(llm, console)
         if output.trace is not None and llm.stats.trace is not None:
             write_trace(llm.stats.trace, output.trace)
         if output.json and completion is not None:
@@ -114,7 +119,7 @@ def chat(
         announce(llm, console)
         converse(llm, params, system, console)
         if stats:
-            print_stats(llm.stats, console)
+            print_stats(llm, console)
 
 
 @app.command
@@ -267,38 +272,47 @@ def _sampling_params(options: SamplingOptions) -> SamplingParams:
 def open_llm(options: RunOptions) -> LLM:
     """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
     from tsqp.app.llm import LLM
+    from tsqp.app.pads import pads_bar
 
-    return LLM(
-        options.model,
-        protection=options.protection,
-        partition=options.partition,
-        worker=options.worker,
-        device=options.device,
-        dtype=options.dtype,
-        wire_dtype=options.wire_dtype,
-        prefill_chunk=options.prefill_chunk,
-        micro_batches=options.micro_batches,
-        compiled_kernels=options.compiled_kernels,
-        kernel_cache=options.kernel_cache,
-        compiled_worker=options.compile,
-        threads=len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
-        deadline_s=options.deadline,
-        security=_client_keys(options),
-        insecure_plain_tcp=options.insecure_plain_tcp,
-        announce=_state_mode,
-    )
+    guard = replace(options.guard, own_key=options.key if options.guard.dealer_key is not None else None)
+    with pads_bar(_stderr()) as progress:
+        return LLM(
+            options.model,
+            protection=options.protection,
+            guard=guard if PROTECTIONS[options.protection].checked else None,
+            partition=options.partition,
+            worker=options.worker,
+            device=options.device,
+            dtype=options.dtype,
+            wire_dtype=options.wire_dtype,
+            prefill_chunk=options.prefill_chunk,
+            micro_batches=options.micro_batches,
+            compiled_kernels=options.compiled_kernels,
+            kernel_cache=options.kernel_cache,
+            compiled_worker=options.compile,
+            threads=len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
+            deadline_s=options.deadline,
+            security=_client_keys(options),
+            insecure_plain_tcp=options.insecure_plain_tcp,
+            announce=partial(_state_mode, guard),
+            pads_progress=progress,
+        )
 
 
-def _state_mode(plan: Plan) -> None:
-    """One line on standard error: what the worker may learn."""
-    protection = plan.protection
+def _state_mode(guard: GuardOptions, plan: Plan) -> None:
+    """One line on standard error: what the worker may learn; one more where a dealer could collude with it."""
+    protection, console = plan.protection, _stderr()
     line = f"protection {protection.name}: the worker sees {protection.worker_sees}"
-    warn = protection.uses_worker
-    _stderr().print(f"warning: {line}" if warn else line, style="yellow" if warn else "dim", soft_wrap=True)
+    warn = protection.uses_worker and not protection.checked
+    console.print(f"warning: {line}" if warn else line, style="yellow" if warn else "dim", soft_wrap=True)
+    if guard.dealer is not None and guard.dealer_no_separation:
+        line = f"warning: no separation: whoever runs the worker may read the line to the dealer {guard.dealer}"
+        console.print(line, style="yellow", soft_wrap=True, markup=False)
 
 
 def _client_keys(options: RunOptions) -> ClientKeys | None:
-    if options.key is None and options.worker_key is None:
+    """The keys for a tcp worker; this side's own may be for a dealer alone. Raises OptionError, AddressError."""
+    if options.worker_key is None and (options.key is None or options.guard.dealer_key is not None):
         return None
     if options.key is None or options.worker_key is None:
         raise OptionError("--key and --worker-key go together: this side's secret key, and the worker's public one")

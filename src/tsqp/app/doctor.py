@@ -16,9 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.hardening import hardening_state
+from tsqp.app.pads import pool_bytes
 from tsqp.app.tee import detect_tee
+from tsqp.arith.product import BlockedKernel
+from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.default import default_directory
+from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
 from tsqp.wire.transport.runtime_dir import runtime_directory
@@ -66,6 +71,8 @@ def examine() -> Findings:
         "transport tcp": lambda: _transport("tcp://127.0.0.1:0"),
         "default model": _default_model,
         "processor": _processor,
+        "exact int8 products": _exact_products,
+        "memory for pads": _pad_memory,
         "versions": lambda: ("ok", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
         "platform": lambda: ("ok", f"Python {platform.python_version()}, {platform.platform()}"),
     }
@@ -124,6 +131,35 @@ def _processor() -> tuple[State, str]:
     flags = _cpu_flags()
     fast = [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni") if name in flags]
     return "ok", f"{count} cores; {', '.join(fast) if fast else 'no low-precision instructions'}"
+
+
+def _exact_products() -> tuple[State, str]:
+    """What the private modes multiply with."""
+    if isinstance(pick_kernel(torch.device("cpu")), BlockedKernel):
+        return "note", "no fast kernel is exact on this processor: private modes multiply in float32, and are slow"
+    return "ok", "the fast kernel is exact on this processor: private modes use it"
+
+
+def _pad_memory() -> tuple[State, str]:
+    """What ``masked`` keeps ready by default, at the 1B shape."""
+    allowed, ahead = GuardOptions().pad_memory, GuardOptions().pads_ahead
+    free, wanted = _available_bytes(), pool_bytes(SHAPES["llama-3.2-1b"], ahead)
+    state: State = "ok" if free is None or free > allowed else "note"
+    known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"
+    return state, (
+        f"{known} available; --pad-memory allows {allowed / 1e9:.1f} GB, of which {ahead} tokens ahead take "
+        f"{wanted / 1e9:.2f} GB at the Llama-3.2-1B shape"
+    )
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
 
 
 def _cpu_flags() -> set[str]:

@@ -54,11 +54,11 @@ def hardening_state(yama: Path = YAMA) -> str:
     if sys.platform != "linux":
         return "not Linux: nothing is known of who can read this process's memory"
     if current_hardening().undumpable:
-        readers = "this process cannot be dumped or attached to"
+        readers = "this process cannot be dumped or attached to, except by root"
     else:
-        readers = f"this process can be dumped, and attached to by {_may_attach(yama)}; private modes forbid both"
+        readers = f"this process can be dumped, and attached to by {_may_attach(yama)}; private modes allow root alone"
     same = f"a worker started here has the same user id ({os.getuid()}): a demonstration, not isolation"
-    return f"{readers}, except by root; {same}"
+    return f"{readers}; {same}"
 
 
 def _may_attach(yama: Path) -> str:

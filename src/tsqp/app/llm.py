@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from tsqp.app.answer import Answer, Completion, Delta
+from tsqp.app.dealer import Dealer
 from tsqp.app.guard_options import GuardOptions
+from tsqp.app.hardening import harden_process
 from tsqp.app.kernel_cache import kernel_cache_directory
 from tsqp.app.launch import LocalWorker
 from tsqp.app.plan import Plan, refuse_unused
@@ -32,31 +34,17 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Given = Mapping[str, object]  # what was given, by name
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The answer to one prompt. ``finish_reason`` is ``stop`` or ``length``."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Text that became certain while generating; the last one carries the whole answer."""
-
-    text: str
-    completion: Completion | None = None
+Dial = Callable[[], Channel]
 
 
 class LLM:
     """A model split between this process and a worker.
 
     ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection`` must be
-    stated: ``open`` (the worker sees the activations in clear) or ``local`` (no worker). ``worker``: the address of a
+    stated: ``masked`` (the worker sees uniform noise and cannot cheat), ``verified`` (it sees the activations, and
+    cannot cheat), ``open`` (it sees them, and is believed) or ``local`` (no worker). ``guard``: how products are
+    checked and where pads come from, in the first two; both need partition ``linear`` and choose the numbers
+    themselves, and this process gives up core dumps and being attached to for good. ``worker``: the address of a
     running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
     side computes in, and the worker if it is started here; ``auto`` is float32 for weights stored so and bfloat16 for
     all others; ``int8`` makes the worker compute its linear layers in integers. ``wire_dtype``: what
@@ -67,11 +55,12 @@ class LLM:
     and gives the worker all cores. ``deadline_s``: the longest wait for one reply. ``security`` and
     ``insecure_plain_tcp``: how tcp is protected. ``announce`` is called with what was asked for, checked, before
     anything is fetched, started or sent. ``wrap_channel`` may put something in front of the worker's channel, as
-    ``tsqp audit`` does to see what crosses.
+    ``tsqp audit`` does to see what crosses, and ``wrap_dealer`` in front of the dealer's. ``pads_progress``: told the
+    blocks of pads that are ready and those wanted, while ``warm_pads`` fills the pool.
 
     Forward passes of several threads take turns, and so do several streams that are open at once.
 
-    Raises InputError, CheckpointError, ChannelError. Use it as a context manager, or call ``close``.
+    Raises InputError, CheckpointError, ChannelError, PadError. Use it as a context manager, or call ``close``.
     """
 
     def __init__(
@@ -96,9 +85,12 @@ class LLM:
         insecure_plain_tcp: bool = False,
         announce: Callable[[Plan], None] | None = None,
         wrap_channel: Callable[[Channel], Channel] | None = None,
+        wrap_dealer: Callable[[Channel], Channel] | None = None,
+        pads_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         check = partial(
             Plan.check,
+            dtype=dtype,
             protection=protection,
             partition=partition,
             wire_dtype=wire_dtype,
@@ -108,20 +100,26 @@ class LLM:
             threads=threads,
             deadline_s=deadline_s,
         )
-        self.plan = check(dtype="bfloat16" if dtype == "auto" else dtype)
+        self.plan = check()
         of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
         self._refuse_unused(worker, {"wire_dtype": wire_dtype}, {"compiled_worker": compiled_worker}, of_tcp)
+        self._options = GuardOptions.of(self.plan.protection, guard)
+        self._dealer = Dealer.check(self._options, worker, security)
         if announce is not None:
             announce(self.plan)
+        if self.plan.protection.checked:
+            harden_process()
         self.stats = Stats()
-        self._options = guard or GuardOptions()
         self._session: WorkerSession | None = None
         self._guard: Guard | None = None
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
             model = locate(model)
             if dtype == "auto":
-                self.plan = check(dtype=stored_dtype(model))
+                self.plan = check(stored=stored_dtype(model))
+            if self._options.pads_empty == "refuse":
+                self._prepare_torch(kernel_cache)
+                self._check_pool(open_checkpoint(model))
             if self.plan.partition is not None and worker is None:
                 started = LocalWorker(
                     model, device=device, dtype=self.plan.worker_dtype, threads=threads, compiled=compiled_worker
@@ -134,18 +132,30 @@ class LLM:
                 channel = connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
                 return channel if wrap_channel is None else wrap_channel(channel)
 
-            self._engine = self._build_engine(open_checkpoint(model), dial, stack)
+            dial_dealer = None if self._dealer is None else partial(_dial_dealer, self._dealer, wrap_dealer)
+            self._engine = self._build_engine(open_checkpoint(model), dial, dial_dealer, stack)
+            if self._guard is not None and self._guard.filler is not None:
+                if self._options.warm_pads:
+                    self._guard.filler.fill(pads_progress)
+                self._guard.filler.start()
             self._resources = stack.pop_all()
 
     def _refuse_unused(self, worker: str | None, of_a_worker: Given, of_one_started_here: Given, of_tcp: Given) -> None:
         """Raises OptionError for what was given and would play no part."""
+        name = self.plan.protection.name
         if self.plan.partition is None:
-            given = {"worker": worker, **of_a_worker, **of_one_started_here}
-            refuse_unused(f"protection {self.plan.protection.name} uses no worker", given)
+            refuse_unused(f"protection {name} uses no worker", {"worker": worker, **of_a_worker, **of_one_started_here})
+        if self.plan.protection.checked:
+            refuse_unused(f"protection {name} has compiled loops of its own on the worker", of_one_started_here)
         if worker is None or not worker.startswith("tcp://"):
             refuse_unused("there is no worker with a tcp address", of_tcp)
         if worker is not None:
             refuse_unused("the worker is not started here", of_one_started_here)
+
+    def _check_pool(self, checkpoint: Checkpoint) -> None:
+        from tsqp.app.pads import check_pool
+
+        check_pool(checkpoint.spec, self._options)
 
     def _prepare_torch(self, kernel_cache: str) -> None:
         """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""
@@ -159,7 +169,9 @@ class LLM:
         if self.plan.threads is not None:
             torch.set_num_threads(self.plan.threads)
 
-    def _build_engine(self, checkpoint: Checkpoint, dial: Callable[[], Channel], stack: ExitStack) -> Engine:
+    def _build_engine(
+        self, checkpoint: Checkpoint, dial: Dial, dial_dealer: Dial | None, stack: ExitStack
+    ) -> Engine:
         from tsqp.app.assemble import build_local_engine, build_private_engine, build_split_engine
 
         self.tokenizer = Tokenizer(checkpoint.text_format())
@@ -168,12 +180,10 @@ class LLM:
             return build_local_engine(checkpoint, self.plan, ends, self.stats)
         if self.plan.protection.checked:
             engine, self._session, self._guard = build_private_engine(
-                checkpoint, self.plan, self._options, dial, None, ends, self.stats
+                checkpoint, self.plan, self._options, dial, dial_dealer, ends, self.stats
             )
             stack.callback(self._session.close)
             stack.callback(self._guard.close)
-            if self._guard.pool is not None:
-                self._guard.pool.start()
             return engine
         engine, self._session = build_split_engine(checkpoint, self.plan, self.plan.partition, dial, ends, self.stats)
         stack.callback(self._session.close)
@@ -183,6 +193,16 @@ class LLM:
     def session(self) -> WorkerSession | None:
         """The connection to the worker; None at ``local``."""
         return self._session
+
+    @property
+    def guard(self) -> Guard | None:
+        """What checks products, and the pads; None where nothing is checked."""
+        return self._guard
+
+    @property
+    def dealer(self) -> Dealer | None:
+        """Who makes the pads' products; None where this process does, or there are none."""
+        return self._dealer
 
     @property
     def worker_pid(self) -> int | None:
@@ -241,7 +261,7 @@ class LLM:
 
     def _run(self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool) -> Iterator[tuple[int, Delta]]:
         answers = [
-            _Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts
+            Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts
         ]
         try:
             generation = self._engine.generate([answer.prompt for answer in answers], params)
@@ -255,29 +275,10 @@ class LLM:
 
     def _explained(self, error: WorkerLost) -> ChannelError:
         """A lost worker that was started here can say how it ended."""
-        if self._local_worker is None:
-            return error
+        if self._local_worker is None or self._session is None or self._session.channel.address not in str(error):
+            return error  # not ours, or it was the dealer
         return WorkerLost(f"{error}: {self._local_worker.last_words()}")
 
 
-class _Answer:
-    """The text and tokens of one answer under way."""
-
-    def __init__(self, prompt: list[int], text: TextStream) -> None:
-        self.prompt = prompt
-        self._text = text
-        self._tokens: list[int] = []
-
-    def extend(self, token: int, finish_reason: str | None) -> Delta:
-        """Take one more token; the Delta is complete when the answer ends with it."""
-        piece = ""
-        if finish_reason != "stop":  # the end token is not part of the answer
-            self._tokens.append(token)
-            piece = self._text.push(token)
-        if self._text.stopped:
-            finish_reason = "stop"
-        if finish_reason is None:
-            return Delta(piece)
-        piece += self._text.finish()
-        completion = Completion(self._text.text, tuple(self._tokens), finish_reason, tuple(self.prompt))
-        return Delta(piece, completion)
+def _dial_dealer(dealer: Dealer, wrap: Callable[[Channel], Channel] | None) -> Channel:
+    return dealer.dial() if wrap is None else wrap(dealer.dial())

@@ -12,16 +12,23 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
+from tsqp.app.guard_options import DEALER, GuardOptions
 from tsqp.errors import OptionError
 from tsqp.spec.dtype import AskedDtype, AskedWorkerDtype, WireDtype
-from tsqp.spec.protection import PROTECTIONS
+from tsqp.spec.partition import PARTITIONS
+from tsqp.spec.protection import PROTECTIONS, Protection
 
 PartitionName = Literal["op", "batched", "linear", "layer"]
-ProtectionName = Literal["open", "local"]
+ProtectionName = Literal["masked", "verified", "open", "local"]
 
-# Options that play a part with a tcp worker only, and with any worker.
+# Options that play a part with a tcp worker only, with any worker, with a dealer, with pads, with any check.
 OF_TCP = ("--key", "--worker-key", "--insecure-plain-tcp")
 OF_A_WORKER = ("--worker", "--partition", "--device", "--compile", "--wire-dtype", "--deadline", *OF_TCP)
+OF_A_DEALER = ("--dealer-key", "--dealer-no-separation")
+OF_PADS = ("--pad-source", *OF_A_DEALER, "--pads-ahead", "--pad-memory", "--pads-empty", "--warm-pads")
+OF_CHECKS = ("--checks", "--model-digest", *OF_PADS)
+# What the private modes decide themselves.
+OF_NUMBERS = ("--wire-dtype", "--compile")
 
 
 def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -32,23 +39,54 @@ def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection)
     named = {argument.name: argument for argument in arguments}
     if "--protection" not in named or "--worker" not in named:
         return  # not a command that runs a model
-    protection = PROTECTIONS.get(_value(named["--protection"]))
-    if protection is not None and not protection.uses_worker:
-        _leave_out(f"protection {protection.name} uses no worker", named, OF_A_WORKER)
+    chosen = _chosen(named["--protection"])
+    protection = PROTECTIONS.get(chosen)
+    if protection is None:
+        return  # an unknown one, which is refused when it is parsed
+    if not protection.uses_worker:
+        _leave_out(f"protection {protection.name} uses no worker", named, (*OF_A_WORKER, *OF_CHECKS))
         return
+    if protection.checked:
+        _settle_private(protection, named)
+    else:
+        _leave_out(f"protection {protection.name} checks no products", named, OF_CHECKS)
     worker = named["--worker"]
     if _by_flag(named["--device"]) and not _by_flag(worker):
         worker.tokens.clear()  # the flag asks for a worker that is started here
     if worker.tokens:
         _leave_out("the worker's address is given, and it has a device of its own", named, ("--device", "--compile"))
     if not _value(worker).startswith("tcp://"):
-        _leave_out("there is no worker with a tcp address", named, OF_TCP)
+        to_dealer = _value(named["--pad-source"]).startswith(f"{DEALER}tcp://")
+        _leave_out("there is no worker with a tcp address", named, OF_TCP[1:] if to_dealer else OF_TCP)
 
 
-def _leave_out(why: str, named: Mapping[str, Argument], names: Sequence[str]) -> None:
+def _settle_private(protection: Protection, named: Mapping[str, Argument]) -> None:
+    """The same for what a private mode decides itself, and for pads. A default gives way to no flag: it is refused."""
+    by_default = not named["--protection"].tokens
+    hint = ", or add --protection open: then the worker sees everything" if by_default else ""
+    partition = named["--partition"]
+    if _value(partition) in PARTITIONS and _value(partition) not in protection.partitions:
+        if by_default or _by_flag(partition):
+            own = " or ".join(protection.partitions)
+            name = f"protection {protection.name}{', the default,' if by_default else ''}"
+            raise OptionError(f"{name} cannot use partition {_value(partition)}: use {own}{hint}")
+        partition.tokens.clear()
+    dtype, kernels = named["--dtype"], named["--compiled-kernels"]
+    numbers = [*OF_NUMBERS, *(["--dtype"] if _value(dtype) not in ("", "auto", "float32") else [])]
+    _leave_out(f"protection {protection.name} has numbers of its own", named, numbers, hint)
+    if any(token.keyword == "--no-compiled-kernels" for token in kernels.tokens if token.source == "cli"):
+        raise OptionError(f"protection {protection.name} needs its loops: leave out --no-compiled-kernels{hint}")
+    kernels.tokens.clear()
+    if not protection.masked:
+        _leave_out(f"protection {protection.name} has no pads", named, OF_PADS)
+    elif not _value(named["--pad-source"]).startswith(DEALER):
+        _leave_out("pads come from this process, not from a dealer", named, OF_A_DEALER)
+
+
+def _leave_out(why: str, named: Mapping[str, Argument], names: Sequence[str], hint: str = "") -> None:
     flags = [name for name in names if _by_flag(named[name])]
     if flags:
-        raise OptionError(f"{why}: leave out {', '.join(flags)}")
+        raise OptionError(f"{why}: leave out {', '.join(flags)}{hint}")
     for name in names:
         named[name].tokens.clear()
 
@@ -60,6 +98,11 @@ def _by_flag(argument: Argument) -> bool:
 def _value(argument: Argument) -> str:
     """What was given, empty when it is left to the default."""
     return argument.tokens[-1].value if argument.tokens else ""
+
+
+def _chosen(argument: Argument) -> str:
+    """What was given, or the command's default."""
+    return _value(argument) or str(argument.field_info.default)
 
 
 def _device(_: Any, tokens: Sequence[Token]) -> str:
@@ -98,6 +141,12 @@ Compile = Annotated[bool, Parameter(help="The worker compiles its products by to
 PlainTcp = Annotated[bool, Parameter(help="Allow tcp off loopback without keys: anyone on the path can read it.")]
 
 
+PROTECTION_HELP = (
+    "What the worker may learn and do: masked (it sees noise and cannot cheat), verified (it sees all and cannot "
+    "cheat), open (it sees everything and is believed) or local (there is none)."
+)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class RunOptions:
@@ -106,8 +155,9 @@ class RunOptions:
     model: Model = "default"
     protection: Annotated[
         ProtectionName,
-        Parameter(env_var="TSQP_PROTECTION", help="What the worker may learn: open (everything) or local (no worker)."),
-    ] = "open"
+        Parameter(env_var="TSQP_PROTECTION", help=PROTECTION_HELP),
+    ] = "masked"
+    guard: GuardOptions = GuardOptions()
     partition: Annotated[
         PartitionName, Parameter(env_var="TSQP_PARTITION", help="Which operators run on the worker.")
     ] = "linear"
@@ -154,6 +204,17 @@ class RunOptions:
         Path | None, Parameter(env_var="TSQP_WORKER_KEY", help="The worker's public key file, for tcp.")
     ] = None
     insecure_plain_tcp: PlainTcp = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class BenchRunOptions(RunOptions):
+    """The same for a benchmark, which measures the split itself unless it is told otherwise."""
+
+    protection: Annotated[
+        ProtectionName,
+        Parameter(env_var="TSQP_PROTECTION", help=f"{PROTECTION_HELP} A benchmark's default is open."),
+    ] = "open"
 
 
 @Parameter(name="*")

@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tsqp.app.llm import LLM, Completion
+from tsqp.app.answer import Completion
+from tsqp.app.llm import LLM
 from tsqp.app.trace import communication_share
 from tsqp.model.meter import CallKind
 from tsqp.trusted.stats import CallStats, Stats, total
@@ -24,17 +25,29 @@ OPERATOR_TITLES = {"rms_norm": "RMSNorm", "rotary": "rotary", "softmax": "softma
 
 
 def announce(llm: LLM, console: Console) -> None:
-    """State what the handshake has shown: the worker's device, the transport and the address in use."""
+    """State what the handshake has shown: the device, the transport and the address in use; checks and pads."""
     plan, session = llm.plan, llm.session
     if session is None or plan.partition is None:
         return
     console.print(
-        f"partition {plan.partition.name}, {plan.dtype}, wire {plan.wire_dtype}; worker on {session.welcome.device} in "
-        f"{session.welcome.dtype} over {session.channel.transport}, {session.channel.address}",
+        f"partition {plan.partition.name}, {plan.dtype}, wire {plan.crossing}; worker on {session.welcome.device} in "
+        f"{session.welcome.dtype} over {session.channel.transport}, {session.channel.address}{_of_the_guard(llm)}",
         style="dim",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _of_the_guard(llm: LLM) -> str:
+    """What a private mode adds to the line."""
+    if llm.guard is None:
+        return ""
+    found = llm.guard.report()
+    checks = f"; a wrong product passes with probability 2^-{found['soundness_bits']:.0f}"
+    if llm.guard.filler is None:
+        return checks
+    source = "this process" if llm.dealer is None else f"the dealer {llm.dealer.address}"
+    return f"{checks}; pads by {source} for {llm.guard.filler.ahead} tokens ahead"
 
 
 def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
@@ -49,14 +62,15 @@ def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
         "transport": None if session is None else session.channel.transport,
         "address": None if session is None else session.channel.address,
         "dtype": plan.worker_dtype,
-        "wire_dtype": None if session is None else plan.wire_dtype,
+        "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
         "stats": llm.stats.as_dict(),
     }
 
 
-def print_stats(stats: Stats, console: Console) -> None:
-    """The two tables: calls to the worker, and where the time of the forward passes went."""
+def print_stats(llm: LLM, console: Console) -> None:
+    """The two tables, calls to the worker and where the time of the forward passes went; then the guard's figures."""
+    stats = llm.stats
     console.print(_call_table(stats))
     console.print(_operator_table(stats))
     speed = stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0
@@ -69,6 +83,23 @@ def print_stats(stats: Stats, console: Console) -> None:
     share = None if stats.trace is None else communication_share(stats.trace)
     if share is not None:
         console.print(f"communication: {share:.1%} of the time, neither side computing", highlight=False)
+    for line in guard_lines(stats.as_dict()):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def guard_lines(found: dict[str, object]) -> list[str]:
+    """The figures of a private mode, from the ``stats`` object; nothing where there is no guard."""
+    if "checks" not in found:
+        return []
+    lines = [f"{found['checks']} products checked; a wrong one passes with probability 2^-{found['soundness_bits']}"]
+    if "pads_used" in found:
+        drained = found["pads_drained_s"]
+        left = f", {drained:.1f} s at this speed" if isinstance(drained, float) else ""
+        lines.append(
+            f"pads: {found['pads_used']} rows used, {found['pads_missed']} of them made on the spot; ready for "
+            f"{found['pads_ready']} of {found['pads_ahead']} tokens{left}"
+        )
+    return [*lines, f"model digest {found['model_digest']}"]
 
 
 def _call_table(stats: Stats) -> Table:

@@ -8,9 +8,6 @@ every partial sum is an integer below 2²⁴, which float32 holds exactly.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Protocol
-
 import torch
 
 MAX_INNER = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
@@ -18,7 +15,7 @@ BLOCK_TERMS = 1_024  # 128 · 127 · 1,024 < 2²⁴
 BLOCK_COLUMNS = 4_096  # bounds the float32 copy of a block of weights to 16 MB
 
 
-class DigitKernel(Protocol):
+class DigitKernel:
     """Products of digits x int8 (T, K) and w int8 (N, K), K ≤ ``MAX_INNER``.
 
     ``accumulate(x, w) - offsets(w)`` is x·wᵀ, exactly: int32 (T, N). The offsets depend on w alone.
@@ -26,27 +23,25 @@ class DigitKernel(Protocol):
 
     def offsets(self, w: torch.Tensor) -> torch.Tensor:
         """int32 (N,), to be computed once for weights that stay."""
+        return w.new_zeros(w.shape[0], dtype=torch.int32)
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """int32 (T, N)."""
+        raise NotImplementedError
 
     def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The same for digits that come as x + 128, uint8 (T, K)."""
+        return self.accumulate((x ^ 128).view(torch.int8), w)  # flipping the top bit takes 128 away
 
 
-def signed(x: torch.Tensor) -> torch.Tensor:
-    """Digits int8 from uint8 digits that have 128 added: that is their top bit flipped."""
-    return (x ^ 128).view(torch.int8)
-
-
-class OffsetKernel:
+class OffsetKernel(DigitKernel):
     """``_int_mm`` on the CPU: the instruction multiplies unsigned by signed bytes, so x goes in as x + 128."""
 
     def offsets(self, w: torch.Tensor) -> torch.Tensor:
         return (w.sum(dim=1, dtype=torch.int32) * 128).contiguous()
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return self.accumulate_unsigned(x.view(torch.uint8) ^ 128, w)  # flipping the top bit adds 128
+        return self.accumulate_unsigned(x.view(torch.uint8) ^ 128, w)
 
     def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if x.shape[1] == 1:  # the one inner size that torch 2.13 multiplies wrongly: it mistakes w.t()'s strides
@@ -54,31 +49,8 @@ class OffsetKernel:
         return torch._int_mm(x, w.t())
 
 
-class TensorCoreKernel:
-    """``_int_mm`` on CUDA, which wants more than 16 rows and K, N in multiples of 8."""
-
-    LEAST_ROWS = 32
-
-    def offsets(self, w: torch.Tensor) -> torch.Tensor:
-        return w.new_zeros(w.shape[0], dtype=torch.int32)
-
-    def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        if w.shape[0] % 8 or w.shape[1] % 8:
-            return BlockedKernel().accumulate(x, w)
-        rows = x.shape[0]
-        if rows < self.LEAST_ROWS:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
-        return torch._int_mm(x, w.t())[:rows]
-
-    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return self.accumulate(signed(x), w)
-
-
-class BlockedKernel:
+class BlockedKernel(DigitKernel):
     """Float32 products over blocks of terms: exact everywhere, and slow."""
-
-    def offsets(self, w: torch.Tensor) -> torch.Tensor:
-        return w.new_zeros(w.shape[0], dtype=torch.int32)
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.int32, device=x.device)
@@ -89,33 +61,7 @@ class BlockedKernel:
                 total[:, n : n + BLOCK_COLUMNS] += partial.to(torch.int32)
         return total
 
-    def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return self.accumulate(signed(x), w)
-
 
 def exact_product(kernel: DigitKernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x·wᵀ for digits x int8 (T, K) and w int8 (N, K): int32 (T, N)."""
     return kernel.accumulate(x, w) - kernel.offsets(w)
-
-
-@cache
-def pick_kernel(device: torch.device) -> DigitKernel:
-    """The fast kernel where its self-test passes on this machine, otherwise the blocked one."""
-    fast: DigitKernel = TensorCoreKernel() if device.type == "cuda" else OffsetKernel()
-    return fast if is_exact(fast, device) else BlockedKernel()
-
-
-def is_exact(kernel: DigitKernel, device: torch.device) -> bool:
-    """Whether products of random digits are those of int64 arithmetic, for one row and for many."""
-    generator = torch.Generator().manual_seed(0)  # a fixed test: what it looks for fails on almost any digits
-    w = torch.randint(-127, 128, (264, 1_160), dtype=torch.int8, generator=generator)
-    for rows in (1, 65):
-        x = torch.randint(-127, 128, (rows, w.shape[1]), dtype=torch.int8, generator=generator)
-        expected = x.long() @ w.long().t()
-        try:
-            got = exact_product(kernel, x.to(device), w.to(device))
-        except RuntimeError:  # not implemented on this device
-            return False
-        if not torch.equal(got.cpu().long(), expected):
-            return False
-    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -25,8 +25,9 @@ class RowThreads:
         try:
             work(*arguments, edges[0], edges[1])
         finally:
-            for other in others:  # they write to memory of the caller: never leave one behind
-                other.result()
+            wait(others)  # they write to memory of the caller: never leave one behind, whatever fails
+        for other in others:
+            other.result()
 
 
 @cache

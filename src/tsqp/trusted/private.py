@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 
-from tsqp.arith.product import pick_kernel
+from tsqp.arith.field import P
+from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.spec.groups import GroupKey, GroupName, group_keys
+from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
-from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.session import WorkerSession
 
@@ -34,36 +36,38 @@ class PrivateModel:
 
 @dataclass(frozen=True)
 class Guard:
-    """The guard of one run: what it has done, and its pads. ``dealer`` is the session with one, where there is one."""
+    """The guard of one run: what it has done, and its pads. ``filler`` and ``dealer`` are None where there is none."""
 
-    linears: VerifiedLinears | MaskedLinears
+    linears: VerifiedLinears
+    check_vectors: int
     model_digest: str
+    filler: PadFiller | None
     dealer: WorkerSession | None
-
-    @property
-    def pool(self) -> PadPool | None:
-        """The pads of ``masked``."""
-        return self.linears.pool if isinstance(self.linears, MaskedLinears) else None
 
     def report(self) -> dict[str, object]:
         """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
         figures: dict[str, object] = {
             "checks": self.linears.checks,
-            "soundness_bits": round(self.linears.soundness_bits, 2),
+            "soundness_bits": round(
+                self.check_vectors * math.log2(P), 2
+            ),  # a wrong product passes with 2 to minus this
             "model_digest": self.model_digest,
         }
-        if self.pool is not None:
+        if isinstance(self.linears, MaskedLinears) and self.filler is not None:
+            pool = self.linears.pool
             figures |= {
-                "pads_used": self.pool.used,
-                "pads_missed": self.pool.missed,
-                "pads_ahead": self.pool.ahead,
-                "pads_ready": self.pool.ready(answer=True),
-                "pads_ready_prompt": self.pool.ready(answer=False),
+                "pads_used": pool.used,
+                "pads_missed": pool.missed,
+                "pads_ahead": self.filler.ahead,
+                "pads_ready": self.filler.ready(answer=True),
+                "pads_ready_prompt": self.filler.ready(answer=False),
             }
         return figures
 
     def close(self) -> None:
         """Destroy pads and check vectors, and leave the dealer. Closing twice is allowed."""
+        if self.filler is not None:
+            self.filler.close()
         self.linears.close()
         if self.dealer is not None:
             self.dealer.close()

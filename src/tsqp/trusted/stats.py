@@ -92,6 +92,7 @@ class Stats:
     def as_dict(self) -> dict[str, object]:
         """The ``stats`` object of ``--json``. ``tokens_per_s`` is of decode, 0 when nothing was decoded."""
         calls = total(self.calls.values())
+        speed = self.decode_tokens / self.decode_s if self.decode_s else 0.0
         return {
             "rpc_calls": calls.count,
             "bytes_sent": calls.bytes_sent,
@@ -100,14 +101,22 @@ class Stats:
             "decode_s": self.decode_s,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
-            "tokens_per_s": self.decode_tokens / self.decode_s if self.decode_s else 0.0,
+            "tokens_per_s": speed,
             "forward_passes": self.forward_passes,
             "chunks": self.chunks,
             "micro_batches": self.micro_batches,
-            **({} if self.guard is None else self.guard()),
+            **self._guarded(speed),
             "calls": {str(kind): asdict(call) for kind, call in self.calls.items()},
             "operators_s": {**{str(kind): s for kind, s in self.operator_s.items()}, "other": self.other_s},
         }
+
+    def _guarded(self, speed: float) -> dict[str, object]:
+        """The figures of a private mode. ``pads_drained_s``: how long ready pads last at ``speed``; None at speed 0."""
+        figures = {} if self.guard is None else self.guard()
+        ready = figures.get("pads_ready")
+        if isinstance(ready, int):
+            figures["pads_drained_s"] = ready / speed if speed else None
+        return figures
 
     def reset(self) -> None:
         """Begin again at zero; a trace goes on, and so do the figures of a guard."""

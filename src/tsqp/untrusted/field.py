@@ -14,7 +14,8 @@ import torch
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Digits, FieldWeights
-from tsqp.arith.product import DigitKernel, pick_kernel
+from tsqp.arith.product import DigitKernel
+from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import ProtocolError
 from tsqp.model.payload import bytes_tensor, tensor_bytes

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.arith.product import DigitKernel, pick_kernel
+from tsqp.arith.product import DigitKernel
+from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Norms
 from tsqp.model.linear import LinearProduct, load_groups

@@ -86,9 +86,9 @@ class Linear(Message, frozen=True, tag="linear"):
 
 
 class Product(Message, frozen=True, tag="product"):
-    """Field path: y = x Wqᵀ, exactly, for all parts of a group. One payload x: (rows, in_features).
+    """Field path: y = x Wqᵀ mod p for all parts of a group. One payload x: (rows, in_features).
 
-    ``digits`` 4: x and y are uint32 mod p. 2: x is int16 of at most 32,639, y is int32. Reply y: (rows, out_features).
+    ``digits`` 4: x is uint32 mod p. 2: x is int16 of at most 32,639. Reply y: uint32 mod p (rows, out_features).
     """
 
     id: CallId

@@ -70,47 +70,34 @@ def _quantise(x, limit, digits):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def quantise(x, limit, folded, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
-    """x float32 (T, K) to out int16 (T, K), scales (T,), and what the check is to find: expected uint32 (T, k)."""
+def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, k).
+
+    ``masked``: out uint32 (T, K) is x + pads mod p, pads uint32 (T, K), which are erased. Otherwise out int16 is x.
+    """
     digits = np.empty(x.shape[1], np.int32)
     field = np.empty(x.shape[1], np.uint32)
+    without_pads = masked and pads.shape[1] != x.shape[1]
     for row in range(first, end):
         scale = _quantise(x[row], limit, digits)
-        if scale < 0:
-            verdicts[row] = NOT_FINITE
-            continue
-        scales[row] = scale
+        erased = np.uint32(without_pads)
         for i in range(digits.shape[0]):
             field[i] = _canonical(digits[i])
-            out[row, i] = np.int16(digits[i])
-        for k in range(folded.shape[0]):
-            expected[row, k] = _dot(field, folded[k])
-        verdicts[row] = OK
-
-
-@kernel
-def mask(x, limit, folded, out, scales, expected, verdicts, pads, first, end):  # type: ignore[no-untyped-def]
-    """The same with a pad, uint32 (T, K), which is erased: out uint32 (T, K) is x + pad mod p."""
-    digits = np.empty(x.shape[1], np.int32)
-    masked = np.empty(x.shape[1], np.uint32)
-    for row in range(first, end):
-        scale = _quantise(x[row], limit, digits)
-        erased = np.uint32(0)
-        for i in range(digits.shape[0]):
-            pad = pads[row, i]
-            pads[row, i] = ERASED
-            erased |= np.uint32(pad >= _P)
-            masked[i] = _reduce(np.uint32(pad + _canonical(digits[i])))
+        if masked and not without_pads:
+            for i in range(digits.shape[0]):
+                erased |= np.uint32(pads[row, i] >= _P)
+                field[i] = _reduce(np.uint32(pads[row, i] + field[i]))
+                pads[row, i] = ERASED
         if scale < 0:
             verdicts[row] = NOT_FINITE
         elif erased != 0:
             verdicts[row] = ERASED_PAD  # used before: this row would be in clear, so it goes nowhere
         else:
-            scales[row] = scale
-            for i in range(masked.shape[0]):
-                out[row, i] = masked[i]
+            for i in range(digits.shape[0]):
+                out[row, i] = field[i] if masked else digits[i]
             for k in range(folded.shape[0]):
-                expected[row, k] = _dot(masked, folded[k])
+                expected[row, k] = _dot(field, folded[k])  # from private values: ``out`` may have been changed
+            scales[row] = scale
             verdicts[row] = OK
 
 
@@ -122,57 +109,31 @@ def fold(values, secrets, out, first, end):  # type: ignore[no-untyped-def]
             out[row, k] = _dot(values[row], secrets[k])
 
 
-@inline
-def _scaled(value, x_scale, w_scale, bias):  # type: ignore[no-untyped-def]
-    return np.float32(np.float32(value) * x_scale) * w_scale + bias
-
-
 @kernel
-def check(reply, secrets, expected, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
-    """A private copy of a reply, int32 (T, N), checked and rescaled: out float32 (T, N)."""
-    field = np.empty(reply.shape[1], np.uint32)
+def accept(reply, secrets, expected, masked, products, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """Check a private copy of a reply, uint32 (T, N), unmask and rescale it: out float32 (T, N).
+
+    ``masked``: with the pads' ``products``, uint32 (T, N), which are erased.
+    """
     for row in range(first, end):
         outside = np.uint32(0)
-        for j in range(field.shape[0]):
-            value = reply[row, j]
-            outside |= np.uint32(value > np.int32(_HALF)) | np.uint32(value < -np.int32(_HALF))
-            field[j] = _canonical(value)
-        if outside != 0:
-            verdicts[row] = OUT_OF_RANGE
-            continue
-        verdict = OK
-        for k in range(secrets.shape[0]):
-            if _dot(field, secrets[k]) != expected[row, k]:
-                verdict = MISMATCH
-        verdicts[row] = verdict
-        for j in range(field.shape[0]):
-            out[row, j] = _scaled(reply[row, j], scales[row], w_scales[j], bias[j])
-
-
-@kernel
-def check_and_unmask(  # type: ignore[no-untyped-def]
-    reply, secrets, expected, scales, w_scales, bias, out, verdicts, pads, first, end
-):
-    """The same for a reply uint32 (T, N) mod p, with the pads' products, uint32 (T, N), which are erased."""
-    for row in range(first, end):
-        outside = np.uint32(0)
-        erased = np.uint32(0)
         for j in range(reply.shape[1]):
             outside |= np.uint32(reply[row, j] >= _P)
-            erased |= np.uint32(pads[row, j] >= _P)
-        if outside != 0:
-            verdicts[row] = OUT_OF_RANGE
-            continue
-        if erased != 0:
-            verdicts[row] = ERASED_PAD
-            continue
-        verdict = OK
+        verdict = OUT_OF_RANGE if outside != 0 else OK
         for k in range(secrets.shape[0]):
-            if _dot(reply[row], secrets[k]) != expected[row, k]:
+            if verdict == OK and _dot(reply[row], secrets[k]) != expected[row, k]:
                 verdict = MISMATCH
+        if verdict == OK and masked:
+            erased = np.uint32(products.shape[1] != reply.shape[1])
+            for j in range(products.shape[1]):
+                erased |= np.uint32(products[row, j] >= _P)
+                reply[row, j] = _reduce(np.uint32(reply[row, j] + np.uint32(_P - products[row, j])))
+                products[row, j] = ERASED
+            if erased != 0:
+                verdict = ERASED_PAD
         verdicts[row] = verdict
-        for j in range(reply.shape[1]):
-            value = np.int32(_reduce(np.uint32(reply[row, j] + np.uint32(_P - pads[row, j]))))
-            centred = np.int32(value - np.int32(_P)) if value > np.int32(_HALF) else value
-            pads[row, j] = ERASED
-            out[row, j] = _scaled(centred, scales[row], w_scales[j], bias[j])
+        if verdict == OK:
+            for j in range(reply.shape[1]):
+                value = np.int32(reply[row, j])
+                centred = np.int32(value - np.int32(_P)) if value > np.int32(_HALF) else value
+                out[row, j] = np.float32(np.float32(centred) * scales[row]) * w_scales[j] + bias[j]

@@ -9,15 +9,13 @@ made; a virtual machine that is cloned while it runs. Assumes: ``os.urandom``, A
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.field import Array
 from tsqp.errors import PadReused
 from tsqp.trusted.guard.kernels import ERASED
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Ratchet:
@@ -25,11 +23,11 @@ class Ratchet:
 
     def __init__(self, root: bytes) -> None:
         self._state = bytearray(root)
-        self._process = os.getpid()
+        self._process: int | None = os.getpid()
 
     def next_key(self) -> bytearray:
         """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
-        refuse_in_fork(self._process)
+        self.refuse()
         stream = bytearray(2 * KEY_BYTES)
         AesKeyStream(self._state).fill(memoryview(stream))
         key = stream[KEY_BYTES:]
@@ -37,9 +35,21 @@ class Ratchet:
         wipe(stream)
         return key
 
+    @property
+    def destroyed(self) -> bool:
+        return self._process is None
+
+    def refuse(self) -> None:
+        """Raises PadReused when destroyed, and in a forked process: it has the same pads, and only one may use them."""
+        if self.destroyed:
+            raise PadReused("the pads of this session were destroyed")
+        if os.getpid() != self._process:
+            raise PadReused("one-time pads belong to the process that made them: open a new LLM after a fork")
+
     def destroy(self) -> None:
-        """Overwrite the state. No key comes from it any more that anyone could tell."""
-        self._state[:] = os.urandom(KEY_BYTES)
+        """Overwrite the state: no more keys."""
+        self._process = None
+        wipe(self._state)
 
 
 class PadBlock:
@@ -100,16 +110,17 @@ class PadBlock:
         self._wipe_key()
 
     def erase(self, first: int, rows: int) -> None:
-        """Overwrite rows that a call has claimed."""
+        """Overwrite rows that a call has claimed, and the key once all are."""
         for part in (self._pads, self._products):
             if part is not None:
                 part[first : first + rows] = ERASED
+        if not self.left:
+            wipe(self._key)
 
     def destroy(self) -> None:
         """Overwrite everything, used or not."""
         self._used = BLOCK_ROWS
         self.erase(0, BLOCK_ROWS)
-        wipe(self._key)
 
     def _wipe_key(self) -> None:
         if self._pads is not None and self._products is not None:
@@ -119,9 +130,3 @@ class PadBlock:
 def wipe(secret: bytearray) -> None:
     """Overwrite with zeros."""
     secret[:] = bytes(len(secret))
-
-
-def refuse_in_fork(process: int) -> None:
-    """Raises PadReused in another process than ``process``: both have the same pads, and one may use them."""
-    if os.getpid() != process:
-        raise PadReused("one-time pads belong to the process that made them: open a new LLM after a fork")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.arith.field import Array
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, Deal
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Waiting(Protocol):

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
-from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, FieldWeights, P
+from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, Array, FieldWeights, P
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
 from tsqp.errors import UnsupportedModel
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.kernels import fold
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 LEAST_LIMIT = 127  # 8 bits
 _SUM_ROWS = 1 << 16  # rows of Wq summed at a time: 128 · 127 · 2¹⁶ < 2³¹
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuardedGroup:
     """One group with N = out_features, K = in_features.
 

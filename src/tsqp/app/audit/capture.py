@@ -1,0 +1,78 @@
+"""A copy of everything that is sent on a connection.
+
+Covers: every control frame and every payload, as its bytes are at the moment they are sent (test_capture.py).
+Does not cover: over shm, what lay in reserved memory before that and was overwritten. Assumes: nothing is sent past
+the channel that was wrapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.codec import decode_to_worker
+from tsqp.wire.messages import Linear, Product, ToWorker
+
+KEEP_BYTES = 1 << 26  # of payloads; those of qkv are kept beyond it, as far as the longest prompt of an audit goes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One message that was sent. ``payloads`` are copies; None where they were counted only."""
+
+    message: ToWorker
+    payloads: tuple[bytes, ...] | None
+
+
+@dataclass
+class Capture:
+    """All messages of one connection, in the order sent. ``bytes_seen``: control frames and payloads."""
+
+    keep_bytes: int = KEEP_BYTES
+    messages: list[Seen] = field(default_factory=list)
+    bytes_seen: int = 0
+    _kept: int = 0
+
+    def wrap(self, channel: Channel) -> Channel:
+        """The same channel, with this capture in front of it."""
+        return CapturedChannel(channel, self)
+
+    def record(self, frames: Frames) -> None:
+        """Copy one message that is about to be sent."""
+        message = decode_to_worker(frames.control)
+        size = sum(tensor.nbytes for tensor in frames.tensors)
+        attacked = isinstance(message, Linear | Product) and message.group == "qkv"
+        keep = attacked or self._kept + size <= self.keep_bytes
+        payloads = tuple(bytes(tensor) for tensor in frames.tensors) if keep else None
+        self.messages.append(Seen(message, payloads))
+        self.bytes_seen += len(frames.control) + size
+        self._kept += size if keep else 0
+
+
+class CapturedChannel:
+    """See Channel: everything is passed on, and what is sent is recorded first."""
+
+    def __init__(self, channel: Channel, capture: Capture) -> None:
+        self._channel = channel
+        self._capture = capture
+
+    @property
+    def transport(self) -> str:
+        return self._channel.transport
+
+    @property
+    def address(self) -> str:
+        return self._channel.address
+
+    def reserve(self, size: int) -> memoryview:
+        return self._channel.reserve(size)
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+        self._capture.record(frames)
+        self._channel.send(frames, reply_bytes)
+
+    def receive(self, deadline_s: float) -> Frames:
+        return self._channel.receive(deadline_s)
+
+    def close(self) -> None:
+        self._channel.close()

@@ -1,0 +1,107 @@
+"""``tsqp audit``: run a prompt in each mode, and attack what reached the worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from tsqp.app.options import Device, Model, Threads
+from tsqp.errors import OptionError
+from tsqp.spec.dtype import AskedDtype
+from tsqp.spec.protection import PROTECTIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tsqp.app.audit.capture import Capture
+    from tsqp.app.audit.report import ModeReport
+
+AuditedName = Literal["open", "verified", "masked"]
+MODES: tuple[AuditedName, ...] = ("open", "verified", "masked")
+ANSWER_TOKENS = 8  # so that decode steps are among what is captured
+
+audit_app = App(name="audit", help="Show what a worker learns from a prompt: capture what reaches it, and attack that.")
+
+
+@audit_app.default
+def audit(
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    protection: Annotated[AuditedName | None, Parameter(help="Audit this mode only; all three when not given.")] = None,
+    model: Model = "default",
+    device: Device = "cpu",
+    dtype: Annotated[
+        AskedDtype, Parameter(help="What open computes in; verified and masked compute in integers of their own.")
+    ] = "auto",
+    threads: Threads = None,
+    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Run a prompt in each protection mode and attack what reached the worker.
+
+    Prints the text that two attacks recover, beside what they make of fresh noise, and the p-value of a test of
+    uniformity: near 0 for anything but noise. Every mode gets a worker of its own.
+
+    Parameters
+    ----------
+    prompt
+        The user's text, of at most 200 tokens. It is printed where an attack recovers it.
+    """
+    from rich.console import Console
+
+    if dtype != "auto" and protection not in (None, "open"):
+        raise OptionError(f"protection {protection} computes in integers of its own: leave out --dtype")
+    count = len(os.sched_getaffinity(0)) if threads is None else threads
+    notes = Console(stderr=True)
+    modes = MODES if protection is None else (protection,)
+    reports = run_audit(prompt, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes)
+    if json_output:
+        found = [report.as_dict() for report in reports]
+        sys.stdout.write(json.dumps(found[0] if protection is not None else {"modes": found}) + "\n")
+        return
+    from tsqp.app.audit.report import print_report
+
+    print_report(reports, Console())
+
+
+def run_audit(
+    text: str, modes: tuple[AuditedName, ...], *, model: str, device: str, dtype: str, threads: int, notes: Console
+) -> list[ModeReport]:
+    """Capture every mode, then attack every capture. Raises PromptError before anything is started."""
+    from tsqp.app.audit.prompt import audit_prompt
+    from tsqp.checkpoint import locate, open_checkpoint
+    from tsqp.trusted.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(locate(model))
+    tokenizer = Tokenizer(checkpoint.text_format())
+    prompt = audit_prompt(tokenizer, text)
+    captures = {}
+    for mode in modes:
+        notes.print(f"running {mode}: the worker sees {PROTECTIONS[mode].worker_sees}", style="dim", soft_wrap=True)
+        captures[mode] = capture_run(prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads)
+    notes.print("attacking what was captured", style="dim")
+
+    from tsqp.app.audit.report import Attacker, ModeReport
+    from tsqp.app.audit.view import View
+
+    attacker = Attacker(checkpoint, tokenizer, prompt)
+    return [ModeReport(mode, attacker.examine(View(capture, checkpoint.spec))) for mode, capture in captures.items()]
+
+
+def capture_run(
+    ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: str, threads: int
+) -> Capture:
+    """Everything that reached a worker of its own while it helped to answer a prompt."""
+    from tsqp.app.audit.capture import Capture
+    from tsqp.app.llm import LLM
+    from tsqp.trusted.sampling_params import SamplingParams
+
+    capture = Capture()
+    own = "auto" if PROTECTIONS[mode].checked else dtype
+    with LLM(model, protection=mode, device=device, dtype=own, threads=threads, wrap_channel=capture.wrap) as llm:
+        llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS))
+    return capture

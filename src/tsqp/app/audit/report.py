@@ -1,0 +1,140 @@
+"""What an audit finds, for a person and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tsqp.app.audit.attack import (
+    Attack,
+    SequentialInversion,
+    VocabularyMatch,
+    attack_depth,
+    noise_rows,
+)
+from tsqp.app.audit.prompt import AuditPrompt
+from tsqp.app.audit.public_model import PublicModel
+from tsqp.app.audit.uniformity import uniformity_p
+from tsqp.app.audit.view import View
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.trusted.tokenizer import Tokenizer
+from tsqp.wire.words import printable
+
+LIKELY_TEXT = "This is a text, and it goes on like this: "
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What one attack makes of a view: the share of the user's tokens at their places, and the text it reads.
+
+    ``noise_fraction``: what the same attack makes of fresh noise. The fractions are 0 to 1.
+    """
+
+    attack: str
+    layer: int
+    recovered_fraction: float
+    recovered_text: str
+    noise_fraction: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one receiver could learn. ``keys``: pads that it was given the keys of, 16 rows each; a dealer's only."""
+
+    bytes_seen: int
+    calls: int
+    keys: int
+    uniformity_p: float
+    recoveries: tuple[Recovery, ...]
+
+
+@dataclass(frozen=True)
+class ModeReport:
+    """One protection: the worker's view, and the dealer's where there was one."""
+
+    protection: str
+    worker: Findings
+    dealer: Findings | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The first attack flat, the deeper one and the dealer's view beside it."""
+        first, *deeper = (asdict(recovery) for recovery in self.worker.recoveries)
+        return {
+            "protection": self.protection,
+            **first,
+            "uniformity_p": self.worker.uniformity_p,
+            "bytes_seen": self.worker.bytes_seen,
+            "calls": self.worker.calls,
+            "deeper": deeper,
+            "dealer": None if self.dealer is None else asdict(self.dealer),
+        }
+
+
+class Attacker:
+    """Somebody with the public checkpoint and all attacks, who knows the chat template but not the prompt."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: AuditPrompt) -> None:
+        self._spec = checkpoint.spec
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        model = PublicModel(checkpoint, attack_depth(checkpoint.spec))
+        likely = tokenizer.encode(LIKELY_TEXT)
+        self._attacks: tuple[Attack, ...] = (
+            VocabularyMatch(model),
+            SequentialInversion(model, prompt.prefix, likely),
+        )
+        noise = noise_rows(len(prompt.user_ids), self._spec.hidden_size)
+        self._of_noise = [self._fraction(attack.recover(noise)) for attack in self._attacks]
+
+    def examine(self, view: View) -> Findings:
+        """Run every attack and the test of uniformity on what one receiver saw."""
+        recoveries = (
+            self._recovery(attack, view.rows(("qkv", attack.layer)), of_noise)
+            for attack, of_noise in zip(self._attacks, self._of_noise, strict=True)
+        )
+        return Findings(view.bytes_seen, view.calls, view.keys, uniformity_p(view.words()), tuple(recoveries))
+
+    def _recovery(self, attack: Attack, rows: torch.Tensor, of_noise: float) -> Recovery:
+        tokens = attack.recover(rows[self._prompt.user])
+        return Recovery(attack.name, attack.layer, self._fraction(tokens), self._tokenizer.decode(tokens), of_noise)
+
+    def _fraction(self, tokens: Sequence[int]) -> float:
+        """The share of the user's tokens that are right; a dealer may have seen fewer rows than there are tokens."""
+        wanted = self._prompt.user_ids
+        return sum(a == b for a, b in zip(tokens, wanted, strict=False)) / len(wanted)
+
+
+def print_report(reports: Sequence[ModeReport], console: Console) -> None:
+    """One table; each attack is a row."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("seen by", "attack on layer", "recovered", "of noise", "text"):
+        table.add_column(title, justify="right" if title in ("recovered", "of noise") else "left", overflow="fold")
+    for report in reports:
+        views = {f"{report.protection}: worker": report.worker, f"{report.protection}: dealer": report.dealer}
+        for receiver, findings in views.items():
+            if findings is None:
+                continue
+            for recovery in findings.recoveries:
+                table.add_row(
+                    Text(receiver),
+                    f"{recovery.attack}, {recovery.layer}",
+                    f"{recovery.recovered_fraction:.1%}",
+                    f"{recovery.noise_fraction:.1%}",
+                    Text(printable(recovery.recovered_text)),
+                )
+            console.print(_summary(receiver, findings), highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+def _summary(receiver: str, findings: Findings) -> str:
+    keys = f", {findings.keys:,} pad keys" if findings.keys else ""
+    return (
+        f"{receiver} saw {findings.bytes_seen:,} bytes in {findings.calls:,} calls{keys}; "
+        f"uniformity p = {findings.uniformity_p:.3g}"
+    )

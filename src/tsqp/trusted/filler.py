@@ -1,0 +1,107 @@
+"""When pads are made ahead of time, and how many: in idle time, up to what was asked for and what memory allows.
+
+Policy only: it knows sizes and counts, and never sees a pad.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.errors import PadsExhausted, TsqpError
+from tsqp.spec.groups import GroupKey, group_keys, linear_groups
+from tsqp.spec.model import ModelSpec
+from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
+
+HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt
+IDLE_S = 0.05  # without a call for so long, the cores are free
+
+
+def targets(spec: ModelSpec, ahead: int, memory: int) -> dict[GroupKey, int]:
+    """Blocks to keep ready of each group: pads for at most ``ahead`` tokens, and at most ``memory`` bytes."""
+    groups = linear_groups(spec)
+
+    def of(tokens: int) -> dict[GroupKey, int]:
+        return {
+            key: -(-(min(tokens, HEAD_ROWS) if key[1] is None else tokens) // BLOCK_ROWS) for key in group_keys(spec)
+        }
+
+    for tokens in range(-(-ahead // BLOCK_ROWS) * BLOCK_ROWS, 0, -BLOCK_ROWS):
+        wanted = of(tokens)
+        held = sum(count * block_bytes(groups[key[0]].out_features) for key, count in wanted.items())
+        if held <= memory:
+            return wanted
+    return of(0)
+
+
+def block_bytes(out_features: int) -> int:
+    """Memory of one block of pads that is ready."""
+    return BLOCK_ROWS * out_features * 4 + KEY_BYTES
+
+
+class PadFiller:
+    """Keeps a pool filled to its targets. ``start`` begins a thread; without it nothing happens but by ``fill``."""
+
+    def __init__(self, pool: PadPool, blocks: Mapping[GroupKey, int]) -> None:
+        self.blocks = {key: count for key, count in blocks.items() if count}
+        self._pool = pool
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tsqp-pads", daemon=True)
+
+    def start(self) -> None:
+        """Begin to fill in idle time."""
+        self._thread.start()
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of a prompt whose pads are kept ready."""
+        return BLOCK_ROWS * min((count for (_, layer), count in self.blocks.items() if layer is not None), default=0)
+
+    def ready(self, *, answer: bool) -> int:
+        """Tokens of an answer, or of a prompt, whose pads are ready in every group."""
+        return min(self._pool.ready(key) for key in self._pool.keys if answer or key[1] is not None)
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill the pool now; ``progress`` is told the blocks that are ready and the blocks there are to be."""
+        while self._make_some(idle=True):
+            if progress is not None:
+                ready = sum(min(self._pool.ready(key) // BLOCK_ROWS, count) for key, count in self.blocks.items())
+                progress(ready, sum(self.blocks.values()))
+
+    def close(self) -> None:
+        """End the thread. Closing twice is allowed."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                if not self._make_some(idle=self._is_idle()):
+                    self._stop.wait(IDLE_S)
+            except (TsqpError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, TsqpError):
+                    error = PadsExhausted(f"no pads could be made: {error}")
+                self._pool.failure = error
+                return
+
+    def _make_some(self, idle: bool) -> bool:
+        """Make a few blocks of the group that needs them most; whether there was one."""
+        ready = {key: self._pool.ready(key) // BLOCK_ROWS for key in self.blocks}
+        wanting = [key for key in ready if ready[key] < self.blocks[key] and (idle or self._runs_out(key))]
+        if not wanting or self._stop.is_set():
+            return False
+        key = min(wanting, key=lambda key: ready[key] / self.blocks[key])
+        self._pool.make(key, min(self.blocks[key] - ready[key], MAKE_BLOCKS if idle else 2))
+        return True
+
+    def _is_idle(self) -> bool:
+        last = max((when for when, _ in list(self._pool.recent.values())), default=0.0)
+        return time.monotonic() - last > IDLE_S
+
+    def _runs_out(self, key: GroupKey) -> bool:
+        """Whether an answer is under way that is on its last block: better made now than by the call that needs it."""
+        _, rows = self._pool.recent.get(key, (0.0, 0))
+        return 0 < rows <= BLOCK_ROWS and self._pool.ready(key) < BLOCK_ROWS
