@@ -29,7 +29,7 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "unknown option": (["generate", "a", "--frobnicate", "3"], "--frobnicate"),
     "unknown option instead of a prompt": (["generate", "--frobnicate"], "--frobnicate"),
     "unknown command": (["genrate"], "genrate"),
-    "unknown protection": (["generate", "a", "--protection", "masked"], "masked"),
+    "unknown protection": (["generate", "a", "--protection", "hidden"], "hidden"),
     "unknown partition": (["generate", "a", "--partition", "layers"], "layers"),
     "unknown dtype": (["generate", "a", "--dtype", "int4"], "int4"),
     "not a number": (["generate", "a", "--max-tokens", "many"], "many"),

@@ -109,7 +109,9 @@ def test_a_worker_gets_a_scrubbed_environment_and_no_descriptor(home: Home) -> N
     inherited = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(inherited, True)
     secret = "correct-horse"
-    with home.started("generate", "hello", *MODEL, "--ignore-eos", "-n", "200", MY_SECRET=secret) as process:
+    # At open: the memory and the environment of a private mode's process can be read by nobody but root.
+    run = ("generate", "hello", *MODEL, "--protection", "open", "--ignore-eos", "-n", "200")
+    with home.started(*run, MY_SECRET=secret) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         environment = Path(f"/proc/{worker}/environ").read_bytes()

@@ -18,6 +18,7 @@ from tsqp.trusted.tokenizer import ChatMessage
 MODEL = ("--model", str(tiny_model("llama").directory))
 KEYS = {"text", "token_ids", "protection", "partition", "transport", "address", "dtype", "device", "stats"}
 STATS = {"rpc_calls", "bytes_sent", "bytes_received", "prefill_s", "decode_s", "tokens_per_s"}
+OPEN = ("--protection", "open")
 PROMPT = "The quick brown fox"
 WARNING = "the worker sees the activations in clear"
 
@@ -28,7 +29,8 @@ def expected_tokens(count: int) -> list[int]:
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> None:
-    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "--partition", partition, "-n", "8", "--json")
+    run = ("--dtype", "float32", "--partition", partition, "-n", "8", "--json")
+    result = home.run("generate", PROMPT, *MODEL, *OPEN, *run)
     assert result.code == 0, result.err
     answer = result.json
     assert answer.keys() >= KEYS
@@ -53,7 +55,7 @@ def test_local_uses_no_worker(home: Home) -> None:
 
 
 def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> None:
-    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "-n", "8", "--stats")
+    result = home.run("generate", PROMPT, *MODEL, *OPEN, "--dtype", "float32", "-n", "8", "--stats")
     assert result.code == 0, result.err
     assert result.out == byte_tokenizer().decode(expected_tokens(8)) + "\n"
     for row in ("linear", "LM head", "embedding", "matmul", "RMSNorm", "rotary", "softmax", "SiLU", "other"):
@@ -61,7 +63,7 @@ def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> Non
 
 
 def test_the_warning_comes_before_anything_else(home: Home) -> None:
-    result = home.run("generate", PROMPT, *MODEL, "-n", "1")
+    result = home.run("generate", PROMPT, *MODEL, *OPEN, "-n", "1")
     mode, line = result.err.splitlines()
     assert WARNING in mode
     assert f"shm://{home.runtime}/tsqp/" in line
@@ -76,7 +78,7 @@ def test_the_warning_comes_before_anything_else(home: Home) -> None:
 def test_the_warning_comes_even_when_nothing_else_does(
     home: Home, command: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    result = home.run(*command, *options)
+    result = home.run(*command, *options, *OPEN)
     assert result.code == 1
     mode, error = result.err.splitlines()
     assert WARNING in mode

@@ -13,7 +13,8 @@ from tests.families import tiny_model
 from tsqp.errors import OptionError
 from tsqp.untrusted.toolchain import check_compiler, code_directory
 
-TINY = ("--model", "synthetic:tiny", "--max-tokens", "6", "--json")
+OPEN = ("--protection", "open")
+TINY = ("--model", "synthetic:tiny", *OPEN, "--max-tokens", "6", "--json")
 
 
 def test_int8_end_to_end_over_a_worker_that_is_started(home: Home) -> None:
@@ -27,7 +28,7 @@ def test_int8_end_to_end_over_a_worker_that_is_started(home: Home) -> None:
 
 def test_a_standing_int8_worker_over_ipc(home: Home) -> None:
     model = str(tiny_model("llama").directory)
-    asked = ("generate", "hello", "--model", model, "--max-tokens", "6", "--json", "--dtype", "int8")
+    asked = ("generate", "hello", "--model", model, *OPEN, "--max-tokens", "6", "--json", "--dtype", "int8")
     listen = f"ipc://{home.runtime}/worker.sock"
     with home.worker("--model", model, "--dtype", "int8", "--listen", listen) as (_, address):
         done = home.run(*asked, "--worker", address)
@@ -41,9 +42,9 @@ def test_a_standing_int8_worker_over_ipc(home: Home) -> None:
     [
         (("--dtype", "int8", "--protection", "local"), ("int8", "local")),
         (("--compile", "--protection", "local"), ("--compile", "local")),
-        (("--compile", "--worker", "ipc:///tmp/nobody.sock"), ("--compile",)),
+        (("--compile", *OPEN, "--worker", "ipc:///tmp/nobody.sock"), ("--compile",)),
         (("--dtype", "int4"), ("int4",)),
-        (("--wire-dtype", "int4"), ("int4",)),
+        (("--wire-dtype", "int4", *OPEN), ("int4",)),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -102,7 +103,7 @@ def test_perplexity_of_a_text(home: Home, tsqp: Callable[..., Result], tmp_path:
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
     asked = ("eval", "perplexity", "--text", str(text), "--model", "synthetic:tiny", "--window", "40", "--stride", "13")
     local = tsqp(*asked, "--protection", "local", "--dtype", "float32", "--json")
-    split = home.run(*asked, "--dtype", "int8", "--json")
+    split = home.run(*asked, *OPEN, "--dtype", "int8", "--json")
     assert local.code == split.code == 0, local.err + split.err
     assert local.json["tokens"] == split.json["tokens"] == 45 * 4 - 1
     assert split.json["perplexity"] == pytest.approx(local.json["perplexity"], rel=0.1)

@@ -103,7 +103,7 @@ def test_a_worker_lives_as_long_as_its_llm() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"protection": "masked"}, "masked"),
+        ({"protection": "hidden"}, "hidden"),
         ({"protection": "open", "partition": "diagonal"}, "diagonal"),
         ({"protection": "open", "dtype": "int4"}, "int4"),
         ({"protection": "open", "wire_dtype": "int4"}, "int4"),

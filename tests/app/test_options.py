@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tsqp.app.cli import app
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.options import RunOptions, WorkerOptions
 from tsqp.errors import OptionError
 
@@ -65,6 +66,7 @@ def test_variables_make_no_flag_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**WORKERS, "TSQP_KEY": "me", "TSQP_WORKER_KEY": "worker", "TSQP_WIRE_DTYPE": "int4"}.items():
         monkeypatch.setenv(name, value)
     assert run_options("--protection", "local") == RunOptions(protection="local")
+    monkeypatch.setenv("TSQP_PROTECTION", "open")
     at_hand = run_options("--device", "cuda:1", "--wire-dtype", "float32")
     assert (at_hand.worker, at_hand.device, at_hand.key) == (None, "cuda:1", None)
     away = run_options("--worker", "ipc:///x", "--wire-dtype", "float32")
@@ -74,6 +76,7 @@ def test_variables_make_no_flag_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variables_yield_to_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in WORKERS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TSQP_PROTECTION", "open")
     options = run_options()
     assert (options.worker, options.device, options.partition) == ("tcp://127.0.0.1:1", "cpu", "op")
     monkeypatch.setenv("TSQP_PROTECTION", "local")
@@ -88,5 +91,60 @@ def test_a_flag_never_weakens_the_protection(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_defaults() -> None:
     options = run_options()
-    assert (options.model, options.protection, options.partition) == ("default", "open", "linear")
+    assert (options.model, options.protection, options.partition) == ("default", "masked", "linear")
     assert (options.dtype, options.device, options.worker) == ("auto", "cpu", None)
+    assert options.guard == GuardOptions()
+
+
+GUARD = [
+    ("checks", "--checks", "TSQP_CHECKS", ["3", "4"], [3, 4]),
+    ("model_digest", "--model-digest", "TSQP_MODEL_DIGEST", ["a", "b"], ["a", "b"]),
+    ("pad_source", "--pad-source", "TSQP_PAD_SOURCE", ["dealer=ipc:///a", "dealer=ipc:///b"], None),
+    ("pads_ahead", "--pads-ahead", "TSQP_PADS_AHEAD", ["1", "2"], [1, 2]),
+    ("pad_memory", "--pad-memory", "TSQP_PAD_MEMORY", ["1GB", "512MiB"], [10**9, 512 * 2**20]),
+    ("pads_empty", "--pads-empty", "TSQP_PADS_EMPTY", ["refuse", "wait"], ["refuse", "wait"]),
+]
+
+
+@pytest.mark.parametrize(("field", "flag", "variable", "given", "meant"), GUARD)
+def test_options_of_the_guard(
+    monkeypatch: pytest.MonkeyPatch, field: str, flag: str, variable: str, given: list[str], meant: list[object] | None
+) -> None:
+    by_flag, by_variable = meant or given
+    monkeypatch.setenv(variable, given[1])
+    assert getattr(run_options().guard, field) == by_variable
+    assert getattr(run_options(flag, given[0]).guard, field) == by_flag
+
+
+def test_variables_of_the_guard_are_for_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {variable: given[0] for _, _, variable, given, _ in GUARD}
+    others = {"TSQP_WARM_PADS": "1", "TSQP_DEALER_NO_SEPARATION": "1", "TSQP_DEALER_KEY": "x"}
+    for name, value in {**values, **others}.items():
+        monkeypatch.setenv(name, value)
+    assert run_options("--protection", "open").guard == GuardOptions()
+    assert run_options("--protection", "local").guard == GuardOptions()
+    assert run_options("--protection", "verified").guard == GuardOptions(checks=3, model_digest="a")
+    chosen = run_options().guard
+    assert (chosen.dealer, chosen.warm_pads, chosen.dealer_no_separation) == ("ipc:///a", True, True)
+    monkeypatch.delenv("TSQP_PAD_SOURCE")
+    assert run_options().guard.dealer_key is None  # and of a dealer, where there is none
+
+
+NUMBERS = {"TSQP_DTYPE": "bfloat16", "TSQP_WIRE_DTYPE": "int8", "TSQP_COMPILED_KERNELS": "0"}
+
+
+def test_a_private_mode_has_numbers_of_its_own_whatever_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**NUMBERS, "TSQP_PARTITION": "layer"}.items():
+        monkeypatch.setenv(name, value)
+    options = run_options("--protection", "masked")
+    assert (options.dtype, options.wire_dtype, options.compiled_kernels) == ("auto", None, True)
+    assert options.partition == "linear"
+    with pytest.raises(OptionError, match="--protection open"):  # the default does not decide what the user meant
+        run_options()
+
+
+def test_a_key_may_be_for_a_dealer_alone() -> None:
+    dealer = ("--pad-source", "dealer=tcp://192.0.2.1:7", "--dealer-key", "d", "--key", "me")
+    assert str(run_options(*dealer).key) == "me"
+    with pytest.raises(OptionError, match="leave out --key"):
+        run_options("--key", "me")

@@ -8,7 +8,7 @@ from tests.app.commands import Home
 from tsqp import LLM
 from tsqp.errors import OptionError
 
-TINY = ("--model", "synthetic:tiny", "--max-tokens", "4", "--json")
+TINY = ("--model", "synthetic:tiny", "--protection", "open", "--max-tokens", "4", "--json")
 
 
 def test_a_worker_of_the_field_path_serves_open_clients_too(home: Home) -> None:

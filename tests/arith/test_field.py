@@ -22,6 +22,7 @@ from tsqp.arith.field import (
 )
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
 from tsqp.arith.self_test import is_exact
+from tsqp.arith.tensor_cores import DeviceFieldWeights
 
 CPU = torch.device("cpu")
 SATURATES = pytest.mark.skipif(not is_exact(OffsetKernel(), CPU), reason="this processor's _int_mm saturates")
@@ -148,3 +149,15 @@ def test_the_compiled_join_is_the_torch_join(digits: int, data: st.DataObject, r
     assert np.array_equal(out.view(np.int32), join_torch(torch.from_numpy(sums), torch.from_numpy(offsets)).numpy())
     wrapped = (sums.astype(np.int64) - offsets + 2**31) % 2**32 - 2**31  # what int32 makes of the difference
     assert np.array_equal(out, sum(wrapped[m].astype(object) << 8 * m for m in range(digits)) % P)
+
+
+@pytest.mark.parametrize("digits", [2, 4])
+def test_on_a_device_the_product_is_the_same(digits: Digits) -> None:
+    """What CUDA runs, in plain torch, here on the CPU: its kernel is tested where there is one."""
+    generator = np.random.default_rng(digits)
+    w = torch.from_numpy(generator.integers(-127, 128, (50, 24), np.int8))
+    x = generator.integers(0, P, (9, 24), np.int32) if digits == 4 else generator.integers(-9, 9, (9, 24), np.int16)
+    got, expected = torch.empty(2, 9, 50, dtype=torch.int32)
+    DeviceFieldWeights.of(w, BlockedKernel()).product(torch.from_numpy(x), digits, out=got)
+    FieldWeights.of(w, BlockedKernel()).product(torch.from_numpy(x), digits, out=expected)
+    assert torch.equal(got, expected)

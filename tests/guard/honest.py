@@ -12,6 +12,7 @@ from tsqp.arith.field import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.errors import ChannelError
 from tsqp.spec.groups import GroupKey
+from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import TeeSource
@@ -76,7 +77,9 @@ def small_weights(columns: int = 48, rows: int = 40) -> dict[GroupKey, torch.Ten
     """Wq int8 of two groups (rows, columns) and (columns, rows)."""
     generator = torch.Generator().manual_seed(5)
     shapes = {KEY: (rows, columns), OTHER: (columns, rows)}
-    return {key: torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for key, shape in shapes.items()}
+    return {
+        key: torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for key, shape in shapes.items()
+    }
 
 
 def guarded(weights: Mapping[GroupKey, torch.Tensor], *, checks: int = 2) -> dict[GroupKey, GuardedGroup]:
@@ -102,3 +105,15 @@ def verified(weights: Mapping[GroupKey, torch.Tensor]) -> tuple[VerifiedLinears,
 def activations(rows: int, columns: int = 48, seed: int = 1) -> torch.Tensor:
     """float32 (rows, columns)."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def send(x: Array, limit: int, folded: Array, pads: Array | None, out: Array | None = None) -> tuple[Array, ...]:
+    """All rows through the loop of that name: out, scales, expected and verdicts."""
+    scales, expected = np.zeros(len(x), np.float32), np.zeros((len(x), len(folded)), np.uint32)
+    verdicts = np.full(len(x), kernels.UNSEEN, np.uint8)
+    if out is None:
+        out = np.zeros(x.shape, np.int16 if pads is None else np.uint32)
+    given = np.empty((len(x), 0), np.uint32) if pads is None else pads
+    results = (out, scales, expected, verdicts)
+    kernels.send(x, np.float32(limit), folded, pads is not None, given, *results, 0, len(x))
+    return results

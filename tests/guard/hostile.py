@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -156,11 +157,7 @@ def other_layer(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
     """The product by the same group of another layer."""
     if call.layer is None:
         raise NotHereError
-    return _like(worker, arrival, type(call)(**{**_fields(call), "layer": 1 - call.layer}))
-
-
-def _fields(call: Asked) -> dict[str, object]:
-    return {name: getattr(call, name) for name in call.__struct_fields__}
+    return _like(worker, arrival, msgspec.structs.replace(call, layer=1 - call.layer))
 
 
 def replayed(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:

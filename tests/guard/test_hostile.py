@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from tests.guard.fakes import (
     secrets_of,
 )
 from tests.guard.honest import HonestLine
-from tests.guard.hostile import Attack, edited, serve
+from tests.guard.hostile import Asked, Attack, HostileWorker, NotHereError, edited, serve
 from tsqp import LLM, SamplingParams
+from tsqp.app.guard_options import GuardOptions
 from tsqp.arith.field import P
 from tsqp.errors import (
     ChannelError,
@@ -41,6 +43,7 @@ from tsqp.errors import (
     ReplyShapeError,
 )
 from tsqp.trusted.guard import kernels
+from tsqp.wire.channel import Arrival
 
 MODEL = str(tiny_model("llama").directory)
 PROMPT = random_tokens(21)
@@ -85,6 +88,8 @@ def assert_nothing_left(llm: LLM) -> None:
         assert not group.secrets.any()
         assert (group.folded == 1).all()
     if guard.filler is not None:
+        guard.filler._thread.join(20)  # it ends by itself, after the block that it was making
+        assert not guard.filler._thread.is_alive()
         assert guard.filler.ready(answer=False) == 0
     for call in (lambda: llm.logits(PROMPT), lambda: llm.generate(PROMPT), lambda: llm.logits(PROMPT)):
         with pytest.raises((ChannelError, PadReused)):
@@ -155,6 +160,52 @@ def test_what_was_sent_is_never_read_back(transport: str, mode: str, honest_toke
     assert list(completion.token_ids) == honest_tokens
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over shm: the worker overwrites its product right after it was copied, and before it is checked."""
+    products: list[memoryview] = []
+
+    def remember(worker: HostileWorker, call: Asked, arrival: Arrival) -> None:
+        assert arrival.reply is not None
+        products.append(arrival.reply)
+        raise NotHereError
+
+    whole = kernels.accept
+
+    def accept(*arguments: Any) -> None:
+        products[-1][:] = bytes(products[-1].nbytes)
+        whole(*arguments)
+
+    prompt, params = PROMPT[:9], SamplingParams(max_tokens=STEPS)  # each product in one piece
+    with serve(MODEL, remember, transport="shm") as (_, address):
+        with LLM(MODEL, protection=mode, worker=address) as llm:
+            honest = llm.generate(prompt, params)
+        monkeypatch.setattr(kernels, "accept", accept)
+        with LLM(MODEL, protection=mode, worker=address) as llm:
+            assert llm.generate(prompt, params) == honest
+    assert len(products) == 2 * CALLS * STEPS
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("at", [0, 1, 5, 14])
+@pytest.mark.parametrize("ahead", [0, 64], ids=["no pads ready", "pads ready"])
+def test_other_products_under_way_go_down_too(mode: str, at: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With micro-batches several are, each with pads of its own."""
+    blocks = record_blocks(monkeypatch)
+    guard = GuardOptions(pads_ahead=ahead) if mode == "masked" else None
+    with (
+        serve(MODEL, edited(hostile.zeros), at) as (worker, address),
+        LLM(MODEL, protection=mode, worker=address, micro_batches=2, guard=guard) as llm,
+    ):
+        if llm._guard is not None and llm._guard.filler is not None:
+            llm._guard.filler.fill()
+        with pytest.raises(ProductMismatch):
+            llm.generate(random_tokens(32), SamplingParams(max_tokens=STEPS))
+        assert worker.attacked == at
+        assert_nothing_left(llm)
+        assert not secrets_of(blocks)
+
+
 # One product, without a worker
 
 
@@ -197,7 +248,7 @@ def test_every_flipped_bit_of_a_thousand_is_found(mode: str) -> None:
 def test_every_row_is_checked(mode: str, rows: int) -> None:
     for row in range(rows):
         groups, weights = make_groups()
-        line = tampered(weights, lambda y, row=row: hostile.other_number(y, row, 0))
+        line = tampered(weights, partial(hostile.other_number, row=row, column=0))
         linears = make_linears(mode, line, groups)
         with pytest.raises(ProductMismatch):
             linears.start(KEY, some_input(rows)).wait()

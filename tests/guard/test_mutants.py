@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,28 +16,46 @@ import pytest
 
 import tsqp
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-RUN = """\
-import sys
-from pathlib import Path
-import pytest
-import tsqp
-if not Path(tsqp.__file__).is_relative_to(sys.argv[1]):
-    sys.exit(f"{tsqp.__file__} is not the copy")
-sys.exit(pytest.main(["--noconftest", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
+CORE = Path(__file__).with_name("test_core.py")
+ROOT = CORE.parents[2]
+
+Edit = tuple[str, str, str]  # a file of the guard, a text that is there once, and the one in its place
+
+# One process loads what takes long to load, and a child of it runs the tests of each copy: a line of test names in, the
+# exit status out. Loops are not compiled, which takes seconds for each copy; test_core.py itself runs compiled ones.
+RUNNER = """\
+import os, sys
+import cryptography.hazmat.primitives.ciphers, numba, numpy, pytest, torch
+copy, report = sys.argv[1:]
+sys.path.insert(0, copy)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        for standard in (1, 2):
+            os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), standard)
+        import tsqp
+        if not tsqp.__file__.startswith(copy):
+            os._exit(9)
+        options = ["-c", os.devnull, "--rootdir", ".", "--noconftest", "-xqp", "no:cacheprovider"]
+        status = pytest.main([*options, "-W", "ignore::RuntimeWarning", *line.split()])
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
+UNCOMPILED = {"NUMBA_DISABLE_JIT": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 class Mutant(NamedTuple):
-    """``test`` of test_core.py fails, by an assertion, where each ``old`` in a file of the guard is ``new``."""
+    """``test`` of test_core.py fails, and by an assertion, once ``edits`` are made."""
 
     name: str
     test: str
-    edits: Sequence[tuple[str, str, str]]
+    edits: Sequence[Edit]
 
 
-def mutant(name: str, test: str, *edits: tuple[str, str, str]) -> Mutant:
+def mutant(name: str, test: str, *edits: Edit) -> Mutant:
     return Mutant(name, test, edits)
 
 
@@ -43,7 +63,7 @@ WRONG_LAST = "test_one_wrong_element_is_found_in_every_row[36-masked]"
 AFTERWARDS = "test_after_a_failure_nothing_is_checked_with_the_same_vectors[masked]"
 PADS_DIFFER = "test_equal_inputs_reach_the_worker_under_different_pads"
 ERASED = "test_used_pads_and_their_products_are_erased"
-DOT = "if _dot(reply[row], secrets[k]) != expected[row, k]:"
+DOT = "if verdict == OK and _dot(reply[row], secrets[k]) != expected[row, k]:"
 
 MUTANTS = [
     mutant(
@@ -52,14 +72,24 @@ MUTANTS = [
         ("pads.py", "self._used += rows", "self._used += 0"),
         ("kernels.py", "pads[row, i] = ERASED", "pass"),
     ),
-    mutant("a row is handed out twice", "test_a_row_is_handed_out_once", ("pads.py", "if rows > self.left:", "if False:")),
-    mutant("the ratchet stands still", "test_the_ratchet_goes_on", ("pads.py", "self._state[:] = stream[:KEY_BYTES]", "pass")),
+    mutant(
+        "a row is handed out twice", "test_a_row_is_handed_out_once", ("pads.py", "if rows > self.left:", "if False:")
+    ),
+    mutant(
+        "the ratchet stands still",
+        "test_the_ratchet_goes_on",
+        ("pads.py", "self._state[:] = stream[:KEY_BYTES]", "pass"),
+    ),
     mutant(
         "every connection has the same root",
         PADS_DIFFER,
         ("pool.py", "Ratchet(os.urandom(KEY_BYTES))", "Ratchet(bytes(range(KEY_BYTES)))"),
     ),
-    mutant("a fork goes on", "test_another_process_gets_no_pads", ("pads.py", "if os.getpid() != self._process:", "if False:")),
+    mutant(
+        "a fork goes on",
+        "test_another_process_gets_no_pads",
+        ("pads.py", "if os.getpid() != self._process:", "if False:"),
+    ),
     mutant("keys stay", ERASED, ("pads.py", "if self._pads is not None and self._products is not None:", "if False:")),
     mutant("used pads stay", ERASED, ("kernels.py", "pads[row, i] = ERASED", "pass")),
     mutant("products of used pads stay", ERASED, ("kernels.py", "products[row, j] = ERASED", "pass")),
@@ -74,14 +104,22 @@ MUTANTS = [
         "test_an_erased_pad_masks_nothing",
         ("linears.py", "least=2)\n        _judge(verdicts)\n        kind", "least=2)\n        kind"),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, ("linears.py", "_judge(verdicts)\n        self.checks", "self.checks")),
+    mutant(
+        "a verdict on a reply is ignored",
+        WRONG_LAST,
+        ("linears.py", "_judge(verdicts)\n        self.checks", "self.checks"),
+    ),
     mutant("no check", WRONG_LAST, ("kernels.py", DOT, "if False:")),
     mutant("no check of the last row", WRONG_LAST, ("kernels.py", DOT, DOT.replace("if ", "if row + 1 < end and "))),
     mutant(
         "the last row is skipped",
         WRONG_LAST,
         ("linears.py", "verdicts = np.full(len(out), kernels.UNSEEN", "verdicts = np.full(len(out), kernels.OK"),
-        ("linears.py", "kernels.accept(unchecked_y, *check, *part, 0, piece.rows)", "kernels.accept(unchecked_y, *check, *part, 0, piece.rows - 1)"),
+        (
+            "linears.py",
+            "kernels.accept(unchecked_y, *check, *part, 0, piece.rows)",
+            "kernels.accept(unchecked_y, *check, *part, 0, piece.rows - 1)",
+        ),
     ),
     mutant(
         "one vector is enough",
@@ -110,7 +148,7 @@ MUTANTS = [
     ),
     mutant("vectors stay after a failure", AFTERWARDS, ("linears.py", "self.close()  #", "pass  #")),
     mutant("vectors are not overwritten", AFTERWARDS, ("weights.py", "self.secrets.fill(0)", "pass")),
-    mutant("the session goes on after a failure", AFTERWARDS, ("linears.py", "self._line.fail(", "isinstance(self, ")),
+    mutant("the session goes on after a failure", AFTERWARDS, ("linears.py", "self._line.fail(", "(lambda _: None)(")),
     mutant(
         "vectors are not secret",
         "test_check_vectors_are_of_one_connection_only",
@@ -120,25 +158,60 @@ MUTANTS = [
 
 
 class Copy:
-    """A copy of the package, one file of which can be another for a moment."""
+    """A copy of the package, files of which can be changed for one run of tests."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self._guard = directory / "tsqp" / "trusted" / "guard"
+        self._report = directory / "report.txt"
         shutil.copytree(Path(tsqp.__file__).parent, directory / "tsqp", ignore=shutil.ignore_patterns("__pycache__"))
+        self._runner = subprocess.Popen(
+            [sys.executable, "-c", RUNNER, str(directory), str(self._report)],
+            cwd=ROOT,
+            env={**os.environ, **UNCOMPILED},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-    def edit(self, file: str, old: str, new: str) -> None:
-        path = self.directory / "tsqp" / "trusted" / "guard" / file
-        text = path.read_text()
-        assert text.count(old) == 1, f"{file} has {text.count(old)} places with {old!r}: adapt the mutant"
-        path.write_text(text.replace(old, new))
+    def test(self, edits: Sequence[Edit] = (), test: str = "") -> tuple[int, str]:
+        """The exit status of test_core.py, or of one test of it, with ``edits`` made; and what was printed."""
+        before = {file: (self._guard / file).read_text() for file, _, _ in edits}
+        for file, old, new in edits:
+            text = (self._guard / file).read_text()
+            assert text.count(old) == 1, f"{file} has {text.count(old)} places with {old!r}: adapt the mutant"
+            (self._guard / file).write_text(text.replace(old, new))
+        try:
+            return self._run(str(CORE) + test)
+        finally:
+            for file, text in before.items():
+                (self._guard / file).write_text(text)
 
-    def run(self, *tests: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(self.directory),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "NUMBA_CACHE_DIR": str(self.directory / "loops"),
-        }
-        chosen = [str(HERE / "test_core.py") + test for test in tests]
-        command = [sys.executable, "-c", RUN, str(self.directory), *chosen]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    def close(self) -> None:
+        self._runner.communicate()
+
+    def _run(self, chosen: str) -> tuple[int, str]:
+        self._report.unlink(missing_ok=True)
+        assert self._runner.stdin is not None
+        assert self._runner.stdout is not None
+        self._runner.stdin.write(f"{chosen}\n")
+        self._runner.stdin.flush()
+        status = int(self._runner.stdout.readline())
+        return status, self._report.read_text()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
+    with closing(Copy(tmp_path_factory.mktemp("mutants"))) as made:
+        yield made
+
+
+def test_the_unchanged_copy_passes(copy: Copy) -> None:
+    status, report = copy.test()
+    assert status == 0, report
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_found(mutant: Mutant, copy: Copy) -> None:
+    status, report = copy.test(mutant.edits, "::" + mutant.test)
+    assert status == 1, report
+    assert re.search("^E +(AssertionError|assert |Failed: DID NOT RAISE)", report, re.MULTILINE), report

@@ -15,8 +15,8 @@ from tests.untrusted.test_worker import CHECKPOINT, HELLO, PEER, SPEC, answer, a
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL, P
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
-from tsqp.arith.self_test import is_exact
 from tsqp.arith.quantise import quantise_rows
+from tsqp.arith.self_test import is_exact
 from tsqp.errors import UnsupportedModel
 from tsqp.model import quantised
 from tsqp.model.payload import tensor_bytes

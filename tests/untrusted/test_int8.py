@@ -15,8 +15,8 @@ import torch
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, SamplingParams
 from tsqp.arith.product import BlockedKernel, DigitKernel
-from tsqp.arith.self_test import pick_kernel
 from tsqp.arith.quantise import quantise_rows
+from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import OptionError, UnsupportedModel

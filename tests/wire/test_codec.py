@@ -10,10 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tsqp.errors import ProtocolError
-from tsqp.spec.dtype import DTYPE_NAMES
+from tsqp.spec.dtype import COMPUTE_DTYPES, WIRE_DTYPES
 from tsqp.spec.groups import GROUP_NAMES
 from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder, decode_handshake, decode_reply, decode_to_worker, encode
 from tsqp.wire.messages import (
+    Deal,
     Done,
     Embed,
     Failed,
@@ -22,6 +23,7 @@ from tsqp.wire.messages import (
     Linear,
     Message,
     Mix,
+    Product,
     Refused,
     Scores,
     Welcome,
@@ -31,19 +33,22 @@ CALL_ID = st.integers(0, 2**62 - 1)
 COUNT = st.integers(1, 2**31 - 1)
 INDEX = st.integers(0, 2**31 - 1)
 FINGERPRINT = st.text("0123456789abcdef", min_size=64, max_size=64)
-DTYPE = st.sampled_from(DTYPE_NAMES)
+DTYPE = st.sampled_from(COMPUTE_DTYPES)
+PATH = st.sampled_from(["float", "int8", "field"])
 GROUP = st.sampled_from(GROUP_NAMES)
 DEVICE = st.just("cpu") | st.integers(0, 999).map("cuda:{}".format)
 REASON = st.text(st.characters(codec="utf-8"), max_size=500)
 
 TO_WORKER = st.one_of(
-    st.builds(Hello, INDEX, FINGERPRINT, DTYPE),
+    st.builds(Hello, INDEX, FINGERPRINT, st.sampled_from(WIRE_DTYPES), PATH),
     st.builds(Linear, CALL_ID, GROUP, st.none() | INDEX, st.none() | INDEX, COUNT),
+    st.builds(Product, CALL_ID, GROUP, st.none() | INDEX, COUNT, st.sampled_from([2, 4])),
+    st.builds(Deal, CALL_ID, GROUP, st.none() | INDEX, st.integers(1, 4096)),
     st.builds(Embed, CALL_ID, COUNT),
     st.builds(Scores, CALL_ID, COUNT, COUNT),
     st.builds(Mix, CALL_ID, COUNT, COUNT),
 )
-SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT), max_size=8).map(tuple)
+SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT, st.none() | FINGERPRINT), max_size=8).map(tuple)
 HANDSHAKE = st.one_of(
     st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, DEVICE, DTYPE), st.builds(Refused, INDEX, FINGERPRINT, REASON)
 )
@@ -150,6 +155,13 @@ def test_what_is_almost_a_reply_is_refused(fields: object) -> None:
         ["hello", 1, "G" * 64, "float32"],
         ["hello", 1, "0" * 64 + "\n", "float32"],
         ["hello", 1, "0" * 64, "object"],
+        ["hello", 1, "0" * 64, "float32", "double"],
+        ["hello", 1, "0" * 64, "float32", "field", 1],
+        ["product", 0, "qkv", 0, 1, 3],
+        ["product", 0, "qkv", 0, 0, 4],
+        ["product", 0, "nothing", 0, 1, 4],
+        ["deal", 0, "qkv", 0, 0],
+        ["deal", 0, "qkv", 0, 4097],
         ["done", 1],
     ],
     ids=str,

@@ -169,9 +169,7 @@ class LLM:
         if self.plan.threads is not None:
             torch.set_num_threads(self.plan.threads)
 
-    def _build_engine(
-        self, checkpoint: Checkpoint, dial: Dial, dial_dealer: Dial | None, stack: ExitStack
-    ) -> Engine:
+    def _build_engine(self, checkpoint: Checkpoint, dial: Dial, dial_dealer: Dial | None, stack: ExitStack) -> Engine:
         from tsqp.app.assemble import build_local_engine, build_private_engine, build_split_engine
 
         self.tokenizer = Tokenizer(checkpoint.text_format())
@@ -260,9 +258,7 @@ class LLM:
         return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
     def _run(self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool) -> Iterator[tuple[int, Delta]]:
-        answers = [
-            Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts
-        ]
+        answers = [Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts]
         try:
             generation = self._engine.generate([answer.prompt for answer in answers], params)
             for new in generation:

@@ -14,7 +14,7 @@ from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
 from tsqp.app.guard_options import DEALER, GuardOptions
 from tsqp.errors import OptionError
-from tsqp.spec.dtype import AskedDtype, AskedWorkerDtype, WireDtype
+from tsqp.spec.dtype import PLAIN_DTYPES, AskedDtype, AskedWorkerDtype, WireDtype
 from tsqp.spec.partition import PARTITIONS
 from tsqp.spec.protection import PROTECTIONS, Protection
 
@@ -72,7 +72,8 @@ def _settle_private(protection: Protection, named: Mapping[str, Argument]) -> No
             raise OptionError(f"{name} cannot use partition {_value(partition)}: use {own}{hint}")
         partition.tokens.clear()
     dtype, kernels = named["--dtype"], named["--compiled-kernels"]
-    numbers = [*OF_NUMBERS, *(["--dtype"] if _value(dtype) not in ("", "auto", "float32") else [])]
+    other = _value(dtype) in PLAIN_DTYPES and _value(dtype) != "float32"  # an unknown one is refused when it is parsed
+    numbers = [*OF_NUMBERS, *(["--dtype"] if other else [])]
     _leave_out(f"protection {protection.name} has numbers of its own", named, numbers, hint)
     if any(token.keyword == "--no-compiled-kernels" for token in kernels.tokens if token.source == "cli"):
         raise OptionError(f"protection {protection.name} needs its loops: leave out --no-compiled-kernels{hint}")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from tsqp.arith.digits import join, split
-from tsqp.arith.digits_torch import join_torch, split_torch
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
 
@@ -31,7 +30,7 @@ _LEAST_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class FieldWeights:
-    """One matrix to multiply by: ``wq`` int8 (N, K) on any device, K ≤ ``MAX_INNER``, and its kernel's offsets (N,)."""
+    """One matrix to multiply by: ``wq`` int8 (N, K) on the CPU, K ≤ ``MAX_INNER``, and its kernel's offsets (N,)."""
 
     wq: torch.Tensor
     offsets: torch.Tensor
@@ -49,28 +48,22 @@ class FieldWeights:
         4 digits: x (T, K) is like ``out``. 2 digits: x is int16, of at most ``MAX_SMALL``.
         """
         columns = max(_LEAST_COLUMNS, _SUMS // (digits * len(x)))
-        digits_of_x = _split(x, digits)
+        digits_of_x = self._split(x, digits).flatten(0, 1)
         for first in range(0, len(self.wq), columns):
             own = slice(first, first + columns)
-            sums = self.kernel.accumulate_unsigned(digits_of_x.flatten(0, 1), self.wq[own])
-            _join(sums.view(digits, len(x), -1), self.offsets[own], out[:, own])
+            sums = self.kernel.accumulate_unsigned(digits_of_x, self.wq[own]).view(digits, len(x), -1)
+            self._join(sums, self.offsets[own], out[:, own])
 
+    def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
+        """Every digit of x, plus 128: uint8 (digits, T, K)."""
+        out = torch.empty(digits, *x.shape, dtype=torch.uint8)
+        values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
+        row_threads().run(split, len(x), values, out.numpy(), least=_least_rows(x))
+        return out
 
-def _split(x: torch.Tensor, digits: Digits) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return split_torch(x, digits)
-    out = torch.empty(digits, *x.shape, dtype=torch.uint8)
-    values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
-    row_threads().run(split, len(x), values, out.numpy(), least=_least_rows(x))
-    return out
-
-
-def _join(sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-    if sums.device.type != "cpu":
-        out.copy_(join_torch(sums, offsets))
-        return
-    arrays = (sums.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-    row_threads().run(join, len(out), *arrays, least=_least_rows(out))
+    def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        arrays = (sums.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
+        row_threads().run(join, len(out), *arrays, least=_least_rows(out))
 
 
 def _least_rows(x: torch.Tensor) -> int:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from tsqp.arith.loops import row_sums
+from tsqp.arith.rows import row_threads
+
 MAX_INNER = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
 BLOCK_TERMS = 1_024  # 128 · 127 · 1,024 < 2²⁴
 BLOCK_COLUMNS = 4_096  # bounds the float32 copy of a block of weights to 16 MB
@@ -38,7 +41,9 @@ class OffsetKernel(DigitKernel):
     """``_int_mm`` on the CPU: the instruction multiplies unsigned by signed bytes, so x goes in as x + 128."""
 
     def offsets(self, w: torch.Tensor) -> torch.Tensor:
-        return (w.sum(dim=1, dtype=torch.int32) * 128).contiguous()
+        sums = torch.empty(2, len(w), dtype=torch.int32)
+        row_threads().run(row_sums, len(w), w.numpy(), *sums.numpy(), least=2)
+        return sums[0] * 128
 
     def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return self.accumulate_unsigned(x.view(torch.uint8) ^ 128, w)

@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import torch
 
+from tsqp.arith.loops import quantise
+from tsqp.arith.rows import row_threads
+
 LEVELS = 127
 LEAST_SCALE = torch.finfo(torch.float32).tiny
 BLOCK_ELEMENTS = 1 << 19  # of float32 at a time: what is between two steps stays in the cache
@@ -30,16 +33,18 @@ class Quantised(NamedTuple):
 
 
 def quantise_rows(x: torch.Tensor) -> Quantised:
-    """Quantise x (rows, n), of any float dtype, by the formula above."""
+    """Quantise x (rows, n), of any float dtype, by the formula above: in one pass on the CPU, in blocks elsewhere."""
     rows, n = x.shape
-    step = max(1, BLOCK_ELEMENTS // n)
-    if rows <= step:
-        return quantise_block(x)
-    digits = torch.empty_like(x, dtype=torch.int8)
+    digits = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    step = max(1, BLOCK_ELEMENTS // n)
     for first in range(0, rows, step):
-        end = first + step
-        digits[first:end], scales[first:end] = quantise_block(x[first:end])
+        own = slice(first, first + step)
+        if x.device.type == "cpu" and rows * n >= BLOCK_ELEMENTS:  # less is not worth compiling a loop for
+            wide = x[own].float().contiguous().numpy()
+            row_threads().run(quantise, len(wide), wide, digits[own].numpy(), scales[own].numpy(), least=2)
+        else:
+            digits[own], scales[own] = quantise_block(x[own])
     return Quantised(digits, scales)
 
 

@@ -1,9 +1,11 @@
-"""Exact products of 8-bit digits on CUDA."""
+"""Exact products of 8-bit digits, and mod p, on CUDA."""
 
 from __future__ import annotations
 
 import torch
 
+from tsqp.arith.digits_torch import join_torch, split_torch
+from tsqp.arith.field import Digits, FieldWeights
 from tsqp.arith.product import BlockedKernel, DigitKernel
 
 
@@ -19,3 +21,13 @@ class TensorCoreKernel(DigitKernel):
         if rows < self.LEAST_ROWS:
             x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - rows))
         return torch._int_mm(x, w.t())[:rows]
+
+
+class DeviceFieldWeights(FieldWeights):
+    """The same product with everything on one device: x, ``wq``, the result, and what is between them."""
+
+    def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
+        return split_torch(x, digits)
+
+    def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(join_torch(sums, offsets))

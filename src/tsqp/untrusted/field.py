@@ -14,8 +14,9 @@ import torch
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Digits, FieldWeights
-from tsqp.arith.product import DigitKernel
+from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
+from tsqp.arith.tensor_cores import DeviceFieldWeights
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.errors import ProtocolError
 from tsqp.model.payload import bytes_tensor, tensor_bytes
@@ -52,19 +53,20 @@ class FieldWorkerWeights:
         Compiles the loops, so that no call waits for it. Raises CheckpointError.
         """
         kernel = kernel or pick_kernel(device)
+        on_device = FieldWeights if device.type == "cpu" else DeviceFieldWeights
         digests = GroupDigests()
         groups = {}
         for key in group_keys(checkpoint.spec):
             wq = load_quantised_group(checkpoint, key).wq
             digests.add(key, wq)
-            groups[key] = FieldWeights.of(wq.to(device), kernel)
-        compile_loops(kernel)
+            groups[key] = on_device.of(wq.to(device), kernel)
+        compile_loops()
         return cls(checkpoint.spec, device, groups, digests.hexdigests())
 
 
-def compile_loops(kernel: DigitKernel) -> None:
+def compile_loops() -> None:
     """Have numba compile every loop that calls need, by small products and a small expansion on the CPU."""
-    weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), kernel)
+    weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any kernel
     for digits in BOTH_DIGITS:
         x = torch.zeros(2, 8, dtype=_input_dtype(digits))
         weights.product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))

@@ -19,8 +19,8 @@ from tsqp.arith.field import P
 from tsqp.spec.groups import linear_groups
 from tsqp.spec.model import ModelSpec
 
-SHORTLIST = 32
-MAX_DEPTH = 4
+SHORTLIST = 64
+MAX_DEPTH = 2
 TABLE_PRODUCTS = 1e12  # multiplications that the table of a deep layer may cost: seconds, up to a minute
 
 

@@ -8,6 +8,7 @@ the channel that was wrapped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
@@ -47,6 +48,13 @@ class Capture:
         self.messages.append(Seen(message, payloads))
         self.bytes_seen += len(frames.control) + size
         self._kept += size if keep else 0
+
+
+class Captured(NamedTuple):
+    """One run: what its worker was sent, and its dealer where it had one."""
+
+    worker: Capture
+    dealer: Capture | None
 
 
 class CapturedChannel:

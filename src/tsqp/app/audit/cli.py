@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
@@ -17,7 +18,7 @@ from tsqp.spec.protection import PROTECTIONS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tsqp.app.audit.capture import Capture
+    from tsqp.app.audit.capture import Captured
     from tsqp.app.audit.report import ModeReport
 
 AuditedName = Literal["open", "verified", "masked"]
@@ -44,7 +45,8 @@ def audit(
     """Run a prompt in each protection mode and attack what reached the worker.
 
     Prints the text that two attacks recover, beside what they make of fresh noise, and the p-value of a test of
-    uniformity: near 0 for anything but noise. Every mode gets a worker of its own.
+    uniformity: near 0 for anything but noise. Every mode gets a worker of its own, and masked a dealer of pads,
+    whose view is attacked too.
 
     Parameters
     ----------
@@ -76,32 +78,50 @@ def run_audit(
     from tsqp.checkpoint import locate, open_checkpoint
     from tsqp.trusted.tokenizer import Tokenizer
 
-    checkpoint = open_checkpoint(locate(model))
+    model = locate(model)
+    checkpoint = open_checkpoint(model)
     tokenizer = Tokenizer(checkpoint.text_format())
     prompt = audit_prompt(tokenizer, text)
-    captures = {}
-    for mode in modes:
-        notes.print(f"running {mode}: the worker sees {PROTECTIONS[mode].worker_sees}", style="dim", soft_wrap=True)
-        captures[mode] = capture_run(prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads)
+    notes.print("running " + ", ".join(modes), style="dim")
+    captured = [
+        capture_run(prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads) for mode in modes
+    ]
     notes.print("attacking what was captured", style="dim")
 
-    from tsqp.app.audit.report import Attacker, ModeReport
-    from tsqp.app.audit.view import View
+    from tsqp.app.audit.report import Attacker
 
     attacker = Attacker(checkpoint, tokenizer, prompt)
-    return [ModeReport(mode, attacker.examine(View(capture, checkpoint.spec))) for mode, capture in captures.items()]
+    return [attacker.report(*mode) for mode in zip(modes, captured, strict=True)]
 
 
 def capture_run(
     ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: str, threads: int
-) -> Capture:
-    """Everything that reached a worker of its own while it helped to answer a prompt."""
-    from tsqp.app.audit.capture import Capture
+) -> Captured:
+    """All that was sent while a prompt was answered; ``masked`` takes its pads from a dealer that is started here."""
+    from tsqp.app.audit.capture import Capture, Captured
+    from tsqp.app.guard_options import DEALER, GuardOptions
+    from tsqp.app.launch import LocalWorker
     from tsqp.app.llm import LLM
     from tsqp.trusted.sampling_params import SamplingParams
 
-    capture = Capture()
-    own = "auto" if PROTECTIONS[mode].checked else dtype
-    with LLM(model, protection=mode, device=device, dtype=own, threads=threads, wrap_channel=capture.wrap) as llm:
+    protection = PROTECTIONS[mode]
+    captured = Captured(Capture(), Capture() if protection.masked else None)
+    with ExitStack() as stack:
+        guard = None
+        if captured.dealer is not None:
+            own = stack.enter_context(LocalWorker(model, device="cpu", dtype="field", threads=threads))
+            guard = GuardOptions(pad_source=f"{DEALER}{own.wait_ready()}", dealer_no_separation=True)
+        llm = stack.enter_context(
+            LLM(
+                model,
+                protection=mode,
+                guard=guard,
+                device=device,
+                dtype="auto" if protection.checked else dtype,
+                threads=threads,
+                wrap_channel=captured.worker.wrap,
+                wrap_dealer=None if captured.dealer is None else captured.dealer.wrap,
+            )
+        )
         llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS))
-    return capture
+    return captured

@@ -18,6 +18,7 @@ from tsqp.app.audit.attack import (
     attack_depth,
     noise_rows,
 )
+from tsqp.app.audit.capture import Capture, Captured
 from tsqp.app.audit.prompt import AuditPrompt
 from tsqp.app.audit.public_model import PublicModel
 from tsqp.app.audit.uniformity import uniformity_p
@@ -92,8 +93,14 @@ class Attacker:
         noise = noise_rows(len(prompt.user_ids), self._spec.hidden_size)
         self._of_noise = [self._fraction(attack.recover(noise)) for attack in self._attacks]
 
-    def examine(self, view: View) -> Findings:
+    def report(self, protection: str, captured: Captured) -> ModeReport:
+        """What each receiver of one run could learn."""
+        dealer = None if captured.dealer is None else self.examine(captured.dealer)
+        return ModeReport(protection, self.examine(captured.worker), dealer)
+
+    def examine(self, capture: Capture) -> Findings:
         """Run every attack and the test of uniformity on what one receiver saw."""
+        view = View(capture, self._spec)
         recoveries = (
             self._recovery(attack, view.rows(("qkv", attack.layer)), of_noise)
             for attack, of_noise in zip(self._attacks, self._of_noise, strict=True)
@@ -111,30 +118,25 @@ class Attacker:
 
 
 def print_report(reports: Sequence[ModeReport], console: Console) -> None:
-    """One table; each attack is a row."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("seen by", "attack on layer", "recovered", "of noise", "text"):
-        table.add_column(title, justify="right" if title in ("recovered", "of noise") else "left", overflow="fold")
+    """A table for each receiver of each mode."""
     for report in reports:
-        views = {f"{report.protection}: worker": report.worker, f"{report.protection}: dealer": report.dealer}
-        for receiver, findings in views.items():
-            if findings is None:
-                continue
-            for recovery in findings.recoveries:
-                table.add_row(
-                    Text(receiver),
-                    f"{recovery.attack}, {recovery.layer}",
-                    f"{recovery.recovered_fraction:.1%}",
-                    f"{recovery.noise_fraction:.1%}",
-                    Text(printable(recovery.recovered_text)),
-                )
-            console.print(_summary(receiver, findings), highlight=False, soft_wrap=True)
-    console.print(table)
+        console.print(_table(f"{report.protection}, the worker", report.worker))
+        if report.dealer is not None:
+            console.print(_table(f"{report.protection}, the dealer", report.dealer))
 
 
-def _summary(receiver: str, findings: Findings) -> str:
-    keys = f", {findings.keys:,} pad keys" if findings.keys else ""
-    return (
-        f"{receiver} saw {findings.bytes_seen:,} bytes in {findings.calls:,} calls{keys}; "
-        f"uniformity p = {findings.uniformity_p:.3g}"
-    )
+def _table(receiver: str, found: Findings) -> Table:
+    keys = f", {found.keys:,} pad keys" if found.keys else ""
+    seen = f"{receiver}: {found.bytes_seen:,} bytes in {found.calls:,} calls{keys}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.title = f"{seen}; uniformity p = {found.uniformity_p:.3g}"
+    table.add_column("attack")
+    table.add_column("layer", justify="right")
+    table.add_column("recovered", justify="right")
+    table.add_column("of noise", justify="right")
+    table.add_column("text", overflow="fold")
+    for recovery in found.recoveries:
+        shares = (f"{recovery.recovered_fraction:.1%}", f"{recovery.noise_fraction:.1%}")
+        # As Text: what is recovered is no markup, whatever it looks like.
+        table.add_row(recovery.attack, f"{recovery.layer}", *shares, Text(printable(recovery.recovered_text)))
+    return table

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from tsqp.app.bench.files import check_directory, file_name, save
 from tsqp.app.bench.options import BenchOptions, PeerName, TransportName
-from tsqp.app.options import RunOptions, Threads
+from tsqp.app.guard_options import GuardOptions
+from tsqp.app.options import BenchRunOptions, Device, Model, RunOptions, Threads
 from tsqp.app.trace import check_output
 from tsqp.errors import OptionError
 from tsqp.spec.dtype import DtypeName
@@ -33,6 +35,8 @@ Peer = Annotated[
         help="What to compare with: transformers (the default where it is installed), ours (linear, bfloat16) or none."
     ),
 ]
+Checks = Annotated[int, Parameter(help="Check vectors.")]
+Results = Annotated[Path | None, Parameter(help="Also write the result to a file in this directory.")]
 TraceFile = Annotated[Path | None, Parameter(help="Write the last run to this file, for https://ui.perfetto.dev.")]
 
 
@@ -57,13 +61,14 @@ def prefill(
     tokens: Tokens = 1024,
     peer: Peer = None,
     trace: TraceFile = None,
-    run: RunOptions = RunOptions(),
+    run: BenchRunOptions = BenchRunOptions(),
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
     console = _prepare(options)
-    from tsqp.app.bench.split import Workload, bench_split
+    from tsqp.app.bench.split import bench_split
+    from tsqp.app.bench.workload import Workload
 
     work = Workload(tokens, 0, options.runs)
     _finish(bench_split(run, work, peer, trace, console)["prefill"], options, console)
@@ -76,7 +81,7 @@ def decode(
     steps: Annotated[int, Parameter(help="New tokens after the first; the time is that of one.")] = 16,
     peer: Peer = None,
     trace: TraceFile = None,
-    run: RunOptions = RunOptions(),
+    run: BenchRunOptions = BenchRunOptions(),
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure one token after a prompt against the same model unsplit."""
@@ -84,7 +89,8 @@ def decode(
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
     console = _prepare(options)
-    from tsqp.app.bench.split import Workload, bench_split
+    from tsqp.app.bench.split import bench_split
+    from tsqp.app.bench.workload import Workload
 
     work = Workload(tokens, steps, options.runs)
     _finish(bench_split(run, work, peer, trace, console)["decode"], options, console)
@@ -108,7 +114,7 @@ def pipeline(
     """Measure what micro-batches hide, with a worker that waits instead of computing."""
     console = _prepare(options)
     from tsqp.app.bench.pipeline import PipelineSetup, bench_pipeline
-    from tsqp.app.bench.split import Workload
+    from tsqp.app.bench.workload import Workload
 
     setup = PipelineSetup(model, transport, dtype, micro_batches, worker_ms, threads)
     _finish(bench_pipeline(setup, Workload(tokens, 0, options.runs), console), options, console)
@@ -125,9 +131,51 @@ def origin(
     """Measure the configuration this project began with, once, and ours beside it."""
     console = _prepare(options)
     from tsqp.app.bench.origin import bench_origin
-    from tsqp.app.bench.split import Workload
+    from tsqp.app.bench.workload import Workload
 
     _finish(bench_origin(model, Workload(tokens, 0, options.runs), threads, console), options, console)
+
+
+@bench_app.command
+def private(
+    *,
+    model: Model = MODEL_1B,
+    device: Device = "cpu",
+    tokens: Tokens = 1024,
+    steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
+    checks: Checks = 2,
+    threads: Threads = None,
+    results: Results = None,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure verified and masked, with pads ready and without, in alternation with open in bfloat16."""
+    console = _prepare(options, results)
+    from tsqp.app.bench.private import bench_private
+    from tsqp.app.bench.workload import Workload
+
+    run = RunOptions(model, guard=GuardOptions(checks), device=device, threads=threads)
+    result = bench_private(run, Workload(tokens, steps, options.runs), console)
+    _finish(result, options, console, results)
+
+
+@bench_app.command
+def guard(
+    *,
+    model: Model = MODEL_1B,
+    tokens: Annotated[int, Parameter(help="Rows of a product.")] = 1024,
+    checks: Checks = 2,
+    threads: Threads = None,
+    results: Results = None,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure the trusted side's part of a masked product, piece by piece: quantise, mask, check; and a pad's size."""
+    console = _prepare(options, results)
+    from tsqp.app.bench.guard import bench_guard
+    from tsqp.app.bench.workload import Workload
+
+    run = RunOptions(model, guard=GuardOptions(checks), threads=threads)
+    result = bench_guard(run, Workload(tokens, 0, options.runs), console)
+    _finish(result, options, console, results)
 
 
 @bench_app.command(name="all")
@@ -144,7 +192,7 @@ def everything(
     steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
     nbytes: Annotated[int, Parameter(name="--bytes", help="The size of the tensor of bench rpc.")] = 8 * MIB,
     calls: Annotated[int, Parameter(help="Null calls in one run of bench rpc.")] = 2000,
-    run: RunOptions = RunOptions(),
+    run: BenchRunOptions = BenchRunOptions(),
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure everything and write one file per result. Takes some minutes at the 1B shape."""
@@ -152,7 +200,7 @@ def everything(
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
     console = _prepare(options)
     from tsqp.app.bench.everything import Everything, bench_all
-    from tsqp.app.bench.split import Workload
+    from tsqp.app.bench.workload import Workload
 
     work = Workload(tokens, steps, options.runs)
     found = bench_all(Everything(models, run, work, nbytes, calls, results, prefix), console)
@@ -160,7 +208,7 @@ def everything(
         sys.stdout.write(json.dumps({"benchmark": "all", "results": found}) + "\n")
 
 
-def _prepare(options: BenchOptions) -> Console:
+def _prepare(options: BenchOptions, results: Path | None = None) -> Console:
     """Refuse what cannot be done before minutes are spent; where progress and limits are printed."""
     from rich.console import Console
 
@@ -169,11 +217,13 @@ def _prepare(options: BenchOptions) -> Console:
     if options.runs < 1:
         raise OptionError(f"--runs must be at least 1, not {options.runs}")
     check_plot(options.plot)
+    if results is not None:
+        check_directory(results)
     return Console(stderr=True)
 
 
-def _finish(result: dict[str, Any], options: BenchOptions, console: Console) -> None:
-    """The table, the plot, the JSON line."""
+def _finish(result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None) -> None:
+    """The table, the plot, the JSON line, and the file under ``results``."""
     from rich.console import Console
 
     from tsqp.app.bench.plot import draw
@@ -183,6 +233,8 @@ def _finish(result: dict[str, Any], options: BenchOptions, console: Console) -> 
     if options.plot is not None:
         draw(chart(result), options.plot)
         console.print(f"drawn into {options.plot}", highlight=False, soft_wrap=True)
+    if results is not None:
+        save(result, results, f"{result['benchmark']}-{file_name(result['model'])}", console)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
+from tsqp.app.bench.files import check_directory, file_name, save
+from tsqp.app.bench.guard import bench_guard
 from tsqp.app.bench.options import PeerName, TransportName, benchmarked
 from tsqp.app.bench.origin import bench_origin
 from tsqp.app.bench.pipeline import PipelineSetup, bench_pipeline
+from tsqp.app.bench.private import bench_private
 from tsqp.app.bench.rpc import bench_rpc
 from tsqp.app.bench.show import table
-from tsqp.app.bench.split import Workload, bench_split
+from tsqp.app.bench.split import bench_split
+from tsqp.app.bench.workload import Workload
+from tsqp.app.guard_options import GuardOptions
 from tsqp.app.options import RunOptions
 from tsqp.errors import OptionError
 from tsqp.spec.dtype import float_dtype
@@ -26,7 +30,7 @@ RPC_TRANSPORTS: tuple[TransportName, ...] = ("ipc", "tcp", "shm")
 
 @dataclass(frozen=True)
 class Everything:
-    """What is measured: every model split and unsplit, the line, the pipeline, and the origin at the first model."""
+    """What is measured: every model split and unsplit, the line; at the first also private modes, pipeline, origin."""
 
     models: tuple[str, ...]
     run: RunOptions
@@ -41,8 +45,7 @@ class Everything:
         self.work.check()
         if not self.models:
             raise OptionError("--models names no model")
-        if not self.directory.is_dir():
-            raise OptionError(f"--results: {self.directory} is not a directory")
+        check_directory(self.directory)
 
 
 def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:
@@ -50,17 +53,10 @@ def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:
     setup.check()
     results = []
     for name, result in _measurements(setup, console):
-        path = setup.directory / f"{setup.prefix}{name}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.print(table(result))
-        console.print(f"written to {path}", highlight=False, soft_wrap=True)
+        save(result, setup.directory, f"{setup.prefix}{name}", console)
         results.append(result)
     return results
-
-
-def file_name(model: str) -> str:
-    """A model's part of a file's name."""
-    return model.removeprefix("synthetic:").rstrip("/").rpartition("/")[2]
 
 
 def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,6 +69,11 @@ def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, di
             for phase, result in bench_split(run, work, peer, None, console).items():
                 yield f"{phase}-{file_name(model)}{suffix}", result
             gc.collect()  # a model's weights are gigabytes, and the next ones come
+    first = replace(RunOptions(setup.models[0]), device=setup.run.device, threads=setup.run.threads)
+    yield f"private-{file_name(first.model)}", bench_private(first, work, console)
+    gc.collect()
+    yield f"guard-{file_name(first.model)}", bench_guard(first, work, console)
+    gc.collect()
     pipeline = PipelineSetup(
         setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 8, None, setup.run.threads
     )
@@ -84,5 +85,6 @@ def _variants(run: RunOptions, *, first: bool) -> Iterator[tuple[str, RunOptions
     """The run asked for; at the first model also the other ways to run it."""
     yield "", run
     if first:
-        yield "-layer", replace(run, partition="layer")
-        yield "-int8", replace(run, dtype="int8")
+        plain = replace(run, protection="open", guard=GuardOptions())
+        yield "-layer", replace(plain, partition="layer")
+        yield "-int8", replace(plain, dtype="int8")

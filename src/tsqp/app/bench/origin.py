@@ -30,7 +30,7 @@ from tsqp.app.bench.child import Child
 from tsqp.app.bench.machine import cores, machine
 from tsqp.app.bench.origin_wire import pack, unpack
 from tsqp.app.bench.progress import watched
-from tsqp.app.bench.split import Workload
+from tsqp.app.bench.workload import Workload
 from tsqp.app.llm import LLM
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.model.rotary import inverse_frequencies

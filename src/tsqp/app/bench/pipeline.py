@@ -20,7 +20,7 @@ from tsqp.app.bench.machine import cores, machine
 from tsqp.app.bench.options import TransportName
 from tsqp.app.bench.progress import watched
 from tsqp.app.bench.rpc import fresh_address
-from tsqp.app.bench.split import Workload
+from tsqp.app.bench.workload import Workload
 from tsqp.app.llm import LLM
 from tsqp.checkpoint import locate
 from tsqp.errors import OptionError

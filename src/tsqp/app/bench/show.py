@@ -20,6 +20,10 @@ def table(result: Result) -> Table:
             return _rpc_table(result)
         case "origin":
             return _origin_table(result)
+        case "private":
+            return _private_table(result)
+        case "guard":
+            return _guard_table(result)
         case "pipeline":
             return _comparison_table(result, _pipeline_title(result), 1.0, "s")
         case "decode":
@@ -35,6 +39,10 @@ def chart(result: Result) -> Chart:
             return rpc_chart([result])
         case "origin":
             return _origin_chart(result)
+        case "private":
+            return _private_chart(result)
+        case "guard":
+            return _guard_chart(result)
         case "pipeline":
             return Chart(_pipeline_title(result), [_comparison_panel(result, "one prefill", 1.0, "seconds")])
         case "decode":
@@ -83,6 +91,9 @@ def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Ta
     peer = result["peer"]
     ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}"
     found.add_row(_ours(result), f"{result['seconds'] * scale:.4g}", ratio)
+    if "seconds_drained" in result:
+        drained = f"{result['ratio_drained']:.2f}" if "ratio_drained" in result else ""
+        found.add_row(f"{_ours(result)}, pads drained", f"{result['seconds_drained'] * scale:.4g}", drained)
     if peer is not None:
         found.add_row(peer["name"], f"{peer['seconds'] * scale:.4g}", "1")
     found.add_row(f"limit: {_limit(result)}", f"{result['limit_seconds'] * scale:.4g}", "")
@@ -95,6 +106,9 @@ def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Ta
 def _comparison_panel(result: Result, title: str, scale: float, unit: str) -> Panel:
     samples = result["all_seconds"]
     bars = [Bar(_ours(result), result["seconds"] * scale, OURS, [s * scale for s in samples["ours"]])]
+    if "seconds_drained" in result:
+        drained = [s * scale for s in samples["drained"]]
+        bars.append(Bar(f"{_ours(result)}, pads drained", result["seconds_drained"] * scale, OURS, drained))
     if result["peer"] is not None:
         peer_samples = [s * scale for s in samples["peer"]]
         bars.append(Bar(result["peer"]["name"], result["peer"]["seconds"] * scale, PEER, peer_samples))
@@ -139,6 +153,56 @@ def _origin_chart(result: Result) -> Chart:
     return Chart(title, [Panel("time", "seconds", times), Panel("sent and received", "MB (2²⁰ bytes)", bytes_moved)])
 
 
+def _private_table(result: Result) -> Table:
+    """Each mode's times, and their ratios to ``open``."""
+    found = _table(f"private modes: {_what(result)}", ("prefill, s", "ratio", "decode, ms", "ratio"))
+    for row in result["modes"].values():
+        decode = (f"{row['decode_s'] * 1e3:.1f}", f"{row['decode_ratio']:.2f}") if "decode_s" in row else ("", "")
+        found.add_row(row["name"], f"{row['prefill_s']:.3f}", f"{row['prefill_ratio']:.2f}", *decode)
+    return found
+
+
+def _private_chart(result: Result) -> Chart:
+    panels = []
+    for phase, scale, unit in (("prefill", 1.0, "seconds"), ("decode", 1e3, "milliseconds")):
+        rows = [row for row in result["modes"].values() if f"{phase}_s" in row]
+        samples = [[seconds * scale for seconds in row[f"all_{phase}_s"]] for row in rows]
+        bars = [Bar(r["name"], r[f"{phase}_s"] * scale, OURS, s) for r, s in zip(rows, samples, strict=True)]
+        panels += [Panel(phase if phase == "prefill" else "decode, one token", unit, bars)] if bars else []
+    return Chart(_what(result), panels)
+
+
+def _guard_times(result: Result) -> dict[str, float]:
+    """The times of ``bench guard`` in milliseconds, by what they are of."""
+    rows = result["tokens"]
+    return {
+        f"quantise, mask, x'·Ws of {rows} rows, pads expanded": result["mask_s"] * 1e3,
+        "the same and expand the pads": result["with_expansion_s"] * 1e3,
+        **{f"dot products of the check, one {name}": s * 1e3 for name, s in result["check_dots_s"].items()},
+        "all dot products of the checks of a prefill": result["check_dots_s_per_prefill"] * 1e3,
+        "a masked prefill, pads ready": result["masked_prefill_s"] * 1e3,
+    }
+
+
+def _guard_table(result: Result) -> Table:
+    found = _table(f"the guard: {_what(result)}", ("ms", ""))
+    for title, milliseconds in _guard_times(result).items():
+        found.add_row(title, f"{milliseconds:.4g}", "")
+    found.add_row("the checks' share of the prefill", "", f"{result['check_share_of_prefill']:.1%}")
+    for name, product in result["field_product"].items():
+        rows = name.removeprefix("rows_")
+        ratio = f"{product['ratio']:.2f} × bfloat16"
+        found.add_row(f"product mod p, gate_up, rows: {rows}", f"{product['field_s'] * 1e3:.4g}", ratio)
+    for phase, size in result["pad_row_bytes"].items():
+        found.add_row(f"pads of one token, {phase}", "", f"{size / 1e6:.2f} MB")
+    return found
+
+
+def _guard_chart(result: Result) -> Chart:
+    bars = [Bar(title, milliseconds) for title, milliseconds in _guard_times(result).items()]
+    return Chart(_what(result), [Panel("the guard", "milliseconds", bars)])
+
+
 def _what(result: Result) -> str:
     return f"{result['model']}, {result['tokens']} tokens, {result['machine']['cpu']}"
 
@@ -155,7 +219,8 @@ def _ours(result: Result) -> str:
         return f"{result['micro_batches']} micro-batches, interleaved"
     if result["partition"] is None:
         return f"TSQP {result['protection']}, {result['dtype']}"
-    return f"TSQP {result['partition']}, {result['transport']}, {result['dtype']}"
+    name = result["partition"] if result["protection"] == "open" else result["protection"]
+    return f"TSQP {name}, {result['transport']}, {result['dtype']}"
 
 
 def _limit(result: Result) -> str:

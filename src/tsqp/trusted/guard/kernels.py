@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tsqp.arith.jit import inline, kernel
+from tsqp.arith.loops import quantise_row
 
 OK, NOT_FINITE, ERASED_PAD, OUT_OF_RANGE, MISMATCH, UNSEEN = range(6)  # verdicts on a row, UNSEEN before there is one
 ERASED = np.uint32(0xFFFFFFFF)  # what used pads are overwritten with: no number mod p, so it cannot pass for one
@@ -18,10 +19,6 @@ _P = np.uint32(2**31 - 1)
 _P64 = np.uint64(2**31 - 1)
 _HALF = np.uint32(2**30 - 1)  # (p - 1) / 2
 _SHIFT = np.uint64(31)
-_LEAST_SCALE = np.float32(2.0**-126)
-_INFINITE_BITS = np.uint32(0x7F800000)
-_ABS_BITS = np.uint32(0x7FFFFFFF)
-_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves no fraction: rounds to nearest, ties to even, below 2²²
 
 
 @inline
@@ -51,24 +48,6 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return np.uint32(0) if total == _P64 else np.uint32(total)
 
 
-@inline
-def _quantise(x, limit, digits):  # type: ignore[no-untyped-def]
-    """One row, float32 (n,), to int32 within ±limit. Its scale; negative for a row with NaN or infinity."""
-    bits = x.view(np.uint32)
-    largest = np.uint32(0)
-    for i in range(bits.shape[0]):
-        largest = max(largest, bits[i] & _ABS_BITS)  # of floats without sign, the order of the bits is the order
-    if largest >= _INFINITE_BITS:
-        return np.float32(-1.0)
-    scale = np.uint32(largest).view(np.float32) / limit
-    if scale < _LEAST_SCALE:
-        scale = np.float32(1.0)
-    for i in range(x.shape[0]):
-        nearest = (x[i] / scale + _ROUNDER) - _ROUNDER
-        digits[i] = np.int32(min(max(nearest, -limit), limit))  # the proof of no overflow rests on this bound
-    return scale
-
-
 @kernel
 def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
     """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, k).
@@ -79,7 +58,7 @@ def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first,
     field = np.empty(x.shape[1], np.uint32)
     without_pads = masked and pads.shape[1] != x.shape[1]
     for row in range(first, end):
-        scale = _quantise(x[row], limit, digits)
+        scale = quantise_row(x[row], limit, digits)
         erased = np.uint32(without_pads)
         for i in range(digits.shape[0]):
             field[i] = _canonical(digits[i])
@@ -88,7 +67,7 @@ def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first,
                 erased |= np.uint32(pads[row, i] >= _P)
                 field[i] = _reduce(np.uint32(pads[row, i] + field[i]))
                 pads[row, i] = ERASED
-        if scale < 0:
+        if not np.isfinite(scale):
             verdicts[row] = NOT_FINITE
         elif erased != 0:
             verdicts[row] = ERASED_PAD  # used before: this row would be in clear, so it goes nowhere
@@ -99,6 +78,20 @@ def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first,
                 expected[row, k] = _dot(field, folded[k])  # from private values: ``out`` may have been changed
             scales[row] = scale
             verdicts[row] = OK
+
+
+@kernel
+def combine(wq, secrets, out, first, end):  # type: ignore[no-untyped-def]
+    """secrets uint32 (k, N) times wq int8 (N, K) mod p: out uint32 (k, K). (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)"""
+    total = np.empty(wq.shape[1], np.int64)
+    for k in range(first, end):
+        total[:] = 0
+        for j in range(wq.shape[0]):
+            secret = np.int64(secrets[k, j])
+            for i in range(wq.shape[1]):
+                total[i] += np.int64(wq[j, i]) * secret
+        for i in range(wq.shape[1]):
+            out[k, i] = np.uint32(total[i] % np.int64(_P))
 
 
 @kernel

@@ -15,14 +15,14 @@ import torch
 
 from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, Array, FieldWeights, P
+from tsqp.arith.loops import row_sums
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
 from tsqp.errors import UnsupportedModel
 from tsqp.spec.groups import GroupKey
-from tsqp.trusted.guard.kernels import fold
+from tsqp.trusted.guard import kernels
 
 LEAST_LIMIT = 127  # 8 bits
-_SUM_ROWS = 1 << 16  # rows of Wq summed at a time: 128 · 127 · 2¹⁶ < 2³¹
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +59,8 @@ class GuardedGroup:
         """
         secrets = np.empty((checks, len(wq)), np.uint32)
         expand(AesKeyStream(os.urandom(KEY_BYTES)), secrets)
+        folded = np.empty((checks, wq.shape[1]), np.uint32)
+        row_threads().run(kernels.combine, checks, wq.numpy(), secrets, folded, least=2)
         no_bias = torch.zeros(len(wq), dtype=torch.float32)
         return cls(
             key=key,
@@ -66,7 +68,7 @@ class GuardedGroup:
             scales=scales.numpy(),
             bias=(no_bias if bias is None else bias).numpy(),
             secrets=secrets,
-            folded=_folded(secrets, wq, kernel),
+            folded=folded,
             weights=FieldWeights.of(wq, kernel) if keep_weights else None,
         )
 
@@ -82,7 +84,7 @@ class GuardedGroup:
         """Freivalds' check of y = x·Wqᵀ mod p: x uint32 (T, K), y uint32 (T, N), both private memory."""
         sums = [np.empty((len(x), len(self.secrets)), np.uint32) for _ in range(2)]
         for values, vectors, out in ((x, self.folded, sums[0]), (y, self.secrets, sums[1])):
-            row_threads().run(fold, len(x), values, vectors, out, least=2)
+            row_threads().run(kernels.fold, len(x), values, vectors, out, least=2)
         return bool((y < P).all()) and bool((sums[0] == sums[1]).all())
 
     def forget(self) -> None:
@@ -93,8 +95,9 @@ class GuardedGroup:
 
 def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
     """q_max: with activations within it no product leaves ±(p − 1)/2. Raises UnsupportedModel below 8 bits."""
-    largest = max(1, int(wq.abs().sum(dim=1, dtype=torch.int64).max()))
-    limit = min(MAX_SMALL, MAX_CENTRED // largest)
+    sums, norms = np.empty((2, len(wq)), np.int32)
+    row_threads().run(row_sums, len(wq), wq.numpy(), sums, norms, least=2)
+    limit = min(MAX_SMALL, MAX_CENTRED // max(1, int(norms.max())))
     if limit < LEAST_LIMIT:
         name = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
         raise UnsupportedModel(
@@ -102,15 +105,3 @@ def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
             "use --protection open or local"
         )
     return limit
-
-
-def _folded(secrets: Array, wq: torch.Tensor, kernel: DigitKernel) -> Array:
-    """secrets · Wq mod p: uint32 (k, K)."""
-    total = np.zeros((len(secrets), wq.shape[1]), np.uint64)
-    for first in range(0, len(wq), _SUM_ROWS):
-        own = slice(first, first + _SUM_ROWS)
-        part = torch.empty(total.shape, dtype=torch.int32)
-        values = torch.from_numpy(np.ascontiguousarray(secrets[:, own]).view(np.int32))
-        FieldWeights.of(wq[own].t(), kernel).product(values, 4, out=part)
-        total += part.numpy().view(np.uint32)
-    return (total % P).astype(np.uint32)

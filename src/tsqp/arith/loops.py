@@ -1,0 +1,53 @@
+"""Loops in one pass over rows: what ``quantise.py`` says in torch, and sums."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tsqp.arith.jit import inline, kernel
+
+_LEVELS = np.float32(127.0)
+_LEAST_SCALE = np.float32(2.0**-126)
+_INFINITE_BITS = np.uint32(0x7F800000)
+_ABS_BITS = np.uint32(0x7FFFFFFF)
+_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves no fraction: rounds to nearest, ties to even, below 2²²
+
+
+@inline
+def quantise_row(x, levels, digits):  # type: ignore[no-untyped-def]
+    """One row, float32 (n,), to integers within ±levels, at most 2²¹. Its scale, or what is not finite."""
+    bits = x.view(np.uint32)
+    largest = np.uint32(0)
+    for i in range(bits.shape[0]):
+        largest = max(largest, bits[i] & _ABS_BITS)  # of floats without sign, the order of the bits is the order
+    scale = np.uint32(largest).view(np.float32) / levels
+    if scale < _LEAST_SCALE:
+        scale = np.float32(1.0)
+    if largest >= _INFINITE_BITS:
+        digits[:] = 0
+    else:
+        for i in range(x.shape[0]):
+            nearest = (x[i] / scale + _ROUNDER) - _ROUNDER
+            digits[i] = min(max(nearest, -levels), levels)  # that products stay in range rests on this bound
+    return scale
+
+
+@kernel
+def quantise(x, digits, scales, first, end):  # type: ignore[no-untyped-def]
+    """x float32 (rows, n) to digits int8 (rows, n) and scales float32 (rows,)."""
+    for row in range(first, end):
+        scales[row] = quantise_row(x[row], _LEVELS, digits[row])
+
+
+@kernel
+def row_sums(w, sums, norms, first, end):  # type: ignore[no-untyped-def]
+    """w int8 (N, K): the sum of every row, and of its absolute values, int32 (N,)."""
+    for row in range(first, end):
+        total = np.int32(0)
+        norm = np.int32(0)
+        for i in range(w.shape[1]):
+            value = np.int32(w[row, i])
+            total = np.int32(total + value)
+            norm = np.int32(norm + abs(value))
+        sums[row] = total
+        norms[row] = norm

@@ -1,0 +1,321 @@
+"""The private modes as a user asks for them: masked is the default, and nothing in them is weakened by an option."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.app.commands import LIMIT_S, Home, Result
+from tests.conftest import StartWorker
+from tests.families import random_tokens, tiny_model
+from tsqp import LLM, GuardOptions, SamplingParams
+from tsqp.app.guard_options import parse_size
+from tsqp.app.pads import pads_bar, pool_bytes, row_bytes
+from tsqp.checkpoint import open_checkpoint
+from tsqp.errors import ModelMismatch, OptionError, PadsExhausted
+from tsqp.spec.protection import PROTECTIONS
+from tsqp.trusted.filler import targets
+
+MODEL = str(tiny_model("llama").directory)
+RUN = ("--model", MODEL, "--threads", "1")
+PRIVATE = [name for name, protection in PROTECTIONS.items() if protection.checked]
+STATS = {"checks", "soundness_bits", "model_digest"}
+PADS = {"pads_used", "pads_ready", "pads_drained_s"}
+Command = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def hardened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who hardened this process: the tests go on in it, so it is not really done."""
+    calls: list[str] = []
+    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: calls.append("hardened"))
+    return calls
+
+
+def test_masked_is_the_default_and_states_itself(home: Home) -> None:
+    result = home.run("generate", "-", *RUN, "-n", "4", "--json", "--stats", stdin="hello")
+    assert result.code == 0, result.err
+    answer = result.json
+    assert (answer["protection"], answer["partition"], answer["transport"]) == ("masked", "linear", "shm")
+    assert (answer["dtype"], answer["wire_dtype"]) == ("field", "uint32")
+    assert answer["stats"].keys() >= STATS | PADS
+    assert answer["stats"]["checks"] == answer["stats"]["rpc_calls"]
+    first, second = result.err.splitlines()[:2]
+    assert first == "protection masked: the worker sees uniform noise; every product is checked before it is used"
+    assert "warning" not in result.err  # the prompt came by standard input
+    assert "2^-62" in second
+    assert f"model digest {answer['stats']['model_digest']}" in result.err
+    assert "rows used" in result.err
+    assert home.leftovers() == []
+
+
+def test_chat_is_masked_too(home: Home) -> None:
+    result = home.run("chat", "--model", "default", "-n", "2", stdin="Hello\n")
+    assert result.code == 0, result.err
+    assert "protection masked" in result.err
+
+
+def test_verified_has_checks_and_no_pads(tsqp: Command, start_worker: StartWorker) -> None:
+    run = (
+        "--protection",
+        "verified",
+        "--checks",
+        "3",
+        "-n",
+        3,
+        "--json",
+        "--worker",
+        start_worker(MODEL, dtype="field"),
+    )
+    result = tsqp("generate", "hello", *RUN, *run)
+    assert result.code == 0, result.err
+    stats = result.json["stats"]
+    assert stats.keys() >= STATS
+    assert not stats.keys() & PADS
+    assert stats["soundness_bits"] == 93.0
+    assert result.json["wire_dtype"] == "int16"
+    assert "warning: protection" not in result.err
+
+
+@pytest.mark.parametrize("name", ["open", "local"])
+def test_where_nothing_is_checked_there_are_no_figures_of_a_guard(name: str, start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL) if name == "open" else None
+    with LLM(MODEL, protection=name, dtype="float32", worker=worker) as llm:
+        assert llm.guard is None
+        assert not llm.stats.as_dict().keys() & (STATS | PADS)
+
+
+def test_the_same_answer_in_both_private_modes(start_worker: StartWorker) -> None:
+    worker, prompt, params = start_worker(MODEL, dtype="field"), random_tokens(70), SamplingParams(max_tokens=12)
+    answers = []
+    for name in PRIVATE:
+        with LLM(MODEL, protection=name, worker=worker) as llm:
+            answers.append(llm.generate(prompt, params))
+            assert llm.plan.dtype == "float32"
+    assert answers[0] == answers[1]
+
+
+# What is refused, by flag and by name, and the words that say so.
+FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "bfloat16": (("--dtype", "bfloat16"), "leave out --dtype"),
+    "int8": (("--dtype", "int8"), "leave out --dtype"),
+    "wire dtype": (("--wire-dtype", "bfloat16"), "leave out --wire-dtype"),
+    "compile": (("--compile",), "leave out --compile"),
+    "plain kernels": (("--no-compiled-kernels",), "leave out --no-compiled-kernels"),
+    "partition op": (("--partition", "op"), "partition op"),
+    "partition layer": (("--partition", "layer"), "partition layer"),
+    "no checks": (("--checks", "0"), "1 to 16 checks"),
+    "no digest": (("--model-digest", "abc"), "64 hex digits"),
+    "no size": (("--pad-memory", "5XB"), "5XB"),
+    "no source": (("--pad-source", "heaven"), "heaven"),
+    "no dealer": (("--dealer-no-separation",), "leave out --dealer-no-separation"),
+    "no dealer's key": (("--dealer-key", "x"), "leave out --dealer-key"),
+    "fewer than no pads": (("--pads-ahead", "-1"), "-1"),
+    "no pads, ever": (("--pads-ahead", "0", "--pads-empty", "refuse"), "can hold no pads"),
+    "no memory for pads": (("--pad-memory", "1KB", "--pads-empty", "refuse"), "can hold no pads"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_a_private_mode_cannot_honour_is_refused(
+    tsqp: Command, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tsqp.app.llm.LocalWorker", None)  # nothing is started
+    flags, words = FLAGS[name]
+    for stated in ((), ("--protection", "masked")):
+        result = tsqp("generate", "hello", *RUN, *stated, *flags)
+        assert result.code == 2
+        assert words in result.error
+
+
+@pytest.mark.parametrize(
+    "flags", [("--partition", "op"), ("--partition", "layer"), ("--dtype", "int8"), ("--compile",)]
+)
+def test_a_flag_never_chooses_open(tsqp: Command, flags: tuple[str, ...]) -> None:
+    """It is refused, in one line that says how to ask for it."""
+    assert "--protection open" in tsqp("generate", "hello", *RUN, *flags).error
+    assert "--protection open" not in tsqp("generate", "hello", *RUN, "--protection", "masked", *flags).error
+
+
+def test_a_variable_never_chooses_open_either(tsqp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_PARTITION", "layer")
+    result = tsqp("generate", "hello", *RUN)
+    assert result.code == 2
+    assert "--protection open" in result.error
+
+
+PADS_FLAGS: list[tuple[str, ...]] = [
+    ("--pad-source", "dealer=ipc:///x"),
+    ("--dealer-key", "x"),
+    ("--dealer-no-separation",),
+    ("--pads-ahead", "5"),
+    ("--pad-memory", "1GB"),
+    ("--pads-empty", "refuse"),
+    ("--warm-pads",),
+]
+
+
+@pytest.mark.parametrize("flags", PADS_FLAGS, ids=str)
+@pytest.mark.parametrize("protection", ["verified", "open", "local"])
+def test_flags_of_pads_play_a_part_in_masked_only(tsqp: Command, protection: str, flags: tuple[str, ...]) -> None:
+    result = tsqp("generate", "hello", *RUN, "--protection", protection, *flags)
+    assert result.code == 2
+    assert f"leave out {flags[0]}" in result.error
+
+
+@pytest.mark.parametrize("flags", [("--checks", "3"), ("--model-digest", "0" * 64)], ids=str)
+@pytest.mark.parametrize("protection", ["open", "local"])
+def test_flags_of_checks_play_a_part_in_private_modes_only(
+    tsqp: Command, protection: str, flags: tuple[str, ...]
+) -> None:
+    result = tsqp("generate", "hello", *RUN, "--protection", protection, *flags)
+    assert result.code == 2
+    assert f"leave out {flags[0]}" in result.error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "bfloat16"}, "leave out dtype bfloat16"),
+        ({"dtype": "int8"}, "leave out dtype int8"),
+        ({"wire_dtype": "float32"}, "leave out wire_dtype"),
+        ({"compiled_kernels": False}, "leave out compiled_kernels"),
+        ({"compiled_worker": True}, "leave out compiled_worker"),
+        ({"partition": "layer"}, "cannot use partition layer"),
+        ({"guard": GuardOptions(checks=0)}, "1 to 16"),
+        ({"guard": GuardOptions(pads_empty="refuse", pads_ahead=0)}, "can hold no pads"),
+    ],
+)
+@pytest.mark.parametrize("protection", PRIVATE)
+def test_options_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, hardened: list[str], protection: str, options: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr("tsqp.app.llm.LocalWorker", None)  # nothing is started
+    if protection == "verified" and "can hold" in words:
+        words = "has no pads: leave out pads_ahead, pads_empty"
+    with pytest.raises(OptionError, match=words):
+        LLM(MODEL, protection=protection, **options)
+    with pytest.raises(OptionError, match="checks no products: leave out guard"):
+        LLM(MODEL, protection="open", guard=GuardOptions())
+
+
+def test_the_process_is_hardened_in_private_modes_only(start_worker: StartWorker, hardened: list[str]) -> None:
+    worker = start_worker(MODEL)
+    for name, count in (("local", 0), ("open", 0), ("verified", 1), ("masked", 2)):
+        with LLM(MODEL, protection=name, worker=None if name == "local" else worker):
+            assert len(hardened) == count
+
+
+def test_hardening_is_real(home: Home) -> None:
+    code = f"""
+from tsqp import LLM
+from tsqp.app.hardening import current_hardening
+for name in ("open", "verified"):
+    with LLM({MODEL!r}, protection=name, threads=1):
+        print(current_hardening().undumpable)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=home.environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.stdout.split() == ["False", str(sys.platform == "linux")], done.stderr
+
+
+def test_another_models_digest_is_refused(start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL, dtype="field")
+    with LLM(MODEL, protection="verified", worker=worker) as llm:
+        digest = str(llm.stats.as_dict()["model_digest"])
+    with LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest=digest)):
+        pass
+    with pytest.raises(ModelMismatch, match=digest):
+        LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest="0" * 64))
+
+
+def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) -> None:
+    told: list[tuple[int, int]] = []
+    guard = GuardOptions(pads_ahead=32, warm_pads=True, pads_empty="refuse")
+    worker = start_worker(MODEL, dtype="field")
+    with LLM(
+        MODEL, protection="masked", worker=worker, guard=guard, pads_progress=lambda *seen: told.append(seen)
+    ) as llm:
+        assert told[-1][0] == told[-1][1] > 0
+        assert told == sorted(told)
+        assert llm.stats.as_dict()["pads_ready"] == 32
+        llm.generate(random_tokens(20), SamplingParams(max_tokens=4))
+        stats = llm.stats.as_dict()
+        assert stats["pads_missed"] == 0
+        assert stats["pads_drained_s"] == stats["pads_ready"] / stats["tokens_per_s"]
+        with pytest.raises(PadsExhausted):
+            llm.generate(random_tokens(200))
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone() -> None:
+    for terminal in (True, False):
+        written = io.StringIO()
+        with pads_bar(Console(file=written, force_terminal=terminal, width=80)) as progress:
+            progress(1, 4)
+            progress(4, 4)
+        assert ("making pads" in written.getvalue()) == terminal
+
+
+def test_the_memory_of_pads_is_what_the_filler_counts() -> None:
+    spec = open_checkpoint(MODEL).spec
+    for tokens in (1, 16, 17, 100):
+        enough = pool_bytes(spec, tokens)
+        wanted = targets(spec, tokens, enough)
+        assert wanted == targets(spec, tokens, 1 << 62)
+        assert targets(spec, tokens, enough - 1) != wanted
+        layer_blocks = -(-tokens // 16)
+        assert enough >= 16 * layer_blocks * row_bytes(spec, answer=False)
+    assert row_bytes(spec, answer=True) - row_bytes(spec, answer=False) == 4 * spec.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1000", 1000),
+        ("512MB", 512_000_000),
+        ("2GB", 2 * 10**9),
+        ("1GiB", 2**30),
+        ("1.5 kib", 1536),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1XB", "1 2", "nan", "1e3"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(OptionError, match="is no size"):
+        parse_size(text)
+
+
+def test_perplexity_is_the_same_in_both_modes(tsqp: Command, start_worker: StartWorker, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 2, encoding="utf-8")
+    worker = start_worker(MODEL, "ipc", dtype="field")
+    asked = ("eval", "perplexity", "--text", text, *RUN, "--window", 40, "--stride", 13, "--json")
+    masked = tsqp(*asked, "--worker", worker)
+    verified = tsqp(*asked, "--protection", "verified", "--worker", worker)
+    plain = tsqp(*asked, "--protection", "local", "--dtype", "float32")
+    assert masked.code == verified.code == plain.code == 0, masked.err
+    assert (masked.json["protection"], masked.json["wire_dtype"]) == ("masked", "uint32")
+    assert masked.json["perplexity"] == verified.json["perplexity"]
+    assert masked.json["perplexity"] == pytest.approx(plain.json["perplexity"], rel=0.05)
+
+
+def test_a_single_token_has_no_speed(tsqp: Command, start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL, "ipc", dtype="field")
+    result = tsqp("generate", "hello", *RUN, "-n", 1, "--json", "--stats", "--worker", worker)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["stats"]["pads_drained_s"] is None
+    assert "at this speed" not in result.err
