@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: run test check bench wheel clean
 
-run: .venv/.runtime  ## ask the default model a question through a trusted process and a worker
+run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
 
 test: .venv/.dev  ## the test suite
@@ -22,6 +22,7 @@ bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write th
 	$(BIN)/tsqp bench all
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.readme
 
 wheel: .venv/.dev

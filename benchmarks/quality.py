@@ -1,4 +1,4 @@
-"""What a number format costs in quality: the perplexity of a real text in each mode.
+"""What a number format or a protection costs in quality: the perplexity of a real text in each mode.
 
     python -m benchmarks.quality [--model default] [--tokens 2049] [--text FILE]
 
@@ -23,12 +23,14 @@ from tsqp.app.evaluate import measure
 RESULTS = Path(__file__).parent / "results"
 PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 WINDOW, STRIDE = 1024, 512
-MODES: dict[str, dict[str, str]] = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "int8"},
-    "bfloat16, int8 wire": {"dtype": "bfloat16", "wire_dtype": "int8"},
-    "int8, int8 wire": {"dtype": "int8", "wire_dtype": "int8"},
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {"protection": "open", "dtype": "float32"},
+    "bfloat16": {"protection": "open", "dtype": "bfloat16"},
+    "int8": {"protection": "open", "dtype": "int8"},
+    "bfloat16, int8 wire": {"protection": "open", "dtype": "bfloat16", "wire_dtype": "int8"},
+    "int8, int8 wire": {"protection": "open", "dtype": "int8", "wire_dtype": "int8"},
+    "verified": {"protection": "verified"},
+    "masked": {"protection": "masked"},
 }
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")
     results: dict[str, dict[str, Any]] = {}
     for name in watched(list(MODES), console, "measuring"):
-        with LLM(options.model, protection="open", threads=cores(), **MODES[name]) as llm:
+        with LLM(options.model, threads=cores(), **MODES[name]) as llm:
             results[name] = measure(llm, text, tokens=options.tokens, window=WINDOW, stride=STRIDE)
     table = Table(title=f"{options.model}, {options.text.name}, {options.tokens} tokens", title_justify="left")
     for column in ("", "perplexity", "ratio", "seconds"):

@@ -24,6 +24,7 @@ BEGIN, END = "<!-- results: written by python -m benchmarks.readme -->", "<!-- e
 MODELS = {"llama-3.2-1b": "Llama-3.2-1B shape", "default": "SmolLM2-135M"}
 WAYS = {"": "", "-layer": ", `layer`"}  # suffixes of the files, and what the rows say
 TRANSPORTS = ("ipc", "tcp", "shm")
+QUALITY = ("float32", "bfloat16", "int8", "verified", "masked")
 
 
 def main() -> int:
@@ -55,7 +56,8 @@ def table() -> str:
     lines = [
         f"`{first['partition']}` over `{first['transport']}`, {first['dtype']}, {first['tokens']}-token prompt, "
         f"{where['cpu']} shared by both sides; medians of {first['runs']} runs, in alternation with "
-        f"{first['peer']['name']} (torch {where['torch']}, commit {where['commit']}). `open`: no privacy yet.",
+        f"{first['peer']['name']} (torch {where['torch']}, commit {where['commit']}). At `open`, which hides nothing: "
+        "what the split itself costs.",
         "",
         "| | TSQP | transformers | ratio | limit |",
         "|---|---|---|---|---|",
@@ -63,6 +65,8 @@ def table() -> str:
         *startup_rows(),
         "",
         *origin_lines(),
+        *(line for model in MODELS for line in private_lines(model)),
+        *quality_lines(),
         *int8_lines(),
         *rpc_lines(),
     ]
@@ -91,7 +95,8 @@ def startup_rows() -> list[str]:
     if startup is None:
         return []
     warm, cold = startup["first_token_s"], startup["first_token_cold_s"]
-    return [f"| `tsqp generate`, start to first token | {warm:.1f} s warm, {cold:.1f} s cold | | | |"]
+    mode = f" ({startup['protection']})" if "protection" in startup else ""
+    return [f"| `tsqp generate`, start to first token{mode} | {warm:.1f} s warm, {cold:.1f} s cold | | | |"]
 
 
 def origin_lines() -> list[str]:
@@ -105,6 +110,45 @@ def origin_lines() -> list[str]:
         f"{origin['seconds']:.1f} s for a {result['tokens']}-token prefill in {origin['calls']} calls that move "
         f"{(origin['sent_mb'] + origin['received_mb']) / 1024:.1f} GiB, now {best['seconds']:.2f} s in {best['calls']} "
         f"calls: **{result['speedup']:.0f}×** ({result['speedup_float32']:.1f}× in float32).",
+        "",
+    ]
+
+
+def private_lines(model: str) -> list[str]:
+    """What the guard costs one model, beside our own ``open``."""
+    result = load(f"private-{model}")
+    if result is None:
+        return []
+    rows = [
+        f"| {row['name']} | {row['prefill_s']:.2f} s | **{row['prefill_ratio']:.2f}** | {row['decode_s'] * 1e3:.0f} ms "
+        f"| **{row['decode_ratio']:.2f}** |"
+        for row in result["modes"].values()
+    ]
+    return [
+        f"What protection costs, {MODELS[model]}, {result['tokens']}-token prompt, in alternation "
+        f"(`tsqp bench private`, commit {result['machine']['commit']}):",
+        "",
+        "| | prefill | ratio to `open` | decode, a token | ratio |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def quality_lines() -> list[str]:
+    """Perplexities of a real text."""
+    result = load("quality")
+    if result is None:
+        return []
+    modes = [(name, result["modes"][name]) for name in QUALITY if name in result["modes"]]
+    figures = [f"{mode['perplexity']:.3f} ({mode['ratio']:.4f}×)" for _, mode in modes]
+    return [
+        f"Quality, perplexity of {modes[0][1]['tokens']} tokens of prose, {MODELS[result['model']]} "
+        "(`python -m benchmarks.quality`):",
+        "",
+        f"| {' | '.join(name for name, _ in modes)} |",
+        f"|{'---|' * len(modes)}",
+        f"| {' | '.join(figures)} |",
         "",
     ]
 
@@ -144,7 +188,7 @@ def charts() -> dict[str, Chart]:
     rpc = [result for result in (load(f"rpc-{transport}") for transport in TRANSPORTS) if result is not None]
     if rpc:
         found["rpc"] = rpc_chart(rpc)
-    for name in ("pipeline", "origin"):
+    for name in ("pipeline", "origin", *(f"private-{model}" for model in MODELS)):
         result = load(name)
         if result is not None:
             found[name] = chart(result)

@@ -24,7 +24,7 @@ from benchmarks.machine import RESULTS, machine
 from tsqp.checkpoint import locate
 
 HELP = [sys.executable, "-m", "tsqp", "--help"]
-GENERATE = [sys.executable, "-m", "tsqp", "generate", "What is the capital of France?"]
+GENERATE = [sys.executable, "-m", "tsqp", "generate", "What is the capital of France?", "--protection", "masked"]
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     result = {
         "benchmark": "startup",
         "model": "default",
+        "protection": "masked",
         "runs": options.runs,
         "help_s": statistics.median(help_s),
         "first_token_s": statistics.median(warm_s),

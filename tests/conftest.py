@@ -34,6 +34,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are tiny, and both sides of a split share the cores
 
 
+@pytest.fixture(autouse=True)
+def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private modes harden their process for the rest of its life; what that does is tested in processes of its own."""
+    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: None)
+
+
 def fresh_address(transport: str, name: str = "test") -> str:
     """An address nobody else uses, of each transport that exists."""
     match transport:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.conftest import StartWorker
 from tests.families import tiny_model
 from tsqp.app import cli
 from tsqp.spec.protection import PROTECTIONS
@@ -27,13 +27,17 @@ def test_only_private_modes_warn(name: str) -> None:
 
 @pytest.mark.parametrize(("given", "warns"), [("argument", True), ("-", False), ("file", False)])
 def test_only_an_argument_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, warns: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    start_worker: StartWorker,
+    given: str,
+    warns: bool,
 ) -> None:
-    # As if ``local`` were a private mode: for this function, not for the run.
-    monkeypatch.setattr(cli, "PROTECTIONS", {"local": replace(PROTECTIONS["local"], checked=True)})
     (tmp_path / "prompt").write_text("hello")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
     prompt = {"argument": ["hello"], "-": ["-"], "file": ["--prompt-file", str(tmp_path / "prompt")]}[given]
-    options = ["--protection", "local", "--model", MODEL, "-n", "1", "--threads", "1", "--kernel-cache", "off"]
+    worker = ["--worker", start_worker(MODEL, "ipc", dtype="field")]
+    options = ["--protection", "masked", *worker, "--model", MODEL, "-n", "1", "--threads", "1"]
     cli.app(["generate", *prompt, *options], exit_on_error=False, result_action="return_value")
     assert ("--prompt-file" in capsys.readouterr().err) == warns

@@ -149,14 +149,17 @@ def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(everything, "RPC_TRANSPORTS", ("ipc",))
     monkeypatch.setattr(everything, "_variants", lambda run, first: [("", run)])
+    monkeypatch.setattr("tsqp.app.bench.guard.WEIGHTS_BYTES", 2**16)
     shape = ("--tokens", 8, "--steps", 2, "--bytes", 4096, "--calls", 10)
     run = tsqp("bench", "all", "--models", TINY, "--results", tmp_path, *shape, *QUICK)
-    assert [result["benchmark"] for result in run.json["results"]] == ["rpc", "prefill", "decode", "pipeline", "origin"]
-    names = {"rpc-ipc", "prefill-tiny", "decode-tiny", "pipeline", "origin"}
+    kinds = ["rpc", "prefill", "decode", "private", "guard", "pipeline", "origin"]
+    assert [result["benchmark"] for result in run.json["results"]] == kinds
+    names = {"rpc-ipc", "prefill-tiny", "decode-tiny", "private-tiny", "guard-tiny", "pipeline", "origin"}
     assert {path.stem for path in tmp_path.iterdir()} == names
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setattr(readme, "MODELS", {"tiny": "Tiny"})
-    assert set(readme.charts()) == {"split-tiny", "rpc", "pipeline", "origin"}
+    assert set(readme.charts()) == {"split-tiny", "private-tiny", "rpc", "pipeline", "origin"}
+    assert sum(name in line for name in ("open", "verified", "masked") for line in readme.private_lines("tiny")) >= 5
     assert len(readme.split_rows("tiny", "")) == 2
     assert "98 calls" not in readme.origin_lines()[0]
     assert "14 calls" in readme.origin_lines()[0]

@@ -23,8 +23,8 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits are measured with matrices that take no time, and the tests' process stays as it is."""
+def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits are measured with matrices that take no time."""
     from tsqp.app.bench import ceilings
 
     monkeypatch.setattr(ceilings, "OUT", 64)
@@ -32,7 +32,6 @@ def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "COPY_BYTES", 2**16)
     monkeypatch.setattr(ceilings, "TRY_FOR_S", 0.0)
     monkeypatch.setattr("tsqp.app.bench.guard.WEIGHTS_BYTES", 2**16)
-    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: None)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -41,6 +41,7 @@ CASES = [
 def test_precedence(
     monkeypatch: pytest.MonkeyPatch, field: str, flag: str, ours: str, theirs: str, values: list[str]
 ) -> None:
+    monkeypatch.setenv("TSQP_PROTECTION", "open")  # where all of them play a part
     by_flag, by_ours, by_theirs = values
     monkeypatch.setenv(theirs, by_theirs)
     assert getattr(run_options(), field) == by_theirs

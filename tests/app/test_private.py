@@ -32,9 +32,9 @@ PADS = {"pads_used", "pads_ready", "pads_drained_s"}
 Command = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hardened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Who hardened this process: the tests go on in it, so it is not really done."""
+    """Filled when this process would have been hardened."""
     calls: list[str] = []
     monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: calls.append("hardened"))
     return calls
@@ -196,7 +196,7 @@ def test_flags_of_checks_play_a_part_in_private_modes_only(
 )
 @pytest.mark.parametrize("protection", PRIVATE)
 def test_options_are_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, hardened: list[str], protection: str, options: dict[str, Any], words: str
+    monkeypatch: pytest.MonkeyPatch, protection: str, options: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr("tsqp.app.llm.LocalWorker", None)  # nothing is started
     if protection == "verified" and "can hold" in words:

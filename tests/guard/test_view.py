@@ -277,9 +277,9 @@ def test_the_scan_finds_a_pad_under_any_two_inputs(apart: int) -> None:
 
 
 FORK = """
-import os, sys
+import os
 import torch
-torch.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads(1)
 from tests.guard.scan import shared_pads
 from tests.guard.test_view import FEW, MODEL, PROMPT, open_llm, sent_rows, worker_that_can_go
 from tsqp.app.audit.capture import Capture
@@ -295,7 +295,7 @@ with worker_that_can_go() as (worker, _), open_llm(worker, capture) as llm:
         lock.release()
     else:
         try:
-            llm.generate(PROMPT * 10, FEW)
+            llm.generate(PROMPT, FEW)
         except PadReused as error:
             os._exit(0 if "fork" in str(error) and len(capture.messages) == sent else 2)
         os._exit(3)
@@ -306,9 +306,8 @@ print("ok", len(sent_rows(capture)))
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_forked_process_sends_nothing(threads: int) -> None:
-    command = [sys.executable, "-c", FORK, str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+def test_a_forked_process_sends_nothing() -> None:
+    """With one thread: torch's own pool of threads does not survive a fork, and waits for them for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok")

@@ -31,7 +31,7 @@ from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.layers import LayerDecoder
 from tsqp.trusted.linears import OpenLinears
-from tsqp.trusted.private import Guard, load_private_model
+from tsqp.trusted.private import Guard, compile_loops, load_private_model
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
@@ -110,6 +110,8 @@ def build_private_engine(
     model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
     if options.model_digest not in (None, model.digest):
         raise ModelMismatch(f"this model has the digest {model.digest}, not the one that was asked for")
+
+    compile_loops(masked=plan.protection.masked)
 
     def session(dial_one: Callable[[], Channel], counted: Stats) -> WorkerSession:
         return WorkerSession(

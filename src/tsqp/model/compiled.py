@@ -1,15 +1,18 @@
 """Loops that numba compiles; see ``kernels.py``, which also holds what each must equal.
 
-Arrays are uint16 that hold bfloat16, rows first. Each function does rows ``first`` to ``end``; it releases the
-interpreter lock, so that several threads can share the rows. Every intermediate that torch would round to bfloat16 is
-rounded here too, to nearest, ties to even.
+Arrays are float32, or uint16 that hold bfloat16, rows first. Each function does rows ``first`` to ``end``; it releases
+the interpreter lock, so that several threads can share the rows. Every intermediate that torch would round to bfloat16
+is rounded here too, to nearest, ties to even.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from tsqp.arith.jit import inline, kernel
 
@@ -23,24 +26,40 @@ _INFINITE = np.float32(np.inf)
 _HALF = np.uint32(0x7FFF)
 
 
-@_inline
-def _widen(bits):  # type: ignore[no-untyped-def]
-    """bfloat16 to float32: the upper half of its bits."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+def _widen(bits: Any) -> Any:
+    """An element as float32."""
+    raise NotImplementedError
+
+
+def _narrow(value: Any, like: Any) -> Any:
+    """float32 as an element of the type of ``like``; to bfloat16 ties go to even."""
+    raise NotImplementedError
+
+
+@overload(_widen, inline="always")
+def _widen_as(bits):  # type: ignore[no-untyped-def]
+    if isinstance(bits, types.Float):
+        return lambda bits: bits
+    return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)  # the upper half of its bits
+
+
+@overload(_narrow, inline="always")
+def _narrow_as(value, like):  # type: ignore[no-untyped-def]
+    if isinstance(like, types.Float):
+        return lambda value, like: np.float32(value)
+
+    def to_bfloat16(value, like):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + _HALF + odd) >> np.uint32(16))
+
+    return to_bfloat16
 
 
 @_inline
-def _narrow(value):  # type: ignore[no-untyped-def]
-    """float32 to bfloat16, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16(np.uint32(bits + _HALF + odd) >> np.uint32(16))
-
-
-@_inline
-def _round(value):  # type: ignore[no-untyped-def]
-    """float32 to the nearest bfloat16 and back."""
-    return _widen(_narrow(value))
+def _round(value, like):  # type: ignore[no-untyped-def]
+    """float32 to the nearest number that ``like`` can be, and back."""
+    return _widen(_narrow(value, like))
 
 
 @_inline
@@ -70,7 +89,7 @@ def _norm_row(x, weight, eps, out, row):  # type: ignore[no-untyped-def]
         total += value * value
     scale = _ONE / np.sqrt(total / np.float32(x.shape[1]) + np.float32(eps))
     for j in range(x.shape[1]):
-        out[row, j] = _narrow(_round(_widen(x[row, j]) * scale) * _widen(weight[j]))
+        out[row, j] = _narrow(_round(_widen(x[row, j]) * scale, weight[j]) * _widen(weight[j]), weight[j])
 
 
 @_kernel
@@ -85,7 +104,7 @@ def add_rms_norm(hidden, y, weight, eps, out, first, end):  # type: ignore[no-un
     """hidden, y, out (T, n), weight (n,); hidden becomes hidden + y."""
     for row in range(first, end):
         for j in range(hidden.shape[1]):
-            hidden[row, j] = _narrow(_widen(hidden[row, j]) + _widen(y[row, j]))
+            hidden[row, j] = _narrow(_widen(hidden[row, j]) + _widen(y[row, j]), y[row, j])
         _norm_row(hidden, weight, eps, out, row)
 
 
@@ -95,8 +114,8 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
     n = out.shape[1]
     for row in range(first, end):
         for j in range(n):
-            gate = _widen(gate_up[row, j])
-            out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate))) * _widen(gate_up[row, n + j]))
+            gate, up = _widen(gate_up[row, j]), gate_up[row, n + j]
+            out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate)), up) * _widen(up), up)
 
 
 @_kernel
@@ -109,9 +128,9 @@ def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-u
             high_column = low_column + half
             for j in range(half):
                 low, high = _widen(x[row, low_column + j]), _widen(x[row, high_column + j])
-                out[head, position + row, j] = _narrow(
-                    _round(low * _widen(cos[row, j])) - _round(high * _widen(sin[row, j]))
-                )
+                c, s = cos[row, j], sin[row, j]
+                out[head, position + row, j] = _narrow(_round(low * _widen(c), c) - _round(high * _widen(s), s), c)
+                c, s = cos[row, half + j], sin[row, half + j]
                 out[head, position + row, half + j] = _narrow(
-                    _round(high * _widen(cos[row, half + j])) + _round(low * _widen(sin[row, half + j]))
+                    _round(high * _widen(c), c) + _round(low * _widen(s), s), c
                 )

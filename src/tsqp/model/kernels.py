@@ -1,9 +1,9 @@
 """The element-wise operators of a layer, each in one pass over memory.
 
-torch makes a pass for every step of a norm or a rotation; here each is one loop, compiled by numba for bfloat16 on the
-CPU. ``TorchKernels`` says plainly what is computed, for every dtype and device, and the tests hold the two together.
-Results go straight where they are needed: ``out`` may be memory that a transport sends from, keys and values go into
-the cache.
+torch makes a pass for every step of a norm or a rotation; here each is one loop, compiled by numba for bfloat16 and
+float32 on the CPU. ``TorchKernels`` says plainly what is computed, for every dtype and device, and the tests hold the
+two together. Results go straight where they are needed: ``out`` may be memory that a transport sends from, keys and
+values go into the cache.
 
 numba compiles when it first sees a function, about a second in all; ``tsqp.arith.jit`` can keep the compiled code.
 """
@@ -69,7 +69,7 @@ class TorchKernels:
 
 
 class CompiledKernels:
-    """The same for bfloat16 on the CPU, compiled. bfloat16 travels as uint16, which numba knows."""
+    """The same for bfloat16 and float32 on the CPU, compiled. bfloat16 travels as uint16, which numba knows."""
 
     def __init__(self) -> None:
         from tsqp.model import compiled
@@ -106,13 +106,13 @@ class CompiledKernels:
 
 
 def bits(tensor: torch.Tensor) -> Any:
-    """A bfloat16 tensor's memory as a numpy array of uint16."""
-    return tensor.view(torch.uint16).numpy()
+    """A tensor's memory as numpy has it: float32, or uint16 for bfloat16."""
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
 
 
 def pick_kernels(dtype: torch.dtype, device: str | torch.device = "cpu", *, compiled: bool = True) -> Kernels:
-    """Compiled kernels for bfloat16 on the CPU unless told otherwise, else torch's."""
-    if compiled and dtype == torch.bfloat16 and torch.device(device).type == "cpu":
+    """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's."""
+    if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
         return _compiled_kernels()
     return TorchKernels()
 

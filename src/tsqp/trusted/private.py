@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from tsqp.arith.field import P
@@ -17,6 +18,7 @@ from tsqp.model.block import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.spec.groups import GroupKey, GroupName, group_keys
 from tsqp.trusted.filler import PadFiller
+from tsqp.trusted.guard.kernels import accept, send
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.session import WorkerSession
@@ -96,6 +98,17 @@ def load_private_model(
     for name, digest in sorted(digests.hexdigests().items()):
         whole.update(f"{name}={digest}\n".encode())
     return PrivateModel(groups, digests.hexdigests(), whole.hexdigest())
+
+
+def compile_loops(*, masked: bool) -> None:
+    """Have numba compile the guard's loops now, by one tiny product, so that no call waits for it."""
+    like, item = torch.zeros(2, 8), np.uint32 if masked else np.int16
+    wide, narrow = np.zeros((2, 8), np.uint32), np.zeros((2, 1), np.uint32)
+    ones, verdicts = np.ones(8, np.float32), np.zeros(2, np.uint8)
+    pads = wide.copy() if masked else np.zeros((2, 0), np.uint32)
+    line = np.frombuffer(bytearray(16 * np.dtype(item).itemsize), item).reshape(2, 8)
+    send(like.numpy(), np.float32(1), wide[:1], masked, pads, line, ones[:2], narrow, verdicts, 0, 2)
+    accept(wide.copy(), wide[:1], narrow, masked, pads, ones[:2], ones, ones, like.numpy(), verdicts, 0, 2)
 
 
 def _take(whole: hashlib._Hash, tensors: Iterable[torch.Tensor]) -> None:
