@@ -141,10 +141,10 @@ def quality_lines() -> list[str]:
     if result is None:
         return []
     modes = [(name, result["modes"][name]) for name in QUALITY if name in result["modes"]]
+    model = MODELS.get(result["model"], result["model"])
     figures = [f"{mode['perplexity']:.3f} ({mode['ratio']:.4f}×)" for _, mode in modes]
     return [
-        f"Quality, perplexity of {modes[0][1]['tokens']} tokens of prose, {MODELS[result['model']]} "
-        "(`python -m benchmarks.quality`):",
+        f"Quality, perplexity of {modes[0][1]['tokens']} tokens of prose, {model} (`python -m benchmarks.quality`):",
         "",
         f"| {' | '.join(name for name, _ in modes)} |",
         f"|{'---|' * len(modes)}",

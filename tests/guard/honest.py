@@ -17,7 +17,7 @@ from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import TeeSource
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.wire.messages import Product
+from tsqp.wire.messages import Call, Product
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -44,8 +44,10 @@ class HonestLine:
         self._raise_if_dead()
         return self.memory(size)
 
-    def ask(self, kind: str, call: Product, payload: memoryview, reply_bytes: int) -> HonestReply:
+    def ask(self, kind: str, call: Call, payload: memoryview, reply_bytes: int) -> HonestReply:
         self._raise_if_dead()
+        if not isinstance(call, Product):
+            raise AssertionError(f"the worker is asked for products, not for {call}")
         x = np.frombuffer(payload, np.uint32 if call.digits == 4 else np.int16).reshape(call.rows, -1).copy()
         self.sent.append(x)
         product = x.astype(np.int64) @ self._weights[call.group, call.layer].T % P  # below 2³¹·127·K: fits
@@ -56,7 +58,7 @@ class HonestLine:
         return HonestReply(self, reply)
 
     def fail(self, error: ChannelError) -> None:
-        self.dead = error
+        self.dead = self.dead or error
 
     def _raise_if_dead(self) -> None:
         if self.dead is not None:
@@ -70,7 +72,7 @@ class HonestReply:
 
     def wait(self) -> memoryview:
         self._line._raise_if_dead()
-        return memoryview(self.reply).cast("B")
+        return self.reply.data.cast("B")
 
 
 def small_weights(columns: int = 48, rows: int = 40) -> dict[GroupKey, torch.Tensor]:

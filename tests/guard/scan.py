@@ -41,5 +41,5 @@ def shared_pads(seen: Sequence[Array], within: int = WITHIN) -> list[tuple[int, 
 
 def _distance(a: Array, b: Array) -> Array:
     """|a - b| centred mod p."""
-    difference = (a - b) % P
-    return np.minimum(difference, P - difference)
+    difference: Array = (a - b) % P
+    return np.asarray(np.minimum(difference, P - difference))

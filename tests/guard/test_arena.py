@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from tests.conftest import StartWorker
 from tests.guard.test_view import MODEL
 from tsqp import LLM, SamplingParams
 from tsqp.app.guard_options import GuardOptions
+from tsqp.arith.expand import expand
 from tsqp.arith.field import P
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.wire.channel import Channel, Frames
@@ -20,35 +20,43 @@ from tsqp.wire.channel import Channel, Frames
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+PAGE = 4096
+
+
 class Watching:
-    """See Channel. Looks at the whole arena whenever something is sent or has arrived."""
+    """See Channel. Looks at all of the arena that was ever in use, whenever something is sent or has arrived."""
 
     def __init__(self, channel: Any) -> None:
-        self.seen: set[bytes] = set()  # pages and the ones after them, so that no row is cut
+        self.seen: set[bytes] = set()  # each page with the one after it, so that no row is cut
         self._channel = channel
+        self._end = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
+    def reserve(self, size: int) -> memoryview:
+        memory: memoryview = self._channel.reserve(size)
+        self._note(memory)
+        return memory
+
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
-        self.look()
+        self._look()
         self._channel.send(frames, reply_bytes)
-        self.look()
 
     def receive(self, deadline_s: float) -> Frames:
         frames: Frames = self._channel.receive(deadline_s)
-        self.look()
+        for tensor in frames.tensors:
+            self._note(tensor)
+        self._look()
         return frames
 
-    def look(self) -> None:
-        segment, end, page = self._channel._segment, 0, 4096
-        while True:
-            try:
-                start = os.lseek(segment.fd, end, os.SEEK_DATA)  # the arena is large, and mostly not there
-            except OSError:
-                return
-            end = os.lseek(segment.fd, start, os.SEEK_HOLE)
-            self.seen |= {segment.memory[place : place + 2 * page] for place in range(start, end, page)}
+    def _note(self, tensor: memoryview) -> None:
+        region = self._channel._arena.region_of(tensor)
+        self._end = max(self._end, region.offset + region.size)
+
+    def _look(self) -> None:
+        memory = self._channel._segment.memory
+        self.seen |= {memory[place : place + 2 * PAGE] for place in range(0, self._end + 16 * PAGE, PAGE)}
 
 
 def forms(row: Array) -> list[bytes]:
@@ -61,7 +69,7 @@ def forms(row: Array) -> list[bytes]:
 def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
     """Every row of every secret of a call from now on, by name; and of what is sent."""
     found: dict[str, list[bytes]] = defaultdict(list)
-    real_send, real_accept, real_expand, real_supply = kernels.send, kernels.accept, pads.expand, pads.PadBlock.supply
+    real_send, real_accept, real_supply = kernels.send, kernels.accept, pads.PadBlock.supply
 
     def send(
         x: Array, limit: Any, folded: Array, masked: bool, r: Array, out: Array, scales: Array, *rest: Any
@@ -80,8 +88,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
         found["check vectors"] += [row.tobytes() for row in secrets]
         found["product"] += [row.tobytes() for row in reply]  # unmasked in place
 
-    def expand(stream: Any, out: Array) -> None:
-        real_expand(stream, out)
+    def expand_and_record(stream: Any, out: Array) -> None:
+        expand(stream, out)
         found["pads"] += [row.tobytes() for row in out]
 
     def supply(block: Any, products: Array) -> None:
@@ -92,8 +100,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
     for owner, name, with_record in (
         (kernels, "send", send),
         (kernels, "accept", accept),
-        (pads, "expand", expand),
-        (pool, "expand", expand),
+        (pads, "expand", expand_and_record),
+        (pool, "expand", expand_and_record),
         (pads.PadBlock, "supply", supply),
     ):
         monkeypatch.setattr(owner, name, with_record)
@@ -111,6 +119,7 @@ def test_the_arena_holds_no_secret(protection: str, start_worker: StartWorker, m
     address = start_worker(MODEL, "shm", dtype="field")
     options = GuardOptions(pads_ahead=0) if protection == "masked" else None
     with LLM(MODEL, protection=protection, worker=address, guard=options, wrap_channel=watch) as llm:
+        found.clear()  # of compiling the loops, on rows of zeros
         llm.generate([[3, 4, 5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
     (channel,) = channels
     arena = b"|".join(channel.seen)

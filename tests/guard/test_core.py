@@ -14,6 +14,7 @@ from tests.guard.honest import KEY, HonestLine, activations, guarded, masked, se
 from tests.guard.scan import shared_pads
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream
 from tsqp.arith.field import P
+from tsqp.arith.loops import quantise_row
 from tsqp.errors import ChannelError, CheckFailed, PadError, PadReused, ProductMismatch, ReplyRangeError
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import VerifiedLinears
@@ -33,7 +34,8 @@ def plain_product(x: Array, limit: int) -> Array:
     """The formula of docs/masking.md §1, for scales s_w of 1 and no bias: float32 (R, N)."""
     scales = np.abs(x).max(axis=1) / np.float32(limit)
     digits = np.clip(np.round(x / scales[:, None]), -limit, limit).astype(np.int64)
-    return (digits @ WEIGHTS[KEY].numpy().astype(np.int64).T).astype(np.float32) * scales[:, None]
+    exact: Array = digits @ WEIGHTS[KEY].numpy().astype(np.int64).T
+    return np.asarray(exact.astype(np.float32) * scales[:, None])
 
 
 @MODES
@@ -112,7 +114,8 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     x = activations(ROWS)
     asked = linears.start(KEY, x)
     reply: Array = asked.reply.reply  # type: ignore[attr-defined]
-    real, calls = kernels.accept, []
+    real = kernels.accept
+    calls: list[int] = []
 
     def accept(unchecked_y: Array, *rest: Any) -> None:
         assert not np.shares_memory(unchecked_y, reply)
@@ -151,7 +154,7 @@ def test_no_activation_leaves_its_bound_whatever_its_scale() -> None:
     """For finite rows the clamp changes nothing; the proof of no overflow rests on it and not on that."""
     digits = np.empty(4, np.int32)
     row = np.array([1000, -1000, 0.5, 1], np.float32).view(Unsteady)
-    loop = getattr(kernels._quantise, "py_func", kernels._quantise)  # as Python, compiled or not
+    loop = getattr(quantise_row, "py_func", quantise_row)  # as Python, compiled or not
     loop(row, np.float32(127), digits)
     assert digits.tolist() == [127, -127, 64, 127]  # 63.5 to the even one
 

@@ -53,7 +53,7 @@ def quantised(row: Array, limit: int) -> tuple[list[int], np.float32]:
     return [max(-limit, min(limit, int(np.round(value / scale)))) for value in row], scale
 
 
-def bits(values: Array) -> Array:
+def bits(values: Any) -> Array:
     return np.asarray(values, np.float32).view(np.uint32)
 
 

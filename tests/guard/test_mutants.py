@@ -93,11 +93,11 @@ MUTANTS = [
     mutant("keys stay", ERASED, ("pads.py", "if self._pads is not None and self._products is not None:", "if False:")),
     mutant("used pads stay", ERASED, ("kernels.py", "pads[row, i] = ERASED", "pass")),
     mutant("products of used pads stay", ERASED, ("kernels.py", "products[row, j] = ERASED", "pass")),
-    mutant("no pad is added", PADS_DIFFER, ("kernels.py", "_reduce(np.uint32(pads[row, i] + field[i]))", "field[i]")),
+    mutant("no pad is added", PADS_DIFFER, ("kernels.py", "_reduce(np.uint32(pad + field[i]))", "field[i]")),
     mutant(
         "an erased pad masks",
         "test_an_erased_pad_masks_nothing",
-        ("kernels.py", "erased |= np.uint32(pads[row, i] >= _P)", "erased |= np.uint32(0)"),
+        ("kernels.py", "erased |= np.uint32(pad >= _P)", "erased |= np.uint32(0)"),
     ),
     mutant(
         "a verdict on what is sent is ignored",
@@ -134,7 +134,7 @@ MUTANTS = [
     mutant(
         "no clamp",
         "test_no_activation_leaves_its_bound_whatever_its_scale",
-        ("kernels.py", "np.int32(min(max(nearest, -limit), limit))", "np.int32(nearest)"),
+        ("../../arith/loops.py", "min(max(nearest, -levels), levels)", "nearest"),
     ),
     mutant(
         "x' is read back",
@@ -148,7 +148,12 @@ MUTANTS = [
     ),
     mutant("vectors stay after a failure", AFTERWARDS, ("linears.py", "self.close()  #", "pass  #")),
     mutant("vectors are not overwritten", AFTERWARDS, ("weights.py", "self.secrets.fill(0)", "pass")),
-    mutant("the session goes on after a failure", AFTERWARDS, ("linears.py", "self._line.fail(", "(lambda _: None)(")),
+    mutant(
+        "the session goes on after a failure",
+        AFTERWARDS,
+        ("linears.py", "self._line.fail(error if", "(lambda _: None)(error if"),
+        ("linears.py", 'self._line.fail(ChannelClosed("the', '(lambda _: None)(ChannelClosed("the'),
+    ),
     mutant(
         "vectors are not secret",
         "test_check_vectors_are_of_one_connection_only",

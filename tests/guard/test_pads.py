@@ -116,6 +116,22 @@ def test_a_destroyed_key_is_never_expanded() -> None:
         block.pads(0, 1, 48)
 
 
+def test_a_call_that_is_closed_under_way_writes_nothing() -> None:
+    """As by another thread: its key is zeros by then, and a pad expanded from that would be known to everyone."""
+    linears, line = masked(WEIGHTS)
+    memory = bytearray(4 * 48)
+
+    def close_first(size: int) -> memoryview:
+        linears.close()
+        return memoryview(memory)
+
+    line.memory = close_first
+    with pytest.raises(PadReused):
+        linears.start(KEY, activations(1))
+    assert not any(memory)
+    assert not line.sent
+
+
 def test_closing_destroys_what_was_ready_and_what_is_used_in_part() -> None:
     linears, _ = masked(WEIGHTS)
     linears.pool.make(KEY, 2)
@@ -126,8 +142,10 @@ def test_closing_destroys_what_was_ready_and_what_is_used_in_part() -> None:
     linears.close()
     assert not any(any(block._key) for block in blocks)
     assert all(set(part.flat) == ERASED for part in arrays)
-    with pytest.raises(PadReused):
+    with pytest.raises(ChannelClosed):
         linears.start(KEY, activations(1))
+    with pytest.raises(PadReused):
+        linears.pool.take(KEY, 1)
 
 
 def test_seeds_do_not_reach_pads() -> None:
@@ -204,9 +222,8 @@ def test_an_interrupt_at_any_line_returns_no_row(rows: int) -> None:
         watched = Watched()
         linears = watched.linears
         linears.start(KEY, x).wait()  # the next call begins inside of a block
-        with interrupted_at(line) as reached:
-            with suppress(KeyboardInterrupt):
-                linears.start(KEY, x).wait()
+        with interrupted_at(line) as reached, suppress(KeyboardInterrupt):
+            linears.start(KEY, x).wait()
         if watched.line.dead is None:
             for _ in range(2):
                 assert not linears.start(KEY, x).wait().any()
@@ -241,8 +258,8 @@ def test_an_interrupt_while_waiting_ends_the_session() -> None:
     assert len(line.sent) == 2
 
 
-@pytest.mark.parametrize("where", ["reserve", "ask"])
-def test_pads_of_a_call_that_was_not_sent_are_lost(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "lost"), [("reserve", 0), ("ask", 4)])
+def test_pads_of_a_call_that_was_not_sent_are_lost(where: str, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     linears, line = masked(WEIGHTS)
     linears.start(KEY, activations(1)).wait()
 
@@ -254,10 +271,11 @@ def test_pads_of_a_call_that_was_not_sent_are_lost(where: str, monkeypatch: pyte
         with pytest.raises(RuntimeError, match=where):
             linears.start(KEY, activations(4))
     (block,) = linears.pool._stocks[KEY]
-    assert block.left == BLOCK_ROWS - 5
-    assert set(block.pads(0, 5, 48).flat) == ERASED
+    used = 1 + lost
+    assert block.left == BLOCK_ROWS - used
+    assert set(block.pads(0, used, 48).flat) == ERASED
     linears.start(KEY, activations(2)).wait()
-    assert block.left == BLOCK_ROWS - 7
+    assert block.left == BLOCK_ROWS - used - 2
 
 
 def test_pads_that_a_failed_call_had_to_itself_are_destroyed() -> None:

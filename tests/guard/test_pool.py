@@ -300,7 +300,7 @@ def test_refuse_in_a_run() -> None:
         assert filler is not None
         filler.fill()
         with pytest.raises(PadsExhausted):
-            llm.generate(random_tokens(33), SamplingParams(max_tokens=1))
+            llm.generate(random_tokens(200), SamplingParams(max_tokens=1))
         assert worker.products == 0
         first = llm.generate(random_tokens(20), SamplingParams(max_tokens=1))[0]
         filler.fill()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from tsqp.app.audit.capture import Capture, CapturedChannel
 from tsqp.app.audit.uniformity import uniformity_p
 from tsqp.app.audit.view import WordRows
 from tsqp.app.guard_options import GuardOptions
+from tsqp.arith.expand import expand
 from tsqp.arith.field import P
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import ChannelError, PadError, WorkerLost
@@ -104,13 +103,11 @@ def test_a_fixed_input_is_as_uniform(value: float) -> None:
 
 @pytest.mark.parametrize("fault", ["no pads", "half of the field", "a bit that never changes"])
 def test_masks_that_are_not_uniform_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pads.expand
-
-    def expand(stream: Any, out: Array) -> None:
-        real(stream, out)
+    def changed(stream: Any, out: Array) -> None:
+        expand(stream, out)
         out &= np.uint32({"no pads": 0, "half of the field": 2**30 - 1}.get(fault, P - 1 - 2**4))
 
-    monkeypatch.setattr(pads, "expand", expand)
+    monkeypatch.setattr(pads, "expand", changed)
     linears, line = masked(small_weights(columns=2048, rows=8))
     for _ in range(4):
         linears.start(KEY, torch.zeros(256, 2048))
@@ -274,40 +271,3 @@ def test_the_scan_finds_a_pad_under_any_two_inputs(apart: int) -> None:
     assert shared_pads([rows[:700], rows[700:, :20]]) == [(0, 1999)]
     rows[1999, 19] = (int(rows[0, 19]) + WITHIN + 1) % P
     assert shared_pads([rows]) == []
-
-
-FORK = """
-import os
-import torch
-torch.set_num_threads(1)
-from tests.guard.scan import shared_pads
-from tests.guard.test_view import FEW, MODEL, PROMPT, open_llm, sent_rows, worker_that_can_go
-from tsqp.app.audit.capture import Capture
-from tsqp.errors import PadReused
-capture = Capture()
-with worker_that_can_go() as (worker, _), open_llm(worker, capture) as llm:
-    llm.generate(PROMPT, FEW)
-    sent = len(capture.messages)
-    lock = llm._guard.linears.pool._lock
-    lock.acquire()  # as another thread may have done at that moment
-    child = os.fork()
-    if child:
-        lock.release()
-    else:
-        try:
-            llm.generate(PROMPT, FEW)
-        except PadReused as error:
-            os._exit(0 if "fork" in str(error) and len(capture.messages) == sent else 2)
-        os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    llm.generate(PROMPT, FEW)
-assert not shared_pads(sent_rows(capture))
-print("ok", len(sent_rows(capture)))
-"""
-
-
-def test_a_forked_process_sends_nothing() -> None:
-    """With one thread: torch's own pool of threads does not survive a fork, and waits for them for ever."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ok")

@@ -21,7 +21,7 @@ from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.errors import ModelMismatch, UnsupportedModel
+from tsqp.errors import ModelMismatch, ProductMismatch, ReplyRangeError, UnsupportedModel
 from tsqp.model.block import Norms
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.weights import GuardedGroup, activation_limit
@@ -171,10 +171,11 @@ def test_forgotten_vectors_accept_nothing() -> None:
     for key, group in groups.items():
         x = np.random.default_rng(0).integers(0, P, (4, group.in_features), dtype=np.uint32)
         y = (x.astype(np.int64) @ weights[key].numpy().astype(np.int64).T % P).astype(np.uint32)
-        assert group.products_agree(x, y)
+        group.check_products(x, y)
         group.forget()
-        assert not group.products_agree(x, y)
-        assert not group.products_agree(x, np.zeros_like(y))
+        for product in (y, np.zeros_like(y)):
+            with pytest.raises(ProductMismatch):
+                group.check_products(x, product)
 
 
 @pytest.mark.parametrize("value", [P, P + 1, 2**32 - 1])
@@ -182,9 +183,10 @@ def test_products_that_are_not_canonical_never_agree(value: int) -> None:
     groups, _ = make_groups()
     group = groups["qkv", 0]
     x, y = np.zeros((2, 40), np.uint32), np.zeros((2, 24), np.uint32)
-    assert group.products_agree(x, y)
+    group.check_products(x, y)
     y[1, 3] = value
-    assert not group.products_agree(x, y)
+    with pytest.raises(ReplyRangeError):
+        group.check_products(x, y)
 
 
 # Digests

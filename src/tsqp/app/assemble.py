@@ -110,7 +110,6 @@ def build_private_engine(
     model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
     if options.model_digest not in (None, model.digest):
         raise ModelMismatch(f"this model has the digest {model.digest}, not the one that was asked for")
-
     compile_loops(masked=plan.protection.masked)
 
     def session(dial_one: Callable[[], Channel], counted: Stats) -> WorkerSession:
@@ -145,7 +144,10 @@ def build_private_engine(
     placement = Placement(
         LocalEmbedding(table, stats, torch.float32), linears, LocalAttention(checkpoint.spec.windows, stats)
     )
-    return Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats), worker, guard
+    engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
+    if filler is not None:
+        filler.busy = engine.busy
+    return engine, worker, guard
 
 
 def _decoder(

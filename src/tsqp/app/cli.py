@@ -6,8 +6,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +15,7 @@ from tsqp import __version__
 from tsqp.app.audit.cli import audit_app
 from tsqp.app.bench.cli import bench_app
 from tsqp.app.evaluate import eval_app
-from tsqp.app.guard_options import GuardOptions
+from tsqp.app.open import open_llm
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
 from tsqp.app.trace import check_output
 from tsqp.errors import InputError, OptionError, PromptError
@@ -26,10 +24,7 @@ from tsqp.spec.protection import PROTECTIONS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tsqp.app.llm import LLM
-    from tsqp.app.plan import Plan
     from tsqp.trusted.sampling_params import SamplingParams
-    from tsqp.wire.transport.keys import ClientKeys
 
 OPTION = re.compile(r"--?\w[\w-]{0,30}")
 
@@ -267,58 +262,6 @@ def _sampling_params(options: SamplingOptions) -> SamplingParams:
     from tsqp.trusted.sampling_params import SamplingParams
 
     return SamplingParams(**vars(options))
-
-
-def open_llm(options: RunOptions) -> LLM:
-    """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
-    from tsqp.app.llm import LLM
-    from tsqp.app.pads import pads_bar
-
-    guard = replace(options.guard, own_key=options.key if options.guard.dealer_key is not None else None)
-    with pads_bar(_stderr()) as progress:
-        return LLM(
-            options.model,
-            protection=options.protection,
-            guard=guard if PROTECTIONS[options.protection].checked else None,
-            partition=options.partition,
-            worker=options.worker,
-            device=options.device,
-            dtype=options.dtype,
-            wire_dtype=options.wire_dtype,
-            prefill_chunk=options.prefill_chunk,
-            micro_batches=options.micro_batches,
-            compiled_kernels=options.compiled_kernels,
-            kernel_cache=options.kernel_cache,
-            compiled_worker=options.compile,
-            threads=len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
-            deadline_s=options.deadline,
-            security=_client_keys(options),
-            insecure_plain_tcp=options.insecure_plain_tcp,
-            announce=partial(_state_mode, guard),
-            pads_progress=progress,
-        )
-
-
-def _state_mode(guard: GuardOptions, plan: Plan) -> None:
-    """One line on standard error: what the worker may learn; one more where a dealer could collude with it."""
-    protection, console = plan.protection, _stderr()
-    line = f"protection {protection.name}: the worker sees {protection.worker_sees}"
-    warn = protection.uses_worker and not protection.checked
-    console.print(f"warning: {line}" if warn else line, style="yellow" if warn else "dim", soft_wrap=True)
-    if guard.dealer is not None and guard.dealer_no_separation:
-        line = f"warning: no separation: whoever runs the worker may read the line to the dealer {guard.dealer}"
-        console.print(line, style="yellow", soft_wrap=True, markup=False)
-
-
-def _client_keys(options: RunOptions) -> ClientKeys | None:
-    """The keys for a tcp worker; this side's own may be for a dealer alone. Raises OptionError, AddressError."""
-    if options.worker_key is None and (options.key is None or options.guard.dealer_key is not None):
-        return None
-    if options.key is None or options.worker_key is None:
-        raise OptionError("--key and --worker-key go together: this side's secret key, and the worker's public one")
-    from tsqp.wire.transport.keys import ClientKeys, load_public, load_secret
-
-    return ClientKeys(load_secret(options.key), load_public(options.worker_key))
 
 
 def _stderr() -> Console:

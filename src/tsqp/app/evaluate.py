@@ -50,7 +50,7 @@ def perplexity(
     """Measure the perplexity of a text: e to the mean negative log probability of each token after those before it."""
     from rich.console import Console
 
-    from tsqp.app.cli import open_llm
+    from tsqp.app.open import open_llm
     from tsqp.app.report import announce
 
     words = _read(text)

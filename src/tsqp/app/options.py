@@ -132,7 +132,7 @@ Dtype = Annotated[
     AskedDtype,
     Parameter(
         env_var=["TSQP_DTYPE", "LLAMA_DTYPE"],
-        help="What both sides compute in; int8: the worker's linear layers, everything else in bfloat16.",
+        help="What both sides compute in, at open and local; int8: the worker's linear layers, the rest in bfloat16.",
     ),
 ]
 Threads = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tsqp.errors import NumericError, PromptError
+from tsqp.errors import InputError, NumericError, PromptError
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps, run
 from tsqp.spec.model import ModelSpec
@@ -57,10 +58,15 @@ class Engine:
     eos_token_ids: tuple[int, ...]
     stats: Stats
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
+    _process: int = field(default_factory=os.getpid)
 
     @property
     def spec(self) -> ModelSpec:
         return self.decoder.spec
+
+    def busy(self) -> bool:
+        """Whether a forward pass is under way."""
+        return self._one_at_a_time.locked()
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
@@ -122,7 +128,9 @@ class Engine:
         return logits
 
     def _run(self, batch: Batch[Any]) -> torch.Tensor:
-        """One forward pass; the passes of several threads take turns."""
+        """One forward pass; the passes of several threads take turns. Raises InputError in a forked process."""
+        if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
+            raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
         with self._one_at_a_time, torch.inference_mode():
             return run(self.decoder.forward(batch))
 

@@ -42,12 +42,17 @@ def block_bytes(out_features: int) -> int:
 
 
 class PadFiller:
-    """Keeps a pool filled to its targets. ``start`` begins a thread; without it nothing happens but by ``fill``."""
+    """Keeps a pool filled to its targets. ``start`` begins a thread; without it nothing happens but by ``fill``.
+
+    ``busy`` tells whether a forward pass is under way: a call of a large model may take longer than ``IDLE_S``.
+    """
 
     def __init__(self, pool: PadPool, blocks: Mapping[GroupKey, int]) -> None:
+        self.busy: Callable[[], bool] = lambda: False
         self.blocks = {key: count for key, count in blocks.items() if count}
         self._pool = pool
         self._stop = threading.Event()
+        self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tsqp-pads", daemon=True)
 
     def start(self) -> None:
@@ -89,15 +94,18 @@ class PadFiller:
 
     def _make_some(self, idle: bool) -> bool:
         """Make a few blocks of the group that needs them most; whether there was one."""
-        ready = {key: self._pool.ready(key) // BLOCK_ROWS for key in self.blocks}
-        wanting = [key for key in ready if ready[key] < self.blocks[key] and (idle or self._runs_out(key))]
-        if not wanting or self._stop.is_set():
-            return False
-        key = min(wanting, key=lambda key: ready[key] / self.blocks[key])
-        self._pool.make(key, min(self.blocks[key] - ready[key], MAKE_BLOCKS if idle else 2))
-        return True
+        with self._one_at_a_time:
+            ready = {key: self._pool.ready(key) // BLOCK_ROWS for key in self.blocks}
+            wanting = [key for key in ready if ready[key] < self.blocks[key] and (idle or self._runs_out(key))]
+            if not wanting or self._stop.is_set():
+                return False
+            key = min(wanting, key=lambda key: ready[key] / self.blocks[key])
+            self._pool.make(key, min(self.blocks[key] - ready[key], MAKE_BLOCKS if idle else 2))
+            return True
 
     def _is_idle(self) -> bool:
+        if self.busy():
+            return False
         last = max((when for when, _ in list(self._pool.recent.values())), default=0.0)
         return time.monotonic() - last > IDLE_S
 

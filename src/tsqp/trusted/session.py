@@ -105,7 +105,7 @@ class WorkerSession:
         return self._send(kind, call, [payload], reply_bytes, time.perf_counter())
 
     def fail(self, error: ChannelError) -> None:
-        """End the session: every later call raises ``error``."""
+        """End the session: every later call raises ``error``, or what has ended it before."""
         self._die(error)
 
     def _send(
@@ -228,7 +228,7 @@ class WorkerSession:
             raise self._dead
 
     def _die(self, error: ChannelError) -> None:
-        self._dead = error
+        self._dead = self._dead or error
         self.channel.close()
 
 

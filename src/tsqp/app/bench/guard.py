@@ -18,7 +18,7 @@ from tsqp.app.bench.machine import cores, machine
 from tsqp.app.bench.pads import PadsReady, with_pads
 from tsqp.app.bench.progress import watched
 from tsqp.app.bench.workload import Workload
-from tsqp.app.cli import open_llm
+from tsqp.app.open import open_llm
 from tsqp.app.options import RunOptions
 from tsqp.app.pads import row_bytes
 from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand

@@ -15,9 +15,9 @@ from tsqp.app.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
 from tsqp.app.bench.peer import Ours, Peer
 from tsqp.app.bench.progress import watched
 from tsqp.app.bench.workload import Measured, Workload
-from tsqp.app.cli import open_llm
 from tsqp.app.guard_options import GuardOptions
 from tsqp.app.launch import LocalWorker
+from tsqp.app.open import open_llm
 from tsqp.app.options import RunOptions
 from tsqp.app.report import announce
 from tsqp.checkpoint import locate

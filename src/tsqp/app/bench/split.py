@@ -17,9 +17,9 @@ from tsqp.app.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
 from tsqp.app.bench.peer import Ours, Peer, TransformersPeer, choose_peer
 from tsqp.app.bench.progress import watched
 from tsqp.app.bench.workload import Measured, Workload
-from tsqp.app.cli import open_llm
 from tsqp.app.guard_options import GuardOptions
 from tsqp.app.llm import LLM
+from tsqp.app.open import open_llm
 from tsqp.app.options import RunOptions
 from tsqp.app.report import announce
 from tsqp.app.trace import write_trace

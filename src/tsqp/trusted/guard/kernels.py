@@ -64,8 +64,9 @@ def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first,
             field[i] = _canonical(digits[i])
         if masked and not without_pads:
             for i in range(digits.shape[0]):
-                erased |= np.uint32(pads[row, i] >= _P)
-                field[i] = _reduce(np.uint32(pads[row, i] + field[i]))
+                pad = pads[row, i]  # read once: another thread may be erasing it
+                erased |= np.uint32(pad >= _P)
+                field[i] = _reduce(np.uint32(pad + field[i]))
                 pads[row, i] = ERASED
         if not np.isfinite(scale):
             verdicts[row] = NOT_FINITE
@@ -119,8 +120,9 @@ def accept(reply, secrets, expected, masked, products, scales, w_scales, bias, o
         if verdict == OK and masked:
             erased = np.uint32(products.shape[1] != reply.shape[1])
             for j in range(products.shape[1]):
-                erased |= np.uint32(products[row, j] >= _P)
-                reply[row, j] = _reduce(np.uint32(reply[row, j] + np.uint32(_P - products[row, j])))
+                product = products[row, j]
+                erased |= np.uint32(product >= _P)
+                reply[row, j] = _reduce(np.uint32(reply[row, j] + np.uint32(_P - product)))
                 products[row, j] = ERASED
             if erased != 0:
                 verdict = ERASED_PAD

@@ -66,9 +66,10 @@ class VerifiedLinears:
 
         Raises PadsExhausted before anything is sent; PadReused, NumericError, ChannelError.
         """
+        payload = self._line.reserve(x.numel() * np.dtype(self.item).itemsize)  # raises what has ended the session
         pieces = self._pieces(key, len(x))
         try:
-            return self._send(key, x.numpy(), pieces)
+            return self._send(key, x.numpy(), pieces, payload)
         except BaseException:
             _lose(pieces)
             raise
@@ -86,6 +87,7 @@ class VerifiedLinears:
 
     def close(self) -> None:
         """Overwrite what is secret. Nothing can be asked for any more."""
+        self._line.fail(ChannelClosed("the session was closed"))  # first: no reply may meet vectors of zeros
         for group in self._groups.values():
             group.forget()
 
@@ -96,10 +98,9 @@ class VerifiedLinears:
     def _supply(self, asked: Asked) -> None:
         """Make what is missing, while the worker computes."""
 
-    def _send(self, key: GroupKey, x: Array, pieces: Sequence[Piece]) -> Asked:
-        """Quantise and mask x, float32 (R, K), into memory of the line, and ask for the product."""
+    def _send(self, key: GroupKey, x: Array, pieces: Sequence[Piece], payload: memoryview) -> Asked:
+        """Quantise and mask x, float32 (R, K), into ``payload``, memory of the line, and ask for the product."""
         group, rows = self._groups[key], len(x)
-        payload = self._line.reserve(x.size * np.dtype(self.item).itemsize)
         out = np.frombuffer(payload, self.item).reshape(x.shape)
         scales, expected = np.empty(rows, np.float32), np.empty((rows, len(group.folded)), np.uint32)
         verdicts, limit = np.full(rows, kernels.UNSEEN, np.uint8), np.float32(group.limit)

@@ -92,6 +92,8 @@ class PadBlock:
     def pads(self, first: int, rows: int, width: int) -> Array:
         """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
         if self._pads is None:
+            if not any(self._key):
+                raise PadReused("the key of a block of pads was destroyed")
             pads = np.empty((BLOCK_ROWS, width), np.uint32)
             expand(AesKeyStream(self._key), pads)
             self._pads = pads

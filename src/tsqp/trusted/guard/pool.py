@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
-from tsqp.errors import PadsExhausted, ProductMismatch, TsqpError
+from tsqp.errors import PadsExhausted, TsqpError
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
@@ -64,6 +65,7 @@ class PadPool:
         self._wait = wait
         self._ratchet = Ratchet(os.urandom(KEY_BYTES))
         self._stocks = {key: deque[PadBlock]() for key in groups}  # the first of each may be used in part
+        self._blocks = weakref.WeakSet[PadBlock]()  # all there are, also those that calls under way have
         self._lock = threading.Lock()
 
     def take(self, key: GroupKey, rows: int) -> list[Piece]:
@@ -73,8 +75,7 @@ class PadPool:
         """
         self._ratchet.refuse()  # before the lock: in a forked process nobody may be left to release it
         with self._lock:
-            if self.failure is not None:
-                raise self.failure
+            self._raise_failure()
             stock = self._stocks[key]
             missing = max(0, rows - self.ready(key))
             if missing and not self._wait:
@@ -85,7 +86,7 @@ class PadPool:
             pieces, first = [], 0
             while first < rows:
                 if not stock:
-                    stock.append(PadBlock(self._ratchet.next_key()))
+                    stock.append(self._new_block())
                 block = stock[0]
                 count = min(rows - first, block.left)
                 pieces.append(Piece(block, block.claim(count), first, first + count))
@@ -101,9 +102,11 @@ class PadPool:
             self._make(self._groups[key], missing[first : first + MAKE_BLOCKS])
 
     def make(self, key: GroupKey, count: int) -> None:
-        """Make ``count`` blocks ahead of time. Raises as ``supply``."""
+        """Make ``count`` blocks ahead of time. Raises as ``supply`` and ``take``."""
+        self._ratchet.refuse()
         with self._lock:
-            blocks = [PadBlock(self._ratchet.next_key()) for _ in range(count)]
+            self._raise_failure()
+            blocks = [self._new_block() for _ in range(count)]
         self._make(self._groups[key], blocks)
         with self._lock:
             self._stocks[key].extend(blocks)
@@ -123,10 +126,19 @@ class PadPool:
         """Destroy all pads. Closing twice is allowed."""
         with self._lock:
             self._ratchet.destroy()
+            for block in list(self._blocks):
+                block.destroy()
             for stock in self._stocks.values():
-                for block in stock:
-                    block.destroy()
                 stock.clear()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _new_block(self) -> PadBlock:
+        block = PadBlock(self._ratchet.next_key())
+        self._blocks.add(block)
+        return block
 
     def _make(self, group: GuardedGroup, blocks: Sequence[PadBlock]) -> None:
         """Give blocks their products, checked; or destroy them."""
@@ -137,12 +149,12 @@ class PadPool:
             for key, part in zip(keys, parts, strict=True):
                 expand(AesKeyStream(key), pads[part])
             unchecked = self._source.products(group, keys, pads)
-            if not group.products_agree(pads, unchecked):
-                raise ProductMismatch("products of pads are wrong: the dealer cheats, or a machine is broken")
+            group.check_products(pads, unchecked)
             for block, part in zip(blocks, parts, strict=True):
                 block.supply(unchecked[part].copy())  # so that each block's memory is its own
             unchecked.fill(ERASED)
-        except BaseException:
+        except BaseException as error:  # no second guess for a dealer: nothing is taken or made any more
+            self.failure = error if isinstance(error, TsqpError) else PadsExhausted("no pads could be made")
             for block in blocks:
                 block.destroy()
             raise

@@ -34,7 +34,7 @@ class Line(Protocol):
     def ask(self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int) -> Waiting: ...
 
     def fail(self, error: ChannelError) -> None:
-        """End the connection: every later call raises ``error``."""
+        """End the connection: every later call raises ``error``, or what has ended it before."""
 
 
 class PadSource(Protocol):

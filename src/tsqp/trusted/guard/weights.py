@@ -18,7 +18,7 @@ from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, Array, FieldWeights, P
 from tsqp.arith.loops import row_sums
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
-from tsqp.errors import UnsupportedModel
+from tsqp.errors import ProductMismatch, ReplyRangeError, UnsupportedModel
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard import kernels
 
@@ -80,12 +80,18 @@ class GuardedGroup:
     def out_features(self) -> int:
         return int(self.secrets.shape[1])
 
-    def products_agree(self, x: Array, y: Array) -> bool:
-        """Freivalds' check of y = x·Wqᵀ mod p: x uint32 (T, K), y uint32 (T, N), both private memory."""
+    def check_products(self, x: Array, y: Array) -> None:
+        """Freivalds' check of pads' products y = x·Wqᵀ mod p: x uint32 (T, K), y uint32 (T, N), both private memory.
+
+        Raises ReplyRangeError, ProductMismatch.
+        """
+        if not (y < P).all():
+            raise ReplyRangeError("products of pads are out of range: the dealer cheats, or it is broken")
         sums = [np.empty((len(x), len(self.secrets)), np.uint32) for _ in range(2)]
         for values, vectors, out in ((x, self.folded, sums[0]), (y, self.secrets, sums[1])):
             row_threads().run(kernels.fold, len(x), values, vectors, out, least=2)
-        return bool((y < P).all()) and bool((sums[0] == sums[1]).all())
+        if not (sums[0] == sums[1]).all():
+            raise ProductMismatch("products of pads are wrong: the dealer cheats, or a machine is broken")
 
     def forget(self) -> None:
         """Overwrite the check vectors, so that whatever is checked with them afterwards fails."""
