@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tsqp.app.hardening import Hardening
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.spec.dtype import DTYPE_NAMES, ComputeDtype, numeric_path
@@ -37,7 +38,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Private modes harden their process for the rest of its life; what that does is tested in processes of its own."""
-    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: None)
+    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
 
 
 def fresh_address(transport: str, name: str = "test") -> str:

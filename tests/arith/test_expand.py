@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 
 KEY = bytes(range(KEY_BYTES))
 

@@ -12,14 +12,8 @@ from hypothesis.extra.numpy import arrays
 from tsqp.arith import field
 from tsqp.arith.digits import join, split
 from tsqp.arith.digits_torch import join_torch, split_torch
-from tsqp.arith.field import (
-    MAX_CENTRED,
-    MAX_INNER,
-    MAX_SMALL,
-    Digits,
-    FieldWeights,
-    P,
-)
+from tsqp.arith.field import MAX_INNER, MAX_SMALL, Digits, FieldWeights
+from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
 from tsqp.arith.self_test import is_exact
 from tsqp.arith.tensor_cores import DeviceFieldWeights

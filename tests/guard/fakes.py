@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tests.guard.honest import HonestLine
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears

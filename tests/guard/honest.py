@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.errors import ChannelError
 from tsqp.spec.groups import GroupKey

@@ -16,7 +16,8 @@ import torch
 from tests.conftest import fresh_address
 from tests.guard.fakes import Array
 from tsqp.arith.expand import BLOCK_ROWS
-from tsqp.arith.field import FieldWeights, P
+from tsqp.arith.field import FieldWeights
+from tsqp.arith.modulus import P
 from tsqp.checkpoint import open_checkpoint
 from tsqp.untrusted.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.store import WeightStore

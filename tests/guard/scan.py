@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -13,7 +13,7 @@ from tests.guard.test_view import MODEL
 from tsqp import LLM, SamplingParams
 from tsqp.app.guard_options import GuardOptions
 from tsqp.arith.expand import expand
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.wire.channel import Channel, Frames
 

@@ -13,8 +13,8 @@ import torch
 from tests.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights, verified
 from tests.guard.scan import shared_pads
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream
-from tsqp.arith.field import P
 from tsqp.arith.loops import quantise_row
+from tsqp.arith.modulus import P
 from tsqp.errors import ChannelError, CheckFailed, PadError, PadReused, ProductMismatch, ReplyRangeError
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import VerifiedLinears
@@ -97,11 +97,12 @@ def test_another_way_to_write_the_right_number_is_out_of_range(build: Build) -> 
 def test_after_a_failure_nothing_is_checked_with_the_same_vectors(build: Build) -> None:
     linears, line = build(WEIGHTS)
     under_way = linears.start(KEY, activations(2))
+    before = [group.secrets.copy() for group in linears._groups.values()]
     line.change = lambda reply: reply.fill(0)
     with pytest.raises(CheckFailed):
         linears.start(KEY, activations(2)).wait()
     assert isinstance(line.dead, CheckFailed)
-    assert not any(group.secrets.any() for group in linears._groups.values())
+    assert not any((group.secrets == old).any() for group, old in zip(linears._groups.values(), before, strict=True))
     line.dead = None  # were the line not dead, or its death forgotten: right products are refused all the same
     with pytest.raises((ChannelError, PadError)):
         under_way.wait()

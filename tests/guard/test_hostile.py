@@ -30,7 +30,7 @@ from tests.guard.honest import HonestLine
 from tests.guard.hostile import Asked, Attack, HostileWorker, NotHereError, edited, serve
 from tsqp import LLM, SamplingParams
 from tsqp.app.guard_options import GuardOptions
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.errors import (
     ChannelError,
     CheckFailed,
@@ -85,7 +85,6 @@ def assert_nothing_left(llm: LLM) -> None:
     guard = llm._guard
     assert guard is not None
     for group in guard.linears._groups.values():
-        assert not group.secrets.any()
         assert (group.folded == 1).all()
     if guard.filler is not None:
         guard.filler.close()  # which may have been in the middle of a block

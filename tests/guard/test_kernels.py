@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.guard.honest import send
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from tests.guard.honest import KEY, OTHER, HonestLine, activations, guarded, masked, small_weights
 from tests.guard.scan import shared_pads
 from tsqp.arith.expand import BLOCK_ROWS
-from tsqp.arith.field import P
-from tsqp.errors import ChannelClosed, PadReused
+from tsqp.arith.modulus import P
+from tsqp.errors import ChannelClosed, PadReused, PadsExhausted
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
@@ -84,9 +84,13 @@ def test_a_key_is_overwritten_once_it_is_not_needed(opened_first: bool) -> None:
         block.key()
 
 
-def test_products_are_made_from_a_key_once() -> None:
+def test_a_key_is_gone_once_both_are_made_from_it() -> None:
     block = PadBlock(bytearray(ROOT))
     block.supply(np.zeros((BLOCK_ROWS, 40), np.uint32))
+    copy = block.key()
+    assert copy == ROOT
+    assert copy is not block._key  # whoever asks wipes it
+    block.pads(block.claim(1), 1, 40)
     with pytest.raises(PadReused):
         block.key()
 
@@ -230,7 +234,7 @@ def test_an_interrupt_at_any_line_returns_no_row(rows: int) -> None:
         else:
             dead += 1
             assert isinstance(watched.line.dead, ChannelClosed)
-            assert not linears._groups[KEY].secrets.any()
+            assert (linears._groups[KEY].folded == 1).all()
         assert not shared_pads([watched.written()])
         if not reached():
             break
@@ -251,15 +255,16 @@ def test_an_interrupt_while_waiting_ends_the_session() -> None:
         asked.wait()
     assert isinstance(line.dead, ChannelClosed)
     for group in linears._groups.values():
-        assert not group.secrets.any()
+        assert (group.folded == 1).all()
     for later in (other.wait, lambda: linears.start(KEY, activations(1))):
         with pytest.raises((ChannelClosed, PadReused)):
             later()
     assert len(line.sent) == 2
 
 
-@pytest.mark.parametrize(("where", "lost"), [("reserve", 0), ("ask", 4)])
-def test_pads_of_a_call_that_was_not_sent_are_lost(where: str, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["reserve", "ask"])
+def test_a_call_that_fails_before_it_is_sent(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has pads nothing is lost; with them the session ends, and all pads with it."""
     linears, line = masked(WEIGHTS)
     linears.start(KEY, activations(1)).wait()
 
@@ -270,12 +275,31 @@ def test_pads_of_a_call_that_was_not_sent_are_lost(where: str, lost: int, monkey
         patch.setattr(line, where, fail)
         with pytest.raises(RuntimeError, match=where):
             linears.start(KEY, activations(4))
-    (block,) = linears.pool._stocks[KEY]
-    used = 1 + lost
-    assert block.left == BLOCK_ROWS - used
-    assert set(block.pads(0, used, 48).flat) == ERASED
-    linears.start(KEY, activations(2)).wait()
-    assert block.left == BLOCK_ROWS - used - 2
+    if where == "reserve":
+        (block,) = linears.pool._stocks[KEY]
+        assert block.left == BLOCK_ROWS - 1
+        linears.start(KEY, activations(2)).wait()
+        return
+    assert isinstance(line.dead, ChannelClosed)
+    assert not linears.pool._stocks[KEY]
+    with pytest.raises(ChannelClosed):
+        linears.start(KEY, activations(2))
+
+
+def test_pads_run_out_in_one_of_several_products_under_way() -> None:
+    """The others would be given up, and their replies with them: the session ends."""
+    groups, line = guarded(WEIGHTS), HonestLine(WEIGHTS)
+    linears = MaskedLinears(line, groups, PadPool(groups, TeeSource(), wait=False))
+    with pytest.raises(PadsExhausted):
+        linears.start(KEY, activations(1))
+    linears.pool.make(KEY, 1)
+    linears.start(KEY, activations(1)).wait()  # nothing was under way: it went on
+    under_way = linears.start(KEY, activations(1))
+    with pytest.raises(PadsExhausted):
+        linears.start(KEY, activations(BLOCK_ROWS))
+    for call in (under_way.wait, lambda: linears.start(KEY, activations(1))):
+        with pytest.raises(ChannelClosed):
+            call()
 
 
 def test_pads_that_a_failed_call_had_to_itself_are_destroyed() -> None:

@@ -20,7 +20,7 @@ from tsqp.app.audit.uniformity import uniformity_p
 from tsqp.app.audit.view import WordRows
 from tsqp.app.guard_options import GuardOptions
 from tsqp.arith.expand import expand
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import ChannelError, PadError, WorkerLost
 from tsqp.trusted.guard import kernels, pads
@@ -220,10 +220,8 @@ def test_no_pad_is_used_twice_after_an_exception(
         trap.left = calls
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPT, FEW)
-        try:
-            assert llm.generate(PROMPT, FEW) == [expected]  # where the session is still alive
-        except (ChannelError, PadError):
-            assert step not in ("take", "claim", "expand", "mask")  # nothing had been sent
+        with pytest.raises((ChannelError, PadError)):  # the session is over, whatever had been sent
+            llm.generate(PROMPT, FEW)
     with open_llm(worker, captures[1]) as llm:
         assert llm.generate(PROMPT, FEW) == [expected]
     known = {row.tobytes() for part in written for row in part}

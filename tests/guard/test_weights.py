@@ -16,11 +16,12 @@ from tests.guard.fakes import make_groups
 from tests.guard.hostile import HostileWorker, serve, serving
 from tsqp import LLM
 from tsqp.app.guard_options import GuardOptions
-from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, FieldWeights, P
+from tsqp.arith.field import MAX_SMALL, FieldWeights
+from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.base import Checkpoint
+from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.errors import ModelMismatch, ProductMismatch, ReplyRangeError, UnsupportedModel
 from tsqp.model.block import Norms
 from tsqp.spec.groups import GroupKey
@@ -99,8 +100,8 @@ class Constant(Checkpoint):
     def fingerprint(self) -> str:
         raise NotImplementedError
 
-    def text_format(self) -> None:  # type: ignore[override]
-        raise NotImplementedError
+    def text_format(self) -> TextFormat:
+        return TextFormat("", ())
 
 
 @pytest.mark.parametrize(("columns", "why"), [(66_573, "levels"), (132_105, "132104")])

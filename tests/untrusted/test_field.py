@@ -13,7 +13,8 @@ import torch
 from tests.conftest import StartWorker
 from tests.untrusted.test_worker import CHECKPOINT, HELLO, PEER, SPEC, answer, arrival, greet
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
-from tsqp.arith.field import MAX_SMALL, P
+from tsqp.arith.field import MAX_SMALL
+from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
 from tsqp.arith.quantise import quantise_rows
 from tsqp.arith.self_test import is_exact

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.vectors import make
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.errors import UnsupportedModel
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.pads import Ratchet

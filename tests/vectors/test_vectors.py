@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.vectors import make
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 
 VERIFIER = Path(__file__).with_name("verify.py")
 SECTIONS = ("quantise", "limit", "product", "masked", "check", "expand", "ratchet")

@@ -128,23 +128,30 @@ def build_private_engine(
     linears: VerifiedLinears | MaskedLinears
     dealer = filler = None
     with ExitStack() as opened:
+        for group in model.groups.values():
+            opened.callback(group.forget)
         worker = session(dial, stats)
         opened.callback(worker.close)
         if plan.protection.masked:
-            dealer = None if dial_dealer is None else session(dial_dealer, Stats())
+            if dial_dealer is not None:
+                dealer = session(dial_dealer, Stats())
+                opened.callback(dealer.close)
             source = TeeSource() if dealer is None else DealerSource(dealer)
             pool = PadPool(model.groups, source, wait=options.pads_empty == "wait")
             filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
             linears = MaskedLinears(worker, model.groups, pool)
         else:
             linears = VerifiedLinears(worker, model.groups)
+        guard = Guard(linears, options.checks, model.digest, filler, dealer)
+        opened.callback(guard.close)
+        embedding, attention = (
+            LocalEmbedding(table, stats, torch.float32),
+            LocalAttention(checkpoint.spec.windows, stats),
+        )
+        placement = Placement(embedding, linears, attention)
+        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
         opened.pop_all()
-    guard = Guard(linears, options.checks, model.digest, filler, dealer)
     stats.guard = guard.report
-    placement = Placement(
-        LocalEmbedding(table, stats, torch.float32), linears, LocalAttention(checkpoint.spec.windows, stats)
-    )
-    engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
     if filler is not None:
         filler.busy = engine.busy
     return engine, worker, guard

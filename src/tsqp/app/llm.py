@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -107,8 +108,8 @@ class LLM:
         self._dealer = Dealer.check(self._options, worker, security)
         if announce is not None:
             announce(self.plan)
-        if self.plan.protection.checked:
-            harden_process()
+        if self.plan.protection.checked and not harden_process().undumpable:
+            warnings.warn("the memory of this process can be read by its user: PR_SET_DUMPABLE failed", stacklevel=2)
         self.stats = Stats()
         self._session: WorkerSession | None = None
         self._guard: Guard | None = None

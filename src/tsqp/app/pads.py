@@ -24,11 +24,10 @@ def row_bytes(spec: ModelSpec, *, answer: bool) -> int:
 
 def pool_bytes(spec: ModelSpec, tokens: int) -> int:
     """Memory of a pool that holds pads for ``tokens`` tokens."""
-    from tsqp.trusted.filler import block_bytes, targets
+    from tsqp.arith.expand import BLOCK_ROWS
+    from tsqp.trusted.filler import held_bytes
 
-    groups = linear_groups(spec)
-    wanted = targets(spec, tokens, 1 << 62)
-    return sum(count * block_bytes(groups[key[0]].out_features) for key, count in wanted.items())
+    return held_bytes(spec, -(-tokens // BLOCK_ROWS))
 
 
 def check_pool(spec: ModelSpec, options: GuardOptions) -> None:

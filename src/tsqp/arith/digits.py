@@ -8,12 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from tsqp.arith.jit import kernel
+from tsqp.arith.modulus import MAX_CENTRED, P
 
-_P = np.int64(2**31 - 1)
-_HALF = np.int64(2**30 - 1)  # (p - 1) / 2
+_P = np.int64(P)
+_HALF = np.int64(MAX_CENTRED)
 _OFFSET = np.int64(0x80808080)  # 128 for each digit: the bytes of v + offset are the balanced digits of v, plus 128
 _SHIFT = np.int64(31)
-_MULTIPLE = np.int64((2**31 - 1) << 26)  # of p, larger than any sum below: makes it positive
+_MULTIPLE = np.int64(P << 26)  # of p, larger than any sum below: makes it positive
 
 
 @kernel

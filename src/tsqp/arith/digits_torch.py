@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-P = 2**31 - 1
+from tsqp.arith.modulus import MAX_CENTRED, P
 
 
 def split_torch(x: torch.Tensor, digits: int) -> torch.Tensor:
     """The digits of x (T, K), each plus 128: uint8 (digits, T, K)."""
     values = x.long()
-    values = torch.where(values > (P - 1) // 2, values - P, values) + 0x80808080
+    values = torch.where(values > MAX_CENTRED, values - P, values) + 0x80808080
     return torch.stack([(values >> 8 * digit & 255).to(torch.uint8) for digit in range(digits)])
 
 

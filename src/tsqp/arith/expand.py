@@ -12,7 +12,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from tsqp.arith.digits import clear_top_bits
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 
 KEY_BYTES = 32
 BLOCK_ROWS = 16  # rows of a pad block: they share a key, so they are expanded together

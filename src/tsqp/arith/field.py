@@ -16,8 +16,6 @@ from tsqp.arith.digits import join, split
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
 
-P = 2**31 - 1
-MAX_CENTRED = (P - 1) // 2
 MAX_SMALL = 127 * 256 + 127  # the largest number of two balanced digits
 MAX_INNER = 132_104  # 128 · 127 · 132,104 < 2³¹: no sum of products of digits leaves int32
 

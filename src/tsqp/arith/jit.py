@@ -5,6 +5,7 @@ What lies in the cache is code that this process loads, so the directory must be
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,19 @@ Loop = Callable[..., Any]
 
 
 def enable_cache(directory: Path) -> None:
-    """Keep compiled loops in ``directory``, made with mode 0700. For those whose modules are imported afterwards."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ[_CACHE] = str(directory)
+    """Keep compiled loops in ``directory``, made with mode 0700. For those whose modules are imported afterwards.
+
+    In a folder named after their sources: numba does not notice a change in what another module's loop puts in.
+    """
+    own = directory / hashlib.sha256(b"".join(path.read_bytes() for path in _loops())).hexdigest()[:16]
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ[_CACHE] = str(own)
+
+
+def _loops() -> list[Path]:
+    """The modules of this package that have loops."""
+    package = Path(__file__).parents[1]
+    return [path for path in sorted(package.rglob("*.py")) if b"arith.jit import" in path.read_bytes()]
 
 
 def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:

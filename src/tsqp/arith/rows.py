@@ -25,7 +25,7 @@ class RowThreads:
         try:
             work(*arguments, edges[0], edges[1])
         finally:
-            wait(others)  # they write to memory of the caller: never leave one behind, whatever fails
+            wait(others)  # they write to memory of the caller: none is left behind when another fails
         for other in others:
             other.result()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
@@ -21,19 +22,18 @@ IDLE_S = 0.05  # without a call for so long, the cores are free
 
 def targets(spec: ModelSpec, ahead: int, memory: int) -> dict[GroupKey, int]:
     """Blocks to keep ready of each group: pads for at most ``ahead`` tokens, and at most ``memory`` bytes."""
+    wanted = range(-(-ahead // BLOCK_ROWS) + 1)
+    return _blocks(spec, bisect_right(wanted, memory, key=lambda count: held_bytes(spec, count)) - 1)
+
+
+def held_bytes(spec: ModelSpec, count: int) -> int:
+    """Memory of a pool that keeps ``count`` blocks of each group of the layers."""
     groups = linear_groups(spec)
+    return sum(blocks * block_bytes(groups[key[0]].out_features) for key, blocks in _blocks(spec, count).items())
 
-    def of(tokens: int) -> dict[GroupKey, int]:
-        return {
-            key: -(-(min(tokens, HEAD_ROWS) if key[1] is None else tokens) // BLOCK_ROWS) for key in group_keys(spec)
-        }
 
-    for tokens in range(-(-ahead // BLOCK_ROWS) * BLOCK_ROWS, 0, -BLOCK_ROWS):
-        wanted = of(tokens)
-        held = sum(count * block_bytes(groups[key[0]].out_features) for key, count in wanted.items())
-        if held <= memory:
-            return wanted
-    return of(0)
+def _blocks(spec: ModelSpec, count: int) -> dict[GroupKey, int]:
+    return {key: min(count, HEAD_ROWS // BLOCK_ROWS) if key[1] is None else count for key in group_keys(spec)}
 
 
 def block_bytes(out_features: int) -> int:
@@ -86,7 +86,7 @@ class PadFiller:
             try:
                 if not self._make_some(idle=self._is_idle()):
                     self._stop.wait(IDLE_S)
-            except (TsqpError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # whatever it is, the run must hear of it
                 if not isinstance(error, TsqpError):
                     error = PadsExhausted(f"no pads could be made: {error}")
                 self._pool.failure = error

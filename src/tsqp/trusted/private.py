@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from tsqp.arith.field import P
+from tsqp.arith.field import FieldWeights
+from tsqp.arith.modulus import P
+from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.model.block import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.spec.groups import GroupKey, GroupName, group_keys
 from tsqp.trusted.filler import PadFiller
-from tsqp.trusted.guard.kernels import accept, send
+from tsqp.trusted.guard.kernels import accept, fold, send
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.session import WorkerSession
@@ -28,7 +31,7 @@ from tsqp.trusted.session import WorkerSession
 class PrivateModel:
     """``groups``: what the guard holds. ``digests``: SHA-256 of each group's 8-bit weights, which a worker must have.
 
-    ``digest``: SHA-256 of those and of everything else that this side computes with.
+    ``digest``: SHA-256 of those and of everything else that this side loads; see ``ModelDigest``.
     """
 
     groups: Mapping[GroupKey, GuardedGroup]
@@ -50,9 +53,8 @@ class Guard:
         """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
         figures: dict[str, object] = {
             "checks": self.linears.checks,
-            "soundness_bits": round(
-                self.check_vectors * math.log2(P), 2
-            ),  # a wrong product passes with 2 to minus this
+            # A wrong product goes unnoticed, in the whole session, with probability 2 to minus this.
+            "soundness_bits": round(self.check_vectors * math.log2(P), 2),
             "model_digest": self.model_digest,
         }
         if isinstance(self.linears, MaskedLinears) and self.filler is not None:
@@ -68,11 +70,12 @@ class Guard:
 
     def close(self) -> None:
         """Destroy pads and check vectors, and leave the dealer. Closing twice is allowed."""
-        if self.filler is not None:
-            self.filler.close()
-        self.linears.close()
-        if self.dealer is not None:
-            self.dealer.close()
+        with ExitStack() as closing:  # from the last to the first, whatever happens on the way
+            if self.dealer is not None:
+                closing.callback(self.dealer.close)
+            if self.filler is not None:
+                closing.callback(self.filler.close)  # may wait for a dealer
+            self.linears.close()
 
 
 def load_private_model(
@@ -84,20 +87,43 @@ def load_private_model(
     """
     kernel = pick_kernel(torch.device("cpu"))
     digests = GroupDigests()
-    whole = hashlib.sha256(json.dumps(asdict(checkpoint.spec), sort_keys=True).encode())
+    whole = ModelDigest(checkpoint)
     groups: dict[GroupKey, GuardedGroup] = {}
     for key in group_keys(checkpoint.spec):
         loaded = load_quantised_group(checkpoint, key)
         digests.add(key, loaded.wq)
-        _take(whole, (loaded.scales, *(() if loaded.bias is None else (loaded.bias,))))
+        whole.add(f"{key} scales", loaded.scales)
+        whole.add(f"{key} bias", loaded.bias)
         groups[key] = GuardedGroup.of(
             key, loaded.wq, loaded.scales, loaded.bias, kernel, checks=checks, keep_weights=keep_weights
         )
-    layer_norms = (w for layer in norms.layers for w in (layer.attention, layer.mlp, layer.q, layer.k) if w is not None)
-    _take(whole, (embedding, *layer_norms, norms.final))
-    for name, digest in sorted(digests.hexdigests().items()):
-        whole.update(f"{name}={digest}\n".encode())
-    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest())
+    for index, layer in enumerate(norms.layers):
+        for name, weight in vars(layer).items():
+            whole.add(f"layer {index} norm {name}", weight)
+    whole.add("final norm", norms.final)
+    whole.add("embedding", embedding)
+    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest(digests.hexdigests()))
+
+
+class ModelDigest:
+    """SHA-256 over all that this side loads: shape, tokenizer, chat template, every tensor with its name and type."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        said = {"spec": asdict(checkpoint.spec), "text": asdict(checkpoint.text_format())}
+        self._hash = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+
+    def add(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Take one tensor, or that there is none."""
+        if tensor is None:
+            self._hash.update(f"\n{name}: none\n".encode())
+            return
+        self._hash.update(f"\n{name}: {tensor.dtype} {list(tensor.shape)}\n".encode())
+        self._hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def hexdigest(self, groups: Mapping[GroupName, str]) -> str:
+        """With the digests of the 8-bit weights: 64 hex digits."""
+        self._hash.update(json.dumps(groups, sort_keys=True).encode())
+        return self._hash.hexdigest()
 
 
 def compile_loops(*, masked: bool) -> None:
@@ -109,8 +135,7 @@ def compile_loops(*, masked: bool) -> None:
     line = np.frombuffer(bytearray(16 * np.dtype(item).itemsize), item).reshape(2, 8)
     send(like.numpy(), np.float32(1), wide[:1], masked, pads, line, ones[:2], narrow, verdicts, 0, 2)
     accept(wide.copy(), wide[:1], narrow, masked, pads, ones[:2], ones, ones, like.numpy(), verdicts, 0, 2)
-
-
-def _take(whole: hashlib._Hash, tensors: Iterable[torch.Tensor]) -> None:
-    for tensor in tensors:
-        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    if masked:
+        fold(wide, wide[:1], narrow, 0, 2)
+        weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any
+        weights.product(torch.zeros(2, 8, dtype=torch.int32), 4, out=torch.zeros(2, 16, dtype=torch.int32)[:, :8])

@@ -15,7 +15,7 @@ from tsqp.app.audit.capture import Capture
 from tsqp.app.audit.public_model import PublicModel
 from tsqp.app.audit.view import View
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.wire.channel import Frames

@@ -9,7 +9,7 @@ import pytest
 
 from tsqp.app.audit.uniformity import chi_square_p, uniformity_p
 from tsqp.app.audit.view import WordRows
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 
 ROWS, COLUMNS = 64, 1024
 CLEAR = 1e-9

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tsqp.app.audit.public_model import PublicModel
 from tsqp.app.audit.view import centred
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.spec.groups import linear_groups
 from tsqp.spec.model import ModelSpec
 

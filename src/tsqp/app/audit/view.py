@@ -12,7 +12,7 @@ import torch
 
 from tsqp.app.audit.capture import Capture, Seen
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
-from tsqp.arith.field import P
+from tsqp.arith.modulus import P
 from tsqp.model.payload import wire_format
 from tsqp.spec.dtype import ITEM_BYTES, WireDtype
 from tsqp.spec.groups import GroupKey, linear_groups

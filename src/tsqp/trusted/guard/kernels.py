@@ -3,6 +3,10 @@
 Rows are independent. Numbers mod p are uint32 below p; sums of their products are kept in two halves, since 2³¹ ≡ 1:
 lo adds up the lower 31 bits, hi the upper, each below 2⁶⁴ for 2³³ terms. Every loop reads what it may trust only:
 inputs are private memory, ``out`` may be memory that the worker reads and writes, and is never read here.
+
+Covers: what each loop computes (tests/guard/test_kernels.py, tests/vectors), one pass over each secret
+(tests/guard/test_mutants.py). Does not cover: who hands in what, which is linears.py. Assumes: numba compiles what is
+written; no fastmath is used.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ import numpy as np
 
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.loops import quantise_row
+from tsqp.arith.modulus import MAX_CENTRED, P
 
 OK, NOT_FINITE, ERASED_PAD, OUT_OF_RANGE, MISMATCH, UNSEEN = range(6)  # verdicts on a row, UNSEEN before there is one
 ERASED = np.uint32(0xFFFFFFFF)  # what used pads are overwritten with: no number mod p, so it cannot pass for one
 
-_P = np.uint32(2**31 - 1)
-_P64 = np.uint64(2**31 - 1)
-_HALF = np.uint32(2**30 - 1)  # (p - 1) / 2
+_P = np.uint32(P)
+_P64 = np.uint64(P)
+_HALF = np.uint32(MAX_CENTRED)
 _SHIFT = np.uint64(31)
 
 

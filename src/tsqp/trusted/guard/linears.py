@@ -20,7 +20,15 @@ import torch
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import Array, Digits
 from tsqp.arith.rows import row_threads
-from tsqp.errors import ChannelClosed, ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError
+from tsqp.errors import (
+    ChannelClosed,
+    ChannelError,
+    NumericError,
+    PadReused,
+    PadsExhausted,
+    ProductMismatch,
+    ReplyRangeError,
+)
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.pool import PadPool, Piece
@@ -54,6 +62,7 @@ class VerifiedLinears:
 
     def __init__(self, line: Line, groups: Mapping[GroupKey, GuardedGroup]) -> None:
         self.checks = 0  # products that were checked
+        self._under_way = 0
         self._line = line
         self._groups = groups
 
@@ -64,25 +73,31 @@ class VerifiedLinears:
     def start(self, key: GroupKey, x: torch.Tensor) -> Asked:
         """Ask for ``x Wᵀ + b``, x float32 (R, in_features).
 
-        Raises PadsExhausted before anything is sent; PadReused, NumericError, ChannelError.
+        Raises PadsExhausted and NumericError before anything is sent; the session goes on after them unless other
+        products were under way, which would be given up. Any other exception ends it.
         """
         payload = self._line.reserve(x.numel() * np.dtype(self.item).itemsize)  # raises what has ended the session
-        pieces = self._pieces(key, len(x))
+        pieces: Sequence[Piece] = ()
         try:
-            return self._send(key, x.numpy(), pieces, payload)
-        except BaseException:
+            pieces = self._pieces(key, len(x))
+            asked = self._send(key, x.numpy(), pieces, payload)
+        except BaseException as error:
+            if self._under_way or not isinstance(error, PadsExhausted | NumericError):
+                self._end(error)
             _lose(pieces)
             raise
+        self._under_way += 1
+        return asked
 
     def finish(self, asked: Asked) -> torch.Tensor:
         """See ``Asked.wait``."""
+        self._under_way -= 1
         try:
             self._supply(asked)
             return self._accept(asked)
         except BaseException as error:
+            self._end(error)
             _lose(asked.pieces)
-            self._line.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
-            self.close()  # nothing is ever checked with the same vectors again
             raise
 
     def close(self) -> None:
@@ -90,6 +105,11 @@ class VerifiedLinears:
         self._line.fail(ChannelClosed("the session was closed"))  # first: no reply may meet vectors of zeros
         for group in self._groups.values():
             group.forget()
+
+    def _end(self, error: BaseException) -> None:
+        """End the session because of ``error``: nothing is ever checked with the same vectors again."""
+        self._line.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
+        self.close()
 
     def _pieces(self, key: GroupKey, rows: int) -> list[Piece]:
         """The rows of a call in pieces, as long as blocks of pads, which they come with if they are to be masked."""

@@ -23,7 +23,8 @@ class Ratchet:
 
     def __init__(self, root: bytes) -> None:
         self._state = bytearray(root)
-        self._process: int | None = os.getpid()
+        self.process = os.getpid()
+        self.destroyed = False
 
     def next_key(self) -> bytearray:
         """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
@@ -31,24 +32,20 @@ class Ratchet:
         stream = bytearray(2 * KEY_BYTES)
         AesKeyStream(self._state).fill(memoryview(stream))
         key = stream[KEY_BYTES:]
-        self._state[:] = stream[:KEY_BYTES]
+        self._state[:] = memoryview(stream)[:KEY_BYTES]
         wipe(stream)
         return key
-
-    @property
-    def destroyed(self) -> bool:
-        return self._process is None
 
     def refuse(self) -> None:
         """Raises PadReused when destroyed, and in a forked process: it has the same pads, and only one may use them."""
         if self.destroyed:
             raise PadReused("the pads of this session were destroyed")
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             raise PadReused("one-time pads belong to the process that made them: open a new LLM after a fork")
 
     def destroy(self) -> None:
         """Overwrite the state: no more keys."""
-        self._process = None
+        self.destroyed = True
         wipe(self._state)
 
 
@@ -84,18 +81,18 @@ class PadBlock:
         return first
 
     def key(self) -> bytearray:
-        """The key, as long as products are to be made from it."""
-        if self._products is not None or not any(self._key):
+        """A copy of the key, to be wiped, as long as pads or products are to be made from it."""
+        key = bytearray(self._key)  # looked at and used as one: another thread may be wiping it
+        if not any(key):
             raise PadReused("the key of a block of pads was asked for again")
-        return self._key
+        return key
 
     def pads(self, first: int, rows: int, width: int) -> Array:
         """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
         if self._pads is None:
-            if not any(self._key):
-                raise PadReused("the key of a block of pads was destroyed")
-            pads = np.empty((BLOCK_ROWS, width), np.uint32)
-            expand(AesKeyStream(self._key), pads)
+            key, pads = self.key(), np.empty((BLOCK_ROWS, width), np.uint32)
+            expand(AesKeyStream(key), pads)
+            wipe(key)
             self._pads = pads
             self._wipe_key()
         return self._pads[first : first + rows]

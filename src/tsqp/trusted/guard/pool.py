@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from tsqp.arith.field import Array
 from tsqp.errors import PadsExhausted, TsqpError
 from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.kernels import ERASED
-from tsqp.trusted.guard.pads import PadBlock, Ratchet
+from tsqp.trusted.guard.pads import PadBlock, Ratchet, wipe
 from tsqp.trusted.guard.sources import PadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
@@ -60,6 +60,7 @@ class PadPool:
         self.missed = 0  # those whose products had to be made on the spot
         self.recent: dict[GroupKey, tuple[float, int]] = {}  # of each group's last call: when, and its rows
         self.failure: TsqpError | None = None  # what has ended the making of pads ahead of time
+        self.keys = tuple(groups)
         self._groups = groups
         self._source = source
         self._wait = wait
@@ -73,9 +74,9 @@ class PadPool:
 
         Raises PadsExhausted; PadReused in a forked process and after ``close``; ``failure``.
         """
+        self._raise_failure()
         self._ratchet.refuse()  # before the lock: in a forked process nobody may be left to release it
         with self._lock:
-            self._raise_failure()
             stock = self._stocks[key]
             missing = max(0, rows - self.ready(key))
             if missing and not self._wait:
@@ -105,7 +106,6 @@ class PadPool:
         """Make ``count`` blocks ahead of time. Raises as ``supply`` and ``take``."""
         self._ratchet.refuse()
         with self._lock:
-            self._raise_failure()
             blocks = [self._new_block() for _ in range(count)]
         self._make(self._groups[key], blocks)
         with self._lock:
@@ -113,17 +113,14 @@ class PadPool:
         if self._ratchet.destroyed:
             self.close()
 
-    @property
-    def keys(self) -> Collection[GroupKey]:
-        """The groups that there are pads for."""
-        return self._stocks
-
     def ready(self, key: GroupKey) -> int:
         """Rows of one group whose products are there."""
         return sum(block.left for block in list(self._stocks[key]) if block.supplied)
 
     def close(self) -> None:
-        """Destroy all pads. Closing twice is allowed."""
+        """Destroy all pads; in a forked process they are left to the one that made them. Closing twice is allowed."""
+        if os.getpid() != self._ratchet.process:
+            return
         with self._lock:
             self._ratchet.destroy()
             for block in list(self._blocks):
@@ -141,22 +138,25 @@ class PadPool:
         return block
 
     def _make(self, group: GuardedGroup, blocks: Sequence[PadBlock]) -> None:
-        """Give blocks their products, checked; or destroy them."""
-        pads = np.empty((len(blocks) * BLOCK_ROWS, group.in_features), np.uint32)
+        """Give blocks their products, checked; or destroy them. After a failure nobody is asked again."""
+        self._raise_failure()
+        keys = [block.key() for block in blocks]
+        unchecked = pads = np.empty((len(blocks) * BLOCK_ROWS, group.in_features), np.uint32)
         parts = [slice(first, first + BLOCK_ROWS) for first in range(0, len(pads), BLOCK_ROWS)]
         try:
-            keys = [block.key() for block in blocks]
             for key, part in zip(keys, parts, strict=True):
                 expand(AesKeyStream(key), pads[part])
             unchecked = self._source.products(group, keys, pads)
             group.check_products(pads, unchecked)
             for block, part in zip(blocks, parts, strict=True):
                 block.supply(unchecked[part].copy())  # so that each block's memory is its own
-            unchecked.fill(ERASED)
-        except BaseException as error:  # no second guess for a dealer: nothing is taken or made any more
+        except BaseException as error:
             self.failure = error if isinstance(error, TsqpError) else PadsExhausted("no pads could be made")
             for block in blocks:
                 block.destroy()
             raise
         finally:
-            pads.fill(ERASED)
+            for key in keys:
+                wipe(key)
+            for secret in (pads, unchecked):
+                secret.fill(ERASED)

@@ -1,4 +1,8 @@
-"""Who multiplies pads by the weights. Both answers are unchecked: the pool checks them like a worker's."""
+"""Who multiplies pads by the weights. Both answers are unchecked: the pool checks them like a worker's.
+
+Covers: a dealer gets keys and the place they are for, nothing else (tests/guard/test_dealer.py). Does not cover: a
+dealer in league with the worker. Assumes: nobody but the dealer reads the line to it.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +70,11 @@ class DealerSource:
         self._one_at_a_time = threading.Lock()  # the pool's thread and the run's may both ask
 
     def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
-        name, layer = group.key
         with self._one_at_a_time:
             payload = self._line.reserve(len(keys) * KEY_BYTES)
             for index, key in enumerate(keys):
                 payload[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
             rows, columns = len(keys) * BLOCK_ROWS, group.out_features
-            call = Deal(self._line.next_id(), name, layer, len(keys))
+            call = Deal(self._line.next_id(), *group.key, len(keys))
             reply = self._line.ask("linear", call, payload, rows * columns * 4).wait()
             return np.frombuffer(reply, np.uint32).reshape(rows, columns).copy()  # read once

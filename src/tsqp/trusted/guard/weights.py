@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
-from tsqp.arith.field import MAX_CENTRED, MAX_SMALL, Array, FieldWeights, P
+from tsqp.arith.field import MAX_SMALL, Array, FieldWeights
 from tsqp.arith.loops import row_sums
+from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.rows import row_threads
 from tsqp.errors import ProductMismatch, ReplyRangeError, UnsupportedModel
@@ -61,12 +62,11 @@ class GuardedGroup:
         expand(AesKeyStream(os.urandom(KEY_BYTES)), secrets)
         folded = np.empty((checks, wq.shape[1]), np.uint32)
         row_threads().run(kernels.combine, checks, wq.numpy(), secrets, folded, least=2)
-        no_bias = torch.zeros(len(wq), dtype=torch.float32)
         return cls(
             key=key,
             limit=activation_limit(key, wq),
             scales=scales.numpy(),
-            bias=(no_bias if bias is None else bias).numpy(),
+            bias=(torch.zeros(len(wq)) if bias is None else bias).numpy(),
             secrets=secrets,
             folded=folded,
             weights=FieldWeights.of(wq, kernel) if keep_weights else None,
@@ -86,17 +86,17 @@ class GuardedGroup:
         Raises ReplyRangeError, ProductMismatch.
         """
         if not (y < P).all():
-            raise ReplyRangeError("products of pads are out of range: the dealer cheats, or it is broken")
+            raise ReplyRangeError("products of pads are out of range: whoever made them cheats, or is broken")
         sums = [np.empty((len(x), len(self.secrets)), np.uint32) for _ in range(2)]
         for values, vectors, out in ((x, self.folded, sums[0]), (y, self.secrets, sums[1])):
             row_threads().run(kernels.fold, len(x), values, vectors, out, least=2)
         if not (sums[0] == sums[1]).all():
-            raise ProductMismatch("products of pads are wrong: the dealer cheats, or a machine is broken")
+            raise ProductMismatch("products of pads are wrong: whoever made them cheats, or is broken")
 
     def forget(self) -> None:
-        """Overwrite the check vectors, so that whatever is checked with them afterwards fails."""
-        self.secrets.fill(0)
-        self.folded.fill(1)  # not 0: x·0 = y·0 would accept everything
+        """Overwrite the check vectors with ones that nobody knows and that do not belong together: no check passes."""
+        expand(AesKeyStream(os.urandom(KEY_BYTES)), self.secrets)  # not with zeros: x·0 = y·0 would accept everything
+        self.folded.fill(1)
 
 
 def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
