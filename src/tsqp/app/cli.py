@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,17 +15,15 @@ from tsqp.app.audit.cli import audit_app
 from tsqp.app.bench.cli import bench_app
 from tsqp.app.evaluate import eval_app
 from tsqp.app.open import open_llm
+from tsqp.app.groups import OUTPUT, TEXT
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
+from tsqp.app.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
 from tsqp.app.trace import check_output
-from tsqp.errors import InputError, OptionError, PromptError
-from tsqp.spec.protection import PROTECTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tsqp.trusted.sampling_params import SamplingParams
-
-OPTION = re.compile(r"--?\w[\w-]{0,30}")
 
 app = App(
     name="tsqp",
@@ -46,14 +43,14 @@ app.command(audit_app)
 
 @app.command
 def generate(
-    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    prompt: PromptArgument = None,
     /,
     *,
-    after_dashes: Annotated[bool, Parameter(parse=False)] = False,
-    prompt_file: Annotated[
-        Path | None, Parameter(allow_leading_hyphen=True, help="Read the prompt from a file.")
-    ] = None,
-    raw: Annotated[bool, Parameter(help="Send the text as it is, without the checkpoint's chat template.")] = False,
+    after_dashes: AfterDashes = False,
+    prompt_file: PromptFile = None,
+    raw: Annotated[
+        bool, Parameter(group=TEXT, help="Send the text as it is, without the checkpoint's chat template.")
+    ] = False,
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     output: OutputOptions = OutputOptions(),
@@ -64,10 +61,8 @@ def generate(
     ----------
     prompt
         The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
-    after_dashes
-        Whether the command line has a --, so that the prompt is no misspelt option.
     """
-    text = _prompt_text(prompt, prompt_file, after_dashes)
+    text = prompt_text(prompt, prompt_file, after_dashes)
     params = _sampling_params(sampling)
     check_output("--trace", output.trace)
     with open_llm(run) as llm:
@@ -77,8 +72,7 @@ def generate(
 
         console = _stderr()
         announce(llm, console)
-        if prompt not in (None, "-"):
-            warn_of_argument(run.protection, console)
+        warn_of_argument(prompt, run.protection, console)
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
         completion = None
@@ -99,10 +93,12 @@ def generate(
 @app.command
 def chat(
     *,
-    system: Annotated[str | None, Parameter(help="A system message that begins the conversation.")] = None,
+    system: Annotated[
+        str | None, Parameter(group=TEXT, help="A system message that begins the conversation.")
+    ] = None,
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
-    stats: Annotated[bool, Parameter(help="Print where time and bytes went, at the end.")] = False,
+    stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
     params = _sampling_params(sampling)
@@ -205,7 +201,15 @@ def fetch(
 
 
 @model_app.command
-def info(model: str = "default", /, *, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def info(
+    model: str = "default",
+    /,
+    *,
+    digest: Annotated[
+        bool, Parameter(help="Also the digest that --model-digest pins; every weight is read and quantised for it.")
+    ] = False,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
     """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes.
 
     Parameters
@@ -215,47 +219,12 @@ def info(model: str = "default", /, *, json_output: Annotated[bool, Parameter(na
     """
     from tsqp.app.models import describe
 
-    description = describe(model)
+    description = describe(model, digest=digest)
     if json_output:
         _write(json.dumps(description) + "\n")
         return
     for key, value in description.items():
         _write(f"{key:20} {value}\n")
-
-
-def _prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool) -> str:
-    """The prompt from exactly one of argument, standard input and file. Raises InputError."""
-    if (prompt is None) == (prompt_file is None):
-        raise InputError("give one prompt: as an argument, - for standard input, or --prompt-file FILE")
-    if prompt is not None and prompt != "-":
-        if prompt.startswith("-") and not after_dashes:
-            raise OptionError(unknown_option(prompt))
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise PromptError("the prompt is not UTF-8 text")  # what Python makes of an argument's other bytes
-        return prompt
-    try:
-        from_stdin = prompt_file is None or str(prompt_file) == "-"
-        text = sys.stdin.buffer.read() if from_stdin or prompt_file is None else prompt_file.read_bytes()
-        return text.decode().removesuffix("\n")  # the one that every editor and echo adds
-    except OSError as error:
-        where = prompt_file or "standard input"
-        raise InputError(f"cannot read the prompt: {error.strerror or error}: {where}") from None
-    except UnicodeDecodeError:
-        raise PromptError("the prompt is not UTF-8 text") from None
-
-
-def warn_of_argument(protection: str, console: Console) -> None:
-    """One line, in a private mode: a prompt that was an argument is no secret any more."""
-    if PROTECTIONS[protection].checked:
-        line = "warning: everybody on this host can read a prompt that is an argument: use - or --prompt-file"
-        console.print(line, style="yellow", soft_wrap=True)
-
-
-def unknown_option(word: str) -> str:
-    """The error for something that begins with a hyphen. It may be a prompt, which is not repeated."""
-    name = word.partition("=")[0]
-    what = f"unknown option {name}" if OPTION.fullmatch(name) else "that is no option"
-    return f"{what}; a prompt that begins with a hyphen goes last, after --"
 
 
 def _sampling_params(options: SamplingOptions) -> SamplingParams:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
-from tsqp.app.cli import OPTION, app, unknown_option
+from tsqp.app.cli import app
+from tsqp.app.prompt_text import OPTION, unknown_option
 from tsqp.errors import InputError, TsqpError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143

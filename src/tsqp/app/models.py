@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.default import default_directory, fetch_default
 from tsqp.checkpoint.hub import download_from_hub
 from tsqp.checkpoint.synthetic import SHAPES
@@ -34,8 +35,11 @@ def fetch_model(model: str, from_file: Path | None) -> Path:
     return download_from_hub(model)
 
 
-def describe(model: str) -> dict[str, Any]:
-    """A checkpoint's shape, fingerprint and calls per forward pass. Raises CheckpointError."""
+def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
+    """A checkpoint's shape, fingerprint and calls per forward pass; ``digest``: what ``--model-digest`` pins, too.
+
+    Raises CheckpointError.
+    """
     checkpoint = open_checkpoint(model)
     spec = checkpoint.spec
     return {
@@ -54,8 +58,16 @@ def describe(model: str) -> dict[str, Any]:
         "sliding_window": next((window for window in spec.windows if window is not None), None),
         "tied_embeddings": spec.tied_embeddings,
         "fingerprint": checkpoint.fingerprint(),
+        **({"model_digest": _digest(checkpoint)} if digest else {}),
         "calls_per_pass": {name: partition.calls_per_pass(spec.num_layers) for name, partition in PARTITIONS.items()},
     }
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """The digest of what a private mode loads, for which every weight is read and quantised."""
+    from tsqp.app.assemble import load_guarded
+
+    return load_guarded(checkpoint, checks=1, keep_weights=False).model.digest
 
 
 def parameters(spec: ModelSpec) -> int:

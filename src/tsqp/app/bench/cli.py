@@ -143,6 +143,9 @@ def private(
     device: Device = "cpu",
     tokens: Tokens = 1024,
     steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
+    mode: Annotated[
+        tuple[str, ...], Parameter(help="Measure this mode beside open, and not all; may be given again.")
+    ] = (),
     checks: Checks = 2,
     threads: Threads = None,
     results: Results = None,
@@ -154,7 +157,7 @@ def private(
     from tsqp.app.bench.workload import Workload
 
     run = RunOptions(model, guard=GuardOptions(checks), device=device, threads=threads)
-    result = bench_private(run, Workload(tokens, steps, options.runs), console)
+    result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
     _finish(result, options, console, results)
 
 
@@ -227,6 +230,7 @@ def _finish(result: dict[str, Any], options: BenchOptions, console: Console, res
     from rich.console import Console
 
     from tsqp.app.bench.plot import draw
+    from tsqp.app.bench.private import MODES
     from tsqp.app.bench.show import chart, table
 
     (console if options.json else Console()).print(table(result))
@@ -234,7 +238,8 @@ def _finish(result: dict[str, Any], options: BenchOptions, console: Console, res
         draw(chart(result), options.plot)
         console.print(f"drawn into {options.plot}", highlight=False, soft_wrap=True)
     if results is not None:
-        save(result, results, f"{result['benchmark']}-{file_name(result['model'])}", console)
+        part = f"-{'-'.join(result['modes'])}" if len(result.get("modes", MODES)) < len(MODES) else ""
+        save(result, results, f"{result['benchmark']}-{file_name(result['model'])}{part}", console)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -11,16 +12,18 @@ from rich.console import Console
 
 from tsqp.app.bench.ceilings import ceilings, higher, print_ceilings
 from tsqp.app.bench.machine import cores, machine
-from tsqp.app.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
+from tsqp.app.bench.pads import PadsDrained, PadsReady, with_pads
 from tsqp.app.bench.peer import Ours, Peer
 from tsqp.app.bench.progress import watched
 from tsqp.app.bench.workload import Measured, Workload
 from tsqp.app.guard_options import GuardOptions
 from tsqp.app.launch import LocalWorker
+from tsqp.app.llm import LLM
 from tsqp.app.open import open_llm
 from tsqp.app.options import RunOptions
 from tsqp.app.report import announce
 from tsqp.checkpoint import locate
+from tsqp.errors import OptionError
 
 MODES = {  # what each key of the result's ``modes`` is
     "open": "open, bfloat16",
@@ -31,14 +34,21 @@ MODES = {  # what each key of the result's ``modes`` is
 }
 
 
-def bench_private(run: RunOptions, work: Workload, console: Console) -> dict[str, Any]:
-    """Every mode over shm with workers of its own on ``run.device``. Raises OptionError and every error of ``LLM``."""
+def bench_private(run: RunOptions, work: Workload, console: Console, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Every mode, or ``open`` and those in ``only``, over shm with workers of its own on ``run.device``.
+
+    Raises OptionError and every error of ``LLM``.
+    """
     work.check()
+    unknown = sorted(set(only) - set(MODES))
+    if unknown:
+        raise OptionError(f"unknown mode '{unknown[0]}': use {', '.join(MODES)}")
+    wanted = set(only) | {"open"} if only else set(MODES)
     threads = run.threads or cores()
     rates = ceilings("bfloat16", run.device, threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
-        modes, pads = _open_modes(run, work, stack, console)
+        modes = _open_modes(run, work, wanted, stack, console)
         found = {name: Measured.empty() for name in modes}
         prompt = work.prompt()
         for warm in watched(range(-1, work.runs), console, run.model):
@@ -48,6 +58,7 @@ def bench_private(run: RunOptions, work: Workload, console: Console) -> dict[str
                     found[name].add(*seconds, work.steps)
         rates = higher(rates, ceilings("bfloat16", run.device, threads))
     rows = {name: _row(name, measured, found["open"]) for name, measured in found.items()}
+    shown = rows.get("masked", rows[next(reversed(rows))])
     return {
         "benchmark": "private",
         "model": run.model,
@@ -58,45 +69,49 @@ def bench_private(run: RunOptions, work: Workload, console: Console) -> dict[str
         "tokens": work.tokens,
         "decode_steps": work.steps,
         "runs": work.runs,
-        "seconds": rows["masked"]["prefill_s"],
-        "seconds_drained": rows["masked_drained"]["prefill_s"],
+        "seconds": shown["prefill_s"],
+        "seconds_drained": rows["masked_drained"]["prefill_s"] if "masked_drained" in rows else None,
         "peer": {"name": "TSQP open linear, bfloat16", "seconds": rows["open"]["prefill_s"]},
-        "ratio": rows["masked"]["prefill_ratio"],
+        "ratio": shown["prefill_ratio"],
         "modes": rows,
-        "pads": pads,
+        "pads": {"ahead": work.tokens + work.steps, "checks": run.guard.checks},
         "ceilings": rates,
         "machine": machine(),
     }
 
 
 def _open_modes(
-    run: RunOptions, work: Workload, stack: ExitStack, console: Console
-) -> tuple[dict[str, Peer], dict[str, Any]]:
-    """What takes turns, by name, and how the pads were kept. One worker serves every private mode, another deals."""
+    run: RunOptions, work: Workload, wanted: Collection[str], stack: ExitStack, console: Console
+) -> dict[str, Peer]:
+    """What takes turns, by name. One worker serves every private mode, another deals."""
     plain = replace(run, worker=None, partition="linear", dtype="auto", wire_dtype=None, compile=False)
 
     def field_worker() -> str:
         started = LocalWorker(locate(run.model), device=run.device, dtype="field", threads=run.threads or cores())
         return stack.enter_context(started).wait_ready()
 
-    def opened(options: RunOptions) -> Any:
+    def opened(options: RunOptions) -> LLM:
         llm = stack.enter_context(open_llm(options))
         announce(llm, console)
         return llm
 
-    bare = opened(replace(plain, protection="open", dtype="bfloat16", guard=GuardOptions()))
-    worker = field_worker()
-    verified = replace(plain, protection="verified", worker=worker, guard=GuardOptions(checks=run.guard.checks))
+    bare = replace(plain, protection="open", dtype="bfloat16", guard=GuardOptions())
+    modes: dict[str, Peer] = {"open": Ours(opened(bare))}
+    if wanted == {"open"}:
+        return modes
+    verified = replace(plain, protection="verified", worker=field_worker(), guard=GuardOptions(checks=run.guard.checks))
     masked = with_pads(replace(verified, protection="masked"), work.tokens + work.steps)
-    dealt = GuardOptions(
-        run.guard.checks, pad_source=f"dealer={field_worker()}", dealer_no_separation=True, pads_ahead=0
-    )
-    modes: dict[str, Peer] = {"open": Ours(bare), "verified": Ours(opened(verified))}
-    with_tee = opened(masked)
-    modes |= {"masked": PadsReady(with_tee), "masked_drained": PadsDrained(with_tee)}
-    modes["masked_dealer"] = Ours(opened(replace(masked, guard=dealt)))
-    pads = {"ahead": pads_of(with_tee)[1].ahead, "memory_bytes": masked.guard.pad_memory, "checks": run.guard.checks}
-    return modes, pads
+    if "verified" in wanted:
+        modes["verified"] = Ours(opened(verified))
+    if {"masked", "masked_drained"} & set(wanted):
+        with_tee = opened(masked)
+        both: dict[str, Peer] = {"masked": PadsReady(with_tee), "masked_drained": PadsDrained(with_tee)}
+        modes |= {name: peer for name, peer in both.items() if name in wanted}
+    if "masked_dealer" in wanted:
+        source = f"dealer={field_worker()}"
+        dealt = GuardOptions(run.guard.checks, pad_source=source, dealer_no_separation=True, pads_ahead=0)
+        modes["masked_dealer"] = Ours(opened(replace(masked, guard=dealt)))
+    return modes
 
 
 def _row(name: str, measured: Measured, peer: Measured) -> dict[str, Any]:
