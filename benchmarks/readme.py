@@ -132,6 +132,20 @@ def private_lines(model: str) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         "",
+        *empty_pool_lines(model),
+    ]
+
+
+def empty_pool_lines(model: str) -> list[str]:
+    """A long answer that begins without pads."""
+    result = load(f"private-{model}-open-masked_drained")
+    if result is None:
+        return []
+    row = result["modes"]["masked_drained"]
+    return [
+        f"An answer of {result['decode_steps']} tokens from an empty pool, which is filled meanwhile: "
+        f"{row['decode_s'] * 1e3:.0f} ms a token, **{row['decode_ratio']:.2f}** of `open`.",
+        "",
     ]
 
 
