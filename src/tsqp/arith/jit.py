@@ -24,7 +24,8 @@ def enable_cache(directory: Path) -> None:
     In a folder named after their sources: numba does not notice a change in what another module's loop puts in.
     """
     own = directory / hashlib.sha256(b"".join(path.read_bytes() for path in _loops())).hexdigest()[:16]
-    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own.mkdir(mode=0o700, exist_ok=True)
     os.environ[_CACHE] = str(own)
 
 
