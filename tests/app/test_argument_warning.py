@@ -10,7 +10,8 @@ from rich.console import Console
 
 from tests.conftest import StartWorker
 from tests.families import tiny_model
-from tsqp.app import cli
+from tsqp.app.cli import app
+from tsqp.app.prompt_text import warn_of_argument
 from tsqp.spec.protection import PROTECTIONS
 
 MODEL = str(tiny_model("llama").directory)
@@ -19,7 +20,8 @@ MODEL = str(tiny_model("llama").directory)
 @pytest.mark.parametrize("name", PROTECTIONS)
 def test_only_private_modes_warn(name: str) -> None:
     written = io.StringIO()
-    cli.warn_of_argument(name, Console(file=written, width=40))
+    for prompt in ("hello", "-", None):
+        warn_of_argument(prompt, name, Console(file=written, width=40))
     lines = written.getvalue().splitlines()
     assert len(lines) == PROTECTIONS[name].checked
     assert all("use - or --prompt-file" in line for line in lines)
@@ -39,5 +41,5 @@ def test_only_an_argument_is_warned_of(
     prompt = {"argument": ["hello"], "-": ["-"], "file": ["--prompt-file", str(tmp_path / "prompt")]}[given]
     worker = ["--worker", start_worker(MODEL, "ipc", dtype="field")]
     options = ["--protection", "masked", *worker, "--model", MODEL, "-n", "1", "--threads", "1"]
-    cli.app(["generate", *prompt, *options], exit_on_error=False, result_action="return_value")
+    app(["generate", *prompt, *options], exit_on_error=False, result_action="return_value")
     assert ("--prompt-file" in capsys.readouterr().err) == warns

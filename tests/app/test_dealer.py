@@ -13,7 +13,7 @@ from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, GuardOptions, SamplingParams
 from tsqp.app.dealer import Dealer
-from tsqp.errors import AddressError, ModelMismatch, OptionError
+from tsqp.errors import AddressError, ChannelError, ModelMismatch, OptionError, WorkerUnreachable
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
 from tsqp.wire.messages import Deal, Hello, Product
@@ -75,8 +75,8 @@ def test_the_workers_key_is_refused(keys: dict[str, KeyFiles]) -> None:
         ("tcp://127.0.0.1:7000", {}, "whoever runs the worker may read"),
         ("shm:///run/d.sock", {}, "whoever runs the worker may read"),
         ("ipc:///run/d.sock", {}, "--dealer-no-separation"),
-        ("ipc:///run/d.sock", {"dealer_key": "x"}, "leave out dealer_key"),
-        (AWAY, {"dealer_key": "x", "dealer_no_separation": True}, "leave out dealer_no_separation"),
+        ("ipc:///run/d.sock", {"dealer_key": "x"}, "is not tcp: leave out --dealer-key"),
+        (AWAY, {"dealer_key": "x", "dealer_no_separation": True}, "leave out --dealer-no-separation"),
         (AWAY, {"dealer_key": "x"}, "this side's secret key"),
     ],
 )
@@ -146,8 +146,24 @@ def test_the_dealer_gets_keys_and_the_worker_noise(start_worker: StartWorker) ->
 def test_a_dealer_with_another_model_is_refused(start_worker: StartWorker) -> None:
     other = str(tiny_model("llama-biases").directory)
     guard = options(start_worker(other, dtype="field"), dealer_no_separation=True)
-    with pytest.raises(ModelMismatch):
+    with pytest.raises(ModelMismatch, match=r"the dealer at .* refused"):
         LLM(MODEL, protection="masked", worker=start_worker(MODEL, dtype="field"), guard=guard)
+
+
+def test_a_dealer_that_is_not_there_is_named(start_worker: StartWorker, tmp_path: Path) -> None:
+    guard = options(f"ipc://{tmp_path}/nobody.sock", dealer_no_separation=True)
+    with pytest.raises(WorkerUnreachable, match="the dealer"):
+        LLM(MODEL, protection="masked", worker=start_worker(MODEL, dtype="field"), guard=guard)
+
+
+def test_a_dealer_that_is_lost_is_named(home: Home, start_worker: StartWorker) -> None:
+    with home.worker("--model", MODEL, "--dtype", "field", "--listen", f"ipc://{home.runtime}/d.sock") as found:
+        process, address = found
+        guard = options(address, dealer_no_separation=True, pads_ahead=0)
+        with LLM(MODEL, protection="masked", worker=start_worker(MODEL, dtype="field"), guard=guard) as llm:
+            process.kill()
+            with pytest.raises(ChannelError, match=f"{address}: the dealer went away"):
+                llm.generate(PROMPT, FOUR)
 
 
 def test_over_tcp_with_keys(home: Home, keys: dict[str, KeyFiles]) -> None:
@@ -159,14 +175,16 @@ def test_over_tcp_with_keys(home: Home, keys: dict[str, KeyFiles]) -> None:
         assert "no separation" not in good.err
         assert f"pads by the dealer {address}" in good.err
         assert good.json["stats"]["pads_used"] > 0
+        assert (good.json["dealer"], good.json["dealer_separation"]) == (address, True)
         wrong = home.run(*run, "--dealer-key", keys["worker"].public, "--key", keys["me"].secret, stdin="hello")
         assert wrong.code == 1
-        assert address in wrong.error
+        assert f"{address}: the keys did not match; check both public keys and the dealer's list" in wrong.error
 
 
 def test_no_separation_is_said(tsqp: Callable[..., Result], start_worker: StartWorker) -> None:
     address, worker = (start_worker(MODEL, "ipc", dtype="field") for _ in range(2))
     run = ("generate", "hello", "--model", MODEL, "-n", 2, "--threads", 1, "--worker", worker)
-    result = tsqp(*run, "--pad-source", f"dealer={address}", "--dealer-no-separation")
+    result = tsqp(*run, "--pad-source", f"dealer={address}", "--dealer-no-separation", "--json")
     assert result.code == 0, result.err
+    assert (result.json["dealer"], result.json["dealer_separation"]) == (address, False)
     assert f"no separation: whoever runs the worker may read the line to the dealer {address}" in result.err

@@ -45,9 +45,13 @@ def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> Non
 
 
 def test_local_uses_no_worker(home: Home) -> None:
-    result = home.run("generate", PROMPT, *MODEL, "--dtype", "float32", "--protection", "local", "-n", "8", "--json")
+    run = ("--dtype", "float32", "--protection", "local", "-n", "8", "--json", "--stats")
+    result = home.run("generate", PROMPT, *MODEL, *run)
     assert result.code == 0, result.err
+    assert "calls to the worker" not in result.err
     answer = result.json
+    assert all(row["rpc_s"] == 0 for row in answer["stats"]["calls"].values())
+    assert answer["stats"]["calls"]["linear"]["held_s"] > 0
     assert answer["token_ids"] == expected_tokens(8)
     assert (answer["partition"], answer["transport"], answer["address"]) == (None, None, None)
     assert answer["stats"]["rpc_calls"] == 0
@@ -58,6 +62,7 @@ def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> Non
     result = home.run("generate", PROMPT, *MODEL, *OPEN, "--dtype", "float32", "-n", "8", "--stats")
     assert result.code == 0, result.err
     assert result.out == byte_tokenizer().decode(expected_tokens(8)) + "\n"
+    assert "calls to the worker" in result.err
     for row in ("linear", "LM head", "embedding", "matmul", "RMSNorm", "rotary", "softmax", "SiLU", "other"):
         assert row in result.err
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.app.commands import Home
+from tests.app.test_private import PADS_FLAGS
 from tsqp.app.cli import app
 from tsqp.app.guard_options import GuardOptions
 from tsqp.app.options import RunOptions, WorkerOptions
@@ -142,6 +144,17 @@ def test_a_private_mode_has_numbers_of_its_own_whatever_the_variables(monkeypatc
     assert options.partition == "linear"
     with pytest.raises(OptionError, match="--protection open"):  # the default does not decide what the user meant
         run_options()
+
+
+def test_help_is_in_groups(home: Home) -> None:
+    shown = home.run("generate", "--help").out
+    titles = ("Prompt", "Model and split", "Privacy", "Pads", "Worker connection", "Sampling", "Output")
+    places = [shown.index(f"─ {title} ─") for title in titles]
+    assert places == sorted(places)
+    assert places[2] < shown.index("--protection") < shown.index("--model-digest") < places[3]
+    pads = shown[places[3] : places[4]]
+    assert all(flags[0] in pads for flags in PADS_FLAGS)
+    assert pads.count("masked") >= len(PADS_FLAGS)
 
 
 def test_a_key_may_be_for_a_dealer_alone() -> None:

@@ -1,4 +1,4 @@
-"""How much memory pads take, how a user says it, and the bar while they are made."""
+"""How much memory pads take, how a user says it, and what is shown while they are made."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from tests.families import tiny_model
-from tsqp.app.guard_options import parse_size
-from tsqp.app.pads import pads_bar, pool_bytes, row_bytes
+from tsqp.app.guard_options import GuardOptions, parse_size
+from tsqp.app.pads import Filling, ahead_text, pads_bar, pool_bytes, row_bytes
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import OptionError
 from tsqp.trusted.filler import targets
@@ -17,13 +17,33 @@ from tsqp.trusted.filler import targets
 MODEL = str(tiny_model("llama").directory)
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone() -> None:
-    for terminal in (True, False):
-        written = io.StringIO()
-        with pads_bar(Console(file=written, force_terminal=terminal, width=80)) as progress:
-            progress(1, 4)
-            progress(4, 4)
-        assert ("making pads" in written.getvalue()) == terminal
+def shown(*, terminal: bool) -> str:
+    """What a user sees of a pool of four blocks being filled."""
+    written = io.StringIO()
+    with pads_bar(Console(file=written, force_terminal=terminal, width=30)) as progress:
+        for ready in (0, 1, 4):
+            progress(Filling(ready, 4, 32, 2_500_000))
+    return written.getvalue()
+
+
+def test_a_bar_is_drawn_on_a_terminal() -> None:
+    assert "making pads" in shown(terminal=True)
+    assert "filling" not in shown(terminal=True)
+
+
+def test_elsewhere_there_is_a_first_and_a_last_line() -> None:
+    assert shown(terminal=False).splitlines() == [
+        "filling pads for 32 tokens, 2.5 MB",
+        "pads for 32 tokens are ready",
+    ]
+
+
+def test_a_pool_that_memory_shrinks_says_so() -> None:
+    spec = open_checkpoint(MODEL).spec
+    options = GuardOptions(pads_ahead=64, pad_memory=pool_bytes(spec, 32))
+    given, needed = (f"{pool_bytes(spec, tokens) / 1000:.1f} kB" for tokens in (32, 64))
+    assert ahead_text(spec, options, 32) == f"32 of 64 tokens ahead (--pad-memory {given}, {needed} needed)"
+    assert ahead_text(spec, GuardOptions(pads_ahead=60), 64) == "64 tokens ahead"
 
 
 def test_the_memory_of_pads_is_what_the_filler_counts() -> None:

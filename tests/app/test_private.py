@@ -15,6 +15,10 @@ from tests.app.commands import LIMIT_S, Home, Result
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, GuardOptions, SamplingParams
+from tsqp.app.hardening import Hardening
+from tsqp.app.models import describe
+from tsqp.app.pads import Filling, pool_bytes
+from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import ModelMismatch, OptionError, PadsExhausted
 from tsqp.spec.protection import PROTECTIONS
 
@@ -30,7 +34,12 @@ Command = Callable[..., Result]
 def hardened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Filled when this process would have been hardened."""
     calls: list[str] = []
-    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: calls.append("hardened"))
+
+    def harden() -> Hardening:
+        calls.append("hardened")
+        return Hardening(undumpable=True, no_core=True)
+
+    monkeypatch.setattr("tsqp.app.llm.harden_process", harden)
     return calls
 
 
@@ -42,6 +51,7 @@ def test_masked_is_the_default_and_states_itself(home: Home) -> None:
     assert (answer["dtype"], answer["wire_dtype"]) == ("field", "uint32")
     assert answer["stats"].keys() >= STATS | PADS
     assert answer["stats"]["checks"] == answer["stats"]["rpc_calls"]
+    assert (answer["dealer"], answer["dealer_separation"]) == (None, None)
     first, second = result.err.splitlines()[:2]
     assert first == "protection masked: the worker sees uniform noise; every product is checked before it is used"
     assert "warning" not in result.err  # the prompt came by standard input
@@ -76,6 +86,7 @@ def test_verified_has_checks_and_no_pads(tsqp: Command, start_worker: StartWorke
     assert not stats.keys() & PADS
     assert stats["soundness_bits"] == 93.0
     assert result.json["wire_dtype"] == "int16"
+    assert not result.json.keys() & {"dealer", "dealer_separation"}
     assert "warning: protection" not in result.err
 
 
@@ -102,19 +113,20 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "bfloat16": (("--dtype", "bfloat16"), "leave out --dtype"),
     "int8": (("--dtype", "int8"), "leave out --dtype"),
     "wire dtype": (("--wire-dtype", "bfloat16"), "leave out --wire-dtype"),
-    "compile": (("--compile",), "leave out --compile"),
+    "compile": (("--compile",), "the private modes do not use torch.compile: leave out --compile"),
     "plain kernels": (("--no-compiled-kernels",), "leave out --no-compiled-kernels"),
     "partition op": (("--partition", "op"), "partition op"),
     "partition layer": (("--partition", "layer"), "partition layer"),
-    "no checks": (("--checks", "0"), "1 to 16 checks"),
-    "no digest": (("--model-digest", "abc"), "64 hex digits"),
+    "no checks": (("--checks", "0"), "--checks must be 1 to 16"),
+    "no digest": (("--model-digest", "abc"), "--model-digest is 64 hex digits"),
     "no size": (("--pad-memory", "5XB"), "5XB"),
     "no source": (("--pad-source", "heaven"), "heaven"),
     "no dealer": (("--dealer-no-separation",), "leave out --dealer-no-separation"),
     "no dealer's key": (("--dealer-key", "x"), "leave out --dealer-key"),
-    "fewer than no pads": (("--pads-ahead", "-1"), "-1"),
+    "fewer than no pads": (("--pads-ahead", "-1"), "--pads-ahead must be 0 or more tokens, not -1"),
+    "an empty pool, filled": (("--warm-pads", "--pads-ahead", "0"), "--pads-ahead 0 keeps empty"),
     "no pads, ever": (("--pads-ahead", "0", "--pads-empty", "refuse"), "can hold no pads"),
-    "no memory for pads": (("--pad-memory", "1KB", "--pads-empty", "refuse"), "can hold no pads"),
+    "no memory for pads": (("--pad-memory", "1KB", "--pads-empty", "refuse"), "--pad-memory"),
 }
 
 
@@ -226,28 +238,71 @@ def test_another_models_digest_is_refused(start_worker: StartWorker) -> None:
     worker = start_worker(MODEL, dtype="field")
     with LLM(MODEL, protection="verified", worker=worker) as llm:
         digest = str(llm.stats.as_dict()["model_digest"])
-    with LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest=digest)):
+    assert describe(MODEL, digest=True)["model_digest"] == digest
+    assert "model_digest" not in describe(MODEL)
+    with LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest=digest.upper())):
         pass
-    with pytest.raises(ModelMismatch, match=digest):
+    with pytest.raises(ModelMismatch, match=f"not the one that was pinned: its digest is {digest}"):
         LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest="0" * 64))
 
 
 def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[Filling] = []
     guard = GuardOptions(pads_ahead=32, warm_pads=True, pads_empty="refuse")
     worker = start_worker(MODEL, dtype="field")
-    with LLM(
-        MODEL, protection="masked", worker=worker, guard=guard, pads_progress=lambda *seen: told.append(seen)
-    ) as llm:
-        assert told[-1][0] == told[-1][1] > 0
+    with LLM(MODEL, protection="masked", worker=worker, guard=guard, pads_progress=told.append) as llm:
+        assert told[0].ready == 0
+        assert told[-1].ready == told[-1].wanted > 0
         assert told == sorted(told)
+        assert {(filling.tokens, filling.size) for filling in told} == {(32, pool_bytes(llm.session.spec, 32))}
         assert llm.stats.as_dict()["pads_ready"] == 32
         llm.generate(random_tokens(20), SamplingParams(max_tokens=4))
         stats = llm.stats.as_dict()
         assert stats["pads_missed"] == 0
         assert stats["pads_drained_s"] == stats["pads_ready"] / stats["tokens_per_s"]
-        with pytest.raises(PadsExhausted):
-            llm.generate(random_tokens(200))
+        sent = llm.stats.rpc_calls
+        with pytest.raises(PadsExhausted, match="32 of the 33 tokens asked for: raise --pads-ahead"):
+            llm.generate([random_tokens(20), random_tokens(13)])
+        with pytest.raises(PadsExhausted, match="--warm-pads, --pads-ahead N, --pad-memory"):
+            llm.logits(random_tokens(200))
+        assert llm.stats.rpc_calls == sent
+
+
+def test_a_pool_that_memory_shrinks_is_announced(tsqp: Command, start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL, "ipc", dtype="field")
+    memory = pool_bytes(open_checkpoint(MODEL).spec, 32)
+    pads = ("--pads-ahead", 64, "--pad-memory", memory, "--warm-pads")
+    result = tsqp("generate", "hello", *RUN, "-n", 1, "--worker", worker, *pads)
+    assert result.code == 0, result.err
+    lines = result.err.splitlines()
+    assert [line.startswith("filling pads for 32 tokens, ") for line in lines].count(True) == 1
+    assert lines.count("pads for 32 tokens are ready") == 1
+    assert "pads by this process for 32 of 64 tokens ahead (--pad-memory " in result.err
+
+
+def guards_seconds(protection: str, worker: str | None, guard: GuardOptions | None = None) -> dict[str, float]:
+    """Seconds of each operator of a run; no more in all than the passes took."""
+    with LLM(MODEL, protection=protection, worker=worker, guard=guard) as llm:
+        llm.generate(random_tokens(40), SamplingParams(max_tokens=4))
+        stats = llm.stats
+        operators: dict[str, float] = {str(kind): seconds for kind, seconds in stats.operator_s.items()}
+        held = sum(row.held_s for row in stats.calls.values())
+        assert 0 < held + sum(operators.values()) <= stats.prefill_s + stats.decode_s
+        return operators
+
+
+def test_the_guards_time_is_counted_where_there_is_a_guard(start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL, dtype="field")
+    own = {"mask", "check", "pads"}
+    assert not guards_seconds("local", None).keys() & own
+    verified = guards_seconds("verified", worker)
+    assert verified.keys() & own == {"mask", "check"}
+    masked = guards_seconds("masked", worker, GuardOptions(pads_ahead=0))
+    assert masked.keys() >= own
+    assert all(seconds[name] > 0 for seconds in (verified, masked) for name in ("mask", "check"))
+    assert masked["pads"] > masked["check"]  # every pad was made on the spot
+    warm = guards_seconds("masked", worker, GuardOptions(pads_ahead=64, warm_pads=True))
+    assert "pads" not in warm
 
 
 def test_perplexity_is_the_same_in_both_modes(tsqp: Command, start_worker: StartWorker, tmp_path: Path) -> None:

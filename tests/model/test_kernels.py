@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.families import tiny_model
 from tsqp.arith.jit import enable_cache
 from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, pick_kernels
 
@@ -113,6 +114,22 @@ def test_the_choice_of_kernels() -> None:
     assert isinstance(pick_kernels(torch.float32), CompiledKernels)
     for other in (pick_kernels(torch.float16), pick_kernels(torch.bfloat16, "meta")):
         assert isinstance(other, TorchKernels)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_forward_pass_waits_for_a_compiler(dtype: str) -> None:
+    """In a process of its own: in this one every loop has been compiled."""
+    code = f"""
+from tsqp import LLM, SamplingParams
+from tsqp.model import compiled
+loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.rotate)
+with LLM({str(tiny_model("llama").directory)!r}, protection="local", dtype={dtype!r}, kernel_cache="off") as llm:
+    before = [loop.signatures for loop in loops]
+    llm.generate(list(range(1, 9)), SamplingParams(max_tokens=3))
+    print([len(signatures) for signatures in before], [loop.signatures for loop in loops] == before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.split("\n")[0] == "[1, 1, 1, 1] True", run.stderr
 
 
 def test_nothing_is_cached_unless_a_directory_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,10 +28,10 @@ from tsqp.trusted.embedding import OpenEmbedding
 from tsqp.trusted.engine import Engine
 from tsqp.trusted.filler import PadFiller, targets
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
-from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.layers import LayerDecoder
 from tsqp.trusted.linears import OpenLinears
+from tsqp.trusted.metered import MeteredLinears, MeteredPool
 from tsqp.trusted.private import Guard, compile_loops, load_private_model
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
@@ -108,11 +109,16 @@ def build_private_engine(
     norms = Norms.load(checkpoint, torch.float32)
     multiplies = plan.protection.masked and dial_dealer is None
     model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
-    if options.model_digest not in (None, model.digest):
-        raise ModelMismatch(f"this model has the digest {model.digest}, not the one that was asked for")
+    if options.model_digest is not None and options.model_digest.lower() != model.digest:
+        raise ModelMismatch(
+            f"the checkpoint is not the one that was pinned: its digest is {model.digest}; give the pinned one by "
+            "--model, or this digest by --model-digest if this is the one you mean"
+        )
     compile_loops(masked=plan.protection.masked)
 
-    def session(dial_one: Callable[[], Channel], counted: Stats) -> WorkerSession:
+    def session(
+        dial_one: Callable[[], Channel], counted: Stats, role: Literal["worker", "dealer"] = "worker"
+    ) -> WorkerSession:
         return WorkerSession(
             dial_one(),
             checkpoint.spec,
@@ -123,6 +129,7 @@ def build_private_engine(
             deadline_s=plan.deadline_s,
             path="field",
             digests=model.digests,
+            role=role,
         )
 
     linears: VerifiedLinears | MaskedLinears
@@ -134,10 +141,10 @@ def build_private_engine(
         opened.callback(worker.close)
         if plan.protection.masked:
             if dial_dealer is not None:
-                dealer = session(dial_dealer, Stats())
+                dealer = session(dial_dealer, Stats(), "dealer")
                 opened.callback(dealer.close)
             source = TeeSource() if dealer is None else DealerSource(dealer)
-            pool = PadPool(model.groups, source, wait=options.pads_empty == "wait")
+            pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
             filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
             linears = MaskedLinears(worker, model.groups, pool)
         else:
@@ -148,7 +155,7 @@ def build_private_engine(
             LocalEmbedding(table, stats, torch.float32),
             LocalAttention(checkpoint.spec.windows, stats),
         )
-        placement = Placement(embedding, linears, attention)
+        placement = Placement(embedding, MeteredLinears(linears, stats), attention)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
         opened.pop_all()
     stats.guard = guard.report

@@ -14,8 +14,8 @@ from tsqp import __version__
 from tsqp.app.audit.cli import audit_app
 from tsqp.app.bench.cli import bench_app
 from tsqp.app.evaluate import eval_app
-from tsqp.app.open import open_llm
 from tsqp.app.groups import OUTPUT, TEXT
+from tsqp.app.open import open_llm
 from tsqp.app.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
 from tsqp.app.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
 from tsqp.app.trace import check_output
@@ -93,9 +93,7 @@ def generate(
 @app.command
 def chat(
     *,
-    system: Annotated[
-        str | None, Parameter(group=TEXT, help="A system message that begins the conversation.")
-    ] = None,
+    system: Annotated[str | None, Parameter(group=TEXT, help="A system message that begins the conversation.")] = None,
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,

@@ -1,18 +1,20 @@
 """The dealer of a masked run: where it is, how it is reached, and that it is not the worker.
 
 Covers: a dealer with the worker's address or key is refused before anything is sent; a line that the worker's host can
-read is refused unless it was asked for (tests/app/test_dealer.py). Does not cover: two addresses and two keys of one
-party. Assumes: the dealer's public key came from the party that runs it.
+read is refused unless it was asked for; an error of its line names the dealer (tests/app/test_dealer.py). Does not
+cover: two addresses and two keys of one party. Assumes: the dealer's public key came from the party that runs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tsqp.app.guard_options import GuardOptions
-from tsqp.errors import OptionError
-from tsqp.wire.channel import Channel
+from tsqp.errors import ChannelError, OptionError
+from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.address import Address, parse_address
 from tsqp.wire.transport.keys import ClientKeys, load_public, load_secret
@@ -46,18 +48,60 @@ class Dealer:
         """Whether the line to the dealer is closed to whoever runs the worker."""
         return self.security is not None
 
-    def dial(self) -> Channel:
-        """Raises AddressError, WorkerUnreachable."""
-        return connect(str(self.address), security=self.security)
+    def dial(self, wrap: Callable[[Channel], Channel] | None = None) -> Channel:
+        """A channel to the dealer, with what ``wrap`` puts in front. Raises AddressError, WorkerUnreachable."""
+        with _named():
+            channel = DealerChannel(connect(str(self.address), security=self.security))
+        return channel if wrap is None else wrap(channel)
+
+
+class DealerChannel:
+    """See Channel. Transports speak of a worker; here their errors say that it is the dealer."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @property
+    def transport(self) -> str:
+        return self._channel.transport
+
+    @property
+    def address(self) -> str:
+        return self._channel.address
+
+    def reserve(self, size: int) -> memoryview:
+        with _named():
+            return self._channel.reserve(size)
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+        with _named():
+            self._channel.send(frames, reply_bytes)
+
+    def receive(self, deadline_s: float) -> Frames:
+        with _named():
+            return self._channel.receive(deadline_s)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors of the line, about the dealer."""
+    try:
+        yield
+    except ChannelError as error:
+        text = str(error).replace("the worker", "the dealer")
+        raise type(error)(text if "the dealer" in text else f"the dealer: {text}") from error
 
 
 def _keys(options: GuardOptions, address: Address, security: ClientKeys | None) -> ClientKeys | None:
     """What the dealer is reached with, None without separation. Raises OptionError, AddressError."""
     if options.dealer_key is not None:
         if address.transport != "tcp":
-            raise OptionError(f"the dealer {address} has no tcp address: leave out dealer_key")
+            raise OptionError(f"the dealer {address} is not tcp: leave out --dealer-key")
         if options.dealer_no_separation:
-            raise OptionError("the dealer is reached by tcp with keys: leave out dealer_no_separation")
+            raise OptionError("the dealer is reached by tcp with keys: leave out --dealer-no-separation")
         own = security.own if options.own_key is None and security is not None else None
         if own is None and options.own_key is None:
             raise OptionError("a dealer with a key needs this side's secret key too: --key FILE, own_key in Python")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 
+from tsqp.app.groups import PADS, PRIVACY
 from tsqp.app.plan import refuse_unused
 from tsqp.errors import OptionError
 from tsqp.spec.protection import Protection
@@ -26,7 +27,7 @@ def parse_size(text: str) -> int:
     """Bytes of ``512MB``, ``2GB``, ``1GiB`` or a plain number. Raises OptionError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise OptionError(f"'{text}' is no size: use bytes, or a number with MB, GB, MiB or GiB")
+        raise OptionError(f"--pad-memory '{text}' is no size: use bytes, or a number with MB, GB, MiB or GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
@@ -35,7 +36,7 @@ def _size(_: Any, tokens: Sequence[Token]) -> int:
     return parse_size(tokens[0].value)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=PADS)
 @dataclass(frozen=True)
 class GuardOptions:
     """How products are checked and where pads come from. Everything but the first two is for ``masked`` only.
@@ -51,32 +52,44 @@ class GuardOptions:
     """
 
     checks: Annotated[
-        int, Parameter(env_var="TSQP_CHECKS", help="Check vectors: a cheat passes with probability 2^(-31·checks).")
+        int,
+        Parameter(
+            env_var="TSQP_CHECKS",
+            group=PRIVACY,
+            help="Check vectors: a cheat passes with probability 2^(-31·checks) (masked and verified).",
+        ),
     ] = 2
     model_digest: Annotated[
-        str | None, Parameter(env_var="TSQP_MODEL_DIGEST", help="Refuse any model but the one with this digest.")
+        str | None,
+        Parameter(
+            env_var="TSQP_MODEL_DIGEST",
+            group=PRIVACY,
+            help="Refuse any model but the one with this digest (tsqp model info --digest) (masked and verified).",
+        ),
     ] = None
     pad_source: Annotated[
         str,
         Parameter(
             env_var="TSQP_PAD_SOURCE",
             help="Who multiplies pads by the weights: tee (this process) or dealer=ADDR (a second worker, of a party "
-            "that does not collude with the first one's).",
+            "that does not collude with the first one's); masked only, like all about pads.",
         ),
     ] = "tee"
     dealer_key: Annotated[
-        Path | None, Parameter(env_var="TSQP_DEALER_KEY", help="The dealer's public key file, for tcp.")
+        Path | None, Parameter(env_var="TSQP_DEALER_KEY", help="The dealer's public key file, for tcp (masked only).")
     ] = None
     dealer_no_separation: Annotated[
         bool,
         Parameter(
             env_var="TSQP_DEALER_NO_SEPARATION",
-            help="Allow a dealer over shm, ipc or plain loopback: for tests, whoever runs the worker may read it.",
+            help="Allow a dealer over shm, ipc or plain loopback: for tests, whoever runs the worker may read it "
+            "(masked only).",
         ),
     ] = False
     own_key: Annotated[Path | None, Parameter(parse=False)] = None  # on the command line, --key
     pads_ahead: Annotated[
-        int, Parameter(env_var="TSQP_PADS_AHEAD", help="Tokens whose pads are kept ready, as memory allows.")
+        int,
+        Parameter(env_var="TSQP_PADS_AHEAD", help="Tokens whose pads are kept ready, as memory allows (masked only)."),
     ] = 256
     pad_memory: Annotated[
         int,
@@ -84,14 +97,19 @@ class GuardOptions:
             env_var="TSQP_PAD_MEMORY",
             converter=_size,
             show_default=lambda size: f"{size >> 20}MiB",
-            help="The most memory for pads: bytes, or such as 512MB or 2GB.",
+            help="The most memory for pads: bytes, or such as 512MB or 2GB (masked only).",
         ),
     ] = 1 << 30
     pads_empty: Annotated[
         Literal["wait", "refuse"],
-        Parameter(env_var="TSQP_PADS_EMPTY", help="When pads are missing: make them and go on, or refuse the call."),
+        Parameter(
+            env_var="TSQP_PADS_EMPTY",
+            help="When pads are missing: make them and go on, or refuse the call (masked only).",
+        ),
     ] = "wait"
-    warm_pads: Annotated[bool, Parameter(env_var="TSQP_WARM_PADS", help="Fill the pool before the first call.")] = False
+    warm_pads: Annotated[
+        bool, Parameter(env_var="TSQP_WARM_PADS", help="Fill the pool before the first call (masked only).")
+    ] = False
 
     @property
     def dealer(self) -> str | None:
@@ -101,17 +119,19 @@ class GuardOptions:
     def check(self) -> None:
         """Raises OptionError that names what is wrong."""
         if not 1 <= self.checks <= MAX_CHECKS:
-            raise OptionError(f"there must be 1 to {MAX_CHECKS} checks, not {self.checks}")
-        if self.model_digest is not None and not re.fullmatch("[0-9a-f]{64}", self.model_digest):
-            raise OptionError("a model digest is 64 hex digits: --stats of a run in a private mode shows it")
+            raise OptionError(f"--checks must be 1 to {MAX_CHECKS}, not {self.checks}")
+        if self.model_digest is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.model_digest):
+            raise OptionError("--model-digest is 64 hex digits: tsqp model info MODEL --digest shows them")
         if self.pad_source != "tee" and not self.dealer:
-            raise OptionError(f"unknown pad source '{self.pad_source}': use tee or dealer=ADDR")
+            raise OptionError(f"unknown --pad-source '{self.pad_source}': use tee or dealer=ADDR")
         if self.pads_ahead < 0:
-            raise OptionError(f"pads can be kept ahead for 0 or more tokens, not {self.pads_ahead}")
+            raise OptionError(f"--pads-ahead must be 0 or more tokens, not {self.pads_ahead}")
+        if self.warm_pads and not self.pads_ahead:
+            raise OptionError("--warm-pads fills a pool that --pads-ahead 0 keeps empty: leave out one of them")
         if self.pad_memory < 0:
-            raise OptionError(f"the memory for pads must be 0 or more bytes, not {self.pad_memory}")
+            raise OptionError(f"--pad-memory must be 0 or more bytes, not {self.pad_memory}")
         if self.pads_empty not in ("wait", "refuse"):
-            raise OptionError(f"pads_empty is wait or refuse, not '{self.pads_empty}'")
+            raise OptionError(f"--pads-empty is wait or refuse, not '{self.pads_empty}'")
 
     @classmethod
     def of(cls, protection: Protection, given: GuardOptions | None) -> GuardOptions:

@@ -28,6 +28,7 @@ from tsqp.wire.transport.keys import ClientKeys
 if TYPE_CHECKING:
     import torch
 
+    from tsqp.app.pads import Filling
     from tsqp.checkpoint.base import Checkpoint
     from tsqp.trusted.engine import Engine
     from tsqp.trusted.private import Guard
@@ -56,8 +57,8 @@ class LLM:
     and gives the worker all cores. ``deadline_s``: the longest wait for one reply. ``security`` and
     ``insecure_plain_tcp``: how tcp is protected. ``announce`` is called with what was asked for, checked, before
     anything is fetched, started or sent. ``wrap_channel`` may put something in front of the worker's channel, as
-    ``tsqp audit`` does to see what crosses, and ``wrap_dealer`` in front of the dealer's. ``pads_progress``: told the
-    blocks of pads that are ready and those wanted, while ``warm_pads`` fills the pool.
+    ``tsqp audit`` does to see what crosses, and ``wrap_dealer`` in front of the dealer's. ``pads_progress``: told how
+    far it is, while ``warm_pads`` fills the pool.
 
     Forward passes of several threads take turns, and so do several streams that are open at once.
 
@@ -87,7 +88,7 @@ class LLM:
         announce: Callable[[Plan], None] | None = None,
         wrap_channel: Callable[[Channel], Channel] | None = None,
         wrap_dealer: Callable[[Channel], Channel] | None = None,
-        pads_progress: Callable[[int, int], None] | None = None,
+        pads_progress: Callable[[Filling], None] | None = None,
     ) -> None:
         check = partial(
             Plan.check,
@@ -133,11 +134,14 @@ class LLM:
                 channel = connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
                 return channel if wrap_channel is None else wrap_channel(channel)
 
-            dial_dealer = None if self._dealer is None else partial(_dial_dealer, self._dealer, wrap_dealer)
-            self._engine = self._build_engine(open_checkpoint(model), dial, dial_dealer, stack)
+            dial_dealer = None if self._dealer is None else partial(self._dealer.dial, wrap_dealer)
+            checkpoint = open_checkpoint(model)
+            self._engine = self._build_engine(checkpoint, dial, dial_dealer, stack)
             if self._guard is not None and self._guard.filler is not None:
                 if self._options.warm_pads:
-                    self._guard.filler.fill(pads_progress)
+                    from tsqp.app.pads import fill
+
+                    fill(self._guard.filler, checkpoint.spec, pads_progress)
                 self._guard.filler.start()
             self._resources = stack.pop_all()
 
@@ -147,7 +151,7 @@ class LLM:
         if self.plan.partition is None:
             refuse_unused(f"protection {name} uses no worker", {"worker": worker, **of_a_worker, **of_one_started_here})
         if self.plan.protection.checked:
-            refuse_unused(f"protection {name} has compiled loops of its own on the worker", of_one_started_here)
+            refuse_unused("the private modes do not use torch.compile", of_one_started_here)
         if worker is None or not worker.startswith("tcp://"):
             refuse_unused("there is no worker with a tcp address", of_tcp)
         if worker is not None:
@@ -199,6 +203,11 @@ class LLM:
         return self._guard
 
     @property
+    def guard_options(self) -> GuardOptions:
+        """What was asked for about checks and pads; the defaults where nothing was."""
+        return self._options
+
+    @property
     def dealer(self) -> Dealer | None:
         """Who makes the pads' products; None where this process does, or there are none."""
         return self._dealer
@@ -214,7 +223,8 @@ class LLM:
         """Answer all prompts together, as one batch.
 
         A prompt of text becomes the user's turn of the checkpoint's chat template when it has one, unless ``raw``;
-        token ids are taken as they are. Raises PromptError before anything is sent, NumericError, ChannelError.
+        token ids are taken as they are. Raises PromptError and PadsExhausted before anything is sent, NumericError,
+        ChannelError.
         """
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
@@ -260,6 +270,10 @@ class LLM:
 
     def _run(self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool) -> Iterator[tuple[int, Delta]]:
         answers = [Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts]
+        if self._guard is not None and self._guard.filler is not None:
+            from tsqp.app.pads import check_prompts
+
+            check_prompts(sum(len(answer.prompt) for answer in answers), self._options, self._guard.filler)
         try:
             generation = self._engine.generate([answer.prompt for answer in answers], params)
             for new in generation:
@@ -275,7 +289,3 @@ class LLM:
         if self._local_worker is None or self._session is None or self._session.channel.address not in str(error):
             return error  # not ours, or it was the dealer
         return WorkerLost(f"{error}: {self._local_worker.last_words()}")
-
-
-def _dial_dealer(dealer: Dealer, wrap: Callable[[Channel], Channel] | None) -> Channel:
-    return dealer.dial() if wrap is None else wrap(dealer.dial())

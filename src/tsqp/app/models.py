@@ -65,9 +65,13 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
 
 def _digest(checkpoint: Checkpoint) -> str:
     """The digest of what a private mode loads, for which every weight is read and quantised."""
-    from tsqp.app.assemble import load_guarded
+    import torch
 
-    return load_guarded(checkpoint, checks=1, keep_weights=False).model.digest
+    from tsqp.model.block import Norms
+    from tsqp.trusted.private import load_private_model
+
+    table, norms = checkpoint.tensor("model.embed_tokens.weight"), Norms.load(checkpoint, torch.float32)
+    return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False).digest
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
+from tsqp.app.groups import CONNECTION, MODEL, OUTPUT, PRIVACY, SAMPLING
 from tsqp.app.guard_options import DEALER, GuardOptions
 from tsqp.errors import OptionError
 from tsqp.spec.dtype import PLAIN_DTYPES, AskedDtype, AskedWorkerDtype, WireDtype
@@ -27,8 +28,6 @@ OF_A_WORKER = ("--worker", "--partition", "--device", "--compile", "--wire-dtype
 OF_A_DEALER = ("--dealer-key", "--dealer-no-separation")
 OF_PADS = ("--pad-source", *OF_A_DEALER, "--pads-ahead", "--pad-memory", "--pads-empty", "--warm-pads")
 OF_CHECKS = ("--checks", "--model-digest", *OF_PADS)
-# What the private modes decide themselves.
-OF_NUMBERS = ("--wire-dtype", "--compile")
 
 
 def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -73,8 +72,9 @@ def _settle_private(protection: Protection, named: Mapping[str, Argument]) -> No
         partition.tokens.clear()
     dtype, kernels = named["--dtype"], named["--compiled-kernels"]
     other = _value(dtype) in PLAIN_DTYPES and _value(dtype) != "float32"  # an unknown one is refused when it is parsed
-    numbers = [*OF_NUMBERS, *(["--dtype"] if other else [])]
+    numbers = ["--wire-dtype", *(["--dtype"] if other else [])]
     _leave_out(f"protection {protection.name} has numbers of its own", named, numbers, hint)
+    _leave_out("the private modes do not use torch.compile", named, ["--compile"], hint)
     if any(token.keyword == "--no-compiled-kernels" for token in kernels.tokens if token.source == "cli"):
         raise OptionError(f"protection {protection.name} needs its loops: leave out --no-compiled-kernels{hint}")
     kernels.tokens.clear()
@@ -148,7 +148,7 @@ PROTECTION_HELP = (
 )
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MODEL)
 @dataclass(frozen=True)
 class RunOptions:
     """The model, how it is split, and how the worker is reached."""
@@ -156,7 +156,7 @@ class RunOptions:
     model: Model = "default"
     protection: Annotated[
         ProtectionName,
-        Parameter(env_var="TSQP_PROTECTION", help=PROTECTION_HELP),
+        Parameter(env_var="TSQP_PROTECTION", group=PRIVACY, help=PROTECTION_HELP),
     ] = "masked"
     guard: GuardOptions = GuardOptions()
     partition: Annotated[
@@ -166,6 +166,7 @@ class RunOptions:
         str | None,
         Parameter(
             env_var=["TSQP_WORKER", "LLAMA_IPC_PATH"],
+            group=CONNECTION,
             help="A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started.",
         ),
     ] = None
@@ -188,7 +189,7 @@ class RunOptions:
         Parameter(
             negative="--no-compiled-kernels",
             env_var="TSQP_COMPILED_KERNELS",
-            help="Element-wise operators compiled by numba, for bfloat16.",
+            help="Element-wise operators compiled by numba, for bfloat16 and float32.",
         ),
     ] = True
     kernel_cache: Annotated[
@@ -199,26 +200,31 @@ class RunOptions:
         ),
     ] = "auto"
     threads: Threads = None
-    deadline: Annotated[float, Parameter(help="The longest wait for one reply of the worker, in seconds.")] = 300.0
-    key: Annotated[Path | None, Parameter(env_var="TSQP_KEY", help="This side's secret key file, for tcp.")] = None
-    worker_key: Annotated[
-        Path | None, Parameter(env_var="TSQP_WORKER_KEY", help="The worker's public key file, for tcp.")
+    deadline: Annotated[
+        float, Parameter(group=CONNECTION, help="The longest wait for one reply of the worker, in seconds.")
+    ] = 300.0
+    key: Annotated[
+        Path | None, Parameter(env_var="TSQP_KEY", group=CONNECTION, help="This side's secret key file, for tcp.")
     ] = None
-    insecure_plain_tcp: PlainTcp = False
+    worker_key: Annotated[
+        Path | None,
+        Parameter(env_var="TSQP_WORKER_KEY", group=CONNECTION, help="The worker's public key file, for tcp."),
+    ] = None
+    insecure_plain_tcp: Annotated[PlainTcp, Parameter(group=CONNECTION)] = False
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MODEL)
 @dataclass(frozen=True)
 class BenchRunOptions(RunOptions):
     """The same for a benchmark, which measures the split itself unless it is told otherwise."""
 
     protection: Annotated[
         ProtectionName,
-        Parameter(env_var="TSQP_PROTECTION", help=f"{PROTECTION_HELP} A benchmark's default is open."),
+        Parameter(env_var="TSQP_PROTECTION", group=PRIVACY, help=f"{PROTECTION_HELP} A benchmark's default is open."),
     ] = "open"
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=SAMPLING)
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen and when the answer ends."""
@@ -238,7 +244,7 @@ class SamplingOptions:
     ignore_eos: Annotated[bool, Parameter(help="Go on after the model's own end token.")] = False
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class OutputOptions:
     """What is printed besides the answer."""

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from tsqp.app.answer import Completion
 from tsqp.app.llm import LLM
+from tsqp.app.pads import ahead_text
 from tsqp.app.trace import communication_share
-from tsqp.model.meter import CallKind
+from tsqp.model.meter import CallKind, OperatorKind
 from tsqp.trusted.stats import CallStats, Stats, total
 
 CALL_TITLES = {
@@ -21,7 +22,15 @@ CALL_TITLES = {
     "layer": "whole layers",
     "lm_head": "LM head",
 }
-OPERATOR_TITLES = {"rms_norm": "RMSNorm", "rotary": "rotary", "softmax": "softmax", "silu": "SiLU"}
+OPERATOR_TITLES: dict[OperatorKind, str] = {
+    "rms_norm": "RMSNorm",
+    "rotary": "rotary",
+    "softmax": "softmax",
+    "silu": "SiLU",
+    "mask": "mask",
+    "pads": "pads",  # made on the spot
+    "check": "check",
+}
 
 
 def announce(llm: LLM, console: Console) -> None:
@@ -40,14 +49,15 @@ def announce(llm: LLM, console: Console) -> None:
 
 def _of_the_guard(llm: LLM) -> str:
     """What a private mode adds to the line."""
-    if llm.guard is None:
+    if llm.guard is None or llm.session is None:
         return ""
     found = llm.guard.report()
     checks = f"; a wrong product passes with probability 2^-{found['soundness_bits']:.0f}"
     if llm.guard.filler is None:
         return checks
     source = "this process" if llm.dealer is None else f"the dealer {llm.dealer.address}"
-    return f"{checks}; pads by {source} for {llm.guard.filler.ahead} tokens ahead"
+    ahead = ahead_text(llm.session.spec, llm.guard_options, llm.guard.filler.ahead)
+    return f"{checks}; pads by {source} for {ahead}"
 
 
 def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
@@ -64,14 +74,25 @@ def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
         "dtype": plan.worker_dtype,
         "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
+        **_pad_maker(llm),
         "stats": llm.stats.as_dict(),
     }
 
 
+def _pad_maker(llm: LLM) -> dict[str, object]:
+    """Of a masked run: the dealer's address, and whether its line is closed to the worker's host; else None."""
+    if not llm.plan.protection.masked:
+        return {}
+    if llm.dealer is None:
+        return {"dealer": None, "dealer_separation": None}
+    return {"dealer": str(llm.dealer.address), "dealer_separation": llm.dealer.separated}
+
+
 def print_stats(llm: LLM, console: Console) -> None:
-    """The two tables, calls to the worker and where the time of the forward passes went; then the guard's figures."""
+    """Two tables, calls to the worker if any and where the time of the passes went; then the guard's figures."""
     stats = llm.stats
-    console.print(_call_table(stats))
+    if stats.rpc_calls:
+        console.print(_call_table(stats))
     console.print(_operator_table(stats))
     speed = stats.decode_tokens / stats.decode_s if stats.decode_s else 0.0
     console.print(

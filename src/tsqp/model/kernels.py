@@ -5,7 +5,8 @@ float32 on the CPU. ``TorchKernels`` says plainly what is computed, for every dt
 two together. Results go straight where they are needed: ``out`` may be memory that a transport sends from, keys and
 values go into the cache.
 
-numba compiles when it first sees a function, about a second in all; ``tsqp.arith.jit`` can keep the compiled code.
+numba compiles a loop for a dtype when it first runs, about a second in all, so ``pick_kernels`` runs each once;
+``tsqp.arith.jit`` can keep the compiled code.
 """
 
 from __future__ import annotations
@@ -113,11 +114,17 @@ def bits(tensor: torch.Tensor) -> Any:
 def pick_kernels(dtype: torch.dtype, device: str | torch.device = "cpu", *, compiled: bool = True) -> Kernels:
     """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's."""
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
-        return _compiled_kernels()
+        return _compiled_kernels(dtype)
     return TorchKernels()
 
 
 @cache
-def _compiled_kernels() -> CompiledKernels:
-    """One for the process, with one pool of threads."""
-    return CompiledKernels()
+def _compiled_kernels(dtype: torch.dtype) -> CompiledKernels:
+    """Kernels whose loops are compiled for ``dtype``: each has done one row, so that no forward pass waits for it."""
+    kernels = CompiledKernels()
+    row, out, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 2), (1, 2), (2,)))
+    kernels.rms_norm(row, weight, 1.0, out)
+    kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
+    kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
+    kernels.rotate(row, 0, row, row, out.view(1, 1, 2), 0)
+    return kernels

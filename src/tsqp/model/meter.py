@@ -7,8 +7,10 @@ from typing import Literal, Protocol, get_args
 
 CallKind = Literal["embedding", "linear", "matmul", "layer", "lm_head"]
 CALL_KINDS: tuple[CallKind, ...] = get_args(CallKind)
-OperatorKind = Literal["rms_norm", "rotary", "softmax", "silu"]
-OPERATOR_KINDS: tuple[OperatorKind, ...] = get_args(OperatorKind)
+LayerOperator = Literal["rms_norm", "rotary", "softmax", "silu"]
+GuardOperator = Literal["mask", "pads", "check"]  # of the private modes alone
+OperatorKind = LayerOperator | GuardOperator
+OPERATOR_KINDS: tuple[OperatorKind, ...] = get_args(LayerOperator)
 
 
 class Meter(Protocol):

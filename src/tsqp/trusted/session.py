@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 import torch
@@ -26,7 +27,7 @@ class WorkerSession:
     """Calls to one worker. Any error ends it: the channel is closed and every later call raises.
 
     ``wire_dtype`` is the format of float payloads, ``dtype`` the one results are handed out in. ``deadline_s`` bounds
-    the wait for each reply.
+    the wait for each reply. ``role``: what errors call the other side.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class WorkerSession:
         deadline_s: float,
         path: NumericPath = "float",
         digests: Mapping[GroupName, str] | None = None,
+        role: Literal["worker", "dealer"] = "worker",
     ) -> None:
         self.channel = channel
         self.spec = spec
         self.stats = stats
         self._digests = digests
+        self._role = role
         self._wire = wire_format(wire_dtype)
         self._dtype = TORCH_DTYPES[dtype]
         self._deadline_s = deadline_s
@@ -130,7 +133,7 @@ class WorkerSession:
 
     def close(self) -> None:
         """End the session. Closing twice is allowed."""
-        self._dead = self._dead or ChannelClosed("the session with the worker was closed")
+        self._dead = self._dead or ChannelClosed(f"the session with the {self._role} was closed")
         self.channel.close()
 
     def finish(self, reply: PendingReply) -> torch.Tensor:
@@ -190,7 +193,7 @@ class WorkerSession:
             if reply.id not in self._waiting:
                 raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
             if not isinstance(reply, Done):
-                raise WorkerFailed(f"the worker at {self.channel.address} failed: {printable(reply.reason)}")
+                raise WorkerFailed(f"the {self._role} at {self.channel.address} failed: {printable(reply.reason)}")
             if len(tensors) > 1:
                 raise ProtocolError(f"a reply with {len(tensors)} payloads")
             self._waiting.remove(reply.id)
@@ -204,7 +207,7 @@ class WorkerSession:
         answer = decode_handshake(control)
         if tensors:
             raise ProtocolError("a handshake with payloads")
-        where = f"the worker at {self.channel.address}"
+        where = f"the {self._role} at {self.channel.address}"
         if answer.version != hello.version:
             raise ProtocolError(
                 f"{where} speaks protocol {answer.version}, this side {hello.version}: upgrade the older"

@@ -19,7 +19,7 @@ class CallStats:
     Calls in flight together are each counted in full there; ``held_s`` is the time that this side spent on them and
     could do nothing else. ``worker_s`` is what the worker says it computed for: shown, and used for nothing else.
 
-    At ``local`` nothing is sent: ``rpc_s`` and ``held_s`` are the time of the product itself, ``count`` stays 0.
+    Of a product that is computed here nothing is sent: ``held_s`` is the time of the product itself, the rest stays 0.
     """
 
     count: int = 0
@@ -60,9 +60,12 @@ class Stats:
         """Count the time of a trusted operator."""
         start = time.perf_counter()
         yield
-        end = time.perf_counter()
-        self.operator_s[kind] += end - start
-        self.traced("operator", kind, start, end)
+        self.spent(kind, start, time.perf_counter())
+
+    def spent(self, kind: OperatorKind, start_s: float, end_s: float) -> None:
+        """Count one stretch of time of a trusted operator."""
+        self.operator_s[kind] = self.operator_s.get(kind, 0.0) + end_s - start_s
+        self.traced("operator", kind, start_s, end_s)
 
     @contextmanager
     def product(self, kind: CallKind) -> Iterator[None]:
@@ -70,7 +73,6 @@ class Stats:
         start = time.perf_counter()
         yield
         end = time.perf_counter()
-        self.calls[kind].rpc_s += end - start
         self.calls[kind].held_s += end - start
         self.traced("operator", kind, start, end)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.console import Console
 from tests.app.commands import Result
 from tests.families import tiny_model
 from tsqp.app.audit.cli import MODES, run_audit
-from tsqp.app.audit.report import Findings, ModeReport, Recovery, print_report
+from tsqp.app.audit.report import LEGEND, Findings, ModeReport, Recovery, print_report
 
 FIELDS = {"protection", "attack", "recovered_fraction", "recovered_text", "uniformity_p", "bytes_seen"}
 SECRET = "My patient John Q. Public, born 1961-04-12, was diagnosed with lymphoma; write to his insurer."
@@ -69,6 +71,49 @@ def test_recovered_text_is_no_markup_and_no_terminal_sequence() -> None:
     assert "[bold]x[/bold]?[2J" in printed
     assert "\x1b" not in printed
     assert "1,000 bytes in 2 calls; uniformity p = 0" in printed
+    assert printed.splitlines()[-len(LEGEND) :] == list(LEGEND)
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "warns"),
+    [
+        (["hello"], [], True),
+        (["hello"], ["--protection", "masked"], True),
+        (["hello"], ["--protection", "open"], False),
+        (["-"], [], False),
+        (["--prompt-file", "-"], [], False),
+        (["--prompt-file", "FILE"], [], False),
+    ],
+)
+def test_the_prompt_comes_from_where_the_user_says(
+    tsqp: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    given: list[str],
+    flags: list[str],
+    warns: bool,
+) -> None:
+    audited: list[tuple[str, object]] = []
+
+    def run_nothing(text: str, modes: tuple[str, ...], **_: object) -> list[ModeReport]:
+        audited.append((text, modes))
+        return []
+
+    (tmp_path / "prompt").write_text("hello\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    monkeypatch.setattr("tsqp.app.audit.cli.run_audit", run_nothing)
+    monkeypatch.setitem(os.environ, "TSQP_PROTECTION", "local")  # plays no part
+    result = tsqp("audit", *(word.replace("FILE", str(tmp_path / "prompt")) for word in given), *flags)
+    assert result.code == 0, result.err
+    assert audited == [("hello", tuple(flags[1:]) or MODES)]
+    assert ("use - or --prompt-file" in result.err) == warns
+
+
+@pytest.mark.parametrize("given", [[], ["x", "--prompt-file", "y"], ["--protecton", "open"], ["--prompt-file", "/no"]])
+def test_one_prompt_and_no_misspelt_option(tsqp: Callable[..., Result], given: list[str]) -> None:
+    result = tsqp("audit", *given)
+    assert result.code == 2
+    assert result.error
 
 
 @pytest.mark.slow

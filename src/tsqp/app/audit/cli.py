@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from tsqp.app.options import Device, Model, Threads
+from tsqp.app.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
 from tsqp.errors import OptionError
 from tsqp.spec.dtype import AskedDtype
 from tsqp.spec.protection import PROTECTIONS
@@ -30,10 +31,15 @@ audit_app = App(name="audit", help="Show what a worker learns from a prompt: cap
 
 @audit_app.default
 def audit(
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    prompt: PromptArgument = None,
     /,
     *,
-    protection: Annotated[AuditedName | None, Parameter(help="Audit this mode only; all three when not given.")] = None,
+    after_dashes: AfterDashes = False,
+    prompt_file: PromptFile = None,
+    protection: Annotated[
+        AuditedName | None,
+        Parameter(help="Audit this mode only; all three when not given, whatever TSQP_PROTECTION says."),
+    ] = None,
     model: Model = "default",
     device: Device = "cpu",
     dtype: Annotated[
@@ -51,16 +57,19 @@ def audit(
     Parameters
     ----------
     prompt
-        The user's text, of at most 200 tokens. It is printed where an attack recovers it.
+        The user's text, of at most 200 tokens, or - to read it from standard input. It is printed where an attack
+        recovers it.
     """
     from rich.console import Console
 
     if dtype != "auto" and protection not in (None, "open"):
         raise OptionError(f"protection {protection} computes in integers of its own: leave out --dtype")
+    text = prompt_text(prompt, prompt_file, after_dashes)
     count = len(os.sched_getaffinity(0)) if threads is None else threads
     notes = Console(stderr=True)
     modes = MODES if protection is None else (protection,)
-    reports = run_audit(prompt, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes)
+    warn_of_argument(prompt, modes[-1], notes)
+    reports = run_audit(text, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes)
     if json_output:
         found = [report.as_dict() for report in reports]
         sys.stdout.write(json.dumps(found[0] if protection is not None else {"modes": found}) + "\n")

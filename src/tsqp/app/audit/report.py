@@ -27,6 +27,11 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.trusted.tokenizer import Tokenizer
 from tsqp.wire.words import printable
 
+LEGEND = (
+    "uniformity p: how often uniform noise looks at least this uneven; below 10^-6 the bytes are not noise",
+    "recovered: the share of the prompt's tokens that an attack puts in their places; of noise: the same for fresh "
+    "noise. Where they are alike, nothing was recovered",
+)
 LIKELY_TEXT = "This is a text, and it goes on like this: "
 
 
@@ -118,11 +123,13 @@ class Attacker:
 
 
 def print_report(reports: Sequence[ModeReport], console: Console) -> None:
-    """A table for each receiver of each mode."""
+    """A table for each receiver of each mode, and how to read them."""
     for report in reports:
         console.print(_table(f"{report.protection}, the worker", report.worker))
         if report.dealer is not None:
             console.print(_table(f"{report.protection}, the dealer", report.dealer))
+    for line in LEGEND:
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def _table(receiver: str, found: Findings) -> Table:

@@ -80,7 +80,7 @@ class PadPool:
             stock = self._stocks[key]
             missing = max(0, rows - self.ready(key))
             if missing and not self._wait:
-                raise PadsExhausted(f"pads for {missing} of {rows} rows are missing: wait, or use --pads-empty wait")
+                raise PadsExhausted(f"{missing} of {rows} pads missing: use --warm-pads, --pads-ahead N, --pad-memory")
             self.recent[key] = time.monotonic(), rows
             self.used += rows
             self.missed += missing
