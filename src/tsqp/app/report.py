@@ -112,14 +112,15 @@ def guard_lines(found: dict[str, object]) -> list[str]:
     """The figures of a private mode, from the ``stats`` object; nothing where there is no guard."""
     if "checks" not in found:
         return []
-    lines = [f"{found['checks']} products checked; a wrong one passes with probability 2^-{found['soundness_bits']}"]
+    passes = f"2^-{found['soundness_bits']:.0f}"
+    lines = [f"{found['checks']} products checked; a wrong one passes with probability {passes}"]
     if "pads_used" in found:
         drained = found["pads_drained_s"]
-        left = f", {drained:.1f} s at this speed" if isinstance(drained, float) else ""
-        lines.append(
-            f"pads: {found['pads_used']} rows used, {found['pads_missed']} of them made on the spot; ready for "
-            f"{found['pads_ready']} of {found['pads_ahead']} tokens{left}"
-        )
+        left = f" ({drained:.1f} s at this speed)" if isinstance(drained, float) else ""
+        prompt = f"{found['pads_ready_prompt']} of {found['pads_ahead']} tokens of a prompt"
+        ready = f"{prompt}, {found['pads_ready']} of an answer"
+        made = f"{found['pads_missed']} of them made on the spot"
+        lines.append(f"pads: {found['pads_used']} rows used, {made}; ready for {ready}{left}")
     return [*lines, f"model digest {found['model_digest']}"]
 
 
