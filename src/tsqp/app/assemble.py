@@ -32,7 +32,7 @@ from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.layers import LayerDecoder
 from tsqp.trusted.linears import OpenLinears
 from tsqp.trusted.metered import MeteredLinears, MeteredPool
-from tsqp.trusted.private import Guard, compile_loops, load_private_model
+from tsqp.trusted.private import Guard, PrivateModel, compile_loops, load_private_model
 from tsqp.trusted.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
@@ -109,17 +109,37 @@ def build_private_engine(
     norms = Norms.load(checkpoint, torch.float32)
     multiplies = plan.protection.masked and dial_dealer is None
     model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
-    if options.model_digest is not None and options.model_digest.lower() != model.digest:
-        raise ModelMismatch(
-            f"the checkpoint is not the one that was pinned: its digest is {model.digest}; give the pinned one by "
-            "--model, or this digest by --model-digest if this is the one you mean"
-        )
+    _check_pin(options.model_digest, model.digest)
     compile_loops(masked=plan.protection.masked)
+    with ExitStack() as opened:
+        for group in model.groups.values():
+            opened.callback(group.forget)
+        guard, worker = _open_guard(checkpoint, plan, options, model, dial, dial_dealer, stats, opened)
+        embedding = LocalEmbedding(table, stats, torch.float32)
+        attention = LocalAttention(checkpoint.spec.windows, stats)
+        placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
+        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
+        opened.pop_all()
+    stats.guard = guard.report
+    if guard.filler is not None:
+        guard.filler.busy = engine.busy
+    return engine, worker, guard
 
-    def session(
-        dial_one: Callable[[], Channel], counted: Stats, role: Literal["worker", "dealer"] = "worker"
-    ) -> WorkerSession:
-        return WorkerSession(
+
+def _open_guard(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: GuardOptions,
+    model: PrivateModel,
+    dial: Callable[[], Channel],
+    dial_dealer: Callable[[], Channel] | None,
+    stats: Stats,
+    opened: ExitStack,
+) -> tuple[Guard, WorkerSession]:
+    """The guard with its sessions, each of which ``opened`` closes should the rest fail. Raises ChannelError."""
+
+    def session(dial_one: Callable[[], Channel], counted: Stats, role: Literal["worker", "dealer"]) -> WorkerSession:
+        one = WorkerSession(
             dial_one(),
             checkpoint.spec,
             checkpoint.fingerprint(),
@@ -131,37 +151,31 @@ def build_private_engine(
             digests=model.digests,
             role=role,
         )
+        opened.callback(one.close)
+        return one
 
-    linears: VerifiedLinears | MaskedLinears
+    worker = session(dial, stats, "worker")
+    linears = VerifiedLinears(worker, model.groups)
     dealer = filler = None
-    with ExitStack() as opened:
-        for group in model.groups.values():
-            opened.callback(group.forget)
-        worker = session(dial, stats)
-        opened.callback(worker.close)
-        if plan.protection.masked:
-            if dial_dealer is not None:
-                dealer = session(dial_dealer, Stats(), "dealer")
-                opened.callback(dealer.close)
-            source = TeeSource() if dealer is None else DealerSource(dealer)
-            pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
-            filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
-            linears = MaskedLinears(worker, model.groups, pool)
-        else:
-            linears = VerifiedLinears(worker, model.groups)
-        guard = Guard(linears, options.checks, model.digest, filler, dealer)
-        opened.callback(guard.close)
-        embedding, attention = (
-            LocalEmbedding(table, stats, torch.float32),
-            LocalAttention(checkpoint.spec.windows, stats),
+    if plan.protection.masked:
+        if dial_dealer is not None:
+            dealer = session(dial_dealer, Stats(), "dealer")
+        source = TeeSource() if dealer is None else DealerSource(dealer)
+        pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
+        filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
+        linears = MaskedLinears(worker, model.groups, pool)
+    guard = Guard(linears, options.checks, model.digest, filler, dealer)
+    opened.callback(guard.close)
+    return guard, worker
+
+
+def _check_pin(pinned: str | None, digest: str) -> None:
+    """Raises ModelMismatch for another model than the one that was pinned, if one was."""
+    if pinned is not None and pinned.lower() != digest:
+        raise ModelMismatch(
+            f"the checkpoint is not the one that was pinned: its digest is {digest}; give the pinned one by "
+            "--model, or this digest by --model-digest if this is the one you mean"
         )
-        placement = Placement(embedding, MeteredLinears(linears, stats), attention)
-        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
-        opened.pop_all()
-    stats.guard = guard.report
-    if filler is not None:
-        filler.busy = engine.busy
-    return engine, worker, guard
 
 
 def _decoder(
