@@ -15,24 +15,34 @@ import numba
 
 _CACHE = "NUMBA_CACHE_DIR"
 
+# Every module that has loops, how they are compiled, and what they take from elsewhere.
+SOURCES = (
+    "arith/jit.py",
+    "arith/modulus.py",
+    "arith/digits.py",
+    "arith/loops.py",
+    "model/compiled.py",
+    "trusted/guard/kernels.py",
+)
+
 Loop = Callable[..., Any]
 
 
 def enable_cache(directory: Path) -> None:
     """Keep compiled loops in ``directory``, made with mode 0700. For those whose modules are imported afterwards.
 
-    In a folder named after their sources: numba does not notice a change in what another module's loop puts in.
+    In a folder named after their sources: numba does not notice a change in what a loop takes from another module.
     """
-    own = directory / hashlib.sha256(b"".join(path.read_bytes() for path in _loops())).hexdigest()[:16]
+    own = directory / hashlib.sha256(b"".join(path.read_bytes() for path in loop_sources())).hexdigest()[:16]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     own.mkdir(mode=0o700, exist_ok=True)
     os.environ[_CACHE] = str(own)
 
 
-def _loops() -> list[Path]:
-    """The modules of this package that have loops."""
+def loop_sources() -> list[Path]:
+    """What compiled loops are made of, as far as it is installed: an image may have one side only."""
     package = Path(__file__).parents[1]
-    return [path for path in sorted(package.rglob("*.py")) if b"arith.jit import" in path.read_bytes()]
+    return [path for path in (package / source for source in SOURCES) if path.is_file()]
 
 
 def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:
