@@ -15,6 +15,7 @@ from pathlib import Path
 from tsqp.app.guard_options import GuardOptions
 from tsqp.errors import ChannelError, OptionError
 from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.forward import ForwardingChannel
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.address import Address, parse_address
 from tsqp.wire.transport.keys import ClientKeys, load_public, load_secret
@@ -55,34 +56,20 @@ class Dealer:
         return channel if wrap is None else wrap(channel)
 
 
-class DealerChannel:
+class DealerChannel(ForwardingChannel):
     """See Channel. Transports speak of a worker; here their errors say that it is the dealer."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    @property
-    def transport(self) -> str:
-        return self._channel.transport
-
-    @property
-    def address(self) -> str:
-        return self._channel.address
 
     def reserve(self, size: int) -> memoryview:
         with _named():
-            return self._channel.reserve(size)
+            return super().reserve(size)
 
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         with _named():
-            self._channel.send(frames, reply_bytes)
+            super().send(frames, reply_bytes)
 
     def receive(self, deadline_s: float) -> Frames:
         with _named():
-            return self._channel.receive(deadline_s)
-
-    def close(self) -> None:
-        self._channel.close()
+            return super().receive(deadline_s)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tsqp.spec.protection import Protection
 DEALER = "dealer="
 MAX_CHECKS = 16
 OF_A_DEALER = ("dealer_key", "dealer_no_separation")
-OF_PADS = ("pad_source", *OF_A_DEALER, "own_key", "pads_ahead", "pad_memory", "pads_empty", "warm_pads")
+OF_PADS = ("pad_source", *OF_A_DEALER, "pads_ahead", "pad_memory", "pads_empty", "warm_pads")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -142,7 +142,7 @@ class GuardOptions:
         if not protection.checked:
             raise OptionError(f"protection {protection.name} checks no products: leave out guard")
         if not protection.masked:
-            refuse_unused(f"protection {protection.name} has no pads", given._changed(OF_PADS))
+            refuse_unused(f"protection {protection.name} has no pads", given._changed((*OF_PADS, "own_key")))
         elif given.dealer is None:
             refuse_unused("pads come from this process, not from a dealer", given._changed((*OF_A_DEALER, "own_key")))
         return given

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
+from tsqp.app import guard_options
 from tsqp.app.groups import CONNECTION, MODEL, OUTPUT, PRIVACY, SAMPLING
 from tsqp.app.guard_options import DEALER, GuardOptions
 from tsqp.errors import OptionError
@@ -25,8 +26,8 @@ ProtectionName = Literal["masked", "verified", "open", "local"]
 # Options that play a part with a tcp worker only, with any worker, with a dealer, with pads, with any check.
 OF_TCP = ("--key", "--worker-key", "--insecure-plain-tcp")
 OF_A_WORKER = ("--worker", "--partition", "--device", "--compile", "--wire-dtype", "--deadline", *OF_TCP)
-OF_A_DEALER = ("--dealer-key", "--dealer-no-separation")
-OF_PADS = ("--pad-source", *OF_A_DEALER, "--pads-ahead", "--pad-memory", "--pads-empty", "--warm-pads")
+OF_A_DEALER = tuple(f"--{name.replace('_', '-')}" for name in guard_options.OF_A_DEALER)
+OF_PADS = tuple(f"--{name.replace('_', '-')}" for name in guard_options.OF_PADS)
 OF_CHECKS = ("--checks", "--model-digest", *OF_PADS)
 
 

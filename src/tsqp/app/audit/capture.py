@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
+from tsqp.wire.forward import ForwardingChannel
 from tsqp.wire.messages import Linear, Product, ToWorker
 
 KEEP_BYTES = 1 << 26  # of payloads; those of qkv are kept beyond it, as far as the longest prompt of an audit goes
@@ -57,30 +58,13 @@ class Captured(NamedTuple):
     dealer: Capture | None
 
 
-class CapturedChannel:
+class CapturedChannel(ForwardingChannel):
     """See Channel: everything is passed on, and what is sent is recorded first."""
 
     def __init__(self, channel: Channel, capture: Capture) -> None:
-        self._channel = channel
+        super().__init__(channel)
         self._capture = capture
-
-    @property
-    def transport(self) -> str:
-        return self._channel.transport
-
-    @property
-    def address(self) -> str:
-        return self._channel.address
-
-    def reserve(self, size: int) -> memoryview:
-        return self._channel.reserve(size)
 
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         self._capture.record(frames)
-        self._channel.send(frames, reply_bytes)
-
-    def receive(self, deadline_s: float) -> Frames:
-        return self._channel.receive(deadline_s)
-
-    def close(self) -> None:
-        self._channel.close()
+        super().send(frames, reply_bytes)
