@@ -91,8 +91,10 @@ class PadBlock:
         """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
         if self._pads is None:
             key, pads = self.key(), np.empty((BLOCK_ROWS, width), np.uint32)
-            expand(AesKeyStream(key), pads)
-            wipe(key)
+            try:
+                expand(AesKeyStream(key), pads)
+            finally:
+                wipe(key)
             self._pads = pads
             self._wipe_key()
         return self._pads[first : first + rows]
