@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from tests.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.modulus import P
-from tsqp.errors import ChannelError, NumericError, ProductMismatch, TsqpError
+from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, TsqpError
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
@@ -225,6 +225,19 @@ def test_a_batch_leaves_no_key_pad_or_product(fault: str, copies: list[bytearray
     assert pads_of.ready(KEY) == (3 * BLOCK_ROWS if fault == "right" else 0)
 
 
+def test_keys_of_a_batch_end_also_when_one_block_is_gone(copies: list[bytearray]) -> None:
+    """As when another thread closes the pool."""
+    pads_of = PadPool(guarded(WEIGHTS), TeeSource(), wait=True)
+    pieces = pads_of.take(KEY, 3 * BLOCK_ROWS)
+    last = pieces[-1].block
+    assert last is not None
+    last.destroy()
+    with pytest.raises(PadReused):
+        pads_of.supply(KEY, pieces)
+    assert copies == [bytes(KEY_BYTES)] * 2
+    assert not any(any(piece.block._key) for piece in pieces if piece.block is not None)
+
+
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
 @pytest.mark.parametrize("how", ["make", "supply"])
 def test_a_source_that_failed_is_not_asked_again(fault: str, how: str) -> None:
@@ -323,11 +336,11 @@ class Lock:
 
 
 @pytest.fixture
-def locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Lock]]:
+def locks(monkeypatch: pytest.MonkeyPatch) -> list[Lock]:
     """The locks that are made from now on."""
     monkeypatch.setattr(Lock, "made", [], raising=False)
     monkeypatch.setattr(threading, "Lock", Lock)
-    yield Lock.made
+    return Lock.made
 
 
 def test_a_dealer_is_asked_by_one_thread_at_a_time(locks: list[Lock]) -> None:

@@ -90,11 +90,10 @@ class PadBlock:
     def pads(self, first: int, rows: int, width: int) -> Array:
         """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
         if self._pads is None:
-            key, pads = self.key(), np.empty((BLOCK_ROWS, width), np.uint32)
-            try:
-                expand(AesKeyStream(key), pads)
-            finally:
-                wipe(key)
+            pads, key = np.empty((BLOCK_ROWS, width), np.uint32), self.key()
+            stream = AesKeyStream(key)
+            wipe(key)  # before anything can fail: the stream does not need it any more
+            expand(stream, pads)
             self._pads = pads
             self._wipe_key()
         return self._pads[first : first + rows]

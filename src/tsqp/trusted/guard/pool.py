@@ -140,10 +140,10 @@ class PadPool:
     def _make(self, group: GuardedGroup, blocks: Sequence[PadBlock]) -> None:
         """Give blocks their products, checked; or destroy them. After a failure nobody is asked again."""
         self._raise_failure()
-        keys = [block.key() for block in blocks]
+        keys, parts = list[bytearray](), [slice(i * BLOCK_ROWS, (i + 1) * BLOCK_ROWS) for i in range(len(blocks))]
         unchecked = pads = np.empty((len(blocks) * BLOCK_ROWS, group.in_features), np.uint32)
-        parts = [slice(first, first + BLOCK_ROWS) for first in range(0, len(pads), BLOCK_ROWS)]
         try:
+            keys.extend(block.key() for block in blocks)  # those before one that is gone are wiped too
             for key, part in zip(keys, parts, strict=True):
                 expand(AesKeyStream(key), pads[part])
             unchecked = self._source.products(group, keys, pads)
