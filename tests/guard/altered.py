@@ -14,10 +14,18 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Altered(Checkpoint):
-    """``changes``: what happens to a tensor when it is read, by its name; ``spec``: fields of the spec."""
+    """``changes``: what happens to a tensor when it is read, by its name; ``text``, ``spec``: fields of those."""
 
-    def __init__(self, original: Checkpoint, changes: Mapping[str, Change] | None = None, **spec: Any) -> None:
+    def __init__(
+        self,
+        original: Checkpoint,
+        changes: Mapping[str, Change] | None = None,
+        *,
+        text: Mapping[str, Any] | None = None,
+        **spec: Any,
+    ) -> None:
         super().__init__(replace(original.spec, **spec), "an altered model")
+        self._text = dict(text or {})
         self._original = original
         self._changes = dict(changes or {})
 
@@ -29,7 +37,7 @@ class Altered(Checkpoint):
         return self._original.fingerprint()
 
     def text_format(self) -> TextFormat:
-        return self._original.text_format()
+        return replace(self._original.text_format(), **self._text)
 
 
 def with_element(value: float) -> Change:
