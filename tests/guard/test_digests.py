@@ -125,6 +125,7 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
     plan = Plan.check(
         protection="masked", partition="linear", dtype="float32", wire_dtype=None, prefill_chunk=64, deadline_s=60.0
     )
+    plan = replace(plan, compiled_kernels=False)  # as in test_mutants.py
     with serve(MODEL) as (honest, right), serving(cheats) as wrong:
         addresses = {"worker": right, "dealer": right, cheat: wrong}
         with pytest.raises(ModelMismatch, match=f"the {cheat} at .* another model"):

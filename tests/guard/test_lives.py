@@ -317,14 +317,11 @@ class DealerLine:
 
 
 class Lock:
-    """A lock that tells whether this thread has it."""
-
-    made: list[Lock]
+    """A lock that says how often it is held."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.depth = 0
-        self.made.append(self)
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -335,18 +332,18 @@ class Lock:
         self._lock.release()
 
 
-@pytest.fixture
-def locks(monkeypatch: pytest.MonkeyPatch) -> list[Lock]:
-    """The locks that are made from now on."""
-    monkeypatch.setattr(Lock, "made", [], raising=False)
-    monkeypatch.setattr(threading, "Lock", Lock)
-    return Lock.made
+def lock_of(owner: object) -> Lock:
+    """The one lock of an object, in whose place there is one that can be looked at."""
+    (name,) = (name for name, value in vars(owner).items() if isinstance(value, type(threading.Lock())))
+    lock = Lock()
+    setattr(owner, name, lock)
+    return lock
 
 
-def test_a_dealer_is_asked_by_one_thread_at_a_time(locks: list[Lock]) -> None:
+def test_a_dealer_is_asked_by_one_thread_at_a_time() -> None:
     line = DealerLine()
     source = DealerSource(line)
-    (lock,) = locks
+    lock = lock_of(source)
     line.locked = lambda: lock.depth == 1
     source.products(guarded(WEIGHTS)[KEY], [bytearray(KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32))
     assert line.steps == dict.fromkeys(("reserve", "next_id", "ask", "wait"), True)
@@ -367,9 +364,9 @@ def test_a_dealers_products_are_a_copy_that_it_cannot_change() -> None:
 
 
 @pytest.mark.parametrize("how", ["take", "make", "close"])
-def test_pads_change_hands_under_the_lock_only(how: str, locks: list[Lock], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pads_change_hands_under_the_lock_only(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pads_of = PadPool(guarded(WEIGHTS), TeeSource(), wait=True)
-    (lock,) = locks
+    lock = lock_of(pads_of)
     held: list[tuple[str, int]] = []
 
     def watch(owner: Any, name: str) -> None:
