@@ -13,10 +13,10 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from tests.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights
+from tests.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights, verified
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.modulus import P
-from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, TsqpError
+from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError, TsqpError
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
@@ -402,3 +402,28 @@ def test_masked_layers_close_their_pool() -> None:
     linears.close()
     assert root == bytes(KEY_BYTES)
     assert not torch.from_numpy(groups[KEY].folded.astype(np.int64) - 1).any()
+
+
+def test_weights_that_were_left_to_a_dealer_multiply_nothing_here() -> None:
+    group = guarded(WEIGHTS)[KEY]
+    without = GuardedGroup(group.key, group.limit, group.scales, group.bias, group.secrets, group.folded, None)
+    with pytest.raises(ValueError, match="dealer"):
+        TeeSource().products(without, [], np.zeros((BLOCK_ROWS, 48), np.uint32))
+
+
+@pytest.mark.parametrize("build", [masked, verified], ids=["masked", "verified"])
+@pytest.mark.parametrize("bad", ["NaN", "out of range", "wrong"])
+def test_each_failure_has_its_name(build: Callable[..., Any], bad: str) -> None:
+    linears, line = build(WEIGHTS)
+    x = linears.input(KEY, 3)
+    assert x.shape == (3, 48)
+    x[:] = activations(3)
+    changes: dict[str, Callable[[Array], None]] = {"out of range": lambda reply: reply.fill(P), "wrong": wrong}
+    expected = {"NaN": NumericError, "out of range": ReplyRangeError, "wrong": ProductMismatch}[bad]
+    if bad == "NaN":
+        x[2, 0] = torch.nan
+    line.change = changes.get(bad, line.change)
+    with pytest.raises(expected) as caught:
+        linears.start(KEY, x).wait()
+    assert type(caught.value) is expected
+    assert (line.dead is None) == (bad == "NaN")  # of what was not sent no worker is to blame

@@ -1,0 +1,163 @@
+"""Changes one small thing of the guard at a time and runs its fast tests: prints the changes that no test notices.
+
+    python scripts/mutate_guard.py [--sample N] [--seed S] [--only FILE]
+
+Operators, comparisons, constants, conditions, statements that are deleted, arguments that change places; in a copy of
+the package, with loops uncompiled. docs/audit.md explains the survivors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+GUARD = ("kernels", "linears", "pads", "pool", "sources", "weights")
+FILES = [*(f"trusted/guard/{name}.py" for name in GUARD), "arith/expand.py", "arith/digits.py", "arith/field.py"]
+TESTS = ["test_core.py", "test_lives.py", "test_pads.py", "test_kernels.py", "test_weights.py", "test_pool.py"]
+SLOW = (
+    "hostile or LLM or idle or thread or restart or digest or pinned or refused or interrupt or norms or 6553 or 140000 or a_run"
+)
+LIMIT_S = 120
+
+OPERATORS = {
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult},
+    **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.RShift: ast.LShift, ast.LShift: ast.RShift},
+    **{ast.BitXor: ast.BitAnd, ast.Div: ast.Mult},
+}
+COMPARISONS = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
+}
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """What this node may become, and in words."""
+    match node:
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in OPERATORS:
+            other = copy.deepcopy(node)
+            other.op = OPERATORS[type(op)]()
+            yield f"{type(op).__name__} -> {type(other.op).__name__}", other
+        case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
+            other = copy.deepcopy(node)
+            other.ops = [COMPARISONS[type(op)]()]
+            yield f"{type(op).__name__} -> {type(other.ops[0]).__name__}", other
+        case ast.BoolOp(op=op):
+            other = copy.deepcopy(node)
+            other.op = ast.And() if isinstance(op, ast.Or) else ast.Or()
+            yield "and <-> or", other
+        case ast.Constant(value=bool(value)):
+            yield f"{value} -> {not value}", ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            yield f"{value} -> {value + 1}", ast.Constant(value + 1)
+        case ast.If():
+            for value in (True, False):
+                other = copy.deepcopy(node)
+                other.test = ast.Constant(value)
+                yield f"if {value}", other
+    if isinstance(node, ast.Call) and len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
+        other = copy.deepcopy(node)
+        other.args[0], other.args[1] = other.args[1], other.args[0]
+        yield "first two arguments change places", other
+    simple = isinstance(node, ast.Assign | ast.AugAssign | ast.Raise)
+    if simple or (isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)):
+        yield "deleted", ast.Pass()
+
+
+class Replace(ast.NodeTransformer):
+    def __init__(self, number: int, new: ast.AST) -> None:
+        self._left, self._new = number, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self._left -= 1
+        return self._new if self._left == -1 else self.generic_visit(node)
+
+
+def visited(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, in the order that a transformer comes to them."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from visited(child)
+
+
+def mutants(file: str) -> Iterator[tuple[str, str]]:
+    """Every mutant of one file: in words, and its source."""
+    source = (ROOT / "src" / "tsqp" / file).read_text()
+    tree = ast.parse(source)
+    hints = {id(part) for node in ast.walk(tree) for hint in _hints(node) for part in ast.walk(hint)}
+    for number, node in enumerate(visited(tree)):
+        if id(node) in hints:
+            continue
+        for words, new in changes(node):
+            place = ast.unparse(node).splitlines()[0][:70]
+            mutated = Replace(number, new).visit(copy.deepcopy(tree))
+            line = getattr(node, "lineno", 0)
+            yield f"{file}:{line} [{words}] {place}", ast.unparse(ast.fix_missing_locations(mutated))
+
+
+def _hints(node: ast.AST) -> list[ast.AST]:
+    """Type hints and decorators below a node, which do nothing at run time."""
+    hints = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    return [hint for hint in hints if hint is not None] + list(getattr(node, "decorator_list", []))
+
+
+def survives(package: Path, file: str, source: str) -> bool:
+    path = package / file
+    before = path.read_text()
+    path.write_text(source)
+    command = [sys.executable, "-m", "pytest", "-xqp", "no:cacheprovider", "--noconftest", "-c", os.devnull]
+    command += ["--rootdir", ".", "-W", "ignore", "-k", f"not ({SLOW})", *(f"tests/guard/{name}" for name in TESTS)]
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = f"{package.parent}:{ROOT}"
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        return running.wait(LIMIT_S) == 0
+    except subprocess.TimeoutExpired:
+        return False  # it hangs: that is noticed too
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+        path.write_text(before)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=0, help="so many mutants, drawn at random; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files whose path holds this")
+    chosen = parser.parse_args()
+    found = [(file, *mutant) for file in FILES if chosen.only in file for mutant in mutants(file)]
+    if chosen.sample:
+        found = random.Random(chosen.seed).sample(found, min(chosen.sample, len(found)))  # noqa: S311  (no secret)
+    with tempfile.TemporaryDirectory() as directory:
+        package = Path(directory) / "tsqp"
+        shutil.copytree(ROOT / "src" / "tsqp", package, ignore=shutil.ignore_patterns("__pycache__"))
+        file = FILES[0]
+        if not survives(package, file, (package / file).read_text()):
+            sys.exit("the tests fail without any change")
+        left = 0
+        for number, (file, words, source) in enumerate(found, 1):
+            if survives(package, file, source):
+                left += 1
+                sys.stdout.write(f"survived: {words}\n")
+            sys.stderr.write(f"\r{number} of {len(found)}, {left} survived")
+            sys.stdout.flush()
+    sys.stdout.write(f"\n{left} of {len(found)} survived\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
