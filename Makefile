@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test check bench wheel clean
+.PHONY: run test check mutants bench wheel clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
@@ -17,6 +17,9 @@ check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+mutants: .venv/.dev  ## change one small thing of the guard after another; docs/audit.md explains what no test notices
+	$(BIN)/python scripts/mutate_guard.py
 
 bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
 	$(BIN)/tsqp bench all

@@ -22,6 +22,7 @@ import pytest
 import tsqp
 
 HERE = Path(__file__).parent
+ROOT = next(folder for folder in HERE.parents if (folder / "pyproject.toml").is_file())
 CORE, LIVES, DIGESTS = "test_core.py", "test_lives.py", "test_digests.py"
 KERNELS, LINEARS, PADS, POOL, SOURCES, WEIGHTS = (
     f"trusted/guard/{name}.py" for name in ("kernels", "linears", "pads", "pool", "sources", "weights")
@@ -453,7 +454,7 @@ class Copy:
         shutil.copytree(Path(tsqp.__file__).parent, self._package, ignore=shutil.ignore_patterns("__pycache__"))
         self._runner = subprocess.Popen(
             [sys.executable, "-c", RUNNER, str(directory), str(self._report)],
-            cwd=HERE.parents[1],
+            cwd=ROOT,
             env={**os.environ, **UNCOMPILED},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
