@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsqp.app.bench.machine import machine
+from tsqp.bench.machine import machine
 
 __all__ = ["RESULTS", "machine"]
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqp import LLM
-from tsqp.app.bench.machine import cores, machine
-from tsqp.app.bench.progress import watched
-from tsqp.app.evaluate import measure
+from tsqp.bench.machine import cores, machine
+from tsqp.bench.progress import watched
+from tsqp.cli.evaluate import measure
 
 RESULTS = Path(__file__).parent / "results"
 PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
-from tsqp.app.bench.plot import Chart, draw
-from tsqp.app.bench.show import chart, rpc_chart, split_chart
+from tsqp.bench.plot import Chart, draw
+from tsqp.bench.show import chart, rpc_chart, split_chart
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models of every family, workers on a thread, the default model."""
+"""Shared fixtures: workers on a thread, a home for a command and the command inside of this process, prose."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tsqp.app.hardening import Hardening
+from tests.commands import Home, Result
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.spec.dtype import DTYPE_NAMES, ComputeDtype, numeric_path
+from tsqp.cli.main import run
+from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, numeric_path
+from tsqp.tee.hardening import Hardening
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen, new_ipc_address, new_shm_address
@@ -38,7 +40,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Private modes harden their process for the rest of its life; what that does is tested in processes of its own."""
-    monkeypatch.setattr("tsqp.app.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
+    monkeypatch.setattr("tsqp.api.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
 
 
 def fresh_address(transport: str, name: str = "test") -> str:
@@ -77,3 +79,23 @@ def start_worker() -> Iterator[StartWorker]:
 def prose() -> str:
     """Public-domain prose; see tests/data/README.md."""
     return (Path(__file__).parent / "data" / "prose.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    home = Home()
+    yield home
+    home.remove()
+
+
+@pytest.fixture
+def tsqp(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The command without a process: saves the seconds that loading torch takes."""
+    monkeypatch.setattr("os.environ", dict(home.environment))
+
+    def call(*arguments: object) -> Result:
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call

@@ -20,25 +20,25 @@ def loaded(modules: set[str], prefix: str) -> set[str]:
 
 
 WORKER = """
-import tsqp.untrusted.__main__, tsqp.untrusted.worker, tsqp.untrusted.weights, tsqp.untrusted.device
+import tsqp.untrusted.__main__, tsqp.untrusted.worker, tsqp.untrusted.paths.floats, tsqp.untrusted.backends.device
 import tsqp.wire.transport, tsqp.checkpoint
 """
 
 
-@pytest.mark.parametrize("forbidden", ["tsqp.trusted", "tsqp.app", "tokenizers", "jinja2", "transformers"])
+@pytest.mark.parametrize("forbidden", ["tsqp.trusted", "tsqp.cli", "tokenizers", "jinja2", "transformers"])
 def test_the_worker_never_loads_the_trusted_side(forbidden: str) -> None:
     assert not loaded(modules_after(WORKER), forbidden)
 
 
 def test_the_trusted_side_never_loads_the_worker() -> None:
-    modules = modules_after("import tsqp.app.llm, tsqp.app.cli, tsqp.app.doctor, tsqp.app.report, tsqp.app.chat")
+    modules = modules_after("import tsqp.api.llm, tsqp.cli.commands, tsqp.cli.doctor, tsqp.cli.report, tsqp.cli.chat")
     assert not loaded(modules, "tsqp.untrusted")
     assert not loaded(modules, "transformers")
 
 
 @pytest.mark.parametrize("forbidden", ["torch", "numpy", "transformers", "zmq"])
 def test_help_loads_no_heavy_library(forbidden: str) -> None:
-    assert not loaded(modules_after("from tsqp.app.main import run; run(['--help'])"), forbidden)
+    assert not loaded(modules_after("from tsqp.cli.main import run; run(['--help'])"), forbidden)
 
 
 @pytest.mark.parametrize("forbidden", ["torch", "numpy"])

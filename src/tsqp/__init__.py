@@ -7,11 +7,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tsqp.app.answer import Completion
-    from tsqp.app.guard_options import GuardOptions
-    from tsqp.app.llm import LLM
+    from tsqp.api.answer import Completion
+    from tsqp.api.guard_config import GuardOptions
+    from tsqp.api.llm import LLM
     from tsqp.errors import TsqpError
-    from tsqp.trusted.sampling_params import SamplingParams
+    from tsqp.trusted.engine.sampling_params import SamplingParams
 
 __all__ = ["LLM", "Completion", "GuardOptions", "SamplingParams", "TsqpError", "__version__"]
 
@@ -19,10 +19,10 @@ __version__ = version("tsqp")
 
 # Resolved on first use, so that the worker never imports the trusted side and `--help` never imports torch.
 _HOMES = {
-    "LLM": "tsqp.app.llm",
-    "Completion": "tsqp.app.answer",
-    "GuardOptions": "tsqp.app.guard_options",
-    "SamplingParams": "tsqp.trusted.sampling_params",
+    "LLM": "tsqp.api.llm",
+    "Completion": "tsqp.api.answer",
+    "GuardOptions": "tsqp.api.guard_config",
+    "SamplingParams": "tsqp.trusted.engine.sampling_params",
     "TsqpError": "tsqp.errors",
 }
 

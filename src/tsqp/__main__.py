@@ -1,6 +1,6 @@
 """``python -m tsqp`` is the ``tsqp`` command."""
 
-from tsqp.app.main import main
+from tsqp.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,8 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, llama3_factors
 from tsqp.checkpoint.hf_config import spec_from_config
+from tsqp.config.model import RopeSpec
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.model import RopeSpec
 
 from .makers import byte_level_fields, make_model, write_gguf
 

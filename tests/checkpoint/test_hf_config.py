@@ -8,8 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from tsqp.checkpoint.hf_config import config_from_spec, spec_from_config
+from tsqp.config.model import RopeSpec
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.model import RopeSpec
 
 from .makers import SMALL
 

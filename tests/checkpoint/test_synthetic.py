@@ -11,8 +11,8 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import config_from_spec
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.config.model import RopeSpec
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint
-from tsqp.spec.model import RopeSpec
 
 from .makers import TEXTS
 

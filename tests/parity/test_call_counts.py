@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, SamplingParams
-from tsqp.spec.partition import PARTITIONS
+from tsqp.config.partition import PARTITIONS
 
 PROMPT = random_tokens(20)
 LAYERS = 2

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import TRANSPORTS, StartWorker
 from tests.families import CONTEXT, FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, SamplingParams
-from tsqp.spec.partition import PARTITIONS
+from tsqp.config.partition import PARTITIONS
 
 PROMPT = random_tokens(50)
 STEPS = 32

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import StartWorker
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, SamplingParams
-from tsqp.spec.partition import PARTITIONS
+from tsqp.config.partition import PARTITIONS
 
 PROMPTS = [random_tokens(50), random_tokens(9, seed=1), random_tokens(33, seed=2)]
 GREEDY = SamplingParams(max_tokens=16)

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.config.groups import GroupKey
 from tsqp.errors import PadsExhausted, ProductMismatch
-from tsqp.spec.groups import GroupKey
 from tsqp.trusted import filler as module
 from tsqp.trusted.filler import IDLE_S, PadFiller
 from tsqp.trusted.guard.pool import MAKE_BLOCKS

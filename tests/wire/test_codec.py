@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tsqp.config.dtype import COMPUTE_DTYPES, WIRE_DTYPES
+from tsqp.config.groups import GROUP_NAMES
 from tsqp.errors import ProtocolError
-from tsqp.spec.dtype import COMPUTE_DTYPES, WIRE_DTYPES
-from tsqp.spec.groups import GROUP_NAMES
 from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder, decode_handshake, decode_reply, decode_to_worker, encode
 from tsqp.wire.messages import (
     Deal,

@@ -14,7 +14,7 @@ import torch
 
 from tsqp.arith.digits import join, split
 from tsqp.arith.product import DigitKernel
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
 
 MAX_SMALL = 127 * 256 + 127  # the largest number of two balanced digits
 MAX_INNER = 132_104  # 128 · 127 · 132,104 < 2³¹: no sum of products of digits leaves int32

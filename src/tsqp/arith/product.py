@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tsqp.arith.loops import row_sums
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
 
 MAX_INNER = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
 BLOCK_TERMS = 1_024  # 128 · 127 · 1,024 < 2²⁴

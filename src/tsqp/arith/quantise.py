@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from tsqp.arith.loops import quantise
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
 
 LEVELS = 127
 LEAST_SCALE = torch.finfo(torch.float32).tiny

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, tensor_shapes
+from tsqp.config.model import ModelSpec
 from tsqp.errors import CorruptCheckpoint
-from tsqp.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     import torch

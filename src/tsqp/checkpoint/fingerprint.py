@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tsqp.spec.model import ModelSpec
+from tsqp.config.model import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np

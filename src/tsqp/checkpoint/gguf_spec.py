@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.shapes import check_layers
+from tsqp.config.model import Architecture, ModelSpec, RopeSpec
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.model import Architecture, ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from tsqp.checkpoint.gguf_file import GgufFile

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsqp.checkpoint.shapes import check_layers
+from tsqp.config.model import ARCHITECTURES, Architecture, ModelSpec, RopeSpec
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.model import ARCHITECTURES, Architecture, ModelSpec, RopeSpec
 
 CAUSAL_LM_CLASSES: dict[Architecture, str] = {
     "llama": "LlamaForCausalLM",

@@ -14,8 +14,8 @@ from tsqp.checkpoint.hf_config import spec_from_config
 from tsqp.checkpoint.hf_text import read_text_format
 from tsqp.checkpoint.json_object import read_json_object
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes, tensor_shapes
+from tsqp.config.model import ModelSpec
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     import torch

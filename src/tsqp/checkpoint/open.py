@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.json_object import read_json_object
+from tsqp.config.dtype import DtypeName
 from tsqp.errors import CheckpointNotFound, UnsupportedModel
-from tsqp.spec.dtype import DtypeName
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SYNTHETIC = "synthetic:"

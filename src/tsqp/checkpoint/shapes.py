@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from tsqp.config.groups import LAYER_GROUPS, linear_groups, part_tensor
+from tsqp.config.model import ModelSpec
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-from tsqp.spec.groups import LAYER_GROUPS, linear_groups, part_tensor
-from tsqp.spec.model import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

@@ -16,8 +16,8 @@ import numpy as np
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import spec_json
+from tsqp.config.model import ModelSpec, RopeSpec
 from tsqp.errors import CheckpointNotFound
-from tsqp.spec.model import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     import torch

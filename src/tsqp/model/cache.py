@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tsqp.spec.model import ModelSpec
+from tsqp.config.model import ModelSpec
 
 GROW_ROWS = 256
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 

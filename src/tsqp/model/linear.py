@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.spec.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
+from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
 
 
 class LinearProduct(Protocol):

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from tsqp.config.groups import GroupKey
 from tsqp.model.attention import attend, first_visible
 from tsqp.model.batch import Span
 from tsqp.model.cache import KVCache
 from tsqp.model.linear import LinearProduct
 from tsqp.model.meter import CallKind, Meter
 from tsqp.model.pending import Deferred, Pending, Steps
-from tsqp.spec.groups import GroupKey
 
 
 def call_kind(key: GroupKey) -> CallKind:

@@ -10,8 +10,8 @@ import torch
 from tsqp.arith.field import MAX_INNER
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.groups import GroupKey, GroupName, LinearGroup, linear_groups, part_tensor
 from tsqp.errors import UnsupportedModel
-from tsqp.spec.groups import GroupKey, GroupName, LinearGroup, linear_groups, part_tensor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tsqp.spec.model import RopeSpec
+from tsqp.config.model import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:

@@ -11,9 +11,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.config.groups import GroupKey, group_keys, linear_groups
+from tsqp.config.model import ModelSpec
 from tsqp.errors import PadsExhausted, TsqpError
-from tsqp.spec.groups import GroupKey, group_keys, linear_groups
-from tsqp.spec.model import ModelSpec
 from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 
 HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tsqp.config.groups import GroupKey
 from tsqp.model.local import call_kind
 from tsqp.model.meter import CallKind
+from tsqp.model.operators import Linears
 from tsqp.model.pending import Pending
-from tsqp.model.roles import Linears
-from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.pool import PadPool, Piece
 from tsqp.trusted.guard.sources import PadSource
 from tsqp.trusted.guard.weights import GuardedGroup

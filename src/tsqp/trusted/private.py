@@ -17,14 +17,14 @@ from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.model.block import Norms
+from tsqp.config.groups import GroupKey, GroupName, group_keys
+from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
-from tsqp.spec.groups import GroupKey, GroupName, group_keys
 from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.kernels import accept, fold, send
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.trusted.session import WorkerSession
+from tsqp.trusted.remote.session import WorkerSession
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tsqp.config.dtype import COMPUTE_DTYPES, DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.errors import InputError, OptionError, TsqpError
-from tsqp.spec.dtype import COMPUTE_DTYPES, DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def serve(options: argparse.Namespace) -> None:
 
     # Its own: what it writes is never loaded by a trusted side. Before the modules with loops are imported.
     enable_cache(cache_directory() / "worker-kernels")
+    from tsqp.untrusted.backends.device import pick_device
     from tsqp.untrusted.compiled import Compiler
-    from tsqp.untrusted.device import pick_device
     from tsqp.untrusted.store import WeightStore
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address

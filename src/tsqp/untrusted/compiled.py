@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tsqp.config.groups import GroupKey, LinearGroup
 from tsqp.model.linear import LinearProduct, LinearWeights
-from tsqp.spec.groups import GroupKey, LinearGroup
-from tsqp.untrusted.int8 import Int8Linear, product_in_one
+from tsqp.untrusted.paths.int8 import Int8Linear, product_in_one
 from tsqp.untrusted.toolchain import code_directory
 
 Product = Callable[..., None]

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 from tsqp.errors import ProtocolError
 from tsqp.model.batch import Batch, Chunk
-from tsqp.model.block import Block, RotaryTables
 from tsqp.model.cache import KVCache
+from tsqp.model.decoder_layers import Block, RotaryTables
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalAttention, LocalLinears
 from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
 from tsqp.model.rotary import Rotary
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.wire.messages import Begin, Finish, Layer
 
 MAX_PASSES = 4

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from tsqp.errors import ProtocolError
 from tsqp.model.attention import score_product, value_product
-from tsqp.model.payload import WireFormat, bytes_tensor, tensor_bytes
 from tsqp.untrusted.layers import LayerState
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import Begin, Call, Deal, Embed, Finish, Layer, Linear, Mix, Product, Scores
+from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
 
 
 class Operators:

@@ -6,10 +6,10 @@ import torch
 
 from tsqp.arith.product import DigitKernel
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.spec.dtype import DtypeName, NumericPath, PlainDtype
+from tsqp.config.dtype import DtypeName, NumericPath, PlainDtype
 from tsqp.untrusted.compiled import Compiler
-from tsqp.untrusted.field import FieldWorkerWeights
-from tsqp.untrusted.weights import WorkerWeights
+from tsqp.untrusted.paths.field import FieldWorkerWeights
+from tsqp.untrusted.paths.floats import WorkerWeights
 
 PathWeights = WorkerWeights | FieldWorkerWeights
 

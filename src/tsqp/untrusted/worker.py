@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 
+from tsqp.config.groups import linear_groups
 from tsqp.errors import ProtocolError, TsqpError
-from tsqp.model.payload import wire_format
-from tsqp.spec.groups import linear_groups
-from tsqp.untrusted.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.ops import Operators
+from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.store import PathWeights, WeightStore
 from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, GroupShape, Hello, Refused, Welcome
+from tsqp.wire.payload import wire_format
 
 MAX_CONNECTIONS = 4096
 MAX_STATEFUL_CONNECTIONS = 8  # with KV caches here; each is bounded too

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from tsqp.spec.dtype import ComputeDtype, NumericPath, WireDtype
-from tsqp.spec.groups import GroupName
+from tsqp.config.dtype import ComputeDtype, NumericPath, WireDtype
+from tsqp.config.groups import GroupName
 
 PROTOCOL_VERSION = 2
 

@@ -4,8 +4,8 @@ Rows are independent. Numbers mod p are uint32 below p; sums of their products a
 lo adds up the lower 31 bits, hi the upper, each below 2⁶⁴ for 2³³ terms. Every loop reads what it may trust only:
 inputs are private memory, ``out`` may be memory that the worker reads and writes, and is never read here.
 
-Covers: what each loop computes (tests/guard/test_kernels.py, tests/vectors), one pass over each secret
-(tests/guard/test_mutants.py). Does not cover: who hands in what, which is linears.py. Assumes: numba compiles what is
+Covers: what each loop computes (test_kernels.py, tests/vectors), one pass over each secret
+(test_mutants.py). Does not cover: who hands in what, which is linears.py. Assumes: numba compiles what is
 written; no fastmath is used.
 """
 

@@ -1,8 +1,8 @@
 """Linear layers on a worker that cannot cheat, and that sees uniform noise: ``docs/masking.md`` §3 and §4.
 
 Covers: a product that differs from x·Wqᵀ in any bit of any row raises before anything is made of it, and every later
-call raises (tests/guard/test_hostile.py); in ``masked`` all that reaches the worker is x + r mod p
-(tests/guard/test_view.py) and a call's shape (tests/guard/test_transcript.py). Does not cover: lengths, timing, model.
+call raises (test_hostile.py); in ``masked`` all that reaches the worker is x + r mod p
+(test_view.py) and a call's shape (test_transcript.py). Does not cover: lengths, timing, model.
 Assumes: this process's memory is private, ``os.urandom`` and AES.
 
 What lies in memory of the line is written once and never read back, and read once into private memory.
@@ -19,7 +19,8 @@ import torch
 
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import Array, Digits
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
+from tsqp.config.groups import GroupKey
 from tsqp.errors import (
     ChannelClosed,
     ChannelError,
@@ -29,7 +30,6 @@ from tsqp.errors import (
     ProductMismatch,
     ReplyRangeError,
 )
-from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.pool import PadPool, Piece
 from tsqp.trusted.guard.sources import Line, Waiting

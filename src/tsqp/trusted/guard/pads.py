@@ -1,6 +1,6 @@
 """One-time pads: keys that lead nowhere back, and rows that exist until they are used.
 
-Covers: a key is used for one block and overwritten, a row is handed out once (tests/guard/test_pads.py); what was used
+Covers: a key is used for one block and overwritten, a row is handed out once (test_pads.py); what was used
 is overwritten with a value that is no number mod p, so that it cannot be used by mistake either (same file). A forked
 process, which has a copy of everything, gets no rows (same file). Does not cover: copies that libraries or the kernel
 made; a virtual machine that is cloned while it runs. Assumes: ``os.urandom``, AES-256.

@@ -1,7 +1,7 @@
 """The pool of pads: blocks made ahead of time and handed out once.
 
 Covers: rows are handed out in order and once, also to several threads, and never again after an exception
-(tests/guard/test_pads.py); products are checked before they are used (tests/guard/test_dealer.py). A call never waits
+(test_pads.py); products are checked before they are used (test_dealer.py). A call never waits
 for blocks that are made ahead: what is missing it makes itself. When and how many are made ahead is not decided here
 but in ``trusted/filler.py``, which never sees a pad.
 """
@@ -20,8 +20,8 @@ import numpy as np
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
+from tsqp.config.groups import GroupKey
 from tsqp.errors import PadsExhausted, TsqpError
-from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pads import PadBlock, Ratchet, wipe
 from tsqp.trusted.guard.sources import PadSource

@@ -1,6 +1,6 @@
 """Who multiplies pads by the weights. Both answers are unchecked: the pool checks them like a worker's.
 
-Covers: a dealer gets keys and the place they are for, nothing else (tests/guard/test_dealer.py). Does not cover: a
+Covers: a dealer gets keys and the place they are for, nothing else (test_dealer.py). Does not cover: a
 dealer in league with the worker. Assumes: nobody but the dealer reads the line to it.
 """
 

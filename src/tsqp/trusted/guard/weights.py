@@ -1,7 +1,7 @@
 """What the guard holds of one linear group: its scales, its bound on activations, its check vectors.
 
-Covers: no sum of products can leave the range of the field (tests/guard/test_weights.py); check vectors are fresh for
-every connection, uniform and overwritten at the end (tests/guard/test_hostile.py). Does not cover: whether these are
+Covers: no sum of products can leave the range of the field (test_weights.py); check vectors are fresh for
+every connection, uniform and overwritten at the end (test_hostile.py). Does not cover: whether these are
 the weights the user meant; ``--model-digest`` does. Assumes: weights come from this side's own checkpoint.
 """
 
@@ -18,9 +18,9 @@ from tsqp.arith.field import MAX_SMALL, Array, FieldWeights
 from tsqp.arith.loops import row_sums
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import DigitKernel
-from tsqp.arith.rows import row_threads
+from tsqp.arith.row_threads import row_threads
+from tsqp.config.groups import GroupKey
 from tsqp.errors import ProductMismatch, ReplyRangeError, UnsupportedModel
-from tsqp.spec.groups import GroupKey
 from tsqp.trusted.guard import kernels
 
 LEAST_LIMIT = 127  # 8 bits

@@ -1,0 +1,205 @@
+"""Puts an engine together: which side computes what is decided here, once, from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tsqp.api.guard_config import GuardOptions
+from tsqp.api.plan import Plan
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.dtype import numeric_path
+from tsqp.config.groups import group_keys
+from tsqp.config.partition import Partition
+from tsqp.errors import ModelMismatch
+from tsqp.model.decoder_layers import Block, Norms
+from tsqp.model.kernels import pick_kernels
+from tsqp.model.linear import load_group
+from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
+from tsqp.model.operators import Attention, Embedding, Linears
+from tsqp.trusted.engine.decoder import Decoder
+from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.filler import PadFiller, targets
+from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.sources import DealerSource, TeeSource
+from tsqp.trusted.metered import MeteredLinears, MeteredPool
+from tsqp.trusted.private import Guard, PrivateModel, compile_loops, load_private_model
+from tsqp.trusted.remote.attention import OpenAttention
+from tsqp.trusted.remote.embedding import OpenEmbedding
+from tsqp.trusted.remote.layers import LayerDecoder
+from tsqp.trusted.remote.linears import OpenLinears
+from tsqp.trusted.remote.session import WorkerSession
+from tsqp.trusted.stats import Stats
+from tsqp.wire.channel import Channel
+from tsqp.wire.payload import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The objects that a partition is a choice of."""
+
+    embedding: Embedding
+    linears: Linears
+    attention: Attention
+
+
+def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
+    """Everything on the trusted side."""
+    dtype = TORCH_DTYPES[plan.dtype]
+    weights = {key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.spec)}
+    linears = LocalLinears(weights, stats)
+    tied = checkpoint.spec.tied_embeddings
+    table = weights["lm_head", None].weight if tied else _embedding_table(checkpoint, dtype)
+    attention = LocalAttention(checkpoint.spec.windows, stats)
+    placement = Placement(LocalEmbedding(table, stats), linears, attention)
+    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats)
+
+
+def build_split_engine(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    partition: Partition,
+    dial: Callable[[], Channel],
+    eos_token_ids: tuple[int, ...],
+    stats: Stats,
+) -> tuple[Engine, WorkerSession]:
+    """What ``partition`` names on the worker that ``dial`` connects to, the rest here; and the session with it.
+
+    This side's weights are read before ``dial`` is called, so that a worker can load at the same time.
+    """
+    table = None if partition.remote_embedding else _embedding_table(checkpoint, TORCH_DTYPES[plan.dtype])
+    session = WorkerSession(
+        dial(),
+        checkpoint.spec,
+        checkpoint.fingerprint(),
+        wire_dtype=plan.wire_dtype,
+        dtype=plan.dtype,
+        stats=stats,
+        deadline_s=plan.deadline_s,
+        path=numeric_path(plan.worker_dtype),
+    )
+    if partition.whole_layers:
+        return Engine(LayerDecoder(session, max_rows=plan.prefill_chunk), eos_token_ids, stats), session
+    placement = Placement(
+        OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
+        OpenLinears(session, split=partition.split_groups),
+        OpenAttention(session) if partition.remote_attention else LocalAttention(checkpoint.spec.windows, stats),
+    )
+    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
+
+
+def build_private_engine(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: GuardOptions,
+    dial: Callable[[], Channel],
+    dial_dealer: Callable[[], Channel] | None,
+    eos_token_ids: tuple[int, ...],
+    stats: Stats,
+) -> tuple[Engine, WorkerSession, Guard]:
+    """Linear layers on the worker that ``dial`` connects to, each product checked, the inputs masked where asked for.
+
+    Raises ModelMismatch also for a model with another digest than ``options`` pin.
+    """
+    table = checkpoint.tensor("model.embed_tokens.weight").clone()  # as it is stored: half the memory of float32
+    norms = Norms.load(checkpoint, torch.float32)
+    multiplies = plan.protection.masked and dial_dealer is None
+    model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
+    _check_pin(options.model_digest, model.digest)
+    compile_loops(masked=plan.protection.masked)
+    with ExitStack() as opened:
+        for group in model.groups.values():
+            opened.callback(group.forget)
+        guard, worker = _open_guard(checkpoint, plan, options, model, dial, dial_dealer, stats, opened)
+        embedding = LocalEmbedding(table, stats, torch.float32)
+        attention = LocalAttention(checkpoint.spec.windows, stats)
+        placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
+        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
+        opened.pop_all()
+    stats.guard = guard.report
+    if guard.filler is not None:
+        guard.filler.busy = engine.busy
+    return engine, worker, guard
+
+
+def _open_guard(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: GuardOptions,
+    model: PrivateModel,
+    dial: Callable[[], Channel],
+    dial_dealer: Callable[[], Channel] | None,
+    stats: Stats,
+    opened: ExitStack,
+) -> tuple[Guard, WorkerSession]:
+    """The guard with its sessions, each of which ``opened`` closes should the rest fail. Raises ChannelError."""
+
+    def session(dial_one: Callable[[], Channel], counted: Stats, role: Literal["worker", "dealer"]) -> WorkerSession:
+        one = WorkerSession(
+            dial_one(),
+            checkpoint.spec,
+            checkpoint.fingerprint(),
+            wire_dtype="float32",
+            dtype="float32",
+            stats=counted,
+            deadline_s=plan.deadline_s,
+            path="field",
+            digests=model.digests,
+            role=role,
+        )
+        opened.callback(one.close)
+        return one
+
+    worker = session(dial, stats, "worker")
+    linears = VerifiedLinears(worker, model.groups)
+    dealer = filler = None
+    if plan.protection.masked:
+        if dial_dealer is not None:
+            dealer = session(dial_dealer, Stats(), "dealer")
+        source = TeeSource() if dealer is None else DealerSource(dealer)
+        pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
+        filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
+        linears = MaskedLinears(worker, model.groups, pool)
+    guard = Guard(linears, options.checks, model.digest, filler, dealer)
+    opened.callback(guard.close)
+    return guard, worker
+
+
+def _check_pin(pinned: str | None, digest: str) -> None:
+    """Raises ModelMismatch for another model than the one that was pinned, if one was."""
+    if pinned is not None and pinned.lower() != digest:
+        raise ModelMismatch(
+            f"the checkpoint is not the one that was pinned: its digest is {digest}; give the pinned one by "
+            "--model, or this digest by --model-digest if this is the one you mean"
+        )
+
+
+def _decoder(
+    checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats, norms: Norms | None = None
+) -> Decoder:
+    dtype = TORCH_DTYPES[plan.dtype]
+    block = Block(
+        checkpoint.spec,
+        norms or Norms.load(checkpoint, dtype),
+        placement.linears,
+        placement.attention,
+        pick_kernels(dtype, compiled=plan.compiled_kernels),
+        stats,
+    )
+    return Decoder(
+        block,
+        placement.embedding,
+        dtype=dtype,
+        max_rows=plan.prefill_chunk,
+        micro_batches=plan.micro_batches,
+        stats=stats,
+    )
+
+
+def _embedding_table(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """The embedding (vocab_size, hidden_size), the one large tensor of the trusted side."""
+    return checkpoint.tensor("model.embed_tokens.weight").to(dtype, copy=True)

@@ -1,1 +1,0 @@
-"""The trusted side's shell: the Python API, the command line, starting a worker."""

@@ -1,0 +1,116 @@
+"""The first layers of a checkpoint, as anybody who has the public weights can run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.checkpoint.shapes import EMBEDDING
+from tsqp.config.groups import LAYER_GROUPS
+from tsqp.model.batch import Chunk, Span
+from tsqp.model.cache import KVCache
+from tsqp.model.decoder_layers import Block, Norms
+from tsqp.model.kernels import pick_kernels
+from tsqp.model.linear import load_group
+from tsqp.model.local import LocalLinears
+from tsqp.model.norms import rms_norm
+from tsqp.model.pending import Steps, run
+from tsqp.model.rotary import Rotary
+from tsqp.trusted.stats import Stats
+
+BLOCK_TOKENS = 512  # of the vocabulary at a time
+
+
+class PublicModel:
+    """Layers 0 to ``depth`` - 1 in float32, for one text that is known so far and any number of ways to go on."""
+
+    def __init__(self, checkpoint: Checkpoint, depth: int) -> None:
+        self.spec = checkpoint.spec
+        self.depth = depth
+        self._embedding = checkpoint.tensor(EMBEDDING)
+        self._norms = Norms.load(checkpoint, torch.float32)
+        self._rotary = Rotary(self.spec.rope, self.spec.head_dim, torch.float32)
+        keys = [(name, layer) for layer in range(depth) for name in LAYER_GROUPS]
+        linears = LocalLinears({key: load_group(checkpoint, key, torch.float32) for key in keys}, Stats())
+        kernels = pick_kernels(torch.float32, compiled=False)
+        nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.spec.windows)
+        self._block = Block(self.spec, self._norms, linears, nothing, kernels, Stats())
+
+    def first_inputs(self) -> torch.Tensor:
+        """What each token of the vocabulary is at the input of layer 0, of length 1: (vocab_size, hidden_size)."""
+        parts = (self._normed(self._embedding[ids].float(), 0) for ids in self._vocabulary())
+        return torch.cat(list(parts))
+
+    def deep_inputs(self, context: KVCache) -> torch.Tensor:
+        """What each token of the vocabulary is at the input of layer ``depth``, as the next after ``context``."""
+        return torch.cat([self.next_inputs(context, ids) for ids in self._vocabulary()])
+
+    def read(self, tokens: torch.Tensor) -> KVCache:
+        """The context of a text, int64 (T,)."""
+        context = KVCache(self.spec, torch.float32)
+        if len(tokens):
+            self._through(context, tokens, torch.arange(len(tokens)), torch.ones(len(tokens), len(tokens)).tril())
+            context.advance(len(tokens))
+        return context
+
+    def next_inputs(self, context: KVCache, candidates: torch.Tensor) -> torch.Tensor:
+        """Input of layer ``depth``, of length 1, for each candidate (C,) as the next token: (C, hidden_size).
+
+        All go through the layers together, at one position, none visible to another; ``take`` keeps one.
+        """
+        known, count = context.length, len(candidates)
+        visible = torch.cat((torch.ones(count, known), torch.eye(count)), dim=1)
+        return self._normed(self._through(context, candidates, torch.full((count,), known), visible), self.depth)
+
+    def take(self, context: KVCache, index: int) -> None:
+        """The candidate ``index`` of the last ``next_inputs`` is the next token of the text."""
+        for layer in range(self.depth):
+            for held in context.view(layer, context.length, context.length + index + 1):
+                held[:, 0] = held[:, index]
+        context.advance(1)
+
+    def _through(
+        self, context: KVCache, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states (T, hidden_size) after the layers; ``visible`` (T, known + T) is 1 where a row may look."""
+        hidden = self._embedding[tokens].float()
+        span = Span(context, context.length, 0, len(tokens), last=True)
+        keys = torch.cat((torch.arange(context.length), positions))
+        block = replace(self._block, attention=_Visible(visible, positions, keys, self.spec.windows))
+        tables = self._rotary.tables(positions)
+        for layer in range(self.depth):
+            run(block.steps(layer, hidden, Chunk(0, (span,)), tables))
+        return hidden
+
+    def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """As layer ``layer`` hands it to its first product, of length 1."""
+        return F.normalize(rms_norm(hidden, self._norms.layers[layer].attention, self.spec.rms_norm_eps), dim=1)
+
+    def _vocabulary(self) -> Iterator[torch.Tensor]:
+        for first in range(0, self.spec.vocab_size, BLOCK_TOKENS):
+            yield torch.arange(first, min(first + BLOCK_TOKENS, self.spec.vocab_size))
+
+
+class _Visible:
+    """Attention where ``visible`` says, and within the layer's window."""
+
+    def __init__(
+        self, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, windows: tuple[int | None, ...]
+    ) -> None:
+        self._visible = visible.bool()
+        self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
+        self._windows = windows
+
+    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+        k, v = span.cache.view(layer, 0, span.end)
+        window = self._windows[layer]
+        mask = self._visible if window is None else self._visible & (self._distance < window)
+        grouped = len(q) != len(k)
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped)
+        out.copy_(mixed[0].transpose(0, 1))
+        return
+        yield  # a generator that hands out no products

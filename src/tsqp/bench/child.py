@@ -1,0 +1,64 @@
+"""A benchmark's own server in a process beside this one. It ends when its standard input does."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+from types import TracebackType
+
+from tsqp.errors import WorkerUnreachable
+from tsqp.launch.local import STOP_TIMEOUT_S, worker_environment
+
+START_TIMEOUT_S = 600.0  # a large model takes minutes to read from a slow disk
+
+
+class Child:
+    """``python -m MODULE ARGUMENTS``; it writes one line of JSON, ``{"address": "..."}``, when it listens."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=worker_environment(),
+            start_new_session=True,  # Ctrl-C is for this side
+        )
+        try:
+            self.address = self._wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        """End it: politely, then not. Closing twice is allowed."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait_ready(self) -> str:
+        output = self._process.stdout
+        if output is None or not select.select([output], [], [], START_TIMEOUT_S)[0]:
+            raise WorkerUnreachable(f"the benchmark's server was not ready within {START_TIMEOUT_S:.0f} s")
+        line = output.readline()
+        if not line.endswith(b"\n"):
+            raise WorkerUnreachable("the benchmark's server did not start; what it said is above")
+        return str(json.loads(line)["address"])

@@ -1,0 +1,90 @@
+"""``bench all``: the whole set, each result into a file of its own."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tsqp.api.guard_config import GuardOptions
+from tsqp.bench.files import check_directory, file_name, save
+from tsqp.bench.guard import bench_guard
+from tsqp.bench.origin import bench_origin
+from tsqp.bench.pipeline import PipelineSetup, bench_pipeline
+from tsqp.bench.private import bench_private
+from tsqp.bench.rpc import bench_rpc
+from tsqp.bench.show import table
+from tsqp.bench.split import bench_split
+from tsqp.bench.workload import Workload
+from tsqp.cli.bench_options import PeerName, TransportName, benchmarked
+from tsqp.cli.options import RunOptions
+from tsqp.config.dtype import float_dtype
+from tsqp.errors import OptionError
+
+RPC_TRANSPORTS: tuple[TransportName, ...] = ("ipc", "tcp", "shm")
+
+
+@dataclass(frozen=True)
+class Everything:
+    """What is measured: every model split and unsplit, the line; at the first also private modes, pipeline, origin."""
+
+    models: tuple[str, ...]
+    run: RunOptions
+    work: Workload
+    rpc_bytes: int
+    rpc_calls: int
+    directory: Path
+    prefix: str
+
+    def check(self) -> None:
+        """Raises OptionError."""
+        self.work.check()
+        if not self.models:
+            raise OptionError("--models names no model")
+        check_directory(self.directory)
+
+
+def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:
+    """Measure, print each table, write each file. Raises OptionError and every error of ``LLM``."""
+    setup.check()
+    results = []
+    for name, result in _measurements(setup, console):
+        console.print(table(result))
+        save(result, setup.directory, f"{setup.prefix}{name}", console)
+        results.append(result)
+    return results
+
+
+def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, dict[str, Any]]]:
+    work = setup.work
+    for transport in RPC_TRANSPORTS:
+        yield f"rpc-{transport}", bench_rpc(transport, setup.rpc_bytes, setup.rpc_calls, work.runs, console)
+    for model in setup.models:
+        for suffix, run in _variants(replace(setup.run, model=model), first=model == setup.models[0]):
+            peer: PeerName | None = "ours" if run.dtype == "int8" else None
+            for phase, result in bench_split(run, work, peer, None, console).items():
+                yield f"{phase}-{file_name(model)}{suffix}", result
+            gc.collect()  # a model's weights are gigabytes, and the next ones come
+    first = replace(RunOptions(setup.models[0]), device=setup.run.device, threads=setup.run.threads)
+    yield f"private-{file_name(first.model)}", bench_private(first, work, console)
+    gc.collect()
+    yield f"guard-{file_name(first.model)}", bench_guard(first, work, console)
+    gc.collect()
+    pipeline = PipelineSetup(
+        setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 8, None, setup.run.threads
+    )
+    yield "pipeline", bench_pipeline(pipeline, work, console)
+    yield "origin", bench_origin(setup.models[0], work, setup.run.threads, console)
+
+
+def _variants(run: RunOptions, *, first: bool) -> Iterator[tuple[str, RunOptions]]:
+    """The run asked for; at the first model also the other ways to run it."""
+    yield "", run
+    if first:
+        plain = replace(run, protection="open", guard=GuardOptions())
+        yield "-layer", replace(plain, partition="layer")
+        yield "-int8", replace(plain, dtype="int8")

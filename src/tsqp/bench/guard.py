@@ -1,0 +1,203 @@
+"""``bench guard``: what the trusted side's part of a masked product costs, piece by piece, at a model's shape."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from tsqp.api.pads import row_bytes
+from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.field import FieldWeights
+from tsqp.arith.row_threads import row_threads
+from tsqp.arith.self_test import pick_kernel
+from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings, print_ceilings
+from tsqp.bench.machine import cores, machine
+from tsqp.bench.pads import PadsReady, with_pads
+from tsqp.bench.progress import watched
+from tsqp.bench.workload import Workload
+from tsqp.checkpoint import locate, open_checkpoint
+from tsqp.cli.open_llm import open_llm
+from tsqp.cli.options import RunOptions
+from tsqp.config.groups import GroupKey, linear_groups
+from tsqp.config.model import ModelSpec
+from tsqp.errors import ChannelError
+from tsqp.trusted.guard.kernels import fold
+from tsqp.trusted.guard.linears import MaskedLinears
+from tsqp.trusted.guard.pool import PadPool, Piece
+from tsqp.trusted.guard.sources import TeeSource
+from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.wire.messages import Call
+
+KEY: GroupKey = ("qkv", 0)  # its input is as wide as the model
+
+
+def bench_guard(run: RunOptions, work: Workload, console: Console) -> dict[str, Any]:
+    """Medians of ``work.runs``, for ``work.tokens`` rows. Raises OptionError and every error of ``LLM``."""
+    work.check()
+    threads = run.threads or cores()
+    rates = ceilings("bfloat16", threads=threads)
+    print_ceilings(rates, console)
+    torch.set_num_threads(threads)
+    spec = open_checkpoint(locate(run.model)).spec
+    with torch.inference_mode():
+        masking = _masking(spec, work, run.guard.checks)
+        checks = _checks(spec, work, run.guard.checks)
+        products = {f"rows_{rows}": _products(spec, rows, work.runs) for rows in sorted({1, work.tokens})}
+    prefill_s = _masked_prefill(run, work, console)
+    return {
+        "benchmark": "guard",
+        "model": run.model,
+        "threads": threads,
+        "tokens": work.tokens,
+        "runs": work.runs,
+        "seconds": masking["with_expansion_s"],
+        **masking,
+        "checks": run.guard.checks,
+        "check_dots_s": checks,
+        "check_dots_s_per_prefill": _per_prefill(spec, checks),
+        "masked_prefill_s": prefill_s,
+        "check_share_of_prefill": _per_prefill(spec, checks) / prefill_s,
+        "field_product": products,
+        "pad_row_bytes": {"prefill": row_bytes(spec, answer=False), "decode": row_bytes(spec, answer=True)},
+        "ceilings": rates,
+        "machine": machine(),
+    }
+
+
+def median_seconds(work: Callable[[], object], runs: int, before: Callable[[], object] | None = None) -> float:
+    """The median of ``runs`` times of ``work``, after one that does not count; ``before`` each, and not counted."""
+    times = []
+    for _ in range(runs + 1):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+class Silence:
+    """A line that takes requests and sends nothing: what is timed is this side alone."""
+
+    def __init__(self, largest: int) -> None:
+        self._memory = memoryview(bytearray(largest))
+
+    def next_id(self) -> int:
+        return 1
+
+    def reserve(self, size: int) -> memoryview:
+        return self._memory[:size]
+
+    def ask(self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int) -> Silence:
+        return self
+
+    def wait(self) -> memoryview:
+        return self._memory[:0]
+
+    def fail(self, error: ChannelError) -> None:
+        raise error
+
+
+class OpenedPool(PadPool):
+    """A pool whose blocks may be expanded before they are asked for."""
+
+    opened: list[Piece] | None = None
+
+    def open(self, key: GroupKey, rows: int, group: GuardedGroup) -> None:
+        """Take pads for ``rows`` rows and expand them; the next call gets these."""
+        self.opened = super().take(key, rows)
+        for piece in self.opened:
+            piece.pads(group)
+
+    def take(self, key: GroupKey, rows: int) -> list[Piece]:
+        opened, self.opened = self.opened, None
+        return super().take(key, rows) if opened is None else opened
+
+
+def _masking(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
+    """Quantise, mask and x'·Ws of (tokens, hidden), with pads that are expanded already and with their expansion."""
+    shape = linear_groups(spec)["qkv"]
+    wq, kernel = _digits(shape.out_features, shape.in_features), pick_kernel(torch.device("cpu"))
+    group = GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, kernel, checks=vectors, keep_weights=False)
+    pool = OpenedPool({KEY: group}, TeeSource(), wait=True)
+    linears = MaskedLinears(Silence(work.tokens * shape.in_features * 4), {KEY: group}, pool)
+    x = torch.randn(work.tokens, shape.in_features)
+
+    def start() -> object:
+        return linears.start(KEY, x)
+
+    return {
+        "mask_s": median_seconds(start, work.runs, lambda: pool.open(KEY, work.tokens, group)),
+        "with_expansion_s": median_seconds(start, work.runs),
+    }
+
+
+def _checks(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
+    """Seconds of one call's dot products, x'·Ws and y'·s, for each group; the LM head has one row."""
+    return {
+        name: _dots(work.tokens if name != "lm_head" else 1, group.in_features, vectors, work.runs)
+        + _dots(work.tokens if name != "lm_head" else 1, group.out_features, vectors, work.runs)
+        for name, group in linear_groups(spec).items()
+    }
+
+
+def _dots(rows: int, width: int, vectors: int, runs: int) -> float:
+    values, secrets = _elements(rows, width), _elements(vectors, width)
+    out = np.empty((rows, vectors), np.uint32)
+    return median_seconds(lambda: row_threads().run(fold, rows, values, secrets, out, least=2), runs)
+
+
+def _per_prefill(spec: ModelSpec, checks: dict[str, float]) -> float:
+    layers = sum(seconds for name, seconds in checks.items() if name != "lm_head")
+    return spec.num_layers * layers + checks["lm_head"]
+
+
+def _products(spec: ModelSpec, rows: int, runs: int) -> dict[str, float]:
+    """x'·Wqᵀ mod p of the widest group beside the same product in bfloat16, which both read their weights anew."""
+    shape = linear_groups(spec)["gate_up"]
+    size = shape.out_features * shape.in_features
+    copies = max(1, WEIGHTS_BYTES // size) if rows == 1 else 1
+    kernel = pick_kernel(torch.device("cpu"))
+    exact = [FieldWeights.of(_digits(shape.out_features, shape.in_features), kernel) for _ in range(copies)]
+    floats = [weights.wq.bfloat16() for weights in exact]
+    masked = torch.from_numpy(_elements(rows, shape.in_features).view(np.int32))
+    x, out = masked.bfloat16(), torch.empty(rows, shape.out_features, dtype=torch.int32)
+
+    def field_product() -> None:
+        for weights in exact:
+            weights.product(masked, 4, out=out)
+
+    def float_product() -> None:
+        for weight in floats:
+            F.linear(x, weight)
+
+    field_s = median_seconds(field_product, runs) / copies
+    bfloat16_s = median_seconds(float_product, runs) / copies
+    return {"field_s": field_s, "bfloat16_s": bfloat16_s, "ratio": field_s / bfloat16_s}
+
+
+def _masked_prefill(run: RunOptions, work: Workload, console: Console) -> float:
+    """Seconds of a masked prefill with its pads ready."""
+    with open_llm(with_pads(run, work.tokens)) as llm:
+        ready, prompt = PadsReady(llm), work.prompt()
+        times = [ready.run(prompt, 0)[0] for _ in watched(range(work.runs + 1), console, f"{run.model}, masked")]
+    return statistics.median(times[1:])
+
+
+def _digits(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+
+
+def _elements(rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Uniform in F_p."""
+    out = np.empty((rows, columns), np.uint32)
+    expand(AesKeyStream(os.urandom(KEY_BYTES)), out)
+    return out

@@ -1,0 +1,97 @@
+"""The peer: the same weights in Hugging Face transformers, unsplit and unprotected, in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+
+from tsqp.api.llm import LLM
+from tsqp.bench.ceilings import synchronize
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.hf_config import config_from_spec
+from tsqp.checkpoint.shapes import tensor_shapes
+from tsqp.cli.bench_options import PeerName
+from tsqp.errors import CorruptCheckpoint, OptionError
+from tsqp.trusted.engine.sampling_params import SamplingParams
+
+
+def choose_peer(name: PeerName | None) -> PeerName:
+    """The peer asked for; transformers where it is installed when nothing was. Raises OptionError."""
+    installed = importlib.util.find_spec("transformers") is not None
+    if name == "transformers" and not installed:
+        raise OptionError("--peer transformers needs it: pip install 'tsqp[bench]'")
+    return name or ("transformers" if installed else "none")
+
+
+class Peer(Protocol):
+    """Something else that runs the same model."""
+
+    name: str
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """Seconds of one pass over the prompt, and of ``steps`` tokens one at a time after it."""
+
+
+class Ours:
+    """This package itself."""
+
+    name = "TSQP linear, bfloat16"  # as a peer
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """See Peer.run."""
+        stats = self._llm.stats
+        stats.reset()
+        self._llm.generate(tokens, SamplingParams(max_tokens=steps + 1, ignore_eos=True))
+        return stats.prefill_s, stats.decode_s
+
+
+class TransformersPeer:
+    """A causal language model of transformers with a checkpoint's weights."""
+
+    def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.name = f"transformers {version('transformers')}"
+        self._device = torch.device(device)
+        checkpoint = open_checkpoint(model)
+        fields = config_from_spec(checkpoint.spec, "float32")
+        del fields["torch_dtype"]
+        models: Any = AutoModelForCausalLM
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with torch.device("meta"):
+            peer = models.from_config(config, dtype=dtype)
+        weights = {name: checkpoint.tensor(name).to(self._device, dtype) for name in tensor_shapes(checkpoint.spec)}
+        peer.load_state_dict(weights, strict=False, assign=True)
+        peer.tie_weights()
+        # Built on the meta device, its frequency table has no values yet.
+        peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(self._device)
+        left = [name for name, parameter in peer.named_parameters() if parameter.is_meta]
+        if left:
+            raise CorruptCheckpoint(f"the peer lacks weights: {left[0]}")
+        self._model: Any = peer.eval()
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """See Peer.run."""
+        with torch.inference_mode():
+            prompt = torch.tensor([tokens], device=self._device)
+            synchronize(self._device)
+            start = time.perf_counter()
+            out = self._model(prompt, use_cache=True, logits_to_keep=1)
+            token = self._choose(out)
+            prefilled = time.perf_counter()
+            for _ in range(steps):
+                out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
+                token = self._choose(out)
+            return prefilled - start, time.perf_counter() - prefilled
+
+    def _choose(self, out: Any) -> torch.Tensor:
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        synchronize(self._device)
+        return token  # type: ignore[no-any-return]

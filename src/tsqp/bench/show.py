@@ -1,0 +1,239 @@
+"""A result as a table and as a chart. Knows the JSON objects only, so that kept results can be shown again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tsqp.bench.plot import LIMIT, OURS, PEER, Bar, Chart, Panel
+
+Result = dict[str, Any]
+
+
+def table(result: Result) -> Table:
+    """The table that a command prints."""
+    match result["benchmark"]:
+        case "rpc":
+            return _rpc_table(result)
+        case "origin":
+            return _origin_table(result)
+        case "private":
+            return _private_table(result)
+        case "guard":
+            return _guard_table(result)
+        case "pipeline":
+            return _comparison_table(result, _pipeline_title(result), 1.0, "s")
+        case "decode":
+            return _comparison_table(result, f"decode, a token: {_what(result)}", 1e3, "ms")
+        case _:
+            return _comparison_table(result, f"prefill: {_what(result)}", 1.0, "s")
+
+
+def chart(result: Result) -> Chart:
+    """The picture of ``--plot``."""
+    match result["benchmark"]:
+        case "rpc":
+            return rpc_chart([result])
+        case "origin":
+            return _origin_chart(result)
+        case "private":
+            return _private_chart(result)
+        case "guard":
+            return _guard_chart(result)
+        case "pipeline":
+            return Chart(_pipeline_title(result), [_comparison_panel(result, "one prefill", 1.0, "seconds")])
+        case "decode":
+            return Chart(_what(result), [_comparison_panel(result, "decode, one token", 1e3, "milliseconds")])
+        case _:
+            return Chart(_what(result), [_comparison_panel(result, "prefill", 1.0, "seconds")])
+
+
+def split_chart(title: str, prefill: Result, decode: Result) -> Chart:
+    """Both phases of one model in one picture."""
+    panels = [
+        _comparison_panel(prefill, f"prefill, {prefill['tokens']} tokens", 1.0, "seconds"),
+        _comparison_panel(decode, "decode, one token", 1e3, "milliseconds"),
+    ]
+    return Chart(title, panels)
+
+
+def rpc_chart(results: Sequence[Result]) -> Chart:
+    """Null calls, and full calls beside local copies, of one or more transports."""
+    null = [
+        Bar(f"{r['transport']}, {name}", r[key], colour)
+        for r in results
+        for name, key, colour in (("median", "p50_us", OURS), ("99th percentile", "p99_us", PEER))
+    ]
+    full = [
+        bar
+        for r in results
+        for bar in (
+            Bar(r["transport"], r["seconds"] * 1e3, OURS),
+            Bar("two local copies", r["peer"]["seconds"] * 1e3, PEER),
+        )
+    ]
+    size = results[0]["bytes"] / 2**20
+    return Chart(
+        f"The line without a model, {results[0]['machine']['cpu']}",
+        [
+            Panel("null call, round trip", "microseconds", null),
+            Panel(f"{size:.3g} MiB there and back, every byte read and written", "milliseconds", full),
+        ],
+    )
+
+
+def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Table:
+    """Ours, the peer, the limit."""
+    found = _table(title, (unit, "ratio to peer"))
+    peer = result["peer"]
+    ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}"
+    found.add_row(_ours(result), f"{result['seconds'] * scale:.4g}", ratio)
+    if "seconds_drained" in result:
+        drained = f"{result['ratio_drained']:.2f}" if "ratio_drained" in result else ""
+        found.add_row(f"{_ours(result)}, pads drained", f"{result['seconds_drained'] * scale:.4g}", drained)
+    if peer is not None:
+        found.add_row(peer["name"], f"{peer['seconds'] * scale:.4g}", "1")
+    found.add_row(f"limit: {_limit(result)}", f"{result['limit_seconds'] * scale:.4g}", "")
+    share = result.get("communication_share")
+    if share is not None:
+        found.add_row("communication, neither side computing", "", f"{share:.1%} of the time")
+    return found
+
+
+def _comparison_panel(result: Result, title: str, scale: float, unit: str) -> Panel:
+    samples = result["all_seconds"]
+    bars = [Bar(_ours(result), result["seconds"] * scale, OURS, [s * scale for s in samples["ours"]])]
+    if "seconds_drained" in result:
+        drained = [s * scale for s in samples["drained"]]
+        bars.append(Bar(f"{_ours(result)}, pads drained", result["seconds_drained"] * scale, OURS, drained))
+    if result["peer"] is not None:
+        peer_samples = [s * scale for s in samples["peer"]]
+        bars.append(Bar(result["peer"]["name"], result["peer"]["seconds"] * scale, PEER, peer_samples))
+    bars.append(Bar("limit", result["limit_seconds"] * scale, LIMIT))
+    return Panel(title, f"{unit} (bars: medians, dots: single runs)", bars)
+
+
+def _rpc_table(result: Result) -> Table:
+    found = _table(f"{result['transport']}, {result['server']}; times in µs", ("µs", "ratio to peer"))
+    found.add_row("null call, median", f"{result['p50_us']:.1f}", "")
+    found.add_row("null call, 99th percentile", f"{result['p99_us']:.1f}", "")
+    found.add_row(f"{result['bytes']} bytes there and back", f"{result['seconds'] * 1e6:.1f}", f"{result['ratio']:.2f}")
+    found.add_row(result["peer"]["name"], f"{result['peer']['seconds'] * 1e6:.1f}", "1")
+    for side, share in (result["idle_cpu_share"] or {}).items():
+        found.add_row(f"{side}, idle", "", f"{share:.2%} of a core")
+    return found
+
+
+def _origin_table(result: Result) -> Table:
+    title = f"prefill of {result['tokens']} tokens, {result['model']}, {result['machine']['cpu']}"
+    found = _table(title, ("s", "limit, s", "calls", "sent MB", "received MB", "speed-up"))
+    for leg in ("origin", "best_float32", "best"):
+        row = result[leg]
+        found.add_row(
+            row["name"],
+            f"{row['seconds']:.3g}",
+            f"{row['limit_seconds']:.3g}",
+            f"{row['calls']}",
+            f"{row['sent_mb']:.2f}",
+            f"{row['received_mb']:.2f}",
+            f"{result['origin']['seconds'] / row['seconds']:.1f}×",
+        )
+    found.caption = f"the origin: {result['origin']['configuration']}; MB: 2²⁰ bytes, as it counted"
+    return found
+
+
+def _origin_chart(result: Result) -> Chart:
+    legs = [(result[leg], colour) for leg, colour in (("origin", PEER), ("best_float32", OURS), ("best", OURS))]
+    times = [Bar(row["name"], row["seconds"], colour, row.get("all_seconds", ())) for row, colour in legs]
+    bytes_moved = [Bar(row["name"], row["sent_mb"] + row["received_mb"], colour) for row, colour in legs]
+    title = f"{result['model']}, prefill of {result['tokens']} tokens, {result['machine']['cpu']}"
+    return Chart(title, [Panel("time", "seconds", times), Panel("sent and received", "MB (2²⁰ bytes)", bytes_moved)])
+
+
+def _private_table(result: Result) -> Table:
+    """Each mode's times, and their ratios to ``open``."""
+    found = _table(f"private modes: {_what(result)}", ("prefill, s", "ratio", "decode, ms", "ratio"))
+    for row in result["modes"].values():
+        decode = (f"{row['decode_s'] * 1e3:.1f}", f"{row['decode_ratio']:.2f}") if "decode_s" in row else ("", "")
+        found.add_row(row["name"], f"{row['prefill_s']:.3f}", f"{row['prefill_ratio']:.2f}", *decode)
+    return found
+
+
+def _private_chart(result: Result) -> Chart:
+    panels = []
+    for phase, scale, unit in (("prefill", 1.0, "seconds"), ("decode", 1e3, "milliseconds")):
+        rows = [row for row in result["modes"].values() if f"{phase}_s" in row]
+        samples = [[seconds * scale for seconds in row[f"all_{phase}_s"]] for row in rows]
+        bars = [Bar(r["name"], r[f"{phase}_s"] * scale, OURS, s) for r, s in zip(rows, samples, strict=True)]
+        panels += [Panel(phase if phase == "prefill" else "decode, one token", unit, bars)] if bars else []
+    return Chart(_what(result), panels)
+
+
+def _guard_times(result: Result) -> dict[str, float]:
+    """The times of ``bench guard`` in milliseconds, by what they are of."""
+    rows = result["tokens"]
+    return {
+        f"quantise, mask, x'·Ws of {rows} rows, pads expanded": result["mask_s"] * 1e3,
+        "the same and expand the pads": result["with_expansion_s"] * 1e3,
+        **{f"dot products of the check, one {name}": s * 1e3 for name, s in result["check_dots_s"].items()},
+        "all dot products of the checks of a prefill": result["check_dots_s_per_prefill"] * 1e3,
+        "a masked prefill, pads ready": result["masked_prefill_s"] * 1e3,
+    }
+
+
+def _guard_table(result: Result) -> Table:
+    found = _table(f"the guard: {_what(result)}", ("ms", ""))
+    for title, milliseconds in _guard_times(result).items():
+        found.add_row(title, f"{milliseconds:.4g}", "")
+    found.add_row("the checks' share of the prefill", "", f"{result['check_share_of_prefill']:.1%}")
+    for name, product in result["field_product"].items():
+        rows = name.removeprefix("rows_")
+        ratio = f"{product['ratio']:.2f} × bfloat16"
+        found.add_row(f"product mod p, gate_up, rows: {rows}", f"{product['field_s'] * 1e3:.4g}", ratio)
+    for phase, size in result["pad_row_bytes"].items():
+        found.add_row(f"pads of one token, {phase}", "", f"{size / 1e6:.2f} MB")
+    return found
+
+
+def _guard_chart(result: Result) -> Chart:
+    bars = [Bar(title, milliseconds) for title, milliseconds in _guard_times(result).items()]
+    return Chart(_what(result), [Panel("the guard", "milliseconds", bars)])
+
+
+def _what(result: Result) -> str:
+    return f"{result['model']}, {result['tokens']} tokens, {result['machine']['cpu']}"
+
+
+def _pipeline_title(result: Result) -> str:
+    return (
+        f"{result['micro_batches']} micro-batches, {result['model']}, {result['tokens']} tokens: a worker that waits "
+        f"{result['worker_ms']:.2f} ms a call"
+    )
+
+
+def _ours(result: Result) -> str:
+    if result["benchmark"] == "pipeline":
+        return f"{result['micro_batches']} micro-batches, interleaved"
+    if result["partition"] is None:
+        return f"TSQP {result['protection']}, {result['dtype']}"
+    name = result["partition"] if result["protection"] == "open" else result["protection"]
+    return f"TSQP {name}, {result['transport']}, {result['dtype']}"
+
+
+def _limit(result: Result) -> str:
+    return (
+        "the busier side alone"
+        if result["benchmark"] == "pipeline"
+        else "the linear layers at the best rates of this run"
+    )
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    found.add_column("")
+    for column in columns:
+        found.add_column(column, justify="right")
+    return found

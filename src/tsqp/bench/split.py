@@ -1,0 +1,167 @@
+"""``bench prefill`` and ``bench decode``: what the split costs, against the same model unsplit, in alternation."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from tsqp.api.guard_config import GuardOptions
+from tsqp.api.llm import LLM
+from tsqp.api.trace_file import write_trace
+from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
+from tsqp.bench.machine import cores, machine
+from tsqp.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
+from tsqp.bench.peer import Ours, Peer, TransformersPeer, choose_peer
+from tsqp.bench.progress import watched
+from tsqp.bench.workload import Measured, Workload
+from tsqp.checkpoint import locate
+from tsqp.cli.bench_options import PeerName, benchmarked
+from tsqp.cli.open_llm import open_llm
+from tsqp.cli.options import RunOptions
+from tsqp.cli.report import announce
+from tsqp.config.dtype import PlainDtype, float_dtype
+from tsqp.config.protection import PROTECTIONS, Protection
+from tsqp.trusted.stats import Stats
+from tsqp.trusted.trace import Trace
+from tsqp.wire.payload import TORCH_DTYPES
+
+Phase = Literal["prefill", "decode"]
+
+
+def bench_split(
+    run: RunOptions, work: Workload, peer_name: PeerName | None, trace_file: Path | None, console: Console
+) -> dict[Phase, dict[str, Any]]:
+    """Both phases, decode only where the workload has steps. Raises OptionError and every error of ``LLM``."""
+    work.check()
+    protection = PROTECTIONS[run.protection]
+    if not protection.checked:  # a private mode has numbers of its own
+        run = replace(run, dtype=benchmarked(run.dtype))
+    run = with_pads(run, work.tokens + work.steps)
+    peer_name = choose_peer(peer_name)
+    threads = run.threads or cores()
+    computed: PlainDtype = "int8" if protection.checked else benchmarked(run.dtype)
+    rates = ceilings(computed, run.device if run.worker is None else "cpu", threads)
+    print_ceilings(rates, console)
+    with ExitStack() as stack:
+        llm = stack.enter_context(open_llm(run))
+        announce(llm, console)
+        peer = _open_peer(peer_name, run, str(rates["device"]), stack)
+        mode: Peer = PadsReady(llm) if protection.masked else Ours(llm)
+        drained = PadsDrained(llm) if protection.masked else None
+        ours, theirs, without_pads = Measured.empty(), Measured.empty(), Measured.empty()
+        prompt = work.prompt()
+        for warm in watched(range(-1, work.runs), console, f"{run.model}"):
+            trace = llm.stats.trace = Trace()
+            seconds = mode.run(prompt, work.steps)
+            llm.stats.trace = None
+            if drained is not None:
+                drained_seconds = drained.run(prompt, work.steps)
+                if warm >= 0:
+                    without_pads.add(*drained_seconds, work.steps)
+            if peer is not None:
+                peer_seconds = peer.run(prompt, work.steps)
+                if warm >= 0:
+                    theirs.add(*peer_seconds, work.steps)
+            if warm >= 0:
+                ours.add(*seconds, work.steps)
+                ours.add_shares(trace)
+        if trace_file is not None:
+            write_trace(trace, trace_file)
+        rates = higher(rates, ceilings(computed, str(rates["device"]), threads))
+        limit = model_limits(locate(run.model), work.tokens, rates)
+        limit["prefill"] *= _products(protection)
+        about = {**_about(run, llm, work), "peer_name": None if peer is None else peer.name}
+    return {
+        phase: _result(phase, about, ours, theirs, without_pads, limit[phase], rates)
+        for phase in ("prefill", "decode")
+        if phase == "prefill" or work.steps
+    }
+
+
+def _open_peer(name: PeerName, run: RunOptions, device: str, stack: ExitStack) -> Peer | None:
+    """What the run is compared with; what it needs is closed with ``stack``."""
+    if name == "none":
+        return None
+    if name == "ours":
+        plain = replace(run, worker=None, partition="linear", dtype="bfloat16", wire_dtype=None, compile=False)
+        plain = replace(plain, protection="open", guard=GuardOptions())
+        return Ours(stack.enter_context(open_llm(plain)))
+    return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.dtype))], device)
+
+
+def _products(protection: Protection) -> int:
+    """Products of 8-bit digits for one product: four in ``masked``, two in ``verified``. Weights are read once."""
+    if not protection.checked:
+        return 1
+    return 4 if protection.masked else 2
+
+
+def _about(run: RunOptions, llm: LLM, work: Workload) -> dict[str, Any]:
+    """What was run, as it really was."""
+    plan, session = llm.plan, llm.session
+    return {
+        "model": run.model,
+        "protection": plan.protection.name,
+        "partition": None if plan.partition is None else plan.partition.name,
+        "transport": None if session is None else session.channel.transport,
+        "device": "cpu" if session is None else session.welcome.device,
+        "dtype": plan.worker_dtype,
+        "wire_dtype": plan.crossing,
+        "threads": run.threads or cores(),
+        "tokens": work.tokens,
+        "decode_steps": work.steps,
+        "runs": work.runs,
+        "traffic_of_last_run": _traffic(llm.stats),
+        **({"pads": _pads(run, llm)} if plan.protection.masked else {}),
+    }
+
+
+def _pads(run: RunOptions, llm: LLM) -> dict[str, Any]:
+    """Who made the pads, and for how many tokens they were kept ready."""
+    source = "tee" if llm.dealer is None else "dealer"
+    return {"source": source, "ahead": pads_of(llm)[1].ahead, "memory_bytes": run.guard.pad_memory}
+
+
+def _traffic(stats: Stats) -> dict[str, int]:
+    """Calls and bytes of one prefill with its decode steps."""
+    counted = stats.as_dict()
+    names = ("rpc_calls", "bytes_sent", "bytes_received", "forward_passes", "chunks", "micro_batches")
+    return {name: int(counted[name]) for name in names}  # type: ignore[call-overload]
+
+
+def _result(
+    phase: Phase,
+    about: dict[str, Any],
+    ours: Measured,
+    theirs: Measured,
+    without_pads: Measured,
+    limit_s: float,
+    rates: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON object of one phase; all times in seconds, of decode for one token."""
+    drained = getattr(without_pads, phase)
+    samples, peer_samples = getattr(ours, phase), getattr(theirs, phase)
+    shares = getattr(ours, f"{phase}_share")
+    seconds = statistics.median(samples)
+    about = dict(about)
+    peer_name = about.pop("peer_name")
+    peer_s = statistics.median(peer_samples) if peer_samples else None
+    return {
+        "benchmark": phase,
+        **about,
+        "seconds": seconds,
+        **({"seconds_drained": statistics.median(drained)} if drained else {}),
+        "peer": None if peer_s is None else {"name": peer_name, "seconds": peer_s},
+        "ratio": None if peer_s is None else seconds / peer_s,
+        **({"ratio_drained": statistics.median(drained) / peer_s} if drained and peer_s is not None else {}),
+        "limit_seconds": limit_s,
+        "communication_share": statistics.median(shares) if shares else None,
+        "all_seconds": {"ours": samples, "peer": peer_samples, **({"drained": drained} if drained else {})},
+        "ceilings": rates,
+        "machine": machine(),
+    }

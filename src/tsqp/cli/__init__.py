@@ -1,0 +1,1 @@
+"""The ``tsqp`` command: commands, options, reports."""

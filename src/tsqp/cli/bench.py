@@ -1,0 +1,245 @@
+"""``tsqp bench``. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from tsqp.api.guard_config import GuardOptions
+from tsqp.api.trace_file import check_output
+from tsqp.bench.files import check_directory, file_name, save
+from tsqp.cli.bench_options import BenchOptions, PeerName, TransportName
+from tsqp.cli.options import BenchRunOptions, Device, Model, RunOptions, Threads
+from tsqp.config.dtype import DtypeName
+from tsqp.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MODEL_1B = "synthetic:llama-3.2-1b"
+MIB = 2**20
+
+bench_app = App(
+    name="bench",
+    help="Measure, beside a peer in the same run and the limit of the machine. Medians; units are in the names.",
+)
+
+Tokens = Annotated[int, Parameter(help="The length of the prompt.")]
+Peer = Annotated[
+    PeerName | None,
+    Parameter(
+        help="What to compare with: transformers (the default where it is installed), ours (linear, bfloat16) or none."
+    ),
+]
+Checks = Annotated[int, Parameter(help="Check vectors.")]
+Results = Annotated[Path | None, Parameter(help="Also write the result to a file in this directory.")]
+TraceFile = Annotated[Path | None, Parameter(help="Write the last run to this file, for https://ui.perfetto.dev.")]
+
+
+@bench_app.command
+def rpc(
+    *,
+    transport: Annotated[TransportName, Parameter(help="mem (one process), ipc, tcp or shm.")] = "shm",
+    nbytes: Annotated[int, Parameter(name="--bytes", help="The size of the tensor, each way.")] = 8 * MIB,
+    calls: Annotated[int, Parameter(help="Null calls in one run.")] = 2000,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure the line without a model: a null call, and a tensor there and back against two local copies."""
+    console = _prepare(options)
+    from tsqp.bench.rpc import bench_rpc
+
+    _finish(bench_rpc(transport, nbytes, calls, options.runs, console), options, console)
+
+
+@bench_app.command
+def prefill(
+    *,
+    tokens: Tokens = 1024,
+    peer: Peer = None,
+    trace: TraceFile = None,
+    run: BenchRunOptions = BenchRunOptions(),
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure the pass over a prompt against the same model unsplit."""
+    check_output("--trace", trace)
+    console = _prepare(options)
+    from tsqp.bench.split import bench_split
+    from tsqp.bench.workload import Workload
+
+    work = Workload(tokens, 0, options.runs)
+    _finish(bench_split(run, work, peer, trace, console)["prefill"], options, console)
+
+
+@bench_app.command
+def decode(
+    *,
+    tokens: Tokens = 1024,
+    steps: Annotated[int, Parameter(help="New tokens after the first; the time is that of one.")] = 16,
+    peer: Peer = None,
+    trace: TraceFile = None,
+    run: BenchRunOptions = BenchRunOptions(),
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure one token after a prompt against the same model unsplit."""
+    check_output("--trace", trace)
+    if steps < 1:
+        raise OptionError(f"--steps must be at least 1, not {steps}")
+    console = _prepare(options)
+    from tsqp.bench.split import bench_split
+    from tsqp.bench.workload import Workload
+
+    work = Workload(tokens, steps, options.runs)
+    _finish(bench_split(run, work, peer, trace, console)["decode"], options, console)
+
+
+@bench_app.command
+def pipeline(
+    *,
+    model: Annotated[str, Parameter(help="As for tsqp generate; its linear layers are not needed.")] = MODEL_1B,
+    transport: Annotated[TransportName, Parameter(help="ipc, tcp or shm.")] = "shm",
+    dtype: Annotated[DtypeName, Parameter(help="What both sides compute in.")] = "bfloat16",
+    tokens: Tokens = 1024,
+    micro_batches: Annotated[int, Parameter(help="How many take turns.")] = 8,
+    worker_ms: Annotated[
+        float | None,
+        Parameter(help="How long the worker waits per call, in ms; the trusted side's own time when not given."),
+    ] = None,
+    threads: Threads = None,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure what micro-batches hide, with a worker that waits instead of computing."""
+    console = _prepare(options)
+    from tsqp.bench.pipeline import PipelineSetup, bench_pipeline
+    from tsqp.bench.workload import Workload
+
+    setup = PipelineSetup(model, transport, dtype, micro_batches, worker_ms, threads)
+    _finish(bench_pipeline(setup, Workload(tokens, 0, options.runs), console), options, console)
+
+
+@bench_app.command
+def origin(
+    *,
+    model: Annotated[str, Parameter(help="As for tsqp generate.")] = MODEL_1B,
+    tokens: Tokens = 1024,
+    threads: Threads = None,
+    options: BenchOptions = BenchOptions(runs=3),
+) -> None:
+    """Measure the configuration this project began with, once, and ours beside it."""
+    console = _prepare(options)
+    from tsqp.bench.origin import bench_origin
+    from tsqp.bench.workload import Workload
+
+    _finish(bench_origin(model, Workload(tokens, 0, options.runs), threads, console), options, console)
+
+
+@bench_app.command
+def private(
+    *,
+    model: Model = MODEL_1B,
+    device: Device = "cpu",
+    tokens: Tokens = 1024,
+    steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
+    mode: Annotated[
+        tuple[str, ...], Parameter(help="Measure this mode beside open, and not all; may be given again.")
+    ] = (),
+    checks: Checks = 2,
+    threads: Threads = None,
+    results: Results = None,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure verified and masked, with pads ready and without, in alternation with open in bfloat16."""
+    console = _prepare(options, results)
+    from tsqp.bench.private import bench_private
+    from tsqp.bench.workload import Workload
+
+    run = RunOptions(model, guard=GuardOptions(checks), device=device, threads=threads)
+    result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
+    _finish(result, options, console, results)
+
+
+@bench_app.command
+def guard(
+    *,
+    model: Model = MODEL_1B,
+    tokens: Annotated[int, Parameter(help="Rows of a product.")] = 1024,
+    checks: Checks = 2,
+    threads: Threads = None,
+    results: Results = None,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure the trusted side's part of a masked product, piece by piece: quantise, mask, check; and a pad's size."""
+    console = _prepare(options, results)
+    from tsqp.bench.guard import bench_guard
+    from tsqp.bench.workload import Workload
+
+    run = RunOptions(model, guard=GuardOptions(checks), threads=threads)
+    result = bench_guard(run, Workload(tokens, 0, options.runs), console)
+    _finish(result, options, console, results)
+
+
+@bench_app.command(name="all")
+def everything(
+    *,
+    models: Annotated[
+        tuple[str, ...], Parameter(help="May be given again; the origin and the pipeline run at the first.")
+    ] = (MODEL_1B, "default"),
+    results: Annotated[Path, Parameter(help="The directory that the files are written to.")] = Path(
+        "benchmarks/results"
+    ),
+    prefix: Annotated[str, Parameter(help="The beginning of each file's name, such as gpu-.")] = "",
+    tokens: Tokens = 1024,
+    steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
+    nbytes: Annotated[int, Parameter(name="--bytes", help="The size of the tensor of bench rpc.")] = 8 * MIB,
+    calls: Annotated[int, Parameter(help="Null calls in one run of bench rpc.")] = 2000,
+    run: BenchRunOptions = BenchRunOptions(),
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure everything and write one file per result. Takes some minutes at the 1B shape."""
+    if options.plot is not None:
+        raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
+    console = _prepare(options)
+    from tsqp.bench.everything import Everything, bench_all
+    from tsqp.bench.workload import Workload
+
+    work = Workload(tokens, steps, options.runs)
+    found = bench_all(Everything(models, run, work, nbytes, calls, results, prefix), console)
+    if options.json:
+        sys.stdout.write(json.dumps({"benchmark": "all", "results": found}) + "\n")
+
+
+def _prepare(options: BenchOptions, results: Path | None = None) -> Console:
+    """Refuse what cannot be done before minutes are spent; where progress and limits are printed."""
+    from rich.console import Console
+
+    from tsqp.bench.plot import check_plot
+
+    if options.runs < 1:
+        raise OptionError(f"--runs must be at least 1, not {options.runs}")
+    check_plot(options.plot)
+    if results is not None:
+        check_directory(results)
+    return Console(stderr=True)
+
+
+def _finish(result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None) -> None:
+    """The table, the plot, the JSON line, and the file under ``results``."""
+    from rich.console import Console
+
+    from tsqp.bench.plot import draw
+    from tsqp.bench.private import MODES
+    from tsqp.bench.show import chart, table
+
+    (console if options.json else Console()).print(table(result))
+    if options.plot is not None:
+        draw(chart(result), options.plot)
+        console.print(f"drawn into {options.plot}", highlight=False, soft_wrap=True)
+    if results is not None:
+        part = f"-{'-'.join(result['modes'])}" if len(result.get("modes", MODES)) < len(MODES) else ""
+        save(result, results, f"{result['benchmark']}-{file_name(result['model'])}{part}", console)
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()

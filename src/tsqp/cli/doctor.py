@@ -1,0 +1,171 @@
+"""``tsqp doctor``: what this machine offers, what it isolates, and what would fail."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tsqp.api.guard_config import GuardOptions
+from tsqp.api.pads import pool_bytes
+from tsqp.arith.product import BlockedKernel
+from tsqp.arith.self_test import pick_kernel
+from tsqp.checkpoint.default import default_directory
+from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.tee.detection import detect_tee
+from tsqp.tee.hardening import hardening_state
+from tsqp.wire.channel import Arrival, Frames
+from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
+from tsqp.wire.transport.runtime_dir import runtime_directory
+
+State = Literal["ok", "note", "broken"]
+VERSIONS = ("tsqp", "torch", "pyzmq", "msgspec", "safetensors", "gguf", "tokenizers")
+PROBE_DEADLINE_S = 5.0
+STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    state: State
+    detail: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was looked at."""
+
+    all: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return all(finding.state != "broken" for finding in self.all)
+
+    def as_dict(self) -> dict[str, object]:
+        """The object of ``--json``."""
+        return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.all]}
+
+
+def examine() -> Findings:
+    """Look at everything. Never raises for what it finds."""
+    looks: dict[str, Callable[[], tuple[State, str]]] = {
+        "TEE": _tee,
+        "isolation": lambda: ("note", hardening_state()),
+        "accelerator": _accelerator,
+        "runtime directory": lambda: ("ok", f"{runtime_directory()}, for this user alone"),
+        "transport mem": lambda: _transport("mem:doctor"),
+        "transport shm": lambda: _transport(new_shm_address()),
+        "transport ipc": lambda: _transport(new_ipc_address()),
+        "transport tcp": lambda: _transport("tcp://127.0.0.1:0"),
+        "default model": _default_model,
+        "processor": _processor,
+        "exact int8 products": _exact_products,
+        "memory for pads": _pad_memory,
+        "versions": lambda: ("ok", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
+        "platform": lambda: ("ok", f"Python {platform.python_version()}, {platform.platform()}"),
+    }
+    return Findings(tuple(_finding(what, look) for what, look in looks.items()))
+
+
+def print_findings(findings: Findings) -> None:
+    """One row for each finding."""
+    table = Table(show_header=False, box=None)
+    for finding in findings.all:
+        table.add_row(finding.what, Text(finding.state, STYLES[finding.state]), Text(finding.detail))  # no markup
+    Console().print(table)
+
+
+def _finding(what: str, look: Callable[[], tuple[State, str]]) -> Finding:
+    """What ``look`` sees; that it failed is a finding as well, whatever it raised."""
+    try:
+        return Finding(what, *look())
+    except Exception as error:
+        return Finding(what, "broken", " ".join(str(error).split()) or type(error).__name__)
+
+
+def _tee() -> tuple[State, str]:
+    tee = detect_tee()
+    if tee is None:
+        return "note", "none: process isolation only, for demonstration; the host can read everything"
+    return "ok", tee
+
+
+def _accelerator() -> tuple[State, str]:
+    if not torch.cuda.is_available():
+        return "note", "no CUDA device: workers compute on the CPU"
+    devices = range(torch.cuda.device_count())
+    return "ok", ", ".join(f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in devices)
+
+
+def _transport(address: str) -> tuple[State, str]:
+    """Really connects and moves one message."""
+    with closing(listen(address)) as listener, closing(connect(listener.address)) as channel:
+        channel.send(Frames(b"?", (memoryview(b"probe"),)))
+        arrival = listener.receive(PROBE_DEADLINE_S)
+        if not isinstance(arrival, Arrival) or bytes(arrival.frames.tensors[0]) != b"probe":
+            return "broken", "a message did not arrive"
+        return "ok", "a message arrived"
+
+
+def _default_model() -> tuple[State, str]:
+    directory = default_directory()
+    if directory is None:
+        return "note", "not fetched yet: tsqp model fetch"
+    return "ok", str(directory)
+
+
+def _processor() -> tuple[State, str]:
+    count = len(os.sched_getaffinity(0))
+    flags = _cpu_flags()
+    fast = [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni") if name in flags]
+    return "ok", f"{count} cores; {', '.join(fast) if fast else 'no low-precision instructions'}"
+
+
+def _exact_products() -> tuple[State, str]:
+    """What the private modes multiply with."""
+    if isinstance(pick_kernel(torch.device("cpu")), BlockedKernel):
+        return "note", "no fast kernel is exact on this processor: private modes multiply in float32, and are slow"
+    return "ok", "the fast kernel is exact on this processor: private modes use it"
+
+
+def _pad_memory() -> tuple[State, str]:
+    """What ``masked`` keeps ready by default, at the 1B shape."""
+    allowed, ahead = GuardOptions().pad_memory, GuardOptions().pads_ahead
+    free, wanted = _available_bytes(), pool_bytes(SHAPES["llama-3.2-1b"], ahead)
+    state: State = "ok" if free is None or free > allowed else "note"
+    known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"
+    return state, (
+        f"{known} available; --pad-memory allows {allowed / 1e9:.1f} GB, of which {ahead} tokens ahead take "
+        f"{wanted / 1e9:.2f} GB at the Llama-3.2-1B shape"
+    )
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return set(line.split())

@@ -1,0 +1,76 @@
+"""The ``tsqp`` command: runs the command line and turns every failure into one line and an exit code.
+
+0 done, 1 failed, 2 wrong use, 130 interrupted (Ctrl-C), 143 terminated. ``--debug`` shows a traceback instead.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
+
+from tsqp.cli.commands import app
+from tsqp.cli.prompt_text import OPTION, unknown_option
+from tsqp.errors import InputError, TsqpError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Before torch is loaded: this side and a worker take turns on the same cores, so waiting threads must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(("TSQP_", "LLAMA_"))]:
+        del os.environ[name]  # set to nothing is not set
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # as an exception, so that workers are stopped
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold any character, an output may not
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line. Returns the exit code."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    try:
+        result = _call([*(argument for argument in arguments[:end] if argument != "--debug"), *arguments[end:]])
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (CycloptsError, TsqpError, OSError) as error:
+        if debug:
+            raise
+        line = " ".join(_explained(error).split())
+        print(f"tsqp: error: {line}", file=sys.stderr)  # noqa: T201
+        return EXIT_USAGE if isinstance(error, CycloptsError | InputError) else EXIT_FAILED
+    return result if isinstance(result, int) else 0
+
+
+def _call(arguments: list[str]) -> object:
+    """Parse, then run the command. Raises CycloptsError before anything of the command has run."""
+    command, bound, unparsed = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    if "after_dashes" in unparsed:
+        bound.arguments["after_dashes"] = "--" in arguments
+    return command(*bound.args, **bound.kwargs)
+
+
+def _explained(error: Exception) -> str:
+    """One error as a text that repeats no prompt."""
+    if isinstance(error, UnknownOptionError):
+        word = error.token.keyword or error.token.value
+        # The library's own text repeats the word, and suggests a name.
+        return str(error) if OPTION.fullmatch(word) else unknown_option(word)
+    if isinstance(error, UnusedCliTokensError):
+        count = len(error.unused_tokens or ())
+        return f"too many arguments, by {count}: put quotes around a text that has spaces"
+    return str(error)

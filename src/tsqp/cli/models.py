@@ -1,0 +1,84 @@
+"""What ``tsqp model`` lists, fetches and describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.checkpoint.default import default_directory, fetch_default
+from tsqp.checkpoint.hub import download_from_hub
+from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.config.groups import linear_groups
+from tsqp.config.model import ModelSpec
+from tsqp.config.partition import PARTITIONS
+from tsqp.errors import OptionError
+
+
+def known_models() -> list[dict[str, str]]:
+    """The names that ``--model`` takes without a file, with the state of each."""
+    directory = default_directory()
+    state = "not fetched yet" if directory is None else f"ready in {directory}"
+    synthetic = [{"model": f"synthetic:{name}", "state": "random weights, made when used"} for name in SHAPES]
+    return [{"model": "default", "state": f"SmolLM2-135M-Instruct, {state}"}, *synthetic]
+
+
+def fetch_model(model: str, from_file: Path | None) -> Path:
+    """Download a model and return its directory. Raises FetchError, OptionError."""
+    if model == "default":
+        return fetch_default(from_file)
+    if from_file is not None:
+        raise OptionError("--from goes with the default model only")
+    if "/" not in model or Path(model).exists():
+        raise OptionError(f"there is nothing to fetch for '{model}': give default or a Hub id such as org/name")
+    return download_from_hub(model)
+
+
+def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
+    """A checkpoint's shape, fingerprint and calls per forward pass; ``digest``: what ``--model-digest`` pins, too.
+
+    Raises CheckpointError.
+    """
+    checkpoint = open_checkpoint(model)
+    spec = checkpoint.spec
+    return {
+        "model": model,
+        "architecture": spec.architecture,
+        "parameters": parameters(spec),
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "context": spec.max_positions,
+        "rope": spec.rope.kind,
+        "sliding_window": next((window for window in spec.windows if window is not None), None),
+        "tied_embeddings": spec.tied_embeddings,
+        "fingerprint": checkpoint.fingerprint(),
+        **({"model_digest": _digest(checkpoint)} if digest else {}),
+        "calls_per_pass": {name: partition.calls_per_pass(spec.num_layers) for name, partition in PARTITIONS.items()},
+    }
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """The digest of what a private mode loads, for which every weight is read and quantised."""
+    import torch
+
+    from tsqp.model.decoder_layers import Norms
+    from tsqp.trusted.private import load_private_model
+
+    table, norms = checkpoint.tensor("model.embed_tokens.weight"), Norms.load(checkpoint, torch.float32)
+    return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False).digest
+
+
+def parameters(spec: ModelSpec) -> int:
+    """The number of weights, norms included, a tied embedding once."""
+    groups = linear_groups(spec)
+    weights = {name: group.out_features * (group.in_features + group.bias) for name, group in groups.items()}
+    head = weights.pop("lm_head")
+    norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
+    embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
+    return spec.num_layers * (sum(weights.values()) + norms) + spec.hidden_size + head + embedding

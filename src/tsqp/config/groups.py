@@ -1,0 +1,67 @@
+"""Linear groups: the matrices that share an input, stored concatenated so that one call is one GEMM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tsqp.config.model import ModelSpec
+
+GroupName = Literal["qkv", "o", "gate_up", "down", "lm_head"]
+GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
+LAYER_GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
+GroupKey = tuple[GroupName, int | None]  # the LM head has layer None
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """``y = x Wᵀ + b`` with W of shape (out_features, in_features), rows in the order of ``parts``.
+
+    ``parts`` names the matrices as a checkpoint does, with their number of output rows.
+    """
+
+    name: GroupName
+    in_features: int
+    parts: tuple[tuple[str, int], ...]
+    bias: bool
+
+    @property
+    def out_features(self) -> int:
+        return sum(rows for _, rows in self.parts)
+
+    def part_rows(self, part: int | None) -> tuple[int, int]:
+        """First and past-the-last output row of one part, or of the whole group for None."""
+        if part is None:
+            return 0, self.out_features
+        start = sum(rows for _, rows in self.parts[:part])
+        return start, start + self.parts[part][1]
+
+
+def linear_groups(spec: ModelSpec) -> dict[GroupName, LinearGroup]:
+    """The five linear groups of a model, by name."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.q_size, spec.kv_size
+    groups = (
+        LinearGroup(
+            "qkv",
+            hidden,
+            (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
+            spec.qkv_bias,
+        ),
+        LinearGroup("o", q, (("self_attn.o_proj", hidden),), spec.o_bias),
+        LinearGroup("gate_up", hidden, (("mlp.gate_proj", inner), ("mlp.up_proj", inner)), spec.mlp_bias),
+        LinearGroup("down", inner, (("mlp.down_proj", hidden),), spec.mlp_bias),
+        LinearGroup("lm_head", hidden, (("lm_head", spec.vocab_size),), False),
+    )
+    return {group.name: group for group in groups}
+
+
+def part_tensor(layer: int | None, part: str, kind: str) -> str:
+    """A part's name in a Hugging Face checkpoint; ``layer`` is None for the LM head, ``kind`` is weight or bias."""
+    return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"
+
+
+def group_keys(spec: ModelSpec) -> list[GroupKey]:
+    """Every linear group of a model, layer by layer, the LM head last."""
+    keys: list[GroupKey] = [(name, layer) for layer in range(spec.num_layers) for name in LAYER_GROUPS]
+    return [*keys, ("lm_head", None)]

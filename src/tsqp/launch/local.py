@@ -1,0 +1,179 @@
+"""Starts a worker beside this process and stops it again.
+
+Covers: a worker gets the environment listed here, three pipes and no other descriptor (test_faults.py); it ends when
+its standard input does, so it cannot outlive this process (test_faults.py); it listens where it was told to and
+nowhere else, and whatever it writes is bounded and printed without control characters (test_launch.py).
+Does not cover: a worker of the same user id can do to this process what the user can. Assumes: the interpreter and the
+installed package are what they were.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from types import TracebackType
+from typing import IO
+
+import msgspec
+
+from tsqp.config.dtype import ComputeDtype
+from tsqp.errors import ChannelError, WorkerUnreachable
+from tsqp.wire.printable import printable
+from tsqp.wire.transport import new_shm_address
+from tsqp.wire.transport.runtime_dir import reclaim_stale, runtime_directory
+
+# -P: the directory a user happens to be in must not be one that modules are loaded from.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "tsqp.untrusted")
+
+# What a worker needs to find its interpreter, its model and its device. Nothing else of this side's environment.
+PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "XDG_RUNTIME_DIR",
+    "XDG_CACHE_HOME",
+    "TSQP_CACHE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "PYTHONPATH",
+    "PYTHONWARNINGS",
+    "LD_LIBRARY_PATH",
+    "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES",
+)
+START_TIMEOUT_S = 600.0  # a large model takes minutes to read from a slow disk
+STOP_TIMEOUT_S = 5.0
+MAX_LINE_BYTES = 4096
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The one line a worker writes to its standard output, when it listens."""
+
+    address: str
+
+
+class LocalWorker:
+    """A worker process that lives as long as this object. Start it, do other work, then ``wait_ready``."""
+
+    def __init__(
+        self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False
+    ) -> None:
+        self._address = new_shm_address()
+        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self._address]
+        if compiled:
+            command.append("--compile")
+        if threads is not None:
+            command += ["--threads", str(threads)]
+        self._process = subprocess.Popen(
+            [*command, "--exit-with-stdin"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=worker_environment(),
+            start_new_session=True,  # Ctrl-C is for this side; it ends the worker in good order
+        )
+        self._errors: deque[str] = deque(maxlen=50)
+        self._drain = threading.Thread(target=self._collect, args=(self._process.stderr,), daemon=True)
+        self._drain.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
+        """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words."""
+        output = self._process.stdout
+        if output is None:
+            raise WorkerUnreachable("the worker was started without a pipe")
+        deadline = time.monotonic() + timeout_s
+        line = b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([output], [], [], left)[0]:
+                self.close()
+                raise WorkerUnreachable(f"the worker was not ready within {timeout_s:.0f} s")
+            piece = os.read(output.fileno(), 4096)
+            line += piece
+            if not piece or len(line) > MAX_LINE_BYTES:
+                self.close()
+                raise WorkerUnreachable(f"the worker did not start: {self.last_words()}")
+        output.close()  # it has nothing more to say
+        try:
+            ready = msgspec.json.decode(line, type=Ready)
+        except (msgspec.MsgspecError, ValueError):
+            ready = None
+        if ready is None or ready.address != self._address:
+            self.close()
+            raise WorkerUnreachable("the worker does not listen where it was told to")
+        return self._address
+
+    def last_words(self) -> str:
+        """How the worker ended, or the last line of its standard error."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        self._drain.join(timeout=1.0)
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"it was ended by {signal_name(-code)}"
+        for line in reversed(self._errors):
+            if line.strip():
+                return printable(line.strip().removeprefix("tsqp worker: "))
+        return "it said nothing" if code is None else f"it ended with exit code {code}"
+
+    def close(self) -> None:
+        """End the worker: politely, then not. Closing twice is allowed."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        if self._process.poll() is None:
+            self._process.terminate()  # it may be reading weights, and look at its standard input only afterwards
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
+        self._drain.join(timeout=1.0)
+        with suppress(ChannelError):
+            reclaim_stale(runtime_directory())  # a worker that was killed leaves its socket
+
+    def __enter__(self) -> LocalWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _collect(self, stream: IO[bytes]) -> None:
+        with stream:
+            while line := stream.readline(MAX_LINE_BYTES):
+                self._errors.append(line.decode(errors="replace"))
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a worker started here."""
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    # This side has read the checkpoint already, so the worker finds it on disk and needs neither network nor token.
+    environment["HF_HUB_OFFLINE"] = "1"
+    # Both processes use the same cores in turn: a thread pool that spins while it waits would take them from the other.
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    return environment

@@ -1,0 +1,134 @@
+"""One layer of a Llama-family model, as a computation that hands out its products.
+
+Both sides run this: the trusted side with products on a worker, a worker that holds whole layers with its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.model import ModelSpec
+from tsqp.model.batch import Chunk
+from tsqp.model.cache import KVCache
+from tsqp.model.kernels import Kernels
+from tsqp.model.meter import Meter
+from tsqp.model.operators import Attention, Linears
+from tsqp.model.pending import TURN, Steps
+
+RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """The norm weights of one layer: (hidden_size,) twice, and (head_dim,) for Q and K where the family has them."""
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Norms:
+    """All norm weights of a model, in the compute dtype."""
+
+    layers: tuple[LayerNorms, ...]
+    final: torch.Tensor
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norms:
+        """Read them from a checkpoint. Raises CorruptCheckpoint."""
+
+        def weight(name: str) -> torch.Tensor:
+            return checkpoint.tensor(f"model.{name}.weight").to(device, dtype, copy=True)
+
+        def layer(index: int) -> LayerNorms:
+            name = f"layers.{index}"
+            qk = checkpoint.spec.qk_norm
+            return LayerNorms(
+                attention=weight(f"{name}.input_layernorm"),
+                mlp=weight(f"{name}.post_attention_layernorm"),
+                q=weight(f"{name}.self_attn.q_norm") if qk else None,
+                k=weight(f"{name}.self_attn.k_norm") if qk else None,
+            )
+
+        return cls(tuple(layer(index) for index in range(checkpoint.spec.num_layers)), weight("norm"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """The layers of one model: the same code for each, its weights by index."""
+
+    spec: ModelSpec
+    norms: Norms
+    linears: Linears
+    attention: Attention
+    kernels: Kernels
+    meter: Meter
+
+    def steps(self, layer: int, hidden: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables) -> Steps[None]:
+        """Put the rows of one chunk through one layer: ``hidden`` (T, hidden_size) is changed in place.
+
+        Appends to the caches of the chunk's sequences at the positions of their rows.
+        """
+        norms, eps, rows = self.norms.layers[layer], self.spec.rms_norm_eps, chunk.rows
+        x = self.linears.input(("qkv", layer), rows)
+        with self.meter.operator("rms_norm"):
+            self.kernels.rms_norm(hidden, norms.attention, eps, x)
+        qkv = yield self.linears.start(("qkv", layer), x)
+        yield TURN  # earlier rows of a sequence may be another computation's: their keys must be there first
+        mixed = self.linears.input(("o", layer), rows)
+        yield from self._attend(layer, qkv, chunk, tables, mixed)
+        del qkv  # a product may lie in memory that is needed again
+        o = yield self.linears.start(("o", layer), mixed)
+        x = self.linears.input(("gate_up", layer), rows)
+        with self.meter.operator("rms_norm"):
+            self.kernels.add_rms_norm(hidden, o, norms.mlp, eps, x)
+        del o, mixed
+        gate_up = yield self.linears.start(("gate_up", layer), x)
+        inner = self.linears.input(("down", layer), rows)
+        with self.meter.operator("silu"):
+            self.kernels.silu_mul(gate_up, inner)
+        del gate_up, x
+        hidden.add_((yield self.linears.start(("down", layer), inner)))
+
+    def _attend(
+        self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables, mixed: torch.Tensor
+    ) -> Steps[None]:
+        """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
+        spec, (cos, sin) = self.spec, tables
+        queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
+        values = qkv[:, spec.q_size + spec.kv_size :].view(-1, spec.num_kv_heads, spec.head_dim)
+        rotated = []
+        for span in chunk.spans:  # all keys before any attention, which may have to wait for products
+            at = span.slice
+            q = qkv.new_empty(spec.num_heads, span.rows, spec.head_dim)
+            with self.meter.operator("rotary"):
+                k, v = span.cache.reserve(layer, span.end)
+                self.kernels.rotate(queries[at], query_column, cos[at], sin[at], q, 0)
+                self.kernels.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
+            v[:, span.position : span.end] = values[at].transpose(0, 1)
+            rotated.append(q)
+        for span, q in zip(chunk.spans, rotated, strict=True):
+            out = mixed[span.slice].view(span.rows, spec.num_heads, spec.head_dim)
+            yield from self.attention.steps(layer, q, span, out)
+
+    def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
+        """Rows that hold the queries, and their first column there; the same of the keys. Normed where they are."""
+        spec, norms = self.spec, self.norms.layers[layer]
+        if norms.q is None or norms.k is None:
+            return qkv, 0, qkv, spec.q_size
+        queries = self._norm_heads(qkv[:, : spec.q_size], norms.q)
+        keys = self._norm_heads(qkv[:, spec.q_size : spec.q_size + spec.kv_size], norms.k)
+        return queries, 0, keys, 0
+
+    def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,)."""
+        with self.meter.operator("rms_norm"):
+            rows = heads.reshape(-1, self.spec.head_dim)  # (T·n, D)
+            normed = torch.empty_like(rows)
+            self.kernels.rms_norm(rows, weight, self.spec.rms_norm_eps, normed)
+            return normed.view(heads.shape)

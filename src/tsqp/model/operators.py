@@ -1,0 +1,40 @@
+"""What a block needs and does not compute itself. Where these run is what a partition decides."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from tsqp.config.groups import GroupKey
+from tsqp.model.batch import Span
+from tsqp.model.cache import KVCache
+from tsqp.model.pending import Pending, Steps
+
+
+class Linears(Protocol):
+    """All linear layers of a model."""
+
+    def input(self, key: GroupKey, rows: int) -> torch.Tensor:
+        """Memory for the input of one product, (rows, in_features): filled and given to ``start``, it is not copied."""
+
+    def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
+        """Ask for ``x Wᵀ + b`` of one group: x (T, in_features) to (T, out_features), parts concatenated.
+
+        ``x`` must not change until the product is there. The product may be memory that the next products reuse:
+        it is good until nothing refers to it any more.
+        """
+
+
+class Embedding(Protocol):
+    """The embedding of a model."""
+
+    def start(self, tokens: torch.Tensor) -> Pending:
+        """Ask for the hidden states of int64 token ids (T,): (T, hidden_size), the caller's to change."""
+
+
+class Attention(Protocol):
+    """Causal attention of one sequence's rows over its cache."""
+
+    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+        """q (heads, T, head_dim) of the span's rows to out (T, heads, head_dim); the cache already holds their keys."""

@@ -1,0 +1,1 @@
+"""Prompts in, tokens out: forward passes, sequences, sampling."""

@@ -1,0 +1,66 @@
+"""A Llama-family decoder that asks for its products and does not know where they are computed.
+
+A partition is a choice of the ``Embedding``, ``Linears`` and ``Attention`` objects it is given. One code path serves
+prefill, decode, chunks, micro-batches and batches: flat rows, each with a position, and a cache per sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tsqp.model.batch import Batch, Chunk
+from tsqp.model.cache import KVCache
+from tsqp.model.decoder_layers import Block
+from tsqp.model.operators import Embedding
+from tsqp.model.pending import Steps, interleaved
+from tsqp.model.rotary import Rotary
+from tsqp.trusted.stats import Stats
+
+
+class Decoder:
+    """The forward pass. ``max_rows`` bounds the rows of a chunk; each chunk crosses the layers as ``micro_batches``."""
+
+    def __init__(
+        self, block: Block, embedding: Embedding, *, dtype: torch.dtype, max_rows: int, micro_batches: int, stats: Stats
+    ) -> None:
+        self.spec = block.spec
+        self._block = block
+        self._embedding = embedding
+        self._dtype = dtype
+        self._rotary = Rotary(self.spec.rope, self.spec.head_dim, dtype)
+        self._max_rows = max_rows
+        self._micro_batches = micro_batches
+        self._stats = stats
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence."""
+        return KVCache(self.spec, self._dtype)
+
+    def forward(self, batch: Batch[KVCache]) -> Steps[torch.Tensor]:
+        """Logits, float32 (sequences, vocab_size), of each sequence's last row; of all T rows for ``every_row``.
+
+        Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
+        """
+        hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
+        wanted: list[torch.Tensor] = []
+        for chunk in batch.chunks(self._max_rows):
+            parts = chunk.split(self._micro_batches)
+            yield from interleaved([self._layers(hidden[part.slice], part) for part in parts])
+            rows = hidden[chunk.slice]
+            wanted.append(rows if batch.every_row else rows[chunk.last_rows()])
+            self._stats.chunks += 1
+            self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
+        last = torch.cat(wanted)
+        final = self._block.linears.input(("lm_head", None), len(last))
+        with self._stats.operator("rms_norm"):
+            self._block.kernels.rms_norm(last, self._block.norms.final, self.spec.rms_norm_eps, final)
+        logits = yield self._block.linears.start(("lm_head", None), final)
+        batch.advance()
+        self._stats.forward_passes += 1
+        return logits.float()
+
+    def _layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
+        with self._stats.operator("rotary"):
+            tables = self._rotary.tables(chunk.positions())
+        for layer in range(self.spec.num_layers):
+            yield from self._block.steps(layer, hidden, chunk, tables)

@@ -1,0 +1,1 @@
+"""What talks to a worker: sessions, and the operators that go through them."""

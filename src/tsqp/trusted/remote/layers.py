@@ -1,0 +1,78 @@
+"""The ``layer`` partition: a decoder whose layers, hidden states and KV caches are all on the worker.
+
+Token ids go out, logits come back. The calls of a pass do not wait for each other: the worker does them in order.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from tsqp.errors import InputError
+from tsqp.model.batch import Batch
+from tsqp.model.cache import Positions
+from tsqp.model.pending import Steps
+from tsqp.trusted.remote.session import PendingReply, WorkerSession
+from tsqp.wire.messages import Begin, Finish, Layer, Place
+
+MAX_PLACES = 64  # sequences of one pass; see the protocol
+MAX_FORGET = 256
+
+
+class RemoteCache(Positions):
+    """The worker's cache of one sequence, by number."""
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__()
+        self.sequence = sequence
+
+
+class LayerDecoder:
+    """The forward pass as the worker's layers do it."""
+
+    def __init__(self, session: WorkerSession, *, max_rows: int) -> None:
+        self.spec = session.spec
+        self._session = session
+        self._max_rows = max_rows
+        self._sequences = 0
+        self._forget: list[int] = []
+
+    def new_cache(self) -> RemoteCache:
+        """A sequence that is new to the worker. Once it is let go here, the worker is told with the next pass."""
+        self._sequences += 1
+        cache = RemoteCache(self._sequences)
+        weakref.finalize(cache, self._forget.append, cache.sequence)
+        return cache
+
+    def forward(self, batch: Batch[RemoteCache]) -> Steps[torch.Tensor]:
+        """Logits, float32: see ``Decoder.forward``. Raises ChannelError; the worker's caches are lost with it."""
+        if len(batch.tokens) > MAX_PLACES:
+            raise InputError(f"{len(batch.tokens)} prompts at once; at partition layer the most is {MAX_PLACES}")
+        session, spec, stats = self._session, self.spec, self._session.stats
+        begin = session.next_id()
+        chunks = list(batch.chunks(self._max_rows))
+        calls = [self._begin(begin, batch)]
+        for chunk in range(len(chunks)):
+            for layer in range(spec.num_layers):
+                call = Layer(session.next_id(), begin, layer, chunk)
+                calls.append(session.start("layer", call, [], (0,)))
+        rows = sum(len(tokens) for tokens in batch.tokens) if batch.every_row else len(batch.tokens)
+        finish = Finish(session.next_id(), begin, batch.every_row)
+        logits = session.start("lm_head", finish, [], (rows, spec.vocab_size))
+        for under_way in calls:  # noqa: UP028  (resumed with each result, which a list would not take)
+            yield under_way
+        result = (yield logits).float()
+        batch.advance()
+        stats.chunks += len(chunks)
+        stats.forward_passes += 1
+        return result
+
+    def _begin(self, begin: int, batch: Batch[RemoteCache]) -> PendingReply:
+        places = tuple(
+            Place(cache.sequence, cache.length, len(tokens))
+            for tokens, cache in zip(batch.tokens, batch.caches, strict=True)
+        )
+        forget, self._forget[:MAX_FORGET] = tuple(self._forget[:MAX_FORGET]), []
+        call = Begin(begin, places, self._max_rows, forget)
+        return self._session.start("embedding", call, [batch.flat_tokens().to(torch.int32)], (0,))

@@ -1,0 +1,1 @@
+"""Text and tokens: the tokenizer, chat templates, streams of text."""

@@ -1,0 +1,150 @@
+"""The field path of a worker: exact products mod p with 8-bit weights, see ``docs/masking.md`` §2 and §6.
+
+Integers in, integers out: scales and biases stay with the trusted side. What a client sends may be any bytes: numbers
+that are not canonical give products that mean nothing, to that client alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.field import Digits, FieldWeights
+from tsqp.arith.product import BlockedKernel, DigitKernel
+from tsqp.arith.self_test import pick_kernel
+from tsqp.arith.tensor_cores import DeviceFieldWeights
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.dtype import ComputeDtype
+from tsqp.config.groups import GroupKey, GroupName, group_keys
+from tsqp.config.model import ModelSpec
+from tsqp.errors import ProtocolError
+from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.untrusted.ops import exactly
+from tsqp.wire.channel import MAX_FRAME_BYTES
+from tsqp.wire.messages import Call, Deal, Product
+from tsqp.wire.payload import bytes_tensor, tensor_bytes
+
+DEALT_BLOCKS = 16  # at a time: what is expanded of a large call stays small
+
+BOTH_DIGITS: tuple[Digits, ...] = (2, 4)
+
+
+@dataclass(frozen=True)
+class FieldWorkerWeights:
+    """8-bit weights of every group on one device, and the digests that a client compares with its own."""
+
+    spec: ModelSpec
+    device: torch.device
+    groups: Mapping[GroupKey, FieldWeights]
+    digests: Mapping[GroupName, str]
+
+    compute: ComputeDtype = "field"
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, device: torch.device, *, kernel: DigitKernel | None = None
+    ) -> FieldWorkerWeights:
+        """Read and quantise every group; ``kernel`` is chosen by a self-test unless given.
+
+        Compiles the loops, so that no call waits for it. Raises CheckpointError.
+        """
+        kernel = kernel or pick_kernel(device)
+        on_device = FieldWeights if device.type == "cpu" else DeviceFieldWeights
+        digests = GroupDigests()
+        groups = {}
+        for key in group_keys(checkpoint.spec):
+            wq = load_quantised_group(checkpoint, key).wq
+            digests.add(key, wq)
+            groups[key] = on_device.of(wq.to(device), kernel)
+        compile_loops()
+        return cls(checkpoint.spec, device, groups, digests.hexdigests())
+
+
+def compile_loops() -> None:
+    """Have numba compile every loop that calls need, by small products and a small expansion on the CPU."""
+    weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any kernel
+    for digits in BOTH_DIGITS:
+        x = torch.zeros(2, 8, dtype=_input_dtype(digits))
+        weights.product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
+        # Wide products are written in blocks of columns, which numba compiles apart: rows that do not follow closely.
+        weights.product(x, digits, out=torch.empty(2, 16, dtype=torch.int32)[:, :8])
+    expand(AesKeyStream(bytes(KEY_BYTES)), np.empty((1, 8), np.uint32))
+
+
+class FieldOperators:
+    """Computes the calls of one connection: products of numbers that are sent, or of a dealer's expanded keys."""
+
+    keeps_state = False  # nothing outlives a call
+
+    def __init__(self, weights: FieldWorkerWeights) -> None:
+        self._weights = weights
+
+    def __call__(self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None) -> memoryview:
+        """The product of one call, in ``out`` where that is given.
+
+        Raises ProtocolError for a call of another path, or one that does not fit the model, its payload or the room
+        for its product.
+        """
+        if not isinstance(call, Product | Deal):
+            kind = type(call).__name__.lower()
+            raise ProtocolError(f"this connection is of the field path: it has product and deal, and no {kind}")
+        (payload,) = exactly(1, payloads)
+        weights = self._weights.groups.get((call.group, call.layer))
+        if weights is None:
+            raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
+        with torch.inference_mode():
+            if isinstance(call, Deal):
+                return self._deal(call, weights, payload, out)
+            return self._product(call, weights, payload, out)
+
+    def _product(self, call: Product, weights: FieldWeights, payload: memoryview, out: memoryview | None) -> memoryview:
+        x = bytes_tensor(payload, _input_dtype(call.digits), (call.rows, weights.wq.shape[1]))
+        place = self._place(out, call.rows, weights)
+        weights.product(x.to(self._weights.device), call.digits, out=place)
+        return self._reply(place, out)
+
+    def _deal(self, call: Deal, weights: FieldWeights, payload: memoryview, out: memoryview | None) -> memoryview:
+        bytes_tensor(payload, torch.uint8, (call.blocks, KEY_BYTES))  # its size, first
+        place = self._place(out, call.blocks * BLOCK_ROWS, weights)
+        for block in range(0, call.blocks, DEALT_BLOCKS):
+            pads = expand_blocks(payload[block * KEY_BYTES : (block + DEALT_BLOCKS) * KEY_BYTES], weights.wq.shape[1])
+            rows = slice(block * BLOCK_ROWS, block * BLOCK_ROWS + len(pads))
+            weights.product(pads.to(self._weights.device), 4, out=place[rows])
+        return self._reply(place, out)
+
+    def _place(self, out: memoryview | None, rows: int, weights: FieldWeights) -> torch.Tensor:
+        """Where a product (rows, out_features) is computed: in ``out`` if the weights are beside it.
+
+        Raises ProtocolError for a product that no reply can carry, or for which ``out`` is not the room.
+        """
+        shape = (rows, len(weights.wq))
+        size = rows * len(weights.wq) * torch.int32.itemsize
+        if size > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")
+        place = None if out is None else bytes_tensor(out, torch.int32, shape)
+        if place is None or self._weights.device.type != "cpu":
+            return torch.empty(shape, dtype=torch.int32, device=self._weights.device)
+        return place
+
+    def _reply(self, product: torch.Tensor, out: memoryview | None) -> memoryview:
+        if out is not None and self._weights.device.type == "cpu":
+            return out
+        return tensor_bytes(product.cpu())
+
+
+def expand_blocks(keys: memoryview, columns: int) -> torch.Tensor:
+    """The pad rows of whole blocks, one key of 32 bytes each: uint32 bits in int32 (16 · blocks, columns)."""
+    blocks = keys.nbytes // KEY_BYTES
+    pads = torch.empty(blocks, BLOCK_ROWS, columns, dtype=torch.int32)
+    for block, rows in enumerate(pads.view(torch.uint32).numpy()):
+        expand(AesKeyStream(bytes(keys[block * KEY_BYTES : (block + 1) * KEY_BYTES])), rows)
+    return pads.flatten(0, 1)
+
+
+def _input_dtype(digits: Digits) -> torch.dtype:
+    """What holds the bits of an input: uint32 mod p for four digits, int16 for two."""
+    return torch.int32 if digits == 4 else torch.int16

@@ -1,0 +1,66 @@
+"""What a worker holds: every linear group of a model on its device, and the embedding table. Public data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tsqp.arith.product import DigitKernel
+from tsqp.arith.self_test import pick_kernel
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.dtype import PlainDtype, float_dtype
+from tsqp.config.groups import GroupKey
+from tsqp.config.model import ModelSpec
+from tsqp.model.decoder_layers import Norms
+from tsqp.model.linear import LinearProduct, load_groups
+from tsqp.untrusted.compiled import Compiler
+from tsqp.untrusted.paths.int8 import load_int8_groups
+from tsqp.wire.payload import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class WorkerWeights:
+    """Weights on one device. ``compute`` is what linear layers are computed in; everything else is in ``dtype``.
+
+    ``embedding`` is (vocab_size, hidden_size).
+    """
+
+    spec: ModelSpec
+    compute: PlainDtype
+    dtype: torch.dtype
+    device: torch.device
+    groups: Mapping[GroupKey, LinearProduct]
+    embedding: torch.Tensor
+    norms: Norms
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        compute: PlainDtype,
+        device: torch.device,
+        *,
+        kernel: DigitKernel | None = None,
+        compiler: Compiler | None = None,
+    ) -> WorkerWeights:
+        """Read a checkpoint onto a device; ``kernel`` for int8 is chosen by a self-test unless given.
+
+        Raises CheckpointError.
+        """
+        spec = checkpoint.spec
+        dtype = TORCH_DTYPES[float_dtype(compute)]
+        groups: Mapping[GroupKey, LinearProduct]
+        if compute == "int8":
+            groups = load_int8_groups(checkpoint, kernel or pick_kernel(device), dtype, device)
+            embedding = None
+        else:
+            groups = floats = load_groups(checkpoint, dtype, device)
+            embedding = floats["lm_head", None].weight if spec.tied_embeddings else None
+        if embedding is None:
+            embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+        if compiler is not None:
+            groups = compiler.compiled(groups)
+        norms = Norms.load(checkpoint, dtype, device)
+        return cls(spec, compute, dtype, device, groups, embedding, norms)

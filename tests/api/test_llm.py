@@ -1,0 +1,183 @@
+"""The Python API."""
+
+from __future__ import annotations
+
+import math
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import children
+from tests.conftest import StartWorker
+from tests.families import byte_tokenizer, random_tokens, tiny_model
+from tsqp import LLM, Completion, SamplingParams
+from tsqp.api.assemble import build_split_engine
+from tsqp.api.plan import Plan
+from tsqp.checkpoint import open_checkpoint
+from tsqp.config.partition import PARTITIONS
+from tsqp.errors import ChannelClosed, InputError, OptionError, PromptError, TsqpError
+from tsqp.trusted.stats import Stats
+from tsqp.wire.transport import connect
+
+MODEL = str(tiny_model("llama").directory)
+TEXTS = ["The quick brown fox", "jumps"]
+
+
+def expected(text: str, count: int) -> list[int]:
+    return tiny_model("llama").greedy(byte_tokenizer().encode(text).ids, count)
+
+
+def test_generate_answers_every_prompt_in_its_place() -> None:
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        completions = llm.generate(TEXTS, SamplingParams(max_tokens=8))
+    assert [list(c.token_ids) for c in completions] == [expected(text, 8) for text in TEXTS]
+    assert all(isinstance(c, Completion) and c.finish_reason == "length" for c in completions)
+    assert [c.text for c in completions] == [byte_tokenizer().decode(expected(text, 8)) for text in TEXTS]
+
+
+def test_one_prompt_may_be_text_or_tokens() -> None:
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        (by_text,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=4))
+        (by_tokens,) = llm.generate(byte_tokenizer().encode(TEXTS[0]).ids, SamplingParams(max_tokens=4))
+        assert by_text == by_tokens
+        assert llm.generate([]) == []
+
+
+def test_stream_gives_the_same_text_in_pieces() -> None:
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        deltas = list(llm.stream(TEXTS[0], SamplingParams(max_tokens=12)))
+        (whole,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=12))
+    assert [delta.completion for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].completion == whole
+    assert "".join(delta.text for delta in deltas) == whole.text
+
+
+@pytest.mark.parametrize("protection", ["local", "open"])
+def test_streams_may_take_turns(protection: str, start_worker: StartWorker) -> None:
+    worker = start_worker(MODEL) if protection == "open" else None
+    params = SamplingParams(max_tokens=12)
+    with LLM(MODEL, protection=protection, dtype="float32", worker=worker) as llm:
+        expected = [llm.generate(text, params)[0] for text in TEXTS]
+        short = SamplingParams(max_tokens=12, stop=expected[0].text[3])  # ends while the other goes on
+        (stopped,) = llm.generate(TEXTS[0], short)
+        together = list(zip_longest(llm.stream(TEXTS[0], short), llm.stream(TEXTS[1], params)))
+    assert [delta.completion for delta, _ in together if delta is not None][-1] == stopped
+    assert together[-1][1].completion == expected[1]
+
+
+def test_a_stream_that_stops_leaves_the_others_alone() -> None:
+    params = SamplingParams(max_tokens=12)
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        (whole,) = llm.generate(TEXTS[0], params)
+        outer = llm.stream(TEXTS[0], params)
+        next(outer)
+        for _ in llm.stream(TEXTS[1], SamplingParams(max_tokens=3)):  # begins and ends in between
+            pass
+        assert list(outer)[-1].completion == whole
+
+
+def test_end_tokens_and_stop_tokens_end_an_answer() -> None:
+    tokens = expected(TEXTS[0], 12)
+    stop = next(token for token in tokens if token != tokens[0])
+    before = tokens[: tokens.index(stop)]
+    with LLM(MODEL, protection="local", dtype="float32") as llm:
+        (completion,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=12, stop_token_ids=(stop,)))
+    assert (list(completion.token_ids), completion.finish_reason) == (before, "stop")
+
+
+def test_a_worker_lives_as_long_as_its_llm() -> None:
+    import os
+
+    with LLM(MODEL, protection="open", threads=1) as llm:
+        assert llm.worker_pid in children(os.getpid())
+        llm.generate(TEXTS, SamplingParams(max_tokens=2))
+        llm.close()
+        assert children(os.getpid()) == []
+        with pytest.raises(ChannelClosed):
+            llm.generate(TEXTS, SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"protection": "hidden"}, "hidden"),
+        ({"protection": "open", "partition": "diagonal"}, "diagonal"),
+        ({"protection": "open", "dtype": "int4"}, "int4"),
+        ({"protection": "open", "wire_dtype": "int4"}, "int4"),
+        ({"protection": "open", "prefill_chunk": 0}, "chunk"),
+        ({"protection": "open", "threads": 0}, "threads"),
+        ({"protection": "local", "threads": -1}, "threads"),
+        ({"protection": "open", "deadline_s": 0}, "deadline"),
+        ({"protection": "open", "deadline_s": math.inf}, "deadline"),
+        ({"protection": "open", "deadline_s": math.nan}, "deadline"),
+        ({"protection": "local", "worker": "mem:x"}, "no worker: leave out worker"),
+        ({"protection": "local", "wire_dtype": "float32"}, "no worker: leave out wire_dtype"),
+        ({"protection": "open", "insecure_plain_tcp": True}, "tcp address: leave out insecure_plain_tcp"),
+        ({"protection": "open", "worker": "ipc:///x", "insecure_plain_tcp": True}, "tcp address"),
+    ],
+)
+def test_options_are_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        LLM(MODEL, **options)
+
+
+def test_protection_must_be_stated() -> None:
+    with pytest.raises(TypeError, match="protection"):
+        LLM(MODEL)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("prompts", ["", "  ", [[]], ["fine", ""], [[100_000]], [random_tokens(300)]])
+def test_bad_prompts_are_refused_before_anything_is_sent(prompts: Any, start_worker: StartWorker) -> None:
+    with LLM(MODEL, protection="open", dtype="float32", worker=start_worker(MODEL)) as llm:
+        with pytest.raises(PromptError):
+            llm.generate(prompts)
+        assert llm.stats.rpc_calls == 0
+        llm.generate(TEXTS, SamplingParams(max_tokens=1))  # and the session is as good as before
+
+
+@pytest.mark.parametrize(
+    ("partition", "needed"),
+    [("linear", {"embed_tokens"}), ("batched", set()), ("op", set())],
+)
+def test_the_trusted_side_reads_only_what_it_needs(partition: str, needed: set[str], start_worker: StartWorker) -> None:
+    class Recording:
+        def __init__(self) -> None:
+            self._checkpoint = open_checkpoint(MODEL)
+            self.read: set[str] = set()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._checkpoint, name)
+
+        def tensor(self, name: str) -> torch.Tensor:
+            self.read.add(name)
+            return self._checkpoint.tensor(name)
+
+    checkpoint = Recording()
+    address = start_worker(MODEL)
+    plan = Plan.check(protection="open", partition=partition, dtype="float32", wire_dtype=None, prefill_chunk=8)
+    _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), (), Stats())
+    session.close()
+    kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
+    assert kinds == {"input_layernorm", "post_attention_layernorm", "norm"} | needed
+
+
+def test_a_worker_that_answers_nonsense_is_an_error_and_not_a_token(tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    directory = tmp_path / "model"
+    shutil.copytree(MODEL, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, directory / "model.safetensors")
+    with LLM(str(directory), protection="local", dtype="float32") as llm, pytest.raises(TsqpError, match="numbers"):
+        llm.generate(TEXTS)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    assert issubclass(PromptError, InputError)
+    assert issubclass(InputError, TsqpError)

@@ -1,0 +1,133 @@
+"""What an audit prints, and the attack as the regression test of the private modes."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.commands import Result
+from tests.families import tiny_model
+from tsqp.audit.report import LEGEND, Findings, ModeReport, Recovery, print_report
+from tsqp.cli.audit import MODES, run_audit
+
+FIELDS = {"protection", "attack", "recovered_fraction", "recovered_text", "uniformity_p", "bytes_seen"}
+SECRET = "My patient John Q. Public, born 1961-04-12, was diagnosed with lymphoma; write to his insurer."
+TOKENS = 31  # of SECRET in the default model
+
+
+@pytest.fixture
+def directory() -> str:
+    return str(tiny_model("llama").directory)
+
+
+def test_every_mode_in_one_object(tsqp: Callable[..., Result], directory: str) -> None:
+    result = tsqp("audit", "attack at dawn", "--model", directory, "--threads", 1, "--json")
+    assert result.code == 0, result.err
+    in_open, verified, masked = modes = result.json["modes"]
+    assert [mode["protection"] for mode in modes] == list(MODES)
+    assert all(mode.keys() >= FIELDS for mode in modes)
+    for in_clear in (in_open, verified):
+        assert in_clear["recovered_text"] == "attack at dawn"
+        assert in_clear["recovered_fraction"] == 1.0
+        assert in_clear["deeper"][0]["recovered_fraction"] > 0.9  # the first token has no context to be listed by
+        assert in_clear["uniformity_p"] < 1e-9
+        assert in_clear["dealer"] is None
+    one_token = 1 / len("attack at dawn")
+    for attack in (masked, *masked["deeper"], *masked["dealer"]["recoveries"]):
+        assert attack["recovered_fraction"] <= attack["noise_fraction"] + one_token
+    assert masked["uniformity_p"] > 1e-6
+    assert masked["dealer"]["uniformity_p"] > 1e-6
+    assert masked["dealer"]["bytes_seen"] >= 32 * masked["dealer"]["keys"] > 0
+
+
+def test_one_mode_is_flat_and_says_nothing_of_the_prompt_elsewhere(tsqp: Callable[..., Result], directory: str) -> None:
+    result = tsqp("audit", "attack at dawn", "--model", directory, "--threads", 1, "--protection", "open", "--json")
+    assert result.json["protection"] == "open"
+    assert "attack at dawn" not in result.err
+
+
+def test_options_that_would_play_no_part_are_refused(tsqp: Callable[..., Result]) -> None:
+    result = tsqp("audit", "x", "--protection", "masked", "--dtype", "bfloat16")
+    assert (result.code, "leave out --dtype" in result.error) == (2, True)
+
+
+def test_a_long_prompt_is_refused_before_anything_starts(tsqp: Callable[..., Result], directory: str) -> None:
+    result = tsqp("audit", "y" * 201, "--model", directory)
+    assert (result.code, "at most 200" in result.error) == (2, True)
+    assert "running" not in result.err
+
+
+def test_recovered_text_is_no_markup_and_no_terminal_sequence() -> None:
+    recovery = Recovery("vocabulary match", 0, 1.0, "[bold]x[/bold]\x1b[2J", 0.0)
+    console = Console(file=io.StringIO(), width=100)
+    print_report([ModeReport("open", Findings(1_000, 2, 0, 0.0, (recovery,)))], console)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "[bold]x[/bold]?[2J" in printed
+    assert "\x1b" not in printed
+    assert "1,000 bytes in 2 calls; uniformity p = 0" in printed
+    assert printed.splitlines()[-len(LEGEND) :] == list(LEGEND)
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "warns"),
+    [
+        (["hello"], [], True),
+        (["hello"], ["--protection", "masked"], True),
+        (["hello"], ["--protection", "open"], False),
+        (["-"], [], False),
+        (["--prompt-file", "-"], [], False),
+        (["--prompt-file", "FILE"], [], False),
+    ],
+)
+def test_the_prompt_comes_from_where_the_user_says(
+    tsqp: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    given: list[str],
+    flags: list[str],
+    warns: bool,
+) -> None:
+    audited: list[tuple[str, object]] = []
+
+    def run_nothing(text: str, modes: tuple[str, ...], **_: object) -> list[ModeReport]:
+        audited.append((text, modes))
+        return []
+
+    (tmp_path / "prompt").write_text("hello\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    monkeypatch.setattr("tsqp.cli.audit.run_audit", run_nothing)
+    monkeypatch.setitem(os.environ, "TSQP_PROTECTION", "local")  # plays no part
+    result = tsqp("audit", *(word.replace("FILE", str(tmp_path / "prompt")) for word in given), *flags)
+    assert result.code == 0, result.err
+    assert audited == [("hello", tuple(flags[1:]) or MODES)]
+    assert ("use - or --prompt-file" in result.err) == warns
+
+
+@pytest.mark.parametrize("given", [[], ["x", "--prompt-file", "y"], ["--protecton", "open"], ["--prompt-file", "/no"]])
+def test_one_prompt_and_no_misspelt_option(tsqp: Callable[..., Result], given: list[str]) -> None:
+    result = tsqp("audit", *given)
+    assert result.code == 2
+    assert result.error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_the_default_model_masked_shows_no_more_than_noise() -> None:
+    options = {"model": "default", "device": "cpu", "dtype": "auto", "threads": 2}
+    in_open, verified, masked = run_audit(SECRET, MODES, **options, notes=Console(quiet=True))
+    for in_clear in (in_open, verified):
+        assert all(recovery.recovered_fraction >= 0.95 for recovery in in_clear.worker.recoveries)
+        assert in_clear.worker.uniformity_p < 1e-9
+    assert in_open.worker.recoveries[0].recovered_text == SECRET
+    assert masked.dealer is not None
+    for findings in (masked.worker, masked.dealer):
+        assert findings.uniformity_p > 1e-6
+        for recovery in findings.recoveries:
+            assert recovery.recovered_fraction <= recovery.noise_fraction + 1 / TOKENS
+            assert recovery.noise_fraction < 0.1

@@ -1,0 +1,215 @@
+"""``tsqp bench``: every kind runs and says what it must. Nothing here judges a time."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import Result
+from tsqp import LLM
+from tsqp.bench.origin import MIB, OriginClient, origin_calls, origin_traffic
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.wire.transport import endpoints as transports
+
+Command = Callable[..., Result]
+
+TINY = "synthetic:tiny"
+QUICK = ("--threads", "1", "--runs", "1", "--json")
+PNG = b"\x89PNG\r\n\x1a\n"
+HAS_SHM = hasattr(transports, "connect_shm")
+HAS_MICRO_BATCHES = "micro_batches" in inspect.signature(LLM).parameters
+
+
+@pytest.fixture(autouse=True)
+def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits are measured with matrices that take no time."""
+    from tsqp.bench import ceilings
+
+    monkeypatch.setattr(ceilings, "OUT", 64)
+    monkeypatch.setattr(ceilings, "WEIGHTS_BYTES", 2**18)
+    monkeypatch.setattr(ceilings, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(ceilings, "TRY_FOR_S", 0.0)
+
+
+def is_measured(result: dict[str, Any]) -> bool:
+    """What every object has: where, with what, and how fast this machine can be."""
+    machine = {"cpu", "cores", "python", "torch", "tsqp", "commit", "date"}
+    return machine <= result["machine"].keys() and bool(result["ceilings"])
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(PNG) and path.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("transport", ["mem", "ipc", "tcp", "shm"])
+def test_rpc(transport: str, tsqp: Command, tmp_path: Path) -> None:
+    if transport == "shm" and not HAS_SHM:
+        pytest.skip("no shm transport")
+    plot = tmp_path / "rpc.png"
+    shape = ("--bytes", 4096, "--calls", 20, "--runs", 1)
+    result = tsqp("bench", "rpc", "--transport", transport, *shape, "--json", "--plot", plot).json
+    assert result["benchmark"] == "rpc"
+    assert (result["transport"], result["bytes"]) == (transport, 4096)
+    assert 0 < result["p50_us"] <= result["p99_us"]
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["peer"]["seconds"])
+    assert (result["idle_cpu_share"] is None) == (transport == "mem")  # one process has one share
+    assert is_measured(result)
+    assert is_picture(plot)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_split(phase: str, tsqp: Command, tmp_path: Path) -> None:
+    plot, trace = tmp_path / "plot.png", tmp_path / "trace.json"
+    steps = ("--steps", 3) if phase == "decode" else ()
+    run = tsqp("bench", phase, "-m", TINY, "--tokens", 20, *steps, *QUICK, "--plot", plot, "--trace", trace)
+    result = run.json
+    assert run.out.count("\n") == 1  # the table is on standard error
+    assert "transformers" in result["peer"]["name"]
+    assert "TFLOP/s" in run.err.split("transformers")[0]  # the limits come before the result
+    assert (result["benchmark"], result["model"], result["runs"]) == (phase, TINY, 1)
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["peer"]["seconds"])
+    assert result["limit_seconds"] > 0
+    assert 0 <= result["communication_share"] <= 1
+    assert result["traffic_of_last_run"]["forward_passes"] == (4 if phase == "decode" else 1)
+    assert is_measured(result)
+    assert is_picture(plot)
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_split_without_a_peer_or_a_worker(tsqp: Command) -> None:
+    run = tsqp("bench", "prefill", "-m", TINY, "--protection", "local", "--peer", "none", "--tokens", 5, *QUICK)
+    assert run.json["peer"] is None
+    assert run.json["ratio"] is None
+    assert run.json["transport"] is None
+    assert run.json["communication_share"] == 0
+
+
+@pytest.mark.skipif(not HAS_MICRO_BATCHES, reason="no micro-batches")
+def test_pipeline(tsqp: Command, tmp_path: Path) -> None:
+    plot = tmp_path / "pipeline.png"
+    options = ("--transport", "ipc", "--tokens", 12, "--micro-batches", 3, "--worker-ms", 0.5)
+    result = tsqp("bench", "pipeline", "--model", TINY, *options, *QUICK, "--plot", plot).json
+    assert (result["micro_batches"], result["worker_ms"]) == (3, 0.5)
+    assert result["calls"] == {"sequential": 25, "pipelined": 25}  # 4 calls, 2 layers, 3 parts, and the head
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["peer"]["seconds"])
+    assert is_measured(result)
+    assert is_picture(plot)
+
+
+def test_origin(tsqp: Command, tmp_path: Path) -> None:
+    plot = tmp_path / "origin.png"
+    result = tsqp("bench", "origin", "--model", TINY, "--tokens", 24, *QUICK, "--plot", plot).json
+    spec = open_checkpoint(TINY).spec
+    origin = result["origin"]
+    sent, received = origin_traffic(spec, 24)
+    assert origin["calls"] == origin_calls(spec) == 6 * spec.num_layers + 2
+    # The tensors, and for each call a message around them of at most 200 bytes.
+    assert sent < origin["bytes_sent"] <= sent + 200 * origin["calls"]
+    assert received < origin["bytes_received"] <= received + 200 * origin["calls"]
+    assert result["speedup"] == pytest.approx(origin["seconds"] / result["best"]["seconds"])
+    assert result["best"]["calls"] == result["best_float32"]["calls"] == 4 * spec.num_layers + 1
+    assert is_measured(result)
+    assert is_picture(plot)
+
+
+def test_the_origin_at_the_1b_shape_moves_what_its_reports_say() -> None:
+    spec = SHAPES["llama-3.2-1b"]
+    sent, received = origin_traffic(spec, 1024)
+    assert sent / MIB == pytest.approx(3328, rel=0.01)
+    assert received / MIB == pytest.approx(3657, rel=0.01)
+    assert origin_calls(spec) == 98
+
+
+def test_the_origin_computes_the_model() -> None:
+    """Without a causal mask its last row is right only where nothing lies behind a row: for one token."""
+    from tsqp.bench.child import Child
+    from tsqp.wire.transport import new_ipc_address
+
+    path = new_ipc_address().removeprefix("ipc://")
+    with Child("tsqp.bench.origin_worker", TINY, path, "1") as child:
+        client = OriginClient(TINY, child.address)
+        logits = client.prefill([7])
+        client.close()
+    Path(path).unlink()
+    with LLM(TINY, protection="local", dtype="float32") as llm:
+        torch.testing.assert_close(logits, llm.logits([7])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import readme
+
+    from tsqp.bench import everything
+
+    monkeypatch.setattr(everything, "RPC_TRANSPORTS", ("ipc",))
+    monkeypatch.setattr(everything, "_variants", lambda run, first: [("", run)])
+    monkeypatch.setattr("tsqp.bench.guard.WEIGHTS_BYTES", 2**16)
+    shape = ("--tokens", 8, "--steps", 2, "--bytes", 4096, "--calls", 10)
+    run = tsqp("bench", "all", "--models", TINY, "--results", tmp_path, *shape, *QUICK)
+    kinds = ["rpc", "prefill", "decode", "private", "guard", "pipeline", "origin"]
+    assert [result["benchmark"] for result in run.json["results"]] == kinds
+    names = {"rpc-ipc", "prefill-tiny", "decode-tiny", "private-tiny", "guard-tiny", "pipeline", "origin"}
+    assert {path.stem for path in tmp_path.iterdir()} == names
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "MODELS", {"tiny": "Tiny"})
+    assert set(readme.charts()) == {"split-tiny", "private-tiny", "rpc", "pipeline", "origin"}
+    assert sum(name in line for name in ("open", "verified", "masked") for line in readme.private_lines("tiny")) >= 5
+    assert len(readme.split_rows("tiny", "")) == 2
+    assert "98 calls" not in readme.origin_lines()[0]
+    assert "14 calls" in readme.origin_lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("rpc", "--transport", "pigeon"), "pigeon"),
+        (("rpc", "--transport", "ipc", "--bytes", 7), "--bytes"),
+        (("rpc", "--transport", "ipc", "--calls", 0), "--calls"),
+        (("rpc", "--runs", 0), "--runs"),
+        (("rpc", "--plot", "result.pdf"), "--plot"),
+        (("prefill", "--tokens", 0), "--tokens"),
+        (("prefill", "--plot", "/no/such/directory/x.png"), "--plot"),
+        (("prefill", "--trace", "/no/such/directory/x.json"), "--trace"),
+        (("prefill", "--peer", "nobody"), "nobody"),
+        (("decode", "--steps", 0), "--steps"),
+        (("pipeline", "--transport", "mem"), "process of its own"),
+        (("pipeline", "--micro-batches", 1), "--micro-batches"),
+        (("pipeline", "--worker-ms", -1), "--worker-ms"),
+        (("origin", "--tokens", 0), "--tokens"),
+        (("all", "--results", "/no/such/directory"), "--results"),
+        (("all", "--plot", "x.png"), "plot"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: tuple[object, ...], words: str, tsqp: Command) -> None:
+    result = tsqp("bench", *arguments)
+    assert result.code == 2
+    assert words in result.error
+
+
+@pytest.mark.parametrize(("missing", "option"), [("matplotlib", "--plot"), ("transformers", "--peer")])
+def test_a_missing_library_is_one_line(
+    missing: str, option: str, tsqp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    value = tmp_path / "x.png" if option == "--plot" else missing
+    result = tsqp("bench", "prefill", "-m", TINY, option, value)
+    assert result.code == 2
+    assert f"{option}" in result.error
+    assert "tsqp[bench]" in result.error
+
+
+def test_the_peer_runs_the_same_model() -> None:
+    from tsqp.bench.peer import TransformersPeer
+
+    peer = TransformersPeer(TINY, torch.float32, "cpu")
+    prompt = [1, 2, 3, 250]
+    with torch.inference_mode():
+        theirs = peer._model(torch.tensor([prompt])).logits[0]
+    with LLM(TINY, protection="local", dtype="float32") as llm:
+        torch.testing.assert_close(theirs, llm.logits(prompt), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,164 @@
+"""Flags win over TSQP_*, which win over LLAMA_*."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.test_private import PADS_FLAGS
+from tests.commands import Home
+from tsqp.api.guard_config import GuardOptions
+from tsqp.cli.commands import app
+from tsqp.cli.options import RunOptions, WorkerOptions
+from tsqp.errors import OptionError
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(("TSQP_", "LLAMA_")):
+            monkeypatch.delenv(name)
+
+
+def run_options(*arguments: str) -> RunOptions:
+    _, bound, _ = app.parse_args(["generate", "hello", *arguments], exit_on_error=False, print_error=False)
+    return bound.arguments.get("run", RunOptions())
+
+
+def worker_options(*arguments: str) -> WorkerOptions:
+    _, bound, _ = app.parse_args(["worker", *arguments], exit_on_error=False, print_error=False)
+    return bound.arguments.get("options", WorkerOptions())
+
+
+CASES = [
+    ("model", "--model", "TSQP_MODEL", "LLAMA_MODEL_PATH", ["a", "b", "c"]),
+    ("dtype", "--dtype", "TSQP_DTYPE", "LLAMA_DTYPE", ["float32", "float16", "bfloat16"]),
+    ("device", "--device", "TSQP_DEVICE", "LLAMA_GPU_DEVICE", ["cuda:1", "cuda:2", "cuda:3"]),
+    ("worker", "--worker", "TSQP_WORKER", "LLAMA_IPC_PATH", ["ipc:///a", "ipc:///b", "ipc:///c"]),
+]
+
+
+@pytest.mark.parametrize(("field", "flag", "ours", "theirs", "values"), CASES)
+def test_precedence(
+    monkeypatch: pytest.MonkeyPatch, field: str, flag: str, ours: str, theirs: str, values: list[str]
+) -> None:
+    monkeypatch.setenv("TSQP_PROTECTION", "open")  # where all of them play a part
+    by_flag, by_ours, by_theirs = values
+    monkeypatch.setenv(theirs, by_theirs)
+    assert getattr(run_options(), field) == by_theirs
+    monkeypatch.setenv(ours, by_ours)
+    assert getattr(run_options(), field) == by_ours
+    assert getattr(run_options(flag, by_flag), field) == by_flag
+
+
+def test_the_worker_reads_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_IPC_PATH", "/run/llama.sock")
+    monkeypatch.setenv("LLAMA_GPU_DEVICE", "1")
+    monkeypatch.setenv("LLAMA_DTYPE", "float16")
+    options = worker_options()
+    assert (options.listen, options.device, options.dtype) == ("/run/llama.sock", "cuda:1", "float16")
+    monkeypatch.setenv("TSQP_LISTEN", "ipc:///run/tsqp.sock")
+    assert worker_options().listen == "ipc:///run/tsqp.sock"
+
+
+WORKERS = {"TSQP_WORKER": "tcp://127.0.0.1:1", "TSQP_DEVICE": "cuda:9", "TSQP_PARTITION": "op"}
+
+
+def test_variables_make_no_flag_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**WORKERS, "TSQP_KEY": "me", "TSQP_WORKER_KEY": "worker", "TSQP_WIRE_DTYPE": "int4"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_options("--protection", "local") == RunOptions(protection="local")
+    monkeypatch.setenv("TSQP_PROTECTION", "open")
+    at_hand = run_options("--device", "cuda:1", "--wire-dtype", "float32")
+    assert (at_hand.worker, at_hand.device, at_hand.key) == (None, "cuda:1", None)
+    away = run_options("--worker", "ipc:///x", "--wire-dtype", "float32")
+    assert (away.worker, away.device, away.partition, away.key) == ("ipc:///x", "cpu", "op", None)
+
+
+def test_variables_yield_to_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WORKERS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TSQP_PROTECTION", "open")
+    options = run_options()
+    assert (options.worker, options.device, options.partition) == ("tcp://127.0.0.1:1", "cpu", "op")
+    monkeypatch.setenv("TSQP_PROTECTION", "local")
+    assert run_options() == RunOptions(protection="local")
+
+
+def test_a_flag_never_weakens_the_protection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_PROTECTION", "local")
+    with pytest.raises(OptionError, match="local uses no worker: leave out --worker"):
+        run_options("--worker", "ipc:///x")
+
+
+def test_defaults() -> None:
+    options = run_options()
+    assert (options.model, options.protection, options.partition) == ("default", "masked", "linear")
+    assert (options.dtype, options.device, options.worker) == ("auto", "cpu", None)
+    assert options.guard == GuardOptions()
+
+
+GUARD = [
+    ("checks", "--checks", "TSQP_CHECKS", ["3", "4"], [3, 4]),
+    ("model_digest", "--model-digest", "TSQP_MODEL_DIGEST", ["a", "b"], ["a", "b"]),
+    ("pad_source", "--pad-source", "TSQP_PAD_SOURCE", ["dealer=ipc:///a", "dealer=ipc:///b"], None),
+    ("pads_ahead", "--pads-ahead", "TSQP_PADS_AHEAD", ["1", "2"], [1, 2]),
+    ("pad_memory", "--pad-memory", "TSQP_PAD_MEMORY", ["1GB", "512MiB"], [10**9, 512 * 2**20]),
+    ("pads_empty", "--pads-empty", "TSQP_PADS_EMPTY", ["refuse", "wait"], ["refuse", "wait"]),
+]
+
+
+@pytest.mark.parametrize(("field", "flag", "variable", "given", "meant"), GUARD)
+def test_options_of_the_guard(
+    monkeypatch: pytest.MonkeyPatch, field: str, flag: str, variable: str, given: list[str], meant: list[object] | None
+) -> None:
+    by_flag, by_variable = meant or given
+    monkeypatch.setenv(variable, given[1])
+    assert getattr(run_options().guard, field) == by_variable
+    assert getattr(run_options(flag, given[0]).guard, field) == by_flag
+
+
+def test_variables_of_the_guard_are_for_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {variable: given[0] for _, _, variable, given, _ in GUARD}
+    others = {"TSQP_WARM_PADS": "1", "TSQP_DEALER_NO_SEPARATION": "1", "TSQP_DEALER_KEY": "x"}
+    for name, value in {**values, **others}.items():
+        monkeypatch.setenv(name, value)
+    assert run_options("--protection", "open").guard == GuardOptions()
+    assert run_options("--protection", "local").guard == GuardOptions()
+    assert run_options("--protection", "verified").guard == GuardOptions(checks=3, model_digest="a")
+    chosen = run_options().guard
+    assert (chosen.dealer, chosen.warm_pads, chosen.dealer_no_separation) == ("ipc:///a", True, True)
+    monkeypatch.delenv("TSQP_PAD_SOURCE")
+    assert run_options().guard.dealer_key is None  # and of a dealer, where there is none
+
+
+NUMBERS = {"TSQP_DTYPE": "bfloat16", "TSQP_WIRE_DTYPE": "int8", "TSQP_COMPILED_KERNELS": "0"}
+
+
+def test_a_private_mode_has_numbers_of_its_own_whatever_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**NUMBERS, "TSQP_PARTITION": "layer"}.items():
+        monkeypatch.setenv(name, value)
+    options = run_options("--protection", "masked")
+    assert (options.dtype, options.wire_dtype, options.compiled_kernels) == ("auto", None, True)
+    assert options.partition == "linear"
+    with pytest.raises(OptionError, match="--protection open"):  # the default does not decide what the user meant
+        run_options()
+
+
+def test_help_is_in_groups(home: Home) -> None:
+    shown = home.run("generate", "--help").out
+    titles = ("Prompt", "Model and split", "Privacy", "Pads", "Worker connection", "Sampling", "Output")
+    places = [shown.index(f"─ {title} ─") for title in titles]
+    assert places == sorted(places)
+    assert places[2] < shown.index("--protection") < shown.index("--model-digest") < places[3]
+    pads = shown[places[3] : places[4]]
+    assert all(flags[0] in pads for flags in PADS_FLAGS)
+    assert pads.count("masked") >= len(PADS_FLAGS)
+
+
+def test_a_key_may_be_for_a_dealer_alone() -> None:
+    dealer = ("--pad-source", "dealer=tcp://192.0.2.1:7", "--dealer-key", "d", "--key", "me")
+    assert str(run_options(*dealer).key) == "me"
+    with pytest.raises(OptionError, match="leave out --key"):
+        run_options("--key", "me")

@@ -1,0 +1,140 @@
+"""What crosses the line in ``masked`` says how many tokens there are, and nothing else about them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.families import random_tokens, tiny_model
+from tests.trusted.guard.hostile import serve
+from tsqp import LLM, SamplingParams
+from tsqp.api.guard_config import GuardOptions
+from tsqp.api.llm import Prompt
+from tsqp.checkpoint import open_checkpoint
+from tsqp.config.groups import group_keys
+from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.codec import decode_reply, decode_to_worker
+from tsqp.wire.messages import Done, Hello, Product
+
+MODEL = str(tiny_model("llama-biases").directory)
+PROMPT = random_tokens(20)
+STEPS = 6
+
+Sent = tuple[bytes, tuple[int, ...], int]  # control frame, sizes of payloads, size of the product asked for
+
+
+class Recorder:
+    """A channel that notes what goes over it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.sent: list[Sent] = []
+        self.payloads: list[bytes] = []
+        self.received: list[tuple[bytes, tuple[int, ...]]] = []
+        self.transport, self.address = channel.transport, channel.address
+        self.reserve, self.close = channel.reserve, channel.close
+        self._channel = channel
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+        self.sent.append((frames.control, tuple(t.nbytes for t in frames.tensors), reply_bytes))
+        self.payloads += [bytes(tensor) for tensor in frames.tensors]
+        self._channel.send(frames, reply_bytes)
+
+    def receive(self, deadline_s: float) -> Frames:
+        frames = self._channel.receive(deadline_s)
+        self.received.append((bytes(frames.control), tuple(t.nbytes for t in frames.tensors)))
+        return frames
+
+
+def record(prompt: Prompt, params: SamplingParams | None = None, *, mode: str = "masked", ahead: int = 64) -> Recorder:
+    """One answer, and all that it sent."""
+    recorders: list[Recorder] = []
+
+    def wrap(channel: Channel) -> Recorder:
+        recorders.append(Recorder(channel))
+        return recorders[0]
+
+    guard = GuardOptions(pads_ahead=ahead) if mode == "masked" else None
+    with (
+        serve(MODEL) as (_, address),
+        LLM(MODEL, protection=mode, worker=address, guard=guard, wrap_channel=wrap) as llm,
+    ):
+        completion = llm.generate([prompt], params or SamplingParams(max_tokens=STEPS), raw=True)[0]
+    assert len(completion.token_ids) == STEPS
+    return recorders[0]
+
+
+SAMPLING = {
+    "temperature": SamplingParams(max_tokens=STEPS, temperature=1.7, seed=3),
+    "another seed": SamplingParams(max_tokens=STEPS, temperature=1.7, seed=123456789),
+    "narrow": SamplingParams(max_tokens=STEPS, temperature=0.5, top_k=7, top_p=0.4, min_p=0.1, seed=1),
+    "penalty": SamplingParams(max_tokens=STEPS, repetition_penalty=3.0),
+    "stop": SamplingParams(max_tokens=STEPS, stop=("a string that never comes",), stop_token_ids=(10**6,)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling_changes_nothing_that_is_sent(name: str) -> None:
+    assert record(PROMPT, SAMPLING[name]).sent == record(PROMPT).sent
+
+
+@pytest.mark.parametrize("other", [random_tokens(20, seed=9), [0] * 20, [319] * 20], ids=["noise", "zeros", "last"])
+def test_other_tokens_send_the_same_messages(other: list[int]) -> None:
+    first, second = record(PROMPT), record(other)
+    assert first.sent == second.sent
+    assert [sizes for _, sizes in first.received] == [sizes for _, sizes in second.received]
+
+
+def test_other_text_of_as_many_tokens_sends_the_same_messages() -> None:
+    short, long = "éééé", "abcdefgh"  # a token is a byte
+    assert len(short) != len(long)
+    assert record(short).sent == record(long).sent
+
+
+def test_more_tokens_do_send_other_messages() -> None:
+    """So that the tests above could fail."""
+    assert record(PROMPT).sent != record(PROMPT[:-1]).sent
+
+
+@pytest.mark.parametrize("ahead", [0, 1000])
+def test_what_is_kept_ahead_does_not_show(ahead: int) -> None:
+    assert record(PROMPT, ahead=ahead).sent == record(PROMPT).sent
+
+
+def test_the_same_prompt_is_other_noise_each_time() -> None:
+    first, second = record(PROMPT), record(PROMPT)
+    assert len(first.payloads) == len(second.payloads) == (4 * 2 + 1) * STEPS
+    assert not set(first.payloads) & set(second.payloads)
+    assert record(PROMPT, mode="verified").payloads == record(PROMPT, mode="verified").payloads
+
+
+def test_a_call_is_its_id_group_layer_rows_and_digits() -> None:
+    recorder = record(PROMPT)
+    hello, *calls = [decode_to_worker(control) for control, _, _ in recorder.sent]
+    assert isinstance(hello, Hello)
+    assert Hello.__struct_fields__ == ("version", "fingerprint", "wire_dtype", "path")
+    assert Product.__struct_fields__ == ("id", "group", "layer", "rows", "digits")
+    groups = group_keys(open_checkpoint(MODEL).spec)
+    rows = [len(PROMPT)] * 8 + [1] * (1 + 9 * (STEPS - 1))  # the LM head is asked for the last row only
+    for number, call in enumerate(calls):
+        name, layer = groups[number % len(groups)]
+        assert call == Product(number + 1, name, layer, rows[number], 4)
+    assert len(calls) == len(groups) * STEPS
+
+
+def test_payloads_are_four_bytes_a_number() -> None:
+    recorder = record(PROMPT)
+    spec_inputs = {"qkv": 64, "o": 64, "gate_up": 64, "down": 96, "lm_head": 64}
+    outputs = {"qkv": 128, "o": 64, "gate_up": 192, "down": 64, "lm_head": 320}
+    for control, sizes, reply in recorder.sent[1:]:
+        call = decode_to_worker(control)
+        assert isinstance(call, Product)
+        assert sizes == (4 * call.rows * spec_inputs[call.group],)
+        assert reply == 4 * call.rows * outputs[call.group]
+
+
+def test_replies_are_a_time_of_the_worker_and_the_product() -> None:
+    recorder = record(PROMPT)
+    replies = [decode_reply(control) for control, _ in recorder.received[1:]]
+    assert all(isinstance(reply, Done) for reply in replies)
+    assert Done.__struct_fields__ == ("id", "busy_ns")
+    assert [reply.id for reply in replies] == list(range(1, len(replies) + 1))
+    assert [sizes for _, sizes in recorder.received[1:]] == [(reply,) for _, _, reply in recorder.sent[1:]]
