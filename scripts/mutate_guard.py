@@ -109,9 +109,10 @@ def mutants(file: str) -> Iterator[tuple[str, str]]:
 
 
 def _hints(node: ast.AST) -> list[ast.AST]:
-    """Type hints and decorators below a node, which do nothing at run time."""
+    """Below a node: type hints, decorators, and from how many rows on a second thread helps."""
     hints = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-    return [hint for hint in hints if hint is not None] + list(getattr(node, "decorator_list", []))
+    idle = [node] if isinstance(node, ast.keyword) and node.arg == "least" else []  # who computes, not what
+    return [hint for hint in hints if hint is not None] + list(getattr(node, "decorator_list", [])) + idle
 
 
 def survives(package: Path, file: str, source: str) -> bool:

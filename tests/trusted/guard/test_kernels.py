@@ -74,6 +74,14 @@ def test_dot_products_at_the_extremes(n: int, value: int) -> None:
     assert out.tolist() == [[value * value * n % P]]
 
 
+def test_a_sum_that_needs_its_last_reduction() -> None:
+    """Both halves are chosen so that two reductions leave 2³¹, which one sum in 2²⁸ does by chance."""
+    values, vector = np.array([[P - 1, 3 << 29, P - 1, P - 2]], np.uint32), np.array([[P - 1, 4, 1, 1]], np.uint32)
+    out = np.empty((1, 1), np.uint32)
+    kernels.fold(values, vector, out, 0, 1)
+    assert out.tolist() == [[dot(values[0], vector[0])]]
+
+
 def test_a_sum_that_is_a_multiple_of_p_is_zero() -> None:
     values, out = np.array([[1, P - 1], [P - 1, 1]], np.uint32), np.empty((2, 1), np.uint32)
     kernels.fold(values, np.ones((1, 2), np.uint32), out, 0, 2)

@@ -427,3 +427,19 @@ def test_each_failure_has_its_name(build: Callable[..., Any], bad: str) -> None:
         linears.start(KEY, x).wait()
     assert type(caught.value) is expected
     assert (line.dead is None) == (bad == "NaN")  # of what was not sent no worker is to blame
+
+
+@pytest.mark.parametrize("build", [masked, verified], ids=["masked", "verified"])
+def test_the_lm_head_is_counted_as_such(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    head = ("lm_head", None)
+    linears, line = build({KEY: WEIGHTS[KEY], head: WEIGHTS[KEY]})
+    real, kinds = line.ask, []
+
+    def ask(kind: str, *rest: Any) -> Any:
+        kinds.append(kind)
+        return real(kind, *rest)
+
+    monkeypatch.setattr(line, "ask", ask)
+    for key in (KEY, head):
+        linears.start(key, activations(1)).wait()
+    assert kinds == ["linear", "lm_head"]
