@@ -443,3 +443,38 @@ def test_the_lm_head_is_counted_as_such(build: Callable[..., Any], monkeypatch: 
     for key in (KEY, head):
         linears.start(key, activations(1)).wait()
     assert kinds == ["linear", "lm_head"]
+
+
+@pytest.mark.parametrize("blind", range(3))
+def test_products_of_pads_are_checked_with_every_vector(blind: int) -> None:
+    """An error that one vector does not see, in the last row and in the last columns."""
+    group = guarded(WEIGHTS, checks=3)[KEY]
+    x = np.random.default_rng(1).integers(0, P, (5, 48), dtype=np.uint32)
+    y = (x.astype(np.int64) @ WEIGHTS[KEY].numpy().astype(np.int64).T % P).astype(np.uint32)
+    group.check_products(x, y)
+    unseen = group.secrets[blind, -2:].astype(np.int64)[::-1] * (1, -1)  # times that vector: 0 mod p
+    y[-1, -2:] = (y[-1, -2:] + unseen) % P
+    with pytest.raises(ProductMismatch):
+        group.check_products(x, y)
+
+
+@pytest.mark.parametrize("build", [masked, verified], ids=["masked", "verified"])
+def test_close_ends_the_line_before_its_vectors(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    linears, line = build(WEIGHTS)
+    dead_then: list[bool] = []
+    monkeypatch.setattr(GuardedGroup, "forget", lambda _: dead_then.append(line.dead is not None))
+    linears.close()
+    assert dead_then == [True] * len(WEIGHTS)
+
+
+def test_nothing_secret_is_printed() -> None:
+    """As by a debugger, a log or an error that shows what it was given."""
+    linears, _ = masked(WEIGHTS)
+    group = linears._groups[KEY]
+    asked = linears.start(KEY, activations(1))
+    secret = {str(number) for part in (group.secrets, group.folded, asked.expected) for number in part.flat}
+    block = asked.pieces[0].block
+    for thing in (group, asked, asked.pieces, block, linears, linears.pool, linears.pool._ratchet):
+        assert not {number for number in secret if len(number) > 6 and number in repr(thing)}
+        assert "bytearray" not in repr(thing)
+        assert "array(" not in repr(thing)
