@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from tests.trusted.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights, verified
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.modulus import P
+from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError, TsqpError
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.trusted.guard.linears import MaskedLinears
@@ -23,6 +24,7 @@ from tsqp.trusted.guard.pads import PadBlock, Ratchet
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.wire.messages import Product
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -430,19 +432,20 @@ def test_each_failure_has_its_name(build: Callable[..., Any], bad: str) -> None:
 
 
 @pytest.mark.parametrize("build", [masked, verified], ids=["masked", "verified"])
-def test_the_lm_head_is_counted_as_such(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    head = ("lm_head", None)
+def test_a_call_says_its_kind_and_its_digits(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    head: GroupKey = ("lm_head", None)
     linears, line = build({KEY: WEIGHTS[KEY], head: WEIGHTS[KEY]})
-    real, kinds = line.ask, []
+    real, asked = line.ask, []
 
-    def ask(kind: str, *rest: Any) -> Any:
-        kinds.append(kind)
-        return real(kind, *rest)
+    def ask(kind: str, call: Product, *rest: Any) -> Any:
+        asked.append((kind, call))
+        return real(kind, call, *rest)
 
     monkeypatch.setattr(line, "ask", ask)
     for key in (KEY, head):
         linears.start(key, activations(1)).wait()
-    assert kinds == ["linear", "lm_head"]
+    digits = 4 if build is masked else 2
+    assert asked == [("linear", Product(1, *KEY, 1, digits)), ("lm_head", Product(2, *head, 1, digits))]
 
 
 @pytest.mark.parametrize("blind", range(3))
