@@ -24,7 +24,7 @@ from tsqp.trusted.guard.pads import PadBlock, Ratchet
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerSource, TeeSource
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.wire.messages import Product
+from tsqp.wire.messages import Call, Deal, Product
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -306,7 +306,9 @@ class DealerLine:
         self.steps["reserve"] = self.locked()
         return memoryview(bytearray(size))
 
-    def ask(self, *_: object) -> DealerLine:
+    def ask(self, kind: str, call: Call, payload: memoryview, reply_bytes: int) -> DealerLine:
+        assert call == Deal(1, *KEY, 1)
+        assert (kind, payload.nbytes, reply_bytes) == ("linear", KEY_BYTES, self.reply.nbytes)
         self.steps["ask"] = self.locked()
         return self
 
