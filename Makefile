@@ -1,14 +1,32 @@
-# Every target makes its own virtual environment (.venv) and installs what it needs.
+# Every target makes its own virtual environment (.venv) and installs what it needs: exactly the versions, by their
+# hashes, of requirements/*.lock, then torch by the exact version of constraints.txt, in the build that pip finds here
+# (what else torch needs is locked, so pip adds only torch and the CUDA packages that its own metadata pins).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+LOCKED := install --only-binary=:all: --require-hashes --no-deps --requirement
+TORCH := install --only-binary=:all: --requirement constraints.txt
+OURSELVES := install --no-deps --no-build-isolation --editable .
+UV := uv==0.13.9
 
-.PHONY: run test check mutants bench wheel clean
+# Whose branches `make coverage` counts, and by which tests. A tracer sees no compiled loop, so the tests of the loops run
+# a second time uncompiled; there numpy warns of the overflow that the loops' arithmetic is meant to have.
+COVERED := src/tsqp/trusted/guard src/tsqp/wire
+UNCOMPILED := tests/trusted/guard/test_kernels.py tests/trusted/guard/test_core.py tests/vectors/test_guard.py
+COVERAGE := $(BIN)/pytest --cov=tsqp.trusted.guard --cov=tsqp.wire --cov-branch --cov-append --cov-report=
+
+.PHONY: run test test-slow test-all check coverage mutants latest lock bench wheel clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
 
-test: .venv/.dev  ## the test suite
+test: .venv/.dev  ## the test suite, in random order, without what takes long
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/.dev  ## what `make test` leaves out
+	$(BIN)/pytest -m slow
+
+test-all: .venv/.dev  ## both
 	$(BIN)/pytest
 
 check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
@@ -21,6 +39,22 @@ check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 mutants: .venv/.dev  ## change one small thing of the guard after another; docs/audit.md explains what no test notices
 	$(BIN)/python scripts/mutate_guard.py
 
+coverage: .venv/.dev  ## branches of the guard and the wire that tests reach; fails below 95 % (docs/testing.md)
+	rm -f .coverage
+	NUMBA_DISABLE_JIT=1 $(COVERAGE) -W "ignore:overflow encountered:RuntimeWarning" $(UNCOMPILED)
+	$(COVERAGE) -m "not slow" tests/trusted tests/wire tests/vectors
+	$(BIN)/coverage report --show-missing --skip-covered
+	$(BIN)/coverage json --quiet -o - | $(BIN)/python -m scripts.coverage_gate --floor 95 $(COVERED)
+
+latest: .venv-latest/bin/python  ## the test suite against the newest release of everything but torch
+	.venv-latest/bin/python -m pip --quiet --disable-pip-version-check install --upgrade --upgrade-strategy eager \
+		--constraint constraints.txt --editable ".[dev]"
+	.venv-latest/bin/python -m pytest -m "not slow" -W default::ResourceWarning \
+		-W default::pytest.PytestUnraisableExceptionWarning -W default::pytest.PytestUnhandledThreadExceptionWarning
+
+lock: .venv-lock/bin/uv  ## move requirements/*.lock to the newest releases that pyproject.toml and constraints.txt allow
+	$(PYTHON) scripts/lock.py .venv-lock/bin/uv
+
 bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
 	$(BIN)/tsqp bench all
 	$(BIN)/tsqp bench private --mode masked_drained --tokens 16 --steps 256 --runs 3 --results benchmarks/results
@@ -30,18 +64,29 @@ bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write th
 	$(BIN)/python -m benchmarks.readme
 
 wheel: .venv/.dev
-	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-latest .venv-lock dist build
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+.venv/bin/python .venv-latest/bin/python:
+	$(PYTHON) -m venv $(@D:/bin=)
 
-.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable .
+.venv/.runtime: pyproject.toml constraints.txt requirements/run.lock | .venv/bin/python
+	$(PIP) $(LOCKED) requirements/run.lock
+	$(PIP) $(TORCH)
+	$(PIP) $(OURSELVES)
+	$(PIP) check
 	touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+.venv/.dev: pyproject.toml constraints.txt requirements/dev.lock | .venv/bin/python
+	$(PIP) $(LOCKED) requirements/dev.lock
+	$(PIP) $(TORCH)
+	$(PIP) $(OURSELVES)
+	$(PIP) check
 	touch $@ .venv/.runtime
+
+.venv-lock/bin/uv: Makefile
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip --quiet --disable-pip-version-check install --only-binary=:all: $(UV)
+	touch $@

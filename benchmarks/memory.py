@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: the worker 
 
 import torch
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 
@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--model", default="synthetic:llama-3.2-1b")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
+    add_dirty_ok(parser)
     options = parser.parse_args()
+    check_tree(options)
     spec = open_checkpoint(options.model).spec
     prompt = torch.randint(0, 256, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     threads = len(os.sched_getaffinity(0))

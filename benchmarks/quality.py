@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import cores
 from tsqp.bench.progress import watched
 from tsqp.cli.evaluate import measure
 
-RESULTS = Path(__file__).parent / "results"
 PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 WINDOW, STRIDE = 1024, 512
 MODES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2049)
     parser.add_argument("--text", type=Path, default=PROSE)
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
+    add_dirty_ok(parser)
     options = parser.parse_args()
+    check_tree(options)
     console = Console()
     text = options.text.read_text(encoding="utf-8")
     results: dict[str, dict[str, Any]] = {}

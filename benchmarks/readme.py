@@ -3,7 +3,7 @@
     python -m benchmarks.readme [--check]
 
 The files are those of `tsqp bench all` and of `python -m benchmarks.startup`. With --check nothing is written; the
-exit code is 1 when the README does not say what the files say.
+exit code is 1 when the README does not say what the files say. A result of a tree that no commit names is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 from tsqp.bench.plot import Chart, draw
 from tsqp.bench.show import chart, rpc_chart, split_chart
+from tsqp.bench.tree import DIRTY, UNKNOWN
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -29,6 +30,8 @@ QUALITY = ("float32", "bfloat16", "int8", "verified", "masked")
 
 def main() -> int:
     """Write or check. Returns the exit code."""
+    if unnamed := unnamed_results():
+        raise SystemExit(f"measured from a tree that no commit names, measure again: {', '.join(unnamed)}")
     old = README.read_text(encoding="utf-8")
     new = with_table(old)
     if "--check" in sys.argv[1:]:
@@ -38,6 +41,15 @@ def main() -> int:
     for name, picture in charts().items():
         draw(picture, PLOTS / f"{name}.png")
     return 0
+
+
+def unnamed_results() -> list[str]:
+    """Files whose code had changes, or no commit at all: nobody could measure them again."""
+    return [
+        path.name
+        for path in sorted(RESULTS.glob("*.json"))
+        if (name := json.loads(path.read_text(encoding="utf-8"))["machine"]["commit"]) == UNKNOWN or DIRTY in name
+    ]
 
 
 def with_table(readme: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp.checkpoint import locate
 
 HELP = [sys.executable, "-m", "tsqp", "--help"]
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "startup.json")
+    add_dirty_ok(parser)
     options = parser.parse_args()
+    check_tree(options)
     console = Console()
     model = Path(locate("default"))
     drop_from_page_cache([Path(sys.prefix), model])

@@ -37,10 +37,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are tiny, and both sides of a split share the cores
 
 
-@pytest.fixture(autouse=True)
-def _this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Private modes harden their process for the rest of its life; what that does is tested in processes of its own."""
-    monkeypatch.setattr("tsqp.api.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
+@pytest.fixture(scope="session", autouse=True)
+def _this_process_stays_as_it_is() -> Iterator[None]:
+    """Private modes harden their process for the rest of its life; what that does is tested in processes of its own.
+
+    For the whole session: a fixture of a module comes before those of a test, and may make a private LLM.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tsqp.api.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
+        yield
 
 
 def fresh_address(transport: str, name: str = "test") -> str:
@@ -92,6 +97,7 @@ def home() -> Iterator[Home]:
 def tsqp(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """The command without a process: saves the seconds that loading torch takes."""
     monkeypatch.setattr("os.environ", dict(home.environment))
+    monkeypatch.setattr("tsqp.bench.tree.commit", lambda: "0123abc")  # results of a tree that may have changes
 
     def call(*arguments: object) -> Result:
         code = run([str(argument) for argument in arguments])

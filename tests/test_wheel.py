@@ -22,15 +22,21 @@ def run(*command: str | Path, cwd: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_runs_in_an_empty_environment(home: Home, tmp_path: Path) -> None:
     environment = {name: value for name, value in home.environment.items() if name != "PYTHONPATH"}
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, cwd=tmp_path, environment=environment)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--wheel")
+    run(*build, "--outdir", tmp_path, ROOT, cwd=tmp_path, environment=environment)
     (wheel,) = tmp_path.glob("tsqp-*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python, tsqp = tmp_path / "venv/bin/python", tmp_path / "venv/bin/tsqp"
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path, environment=environment)
+    pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    lock = ROOT / "requirements/run.lock"
+    run(*pip, "install", "--require-hashes", "--no-deps", "-r", lock, cwd=tmp_path, environment=environment)
+    run(*pip, "install", "-r", ROOT / "constraints.txt", cwd=tmp_path, environment=environment)
+    run(*pip, "install", "--no-deps", wheel, cwd=tmp_path, environment=environment)
+    run(*pip, "check", cwd=tmp_path, environment=environment)
     options = ("--model", "synthetic:tiny", "--max-tokens", "4", "--json")
     out = run(tsqp, "generate", "hello", *options, cwd=tmp_path, environment=environment)
     assert '"transport": "shm"' in out.splitlines()[-1]

@@ -32,6 +32,8 @@
             ├── ReplyRangeError   a product with numbers that are not canonical
             └── ProductMismatch   a product that is not the one asked for
 
+    TsqpWarning                   what a user should know, and may go on with
+
 The text of each is one line: what is wrong, and what to do about it. It never holds prompt text, tokens or keys.
 """
 
@@ -157,3 +159,7 @@ class ReplyRangeError(CheckFailed):
 
 class ProductMismatch(CheckFailed):
     """A product that is not that of the input and the weights asked for."""
+
+
+class TsqpWarning(UserWarning):
+    """Base of every warning that this package gives: not an exception of the tree above, unless a filter says so."""

@@ -166,6 +166,7 @@ def test_a_dealer_that_is_lost_is_named(home: Home, start_worker: StartWorker) -
                 llm.generate(PROMPT, FOUR)
 
 
+@pytest.mark.slow
 def test_over_tcp_with_keys(home: Home, keys: dict[str, KeyFiles]) -> None:
     listen = ("--listen", "tcp://127.0.0.1:0", "--key", keys["dealer"].secret, "--allow", keys["me"].public)
     with home.worker("--model", MODEL, "--dtype", "field", *listen) as (_, address):

@@ -25,6 +25,7 @@ def directory() -> str:
     return str(tiny_model("llama").directory)
 
 
+@pytest.mark.slow
 def test_every_mode_in_one_object(tsqp: Callable[..., Result], directory: str) -> None:
     result = tsqp("audit", "attack at dawn", "--model", directory, "--threads", 1, "--json")
     assert result.code == 0, result.err

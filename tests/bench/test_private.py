@@ -81,6 +81,7 @@ def test_pads_of_a_dealer_that_runs_already(tsqp: Command, start_worker: StartWo
     assert "no separation" in done.err
 
 
+@pytest.mark.slow
 def test_private_compares_every_mode_with_open(tsqp: Command, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     run = ("bench", "private", "-m", TINY, "--tokens", 20, "--steps", 2, "--results", tmp_path)

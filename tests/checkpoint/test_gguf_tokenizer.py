@@ -27,6 +27,7 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(_read(path, fields).tokenizer_json)
 
 
+@pytest.mark.slow
 def test_default_model_equals_transformers(default_gguf_file: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(default_gguf_file.parent, gguf_file=default_gguf_file.name)
     text = text_format_from_gguf(GgufFile(default_gguf_file))

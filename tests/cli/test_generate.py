@@ -146,6 +146,7 @@ def test_stop_tokens_end_the_answer(home: Home) -> None:
     assert (answer["token_ids"], answer["finish_reason"]) == (tokens[: tokens.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_conversation_until_it_is_reset(home: Home) -> None:
     first, second = "My name is Ada.", "Say it again."
     options = ("--protection", "local", "--dtype", "float32", "-n", "12")

@@ -61,6 +61,7 @@ def test_masked_is_the_default_and_states_itself(home: Home) -> None:
     assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_chat_is_masked_too(home: Home) -> None:
     result = home.run("chat", "--model", "default", "-n", "2", stdin="Hello\n")
     assert result.code == 0, result.err

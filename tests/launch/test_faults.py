@@ -7,6 +7,8 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.commands import LIMIT_S, Home, children, now, wait_gone
 from tests.families import tiny_model
 
@@ -124,6 +126,7 @@ def test_a_worker_gets_a_scrubbed_environment_and_no_descriptor(home: Home) -> N
     os.close(inherited)
 
 
+@pytest.mark.slow
 def test_curve_over_tcp(home: Home, tmp_path: Path) -> None:
     for name in ("worker", "client", "stranger"):
         assert home.run("keys", tmp_path, "--name", name).code == 0

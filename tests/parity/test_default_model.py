@@ -51,6 +51,7 @@ def greedy(oracle: Any, tokens: tuple[int, ...]) -> list[int]:
     return out[0, len(tokens) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("protection", ["local", "open"])
 def test_same_greedy_continuation_in_float32(oracle: Any, protection: str) -> None:
@@ -61,6 +62,7 @@ def test_same_greedy_continuation_in_float32(oracle: Any, protection: str) -> No
             assert list(completion.token_ids) == [token for token in expected if token not in eos]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_bfloat16_agrees_on_the_next_token_of_real_text(oracle: Any) -> None:
     with LLM("default", protection="open", dtype="bfloat16", threads=2) as llm:

@@ -11,6 +11,7 @@ from tsqp.errors import OptionError
 TINY = ("--model", "synthetic:tiny", "--protection", "open", "--max-tokens", "4", "--json")
 
 
+@pytest.mark.slow
 def test_a_worker_of_the_field_path_serves_open_clients_too(home: Home) -> None:
     listen = f"ipc://{home.runtime}/worker.sock"
     with home.worker("--model", "synthetic:tiny", "--dtype", "field", "--listen", listen) as (_, address):

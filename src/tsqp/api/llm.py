@@ -15,7 +15,7 @@ from tsqp.api.guard_config import GuardOptions
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.plan import Plan, refuse_unused
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
-from tsqp.errors import ChannelError, PromptError, WorkerLost
+from tsqp.errors import ChannelError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -110,7 +110,9 @@ class LLM:
         if announce is not None:
             announce(self.plan)
         if self.plan.protection.checked and not harden_process().undumpable:
-            warnings.warn("the memory of this process can be read by its user: PR_SET_DUMPABLE failed", stacklevel=2)
+            warnings.warn(
+                "the memory of this process can be read by its user: PR_SET_DUMPABLE failed", TsqpWarning, stacklevel=2
+            )
         self.stats = Stats()
         self._session: WorkerSession | None = None
         self._guard: Guard | None = None

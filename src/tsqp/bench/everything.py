@@ -19,6 +19,7 @@ from tsqp.bench.private import bench_private
 from tsqp.bench.rpc import bench_rpc
 from tsqp.bench.show import table
 from tsqp.bench.split import bench_split
+from tsqp.bench.tree import check_tree
 from tsqp.bench.workload import Workload
 from tsqp.cli.bench_options import PeerName, TransportName, benchmarked
 from tsqp.cli.options import RunOptions
@@ -39,6 +40,7 @@ class Everything:
     rpc_calls: int
     directory: Path
     prefix: str
+    dirty_ok: bool
 
     def check(self) -> None:
         """Raises OptionError."""
@@ -46,6 +48,7 @@ class Everything:
         if not self.models:
             raise OptionError("--models names no model")
         check_directory(self.directory)
+        check_tree(dirty_ok=self.dirty_ok)
 
 
 def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:

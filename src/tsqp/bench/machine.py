@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from tsqp.bench import tree
 
 
 def machine() -> dict[str, str | int]:
@@ -19,7 +20,7 @@ def machine() -> dict[str, str | int]:
         "torch": version("torch"),
         "transformers": _version("transformers"),
         "tsqp": version("tsqp"),
-        "commit": _commit(),
+        "commit": tree.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -42,12 +43,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from importlib.metadata import version
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +77,8 @@ class TransformersPeer:
         if left:
             raise CorruptCheckpoint(f"the peer lacks weights: {left[0]}")
         self._model: Any = peer.eval()
+        # What transformers calls the KV cache, in the arguments and in the answer: renamed in 5.24.
+        self._cache = "cache" if "cache" in signature(peer.forward).parameters else "past_key_values"
 
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """See Peer.run."""
@@ -87,7 +90,7 @@ class TransformersPeer:
             token = self._choose(out)
             prefilled = time.perf_counter()
             for _ in range(steps):
-                out = self._model(token, past_key_values=out.past_key_values, use_cache=True)
+                out = self._model(token, **{self._cache: out[self._cache]}, use_cache=True)
                 token = self._choose(out)
             return prefilled - start, time.perf_counter() - prefilled
 

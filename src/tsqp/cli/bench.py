@@ -37,6 +37,9 @@ Peer = Annotated[
 ]
 Checks = Annotated[int, Parameter(help="Check vectors.")]
 Results = Annotated[Path | None, Parameter(help="Also write the result to a file in this directory.")]
+DirtyOk = Annotated[
+    bool, Parameter(help="Write results although files were changed since the last commit; they say so.", negative="")
+]
 TraceFile = Annotated[Path | None, Parameter(help="Write the last run to this file, for https://ui.perfetto.dev.")]
 
 
@@ -149,10 +152,11 @@ def private(
     checks: Checks = 2,
     threads: Threads = None,
     results: Results = None,
+    dirty_ok: DirtyOk = False,
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure verified and masked, with pads ready and without, in alternation with open in bfloat16."""
-    console = _prepare(options, results)
+    console = _prepare(options, results, dirty_ok=dirty_ok)
     from tsqp.bench.private import bench_private
     from tsqp.bench.workload import Workload
 
@@ -169,10 +173,11 @@ def guard(
     checks: Checks = 2,
     threads: Threads = None,
     results: Results = None,
+    dirty_ok: DirtyOk = False,
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure the trusted side's part of a masked product, piece by piece: quantise, mask, check; and a pad's size."""
-    console = _prepare(options, results)
+    console = _prepare(options, results, dirty_ok=dirty_ok)
     from tsqp.bench.guard import bench_guard
     from tsqp.bench.workload import Workload
 
@@ -190,6 +195,7 @@ def everything(
     results: Annotated[Path, Parameter(help="The directory that the files are written to.")] = Path(
         "benchmarks/results"
     ),
+    dirty_ok: DirtyOk = False,
     prefix: Annotated[str, Parameter(help="The beginning of each file's name, such as gpu-.")] = "",
     tokens: Tokens = 1024,
     steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
@@ -206,22 +212,26 @@ def everything(
     from tsqp.bench.workload import Workload
 
     work = Workload(tokens, steps, options.runs)
-    found = bench_all(Everything(models, run, work, nbytes, calls, results, prefix), console)
+    found = bench_all(Everything(models, run, work, nbytes, calls, results, prefix, dirty_ok), console)
     if options.json:
         sys.stdout.write(json.dumps({"benchmark": "all", "results": found}) + "\n")
 
 
-def _prepare(options: BenchOptions, results: Path | None = None) -> Console:
+def _prepare(options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False) -> Console:
     """Refuse what cannot be done before minutes are spent; where progress and limits are printed."""
     from rich.console import Console
 
     from tsqp.bench.plot import check_plot
+    from tsqp.bench.tree import check_tree
 
     if options.runs < 1:
         raise OptionError(f"--runs must be at least 1, not {options.runs}")
     check_plot(options.plot)
     if results is not None:
         check_directory(results)
+        check_tree(dirty_ok=dirty_ok)
+    elif dirty_ok:
+        raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
     return Console(stderr=True)
 
 

@@ -189,6 +189,7 @@ def test_more_threads(count: int) -> None:
             assert_same(private_answers(model, mode, address), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_default_model() -> None:
     model = str(fetch_default())
