@@ -52,7 +52,7 @@ def test_the_wire_moves_bytes_without_a_tensor_library(forbidden: str) -> None:
 def test_public_names_are_exactly_these() -> None:
     import tsqp
 
-    assert set(tsqp.__all__) == {"LLM", "Completion", "GuardOptions", "SamplingParams", "TsqpError", "__version__"}
+    assert set(tsqp.__all__) == {"LLM", "Completion", "GuardConfig", "SamplingParams", "TsqpError", "__version__"}
     assert all(hasattr(tsqp, name) for name in tsqp.__all__)
     with pytest.raises(AttributeError):
         tsqp.nothing  # noqa: B018

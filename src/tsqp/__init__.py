@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsqp.api.answer import Completion
-    from tsqp.api.guard_config import GuardOptions
+    from tsqp.api.guard_config import GuardConfig
     from tsqp.api.llm import LLM
     from tsqp.errors import TsqpError
     from tsqp.trusted.engine.sampling_params import SamplingParams
 
-__all__ = ["LLM", "Completion", "GuardOptions", "SamplingParams", "TsqpError", "__version__"]
+__all__ = ["LLM", "Completion", "GuardConfig", "SamplingParams", "TsqpError", "__version__"]
 
 __version__ = version("tsqp")
 
@@ -21,7 +21,7 @@ __version__ = version("tsqp")
 _HOMES = {
     "LLM": "tsqp.api.llm",
     "Completion": "tsqp.api.answer",
-    "GuardOptions": "tsqp.api.guard_config",
+    "GuardConfig": "tsqp.api.guard_config",
     "SamplingParams": "tsqp.trusted.engine.sampling_params",
     "TsqpError": "tsqp.errors",
 }

@@ -11,12 +11,12 @@ import pytest
 from tests.commands import Home, Result
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, GuardOptions, SamplingParams
+from tsqp import LLM, GuardConfig, SamplingParams
 from tsqp.api.dealer import Dealer
 from tsqp.errors import AddressError, ChannelError, ModelMismatch, OptionError, WorkerUnreachable
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
-from tsqp.wire.messages import Deal, Hello, Product
+from tsqp.wire.messages import Hello, MultiplyPads, Product
 from tsqp.wire.transport.keys import ClientKeys, KeyFiles, create_keys, load_public, load_secret
 
 MODEL = str(tiny_model("llama").directory)
@@ -34,8 +34,8 @@ def client_keys(keys: dict[str, KeyFiles], worker: str = "worker") -> ClientKeys
     return ClientKeys(load_secret(keys["me"].secret), load_public(keys[worker].public))
 
 
-def options(address: str, **more: Any) -> GuardOptions:
-    return GuardOptions(pad_source=f"dealer={address}", **more)
+def options(address: str, **more: Any) -> GuardConfig:
+    return GuardConfig(pad_source=f"dealer={address}", **more)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_dealer_gets_keys_and_the_worker_noise(start_worker: StartWorker) ->
         assert llm.generate(PROMPT, FOUR) == expected
         assert all(group.weights is None for group in llm.guard.linears._groups.values())  # type: ignore[union-attr]
     assert {type(message) for message in worker.messages} == {Hello, Product}
-    assert {type(message) for message in dealer.messages} == {Hello, Deal}
+    assert {type(message) for message in dealer.messages} == {Hello, MultiplyPads}
 
 
 def test_a_dealer_with_another_model_is_refused(start_worker: StartWorker) -> None:

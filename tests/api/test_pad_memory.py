@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.families import tiny_model
-from tsqp.api.guard_config import GuardOptions, parse_size
+from tsqp.api.guard_config import GuardConfig, parse_size
 from tsqp.api.pads import Filling, ahead_text, pads_bar, pool_bytes, row_bytes
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import OptionError
@@ -40,10 +40,10 @@ def test_elsewhere_there_is_a_first_and_a_last_line() -> None:
 
 def test_a_pool_that_memory_shrinks_says_so() -> None:
     spec = open_checkpoint(MODEL).spec
-    options = GuardOptions(pads_ahead=64, pad_memory=pool_bytes(spec, 32))
+    options = GuardConfig(pads_ahead=64, pad_memory=pool_bytes(spec, 32))
     given, needed = (f"{pool_bytes(spec, tokens) / 1000:.1f} kB" for tokens in (32, 64))
     assert ahead_text(spec, options, 32) == f"32 of 64 tokens ahead (--pad-memory {given}, {needed} needed)"
-    assert ahead_text(spec, GuardOptions(pads_ahead=60), 64) == "64 tokens ahead"
+    assert ahead_text(spec, GuardConfig(pads_ahead=60), 64) == "64 tokens ahead"
 
 
 def test_the_memory_of_pads_is_what_the_filler_counts() -> None:

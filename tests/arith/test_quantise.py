@@ -30,27 +30,27 @@ def reference(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_it_is_the_formula(x: np.ndarray) -> None:
     digits, scales = reference(x)
     got = quantise_rows(torch.from_numpy(x))
-    assert np.array_equal(got.digits.numpy(), digits)
+    assert np.array_equal(got.values.numpy(), digits)
     assert np.array_equal(got.scales.numpy(), scales)
 
 
 @given(MATRICES)
 def test_digits_are_bounded_and_half_a_scale_is_the_error(x: np.ndarray) -> None:
     got = quantise_rows(torch.from_numpy(x))
-    assert int(got.digits.abs().max()) <= LEVELS
-    back = got.digits.double() * got.scales.double().unsqueeze(1)
+    assert int(got.values.abs().max()) <= LEVELS
+    back = got.values.double() * got.scales.double().unsqueeze(1)
     error = (back - torch.from_numpy(x).double()).abs()
     assert bool((error <= got.scales.double().unsqueeze(1) * (0.5 + 2.0**-15)).all())
     largest = torch.from_numpy(x).abs().amax(dim=1)
     full = largest >= 127 * LEAST_SCALE
-    assert bool((got.digits.abs().amax(dim=1)[full] == LEVELS).all())  # every level is used
+    assert bool((got.values.abs().amax(dim=1)[full] == LEVELS).all())  # every level is used
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, LEAST_SCALE])
 def test_a_row_of_nothing_has_scale_one_and_no_digits(value: float) -> None:
     got = quantise_rows(torch.full((2, 5), value))
     assert got.scales.tolist() == [1.0, 1.0]
-    assert not got.digits.any()
+    assert not got.values.any()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -63,7 +63,7 @@ def test_what_is_no_number_shows_in_the_scale(value: float) -> None:
 
 def test_halves_go_to_the_even_digit() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
-    assert quantise_rows(x).digits.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+    assert quantise_rows(x).values.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -77,8 +77,8 @@ def test_blocks_and_threads_change_nothing(dtype: torch.dtype, monkeypatch: pyte
             got = quantise_rows(x)
         finally:
             torch.set_num_threads(1)
-        assert torch.equal(got.digits, whole.digits)
+        assert torch.equal(got.values, whole.values)
         assert torch.equal(got.scales, whole.scales)
     digits, scales = reference(x.float().numpy())
-    assert np.array_equal(whole.digits.numpy(), digits)
+    assert np.array_equal(whole.values.numpy(), digits)
     assert np.array_equal(whole.scales.numpy(), scales)

@@ -20,7 +20,7 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.wire.channel import Frames
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Deal, Hello, Product
+from tsqp.wire.messages import PROTOCOL_VERSION, Hello, MultiplyPads, Product
 
 PROMPT = random_tokens(40, seed=3)
 PREFIX = 4  # tokens that the attacker knows
@@ -95,7 +95,7 @@ def test_a_dealer_reads_pads() -> None:
     capture = Capture()
     capture.record(Frames(encode(Hello(PROTOCOL_VERSION, "0" * 64, "float32", "field"))))
     keys = bytes(range(64))
-    capture.record(Frames(encode(Deal(1, "qkv", 0, 2)), [memoryview(keys)]))
+    capture.record(Frames(encode(MultiplyPads(1, "qkv", 0, 2)), [memoryview(keys)]))
     view = View(capture, spec)
     pads = np.empty((BLOCK_ROWS, 64), np.uint32)
     expand(AesKeyStream(keys[32:]), pads)

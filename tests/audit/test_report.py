@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tests.commands import Result
 from tests.families import tiny_model
-from tsqp.audit.report import LEGEND, Findings, ModeReport, Recovery, print_report
+from tsqp.audit.report import LEGEND, Exposure, ModeReport, Recovery, print_report
 from tsqp.cli.audit import MODES, run_audit
 
 FIELDS = {"protection", "attack", "recovered_fraction", "recovered_text", "uniformity_p", "bytes_seen"}
@@ -66,7 +66,7 @@ def test_a_long_prompt_is_refused_before_anything_starts(tsqp: Callable[..., Res
 def test_recovered_text_is_no_markup_and_no_terminal_sequence() -> None:
     recovery = Recovery("vocabulary match", 0, 1.0, "[bold]x[/bold]\x1b[2J", 0.0)
     console = Console(file=io.StringIO(), width=100)
-    print_report([ModeReport("open", Findings(1_000, 2, 0, 0.0, (recovery,)))], console)
+    print_report([ModeReport("open", Exposure(1_000, 2, 0, 0.0, (recovery,)))], console)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert "[bold]x[/bold]?[2J" in printed

@@ -11,7 +11,7 @@ import pytest
 from tests.bench.test_bench import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tests.conftest import StartWorker
-from tsqp import LLM, GuardOptions
+from tsqp import LLM, GuardConfig
 from tsqp.api.pads import pool_bytes
 from tsqp.bench.pads import PadsDrained, PadsReady, drain, fill, pads_of, with_pads
 from tsqp.bench.private import MODES
@@ -170,7 +170,7 @@ def test_a_run_finds_its_pads_and_the_other_finds_none(start_worker: StartWorker
 
 
 def test_room_for_pads_is_made_for_masked_alone() -> None:
-    roomy = with_pads(RunOptions(TINY, guard=GuardOptions(pad_memory=1)), 1000).guard
+    roomy = with_pads(RunOptions(TINY, guard=GuardConfig(pad_memory=1)), 1000).guard
     assert roomy.pads_ahead == 1000
     assert roomy.pad_memory == pool_bytes(open_checkpoint(TINY).spec, 1000)
     assert with_pads(RunOptions(TINY, "verified"), 1000) == RunOptions(TINY, "verified")

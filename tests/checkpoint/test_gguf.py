@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, llama3_factors
 from tsqp.checkpoint.hf_config import spec_from_config
-from tsqp.config.model import RopeSpec
+from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 from .makers import byte_level_fields, make_model, write_gguf
@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16, "attention_bias": False},
 }
-LLAMA3 = RopeSpec(500_000.0, "llama3", factor=32.0)
+LLAMA3 = RopeConfig(500_000.0, "llama3", factor=32.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -62,10 +62,10 @@ def test_mistral_under_the_name_of_llama(tmp_path: Path) -> None:
 def test_linear_rope(tmp_path: Path) -> None:
     model = make_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0})
     write_gguf(tmp_path / "m.gguf", model, metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
-    assert open_checkpoint(str(tmp_path / "m.gguf")).spec.rope == RopeSpec(5000.0, "linear", 4.0)
+    assert open_checkpoint(str(tmp_path / "m.gguf")).spec.rope == RopeConfig(5000.0, "linear", 4.0)
 
 
-def _rope_parameters(rope: RopeSpec) -> dict[str, Any]:
+def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     return {
         "rope_type": "llama3",
         "rope_theta": rope.theta,
@@ -78,7 +78,7 @@ def _rope_parameters(rope: RopeSpec) -> dict[str, Any]:
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_rope_is_read_from_its_factors(tmp_path: Path, factor: float) -> None:
-    rope = RopeSpec(500_000.0, "llama3", factor=factor)
+    rope = RopeConfig(500_000.0, "llama3", factor=factor)
     model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(rope))
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
     plain = 1.0 / rope.theta ** (torch.arange(0, 64, 2).float() / 64)
@@ -96,7 +96,7 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=ROPE_FACTORS):
         open_checkpoint(str(tmp_path / "m.gguf"))
     write_gguf(tmp_path / "ones.gguf", model, extra_tensors={ROPE_FACTORS: np.ones(32, dtype=np.float32)})
-    assert open_checkpoint(str(tmp_path / "ones.gguf")).spec.rope == RopeSpec(500_000.0)
+    assert open_checkpoint(str(tmp_path / "ones.gguf")).spec.rope == RopeConfig(500_000.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])

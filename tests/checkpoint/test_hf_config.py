@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from tsqp.checkpoint.hf_config import config_from_spec, spec_from_config
-from tsqp.config.model import RopeSpec
+from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 from .makers import SMALL
@@ -49,7 +49,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def _transformers_view(config: PreTrainedConfig) -> dict[str, Any]:
-    """What transformers makes of it, in the terms of a ModelSpec."""
+    """What transformers makes of it, in the terms of a ModelConfig."""
     family = config.model_type
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
@@ -70,13 +70,13 @@ def _transformers_view(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _rope_view(config: PreTrainedConfig) -> RopeSpec:
+def _rope_view(config: PreTrainedConfig) -> RopeConfig:
     rope = config.rope_parameters
     if rope["rope_type"] == "llama3":
         original = rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        return RopeSpec(rope["rope_theta"], "llama3", rope["factor"], low, high, original)
-    return RopeSpec(rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0))
+        return RopeConfig(rope["rope_theta"], "llama3", rope["factor"], low, high, original)
+    return RopeConfig(rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -11,7 +11,7 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import config_from_spec
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.checkpoint.synthetic import SHAPES
-from tsqp.config.model import RopeSpec
+from tsqp.config.model import RopeConfig
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint
 
 from .makers import TEXTS
@@ -61,7 +61,7 @@ def test_known_shapes() -> None:
     spec = SHAPES["llama-3.2-1b"]
     assert (spec.hidden_size, spec.intermediate_size, spec.num_layers, spec.vocab_size) == (2048, 8192, 16, 128_256)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tied_embeddings) == (32, 8, 64, True)
-    assert spec.rope == RopeSpec(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    assert spec.rope == RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
 
 
 def test_one_tensor_is_made_alone_and_fast() -> None:

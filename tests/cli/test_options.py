@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.test_private import PADS_FLAGS
 from tests.commands import Home
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.cli.commands import app
 from tsqp.cli.options import RunOptions, WorkerOptions
 from tsqp.errors import OptionError
@@ -96,7 +96,7 @@ def test_defaults() -> None:
     options = run_options()
     assert (options.model, options.protection, options.partition) == ("default", "masked", "linear")
     assert (options.dtype, options.device, options.worker) == ("auto", "cpu", None)
-    assert options.guard == GuardOptions()
+    assert options.guard == GuardConfig()
 
 
 GUARD = [
@@ -124,9 +124,9 @@ def test_variables_of_the_guard_are_for_other_runs(monkeypatch: pytest.MonkeyPat
     others = {"TSQP_WARM_PADS": "1", "TSQP_DEALER_NO_SEPARATION": "1", "TSQP_DEALER_KEY": "x"}
     for name, value in {**values, **others}.items():
         monkeypatch.setenv(name, value)
-    assert run_options("--protection", "open").guard == GuardOptions()
-    assert run_options("--protection", "local").guard == GuardOptions()
-    assert run_options("--protection", "verified").guard == GuardOptions(checks=3, model_digest="a")
+    assert run_options("--protection", "open").guard == GuardConfig()
+    assert run_options("--protection", "local").guard == GuardConfig()
+    assert run_options("--protection", "verified").guard == GuardConfig(checks=3, model_digest="a")
     chosen = run_options().guard
     assert (chosen.dealer, chosen.warm_pads, chosen.dealer_no_separation) == ("ipc:///a", True, True)
     monkeypatch.delenv("TSQP_PAD_SOURCE")

@@ -14,7 +14,7 @@ import pytest
 from tests.commands import LIMIT_S, Home, Result
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, GuardOptions, SamplingParams
+from tsqp import LLM, GuardConfig, SamplingParams
 from tsqp.api.pads import Filling, pool_bytes
 from tsqp.checkpoint import open_checkpoint
 from tsqp.cli.models import describe
@@ -197,8 +197,8 @@ def test_flags_of_checks_play_a_part_in_private_modes_only(
         ({"compiled_kernels": False}, "leave out compiled_kernels"),
         ({"compiled_worker": True}, "leave out compiled_worker"),
         ({"partition": "layer"}, "cannot use partition layer"),
-        ({"guard": GuardOptions(checks=0)}, "1 to 16"),
-        ({"guard": GuardOptions(pads_empty="refuse", pads_ahead=0)}, "can hold no pads"),
+        ({"guard": GuardConfig(checks=0)}, "1 to 16"),
+        ({"guard": GuardConfig(pads_empty="refuse", pads_ahead=0)}, "can hold no pads"),
     ],
 )
 @pytest.mark.parametrize("protection", PRIVATE)
@@ -211,7 +211,7 @@ def test_options_are_refused_by_name(
     with pytest.raises(OptionError, match=words):
         LLM(MODEL, protection=protection, **options)
     with pytest.raises(OptionError, match="checks no products: leave out guard"):
-        LLM(MODEL, protection="open", guard=GuardOptions())
+        LLM(MODEL, protection="open", guard=GuardConfig())
 
 
 def test_the_process_is_hardened_in_private_modes_only(start_worker: StartWorker, hardened: list[str]) -> None:
@@ -241,15 +241,15 @@ def test_another_models_digest_is_refused(start_worker: StartWorker) -> None:
         digest = str(llm.stats.as_dict()["model_digest"])
     assert describe(MODEL, digest=True)["model_digest"] == digest
     assert "model_digest" not in describe(MODEL)
-    with LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest=digest.upper())):
+    with LLM(MODEL, protection="masked", worker=worker, guard=GuardConfig(model_digest=digest.upper())):
         pass
     with pytest.raises(ModelMismatch, match=f"not the one that was pinned: its digest is {digest}"):
-        LLM(MODEL, protection="masked", worker=worker, guard=GuardOptions(model_digest="0" * 64))
+        LLM(MODEL, protection="masked", worker=worker, guard=GuardConfig(model_digest="0" * 64))
 
 
 def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) -> None:
     told: list[Filling] = []
-    guard = GuardOptions(pads_ahead=32, warm_pads=True, pads_empty="refuse")
+    guard = GuardConfig(pads_ahead=32, warm_pads=True, pads_empty="refuse")
     worker = start_worker(MODEL, dtype="field")
     with LLM(MODEL, protection="masked", worker=worker, guard=guard, pads_progress=told.append) as llm:
         assert told[0].ready == 0
@@ -281,7 +281,7 @@ def test_a_pool_that_memory_shrinks_is_announced(tsqp: Command, start_worker: St
     assert "pads by this process for 32 of 64 tokens ahead (--pad-memory " in result.err
 
 
-def guards_seconds(protection: str, worker: str | None, guard: GuardOptions | None = None) -> dict[str, float]:
+def guards_seconds(protection: str, worker: str | None, guard: GuardConfig | None = None) -> dict[str, float]:
     """Seconds of each operator of a run; no more in all than the passes took."""
     with LLM(MODEL, protection=protection, worker=worker, guard=guard) as llm:
         llm.generate(random_tokens(40), SamplingParams(max_tokens=4))
@@ -298,11 +298,11 @@ def test_the_guards_time_is_counted_where_there_is_a_guard(start_worker: StartWo
     assert not guards_seconds("local", None).keys() & own
     verified = guards_seconds("verified", worker)
     assert verified.keys() & own == {"mask", "check"}
-    masked = guards_seconds("masked", worker, GuardOptions(pads_ahead=0))
+    masked = guards_seconds("masked", worker, GuardConfig(pads_ahead=0))
     assert masked.keys() >= own
     assert all(seconds[name] > 0 for seconds in (verified, masked) for name in ("mask", "check"))
     assert masked["pads"] > masked["check"]  # every pad was made on the spot
-    warm = guards_seconds("masked", worker, GuardOptions(pads_ahead=64, warm_pads=True))
+    warm = guards_seconds("masked", worker, GuardConfig(pads_ahead=64, warm_pads=True))
     assert "pads" not in warm
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tsqp.model.pending import TURN, Deferred, Joined, Private, Steps, interleaved, run
+from tsqp.model.pending import CACHE_BARRIER, Deferred, Joined, Private, Steps, interleaved, run
 
 
 class Noted:
@@ -65,7 +65,7 @@ def part(name: str, notes: list[str], *, turns: bool = False, products: int = 2)
     """Two products, each after a turn if there are any; what comes back is the product that was asked for."""
     for number in range(products):
         if turns:
-            yield TURN
+            yield CACHE_BARRIER
             notes.append(f"turn {name}{number}")
         value = yield Noted(f"{name}{number}", notes, float(ord(name) + number))
         assert value.item() == ord(name) + number
@@ -108,9 +108,9 @@ def test_a_turn_alone_waits_for_nothing() -> None:
     ends: list[str] = []
 
     def steps(end: Callable[[], None]) -> Steps[None]:
-        yield TURN
+        yield CACHE_BARRIER
         end()
 
     run(interleaved([steps(lambda: ends.append("a")), steps(lambda: ends.append("b"))]))
     assert ends == ["a", "b"]
-    assert TURN.wait().numel() == 0
+    assert CACHE_BARRIER.wait().numel() == 0

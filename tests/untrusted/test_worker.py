@@ -16,15 +16,15 @@ from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
 from tsqp.wire.messages import (
     PROTOCOL_VERSION,
+    AttentionScores,
+    AttentionValues,
     Done,
     Embed,
     Failed,
     Hello,
     Linear,
     Message,
-    Mix,
     Refused,
-    Scores,
     Welcome,
 )
 
@@ -73,8 +73,8 @@ BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor]]] = {
     "a token outside of the vocabulary": (Embed(1, 1), [torch.tensor([SPEC.vocab_size], dtype=torch.int32)]),
     "a negative token": (Embed(1, 1), [torch.tensor([-1], dtype=torch.int32)]),
     "tokens of another size": (Embed(1, 1), [torch.tensor([1], dtype=torch.int64)]),
-    "scores without keys": (Scores(1, 1, 1), [torch.zeros(SPEC.num_heads, 1, SPEC.head_dim)]),
-    "a mix of other sizes": (Mix(1, 2, 2), [X, X]),
+    "scores without keys": (AttentionScores(1, 1, 1), [torch.zeros(SPEC.num_heads, 1, SPEC.head_dim)]),
+    "a mix of other sizes": (AttentionValues(1, 2, 2), [X, X]),
 }
 
 

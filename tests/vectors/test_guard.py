@@ -37,19 +37,19 @@ def floats(texts: Any) -> Array:
     return np.array(np.vectorize(lambda text: struct.unpack(">f", bytes.fromhex(text))[0], otypes=[np.float32])(texts))
 
 
-def outputs(rows: int, folded: Array) -> tuple[Array, Array, Array]:
+def outputs(rows: int, projections: Array) -> tuple[Array, Array, Array]:
     """Scales, expected sums and verdicts, for a loop to write."""
     unseen = np.full(rows, kernels.UNSEEN, np.uint8)
-    return np.empty(rows, np.float32), np.empty((rows, len(folded)), np.uint32), unseen
+    return np.empty(rows, np.float32), np.empty((rows, len(projections)), np.uint32), unseen
 
 
 @pytest.mark.parametrize(("given", "expected"), [*cases("quantise", levels=127), *cases("quantise", levels=32_639)])
 def test_activations(given: dict[str, Any], expected: dict[str, Any]) -> None:
     x = floats(given["x"])
-    out, folded = np.empty(x.shape, np.int16), np.ones((1, x.shape[1]), np.uint32)
-    scales, sums, verdicts = outputs(len(x), folded)
+    out, projections = np.empty(x.shape, np.int16), np.ones((1, x.shape[1]), np.uint32)
+    scales, sums, verdicts = outputs(len(x), projections)
     limit = np.float32(given["levels"])
-    kernels.send(x, limit, folded, False, NO_PADS, out, scales, sums, verdicts, 0, len(x))
+    kernels.quantise_and_mask(x, limit, projections, False, NO_PADS, out, scales, sums, verdicts, 0, len(x))
     assert out.tolist() == expected["digits"]
     assert make.hexes(scales) == expected["scales"]
     assert sums[:, 0].tolist() == (np.array(expected["digits"]).sum(axis=1) % P).tolist()
@@ -73,11 +73,11 @@ def test_masked_row_there_and_back(given: dict[str, Any], expected: dict[str, An
     x = np.array(given["xq"], np.float32)
     limit, pads = np.float32(np.abs(x).max()), np.array(given["r"], np.uint32)
     wq = np.array(given["wq"])
-    secrets = make.uniform("guard secrets", 2, len(wq)).astype(np.uint32)
-    folded = (secrets.astype(object) @ wq.astype(object) % P).astype(np.uint32)
+    check_vectors = make.uniform("guard secrets", 2, len(wq)).astype(np.uint32)
+    projections = (check_vectors.astype(object) @ wq.astype(object) % P).astype(np.uint32)
     out = np.empty(x.shape, np.uint32)
-    scales, sums, verdicts = outputs(len(x), folded)
-    kernels.send(x, limit, folded, True, pads, out, scales, sums, verdicts, 0, len(x))
+    scales, sums, verdicts = outputs(len(x), projections)
+    kernels.quantise_and_mask(x, limit, projections, True, pads, out, scales, sums, verdicts, 0, len(x))
     assert out.tolist() == expected["x"]
     assert set(verdicts) == {kernels.OK}
     assert set(pads.flat) == {kernels.ERASED}
@@ -85,7 +85,7 @@ def test_masked_row_there_and_back(given: dict[str, Any], expected: dict[str, An
     reply, undo = np.array(expected["y"], np.uint32), np.array(expected["undo"], np.uint32)
     result = np.empty(reply.shape, np.float32)
     scaling = (floats(given["s_x"]), floats(given["s_w"]), floats(given["b"]))
-    kernels.accept(reply, secrets, sums, True, undo, *scaling, result, verdicts, 0, len(x))
+    kernels.verify_and_unmask(reply, check_vectors, sums, True, undo, *scaling, result, verdicts, 0, len(x))
     assert make.hexes(result) == expected["result"]
     assert set(verdicts) == {kernels.OK}
     assert set(undo.flat) == {kernels.ERASED}
@@ -93,13 +93,15 @@ def test_masked_row_there_and_back(given: dict[str, Any], expected: dict[str, An
 
 @pytest.mark.parametrize(("given", "expected"), cases("check"))
 def test_check(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    secrets, folded = np.array(given["s"], np.uint32), np.array(expected["w_s"], np.uint32)
+    check_vectors, projections = np.array(given["s"], np.uint32), np.array(expected["w_s"], np.uint32)
     x = (np.array(given["x"]) % P).astype(np.uint32)
-    _, sums, verdicts = outputs(len(x), folded)
-    kernels.fold(x, folded, sums, 0, len(x))
+    _, sums, verdicts = outputs(len(x), projections)
+    kernels.project(x, projections, sums, 0, len(x))
     reply = np.array(given["y"]).astype(np.uint32)
     out, scales, per_column = np.empty(reply.shape, np.float32), np.ones(2, np.float32), np.ones(4, np.float32)
-    kernels.accept(reply, secrets, sums, False, NO_PADS, scales, per_column, per_column, out, verdicts, 0, len(x))
+    kernels.verify_and_unmask(
+        reply, check_vectors, sums, False, NO_PADS, scales, per_column, per_column, out, verdicts, 0, len(x)
+    )
     found = {VERDICTS[verdict] for verdict in verdicts.tolist()}
     assert (found - {"accept"} or {"accept"}) == {expected["verdict"]}
 
@@ -113,10 +115,10 @@ def test_ratchet(given: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_the_folded_vectors_of_a_group() -> None:
     case = VECTORS["check"][0]
     wq = torch.tensor(case["in"]["wq"], dtype=torch.int8)
-    secrets = np.array(case["in"]["s"], np.uint32)
-    folded = np.empty((len(secrets), wq.shape[1]), np.uint32)
-    kernels.combine(wq.numpy(), secrets, folded, 0, len(secrets))
-    assert folded.tolist() == case["out"]["w_s"]
+    check_vectors = np.array(case["in"]["s"], np.uint32)
+    projections = np.empty((len(check_vectors), wq.shape[1]), np.uint32)
+    kernels.project_weights(wq.numpy(), check_vectors, projections, 0, len(check_vectors))
+    assert projections.tolist() == case["out"]["w_s"]
 
 
 def test_a_fused_multiplication_would_be_found() -> None:

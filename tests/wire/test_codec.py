@@ -14,7 +14,8 @@ from tsqp.config.groups import GROUP_NAMES
 from tsqp.errors import ProtocolError
 from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder, decode_handshake, decode_reply, decode_to_worker, encode
 from tsqp.wire.messages import (
-    Deal,
+    AttentionScores,
+    AttentionValues,
     Done,
     Embed,
     Failed,
@@ -22,10 +23,9 @@ from tsqp.wire.messages import (
     Hello,
     Linear,
     Message,
-    Mix,
+    MultiplyPads,
     Product,
     Refused,
-    Scores,
     Welcome,
 )
 
@@ -43,10 +43,10 @@ TO_WORKER = st.one_of(
     st.builds(Hello, INDEX, FINGERPRINT, st.sampled_from(WIRE_DTYPES), PATH),
     st.builds(Linear, CALL_ID, GROUP, st.none() | INDEX, st.none() | INDEX, COUNT),
     st.builds(Product, CALL_ID, GROUP, st.none() | INDEX, COUNT, st.sampled_from([2, 4])),
-    st.builds(Deal, CALL_ID, GROUP, st.none() | INDEX, st.integers(1, 4096)),
+    st.builds(MultiplyPads, CALL_ID, GROUP, st.none() | INDEX, st.integers(1, 4096)),
     st.builds(Embed, CALL_ID, COUNT),
-    st.builds(Scores, CALL_ID, COUNT, COUNT),
-    st.builds(Mix, CALL_ID, COUNT, COUNT),
+    st.builds(AttentionScores, CALL_ID, COUNT, COUNT),
+    st.builds(AttentionValues, CALL_ID, COUNT, COUNT),
 )
 SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT, st.none() | FINGERPRINT), max_size=8).map(tuple)
 HANDSHAKE = st.one_of(
@@ -160,8 +160,8 @@ def test_what_is_almost_a_reply_is_refused(fields: object) -> None:
         ["product", 0, "qkv", 0, 1, 3],
         ["product", 0, "qkv", 0, 0, 4],
         ["product", 0, "nothing", 0, 1, 4],
-        ["deal", 0, "qkv", 0, 0],
-        ["deal", 0, "qkv", 0, 4097],
+        ["multiply_pads", 0, "qkv", 0, 0],
+        ["multiply_pads", 0, "qkv", 0, 4097],
         ["done", 1],
     ],
     ids=str,

@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import numeric_path
 from tsqp.config.groups import group_keys
 from tsqp.config.partition import Partition
 from tsqp.errors import ModelMismatch
-from tsqp.model.decoder_layers import Block, Norms
+from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
@@ -24,8 +24,8 @@ from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.filler import PadFiller, targets
-from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
-from tsqp.trusted.guard.sources import DealerSource, TeeSource
+from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.sources import DealerPadSource, LocalPadSource
 from tsqp.trusted.metered import MeteredLinears, MeteredPool
 from tsqp.trusted.private import Guard, PrivateModel, compile_loops, load_private_model
 from tsqp.trusted.remote.attention import OpenAttention
@@ -95,7 +95,7 @@ def build_split_engine(
 def build_private_engine(
     checkpoint: Checkpoint,
     plan: Plan,
-    options: GuardOptions,
+    options: GuardConfig,
     dial: Callable[[], Channel],
     dial_dealer: Callable[[], Channel] | None,
     eos_token_ids: tuple[int, ...],
@@ -129,7 +129,7 @@ def build_private_engine(
 def _open_guard(
     checkpoint: Checkpoint,
     plan: Plan,
-    options: GuardOptions,
+    options: GuardConfig,
     model: PrivateModel,
     dial: Callable[[], Channel],
     dial_dealer: Callable[[], Channel] | None,
@@ -155,12 +155,12 @@ def _open_guard(
         return one
 
     worker = session(dial, stats, "worker")
-    linears = VerifiedLinears(worker, model.groups)
+    linears: CheckedLinears = VerifiedLinears(worker, model.groups)
     dealer = filler = None
     if plan.protection.masked:
         if dial_dealer is not None:
             dealer = session(dial_dealer, Stats(), "dealer")
-        source = TeeSource() if dealer is None else DealerSource(dealer)
+        source = LocalPadSource() if dealer is None else DealerPadSource(dealer)
         pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
         filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
         linears = MaskedLinears(worker, model.groups, pool)
@@ -182,7 +182,7 @@ def _decoder(
     checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats, norms: Norms | None = None
 ) -> Decoder:
     dtype = TORCH_DTYPES[plan.dtype]
-    block = Block(
+    layers = DecoderLayers(
         checkpoint.spec,
         norms or Norms.load(checkpoint, dtype),
         placement.linears,
@@ -191,7 +191,7 @@ def _decoder(
         stats,
     )
     return Decoder(
-        block,
+        layers,
         placement.embedding,
         dtype=dtype,
         max_rows=plan.prefill_chunk,

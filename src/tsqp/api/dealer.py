@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.errors import ChannelError, OptionError
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.forward import ForwardingChannel
@@ -29,7 +29,7 @@ class Dealer:
     security: ClientKeys | None
 
     @classmethod
-    def check(cls, options: GuardOptions, worker: str | None, security: ClientKeys | None) -> Dealer | None:
+    def check(cls, options: GuardConfig, worker: str | None, security: ClientKeys | None) -> Dealer | None:
         """The dealer that ``options`` name, None for none; ``worker`` and ``security``: how the worker is reached.
 
         Raises OptionError, AddressError.
@@ -82,7 +82,7 @@ def _named() -> Iterator[None]:
         raise type(error)(text if "the dealer" in text else f"the dealer: {text}") from error
 
 
-def _keys(options: GuardOptions, address: Address, security: ClientKeys | None) -> ClientKeys | None:
+def _keys(options: GuardConfig, address: Address, security: ClientKeys | None) -> ClientKeys | None:
     """What the dealer is reached with, None without separation. Raises OptionError, AddressError."""
     if options.dealer_key is not None:
         if address.transport != "tcp":

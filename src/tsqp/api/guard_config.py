@@ -38,7 +38,7 @@ def _size(_: Any, tokens: Sequence[Token]) -> int:
 
 @Parameter(name="*", group=PADS)
 @dataclass(frozen=True)
-class GuardOptions:
+class GuardConfig:
     """How products are checked and where pads come from. Everything but the first two is for ``masked`` only.
 
     ``checks``: check vectors; a cheating worker goes unnoticed with probability 2^(-31·checks) a session.
@@ -134,7 +134,7 @@ class GuardOptions:
             raise OptionError(f"--pads-empty is wait or refuse, not '{self.pads_empty}'")
 
     @classmethod
-    def of(cls, protection: Protection, given: GuardOptions | None) -> GuardOptions:
+    def of(cls, protection: Protection, given: GuardConfig | None) -> GuardConfig:
         """What was given, checked, or the defaults. Raises OptionError that also names what would play no part."""
         if given is None:
             return cls()

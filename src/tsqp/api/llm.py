@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tsqp.api.answer import Answer, Completion, Delta
 from tsqp.api.dealer import Dealer
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.plan import Plan, refuse_unused
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
@@ -70,7 +70,7 @@ class LLM:
         model: str,
         *,
         protection: str,
-        guard: GuardOptions | None = None,
+        guard: GuardConfig | None = None,
         partition: str = "linear",
         worker: str | None = None,
         device: str = "cpu",
@@ -105,7 +105,7 @@ class LLM:
         self.plan = check()
         of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
         self._refuse_unused(worker, {"wire_dtype": wire_dtype}, {"compiled_worker": compiled_worker}, of_tcp)
-        self._options = GuardOptions.of(self.plan.protection, guard)
+        self._options = GuardConfig.of(self.plan.protection, guard)
         self._dealer = Dealer.check(self._options, worker, security)
         if announce is not None:
             announce(self.plan)
@@ -205,7 +205,7 @@ class LLM:
         return self._guard
 
     @property
-    def guard_options(self) -> GuardOptions:
+    def guard_options(self) -> GuardConfig:
         """What was asked for about checks and pads; the defaults where nothing was."""
         return self._options
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.config.groups import linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import OptionError, PadsExhausted
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Filling(NamedTuple):
 FillingProgress = Callable[[Filling], None]
 
 
-def row_bytes(spec: ModelSpec, *, answer: bool) -> int:
+def row_bytes(spec: ModelConfig, *, answer: bool) -> int:
     """Memory of what is ready for one token: of a prompt, or of an answer, which needs the LM head too."""
     groups = linear_groups(spec)
     head = groups.pop("lm_head")
@@ -40,7 +40,7 @@ def row_bytes(spec: ModelSpec, *, answer: bool) -> int:
     return 4 * (spec.num_layers * layer + (head.out_features if answer else 0))
 
 
-def pool_bytes(spec: ModelSpec, tokens: int) -> int:
+def pool_bytes(spec: ModelConfig, tokens: int) -> int:
     """Memory of a pool that holds pads for ``tokens`` tokens."""
     from tsqp.arith.expand import BLOCK_ROWS
     from tsqp.trusted.filler import held_bytes
@@ -48,7 +48,7 @@ def pool_bytes(spec: ModelSpec, tokens: int) -> int:
     return held_bytes(spec, -(-tokens // BLOCK_ROWS))
 
 
-def check_pool(spec: ModelSpec, options: GuardOptions) -> None:
+def check_pool(spec: ModelConfig, options: GuardConfig) -> None:
     """Raises OptionError for a pool that stays empty in a run that does not wait for pads."""
     from tsqp.trusted.filler import targets
 
@@ -59,7 +59,7 @@ def check_pool(spec: ModelSpec, options: GuardOptions) -> None:
         )
 
 
-def check_prompts(tokens: int, options: GuardOptions, filler: PadFiller) -> None:
+def check_prompts(tokens: int, options: GuardConfig, filler: PadFiller) -> None:
     """Raises PadsExhausted for prompts of more tokens than the pool has pads for, in a run that does not wait."""
     if options.pads_empty == "refuse" and tokens > filler.ahead:
         raise PadsExhausted(
@@ -68,7 +68,7 @@ def check_prompts(tokens: int, options: GuardOptions, filler: PadFiller) -> None
         )
 
 
-def ahead_text(spec: ModelSpec, options: GuardOptions, ahead: int) -> str:
+def ahead_text(spec: ModelConfig, options: GuardConfig, ahead: int) -> str:
     """Tokens whose pads are kept ready; where memory allows fewer than were asked for, that too."""
     if ahead >= options.pads_ahead:
         return f"{ahead} tokens ahead"
@@ -77,7 +77,7 @@ def ahead_text(spec: ModelSpec, options: GuardOptions, ahead: int) -> str:
     return f"{ahead} of {options.pads_ahead} tokens ahead (--pad-memory {given}, {needed} needed)"
 
 
-def fill(filler: PadFiller, spec: ModelSpec, progress: FillingProgress | None) -> None:
+def fill(filler: PadFiller, spec: ModelConfig, progress: FillingProgress | None) -> None:
     """Fill the pool now, and report it from the first block to the last. Raises every error of the pads' source."""
     tokens, wanted = filler.ahead, sum(filler.blocks.values())
     size = pool_bytes(spec, tokens)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsqp.errors import OptionError
-from tsqp.trusted.trace import Span, Trace, Track
+from tsqp.trusted.trace import Trace, TraceSpan, Track
 
 Interval = tuple[float, float]  # start and end, seconds
 
@@ -25,7 +25,7 @@ class Lane(NamedTuple):
 
     group: int
     title: str
-    spans: list[Span]
+    spans: list[TraceSpan]
 
 
 def communication_share(trace: Trace, passes: str | None = None) -> float | None:
@@ -45,10 +45,10 @@ def communication_share(trace: Trace, passes: str | None = None) -> float | None
     return _length(_without(line, computing)) / _length(wall)
 
 
-def worker_spans(trace: Trace) -> list[Span]:
+def worker_spans(trace: Trace) -> list[TraceSpan]:
     """When the worker computed, as far as can be known: after a call was sent and the one before it was done."""
     sent_s = {span.details["id"]: span.end_s for span in _of(trace, "line") if span.name == "send"}
-    spans: list[Span] = []
+    spans: list[TraceSpan] = []
     free_s = 0.0
     for call in sorted(_of(trace, "call"), key=lambda span: span.details["id"]):
         busy_s = call.details["busy_s"]
@@ -57,7 +57,7 @@ def worker_spans(trace: Trace) -> list[Span]:
         start_s = max(free_s, call.start_s, latest_s)
         free_s = min(start_s + busy_s, call.end_s)
         if free_s > start_s:
-            spans.append(Span("call", call.name, start_s, free_s, call.details))
+            spans.append(TraceSpan("call", call.name, start_s, free_s, call.details))
         free_s = max(free_s, start_s)
     return spans
 
@@ -105,13 +105,13 @@ def events(trace: Trace) -> list[dict[str, Any]]:
     return rows
 
 
-def _of(trace: Trace, track: Track) -> list[Span]:
+def _of(trace: Trace, track: Track) -> list[TraceSpan]:
     return [span for span in trace.spans if span.track == track]
 
 
-def _side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
+def _side_by_side(spans: Sequence[TraceSpan]) -> list[list[TraceSpan]]:
     """The fewest lanes in which no two spans overlap; at least one lane."""
-    found: list[list[Span]] = [[]]
+    found: list[list[TraceSpan]] = [[]]
     for span in sorted(spans, key=lambda span: span.start_s):
         free = next((lane for lane in found if not lane or lane[-1].end_s <= span.start_s), None)
         if free is None:

@@ -14,7 +14,7 @@ _ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves no fraction: rounds to ne
 
 
 @inline
-def quantise_row(x, levels, digits):  # type: ignore[no-untyped-def]
+def quantise_row(x, levels, values):  # type: ignore[no-untyped-def]
     """One row, float32 (n,), to integers within ±levels, at most 2²¹. Its scale, or what is not finite."""
     bits = x.view(np.uint32)
     largest = np.uint32(0)
@@ -24,19 +24,19 @@ def quantise_row(x, levels, digits):  # type: ignore[no-untyped-def]
     if scale < _LEAST_SCALE:
         scale = np.float32(1.0)
     if largest >= _INFINITE_BITS:
-        digits[:] = 0
+        values[:] = 0
     else:
         for i in range(x.shape[0]):
             nearest = (x[i] / scale + _ROUNDER) - _ROUNDER
-            digits[i] = min(max(nearest, -levels), levels)  # that products stay in range rests on this bound
+            values[i] = min(max(nearest, -levels), levels)  # that products stay in range rests on this bound
     return scale
 
 
 @kernel
-def quantise(x, digits, scales, first, end):  # type: ignore[no-untyped-def]
-    """x float32 (rows, n) to digits int8 (rows, n) and scales float32 (rows,)."""
+def quantise(x, values, scales, first, end):  # type: ignore[no-untyped-def]
+    """x float32 (rows, n) to values int8 (rows, n) and scales float32 (rows,)."""
     for row in range(first, end):
-        scales[row] = quantise_row(x[row], _LEVELS, digits[row])
+        scales[row] = quantise_row(x[row], _LEVELS, values[row])
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Rows of floats as rows of 8-bit digits with one scale each: the one quantiser of weights and activations.
+"""Rows of floats as rows of 8-bit integers with one scale each: the one quantiser of weights and activations.
 
 For every row x of float32 numbers, all operations in IEEE float32:
 
@@ -26,26 +26,26 @@ BLOCK_ELEMENTS = 1 << 19  # of float32 at a time: what is between two steps stay
 
 
 class Quantised(NamedTuple):
-    """``digits`` int8 (rows, n) in [-127, 127], ``scales`` float32 (rows,)."""
+    """``values`` int8 (rows, n) in [-127, 127], ``scales`` float32 (rows,)."""
 
-    digits: torch.Tensor
+    values: torch.Tensor
     scales: torch.Tensor
 
 
 def quantise_rows(x: torch.Tensor) -> Quantised:
     """Quantise x (rows, n), of any float dtype, by the formula above: in one pass on the CPU, in blocks elsewhere."""
     rows, n = x.shape
-    digits = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    values = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     step = max(1, BLOCK_ELEMENTS // n)
     for first in range(0, rows, step):
         own = slice(first, first + step)
         if x.device.type == "cpu" and rows * n >= BLOCK_ELEMENTS:  # less is not worth compiling a loop for
             wide = x[own].float().contiguous().numpy()
-            row_threads().run(quantise, len(wide), wide, digits[own].numpy(), scales[own].numpy(), least=2)
+            row_threads().run(quantise, len(wide), wide, values[own].numpy(), scales[own].numpy(), least=2)
         else:
-            digits[own], scales[own] = quantise_block(x[own])
-    return Quantised(digits, scales)
+            values[own], scales[own] = quantise_block(x[own])
+    return Quantised(values, scales)
 
 
 def quantise_block(x: torch.Tensor) -> Quantised:
@@ -53,5 +53,5 @@ def quantise_block(x: torch.Tensor) -> Quantised:
     wide = x.float()
     scales = wide.abs().amax(dim=1) / LEVELS
     scales = torch.where(scales < LEAST_SCALE, 1.0, scales)  # written so that a NaN stays one
-    digits = (wide / scales.unsqueeze(1)).round_().clamp_(-LEVELS, LEVELS)
-    return Quantised(digits.to(torch.int8), scales)
+    values = (wide / scales.unsqueeze(1)).round_().clamp_(-LEVELS, LEVELS)
+    return Quantised(values.to(torch.int8), scales)

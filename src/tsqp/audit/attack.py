@@ -17,7 +17,7 @@ from tsqp.arith.modulus import P
 from tsqp.audit.public_model import PublicModel
 from tsqp.audit.view import centred
 from tsqp.config.groups import linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 
 SHORTLIST = 64
 MAX_DEPTH = 2
@@ -78,7 +78,7 @@ class SequentialInversion:
         return tokens
 
 
-def attack_depth(spec: ModelSpec) -> int:
+def attack_depth(spec: ModelConfig) -> int:
     """A deeper layer whose table can be made in the time of an audit."""
     weights = sum(group.in_features * group.out_features for group in linear_groups(spec).values())
     layer = weights - spec.hidden_size * spec.vocab_size  # without the LM head

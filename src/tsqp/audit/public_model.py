@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.config.groups import LAYER_GROUPS
-from tsqp.model.batch import Chunk, Span
+from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import Block, Norms
+from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalLinears
@@ -38,7 +38,7 @@ class PublicModel:
         linears = LocalLinears({key: load_group(checkpoint, key, torch.float32) for key in keys}, Stats())
         kernels = pick_kernels(torch.float32, compiled=False)
         nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.spec.windows)
-        self._block = Block(self.spec, self._norms, linears, nothing, kernels, Stats())
+        self._block = DecoderLayers(self.spec, self._norms, linears, nothing, kernels, Stats())
 
     def first_inputs(self) -> torch.Tensor:
         """What each token of the vocabulary is at the input of layer 0, of length 1: (vocab_size, hidden_size)."""
@@ -78,7 +78,7 @@ class PublicModel:
     ) -> torch.Tensor:
         """Hidden states (T, hidden_size) after the layers; ``visible`` (T, known + T) is 1 where a row may look."""
         hidden = self._embedding[tokens].float()
-        span = Span(context, context.length, 0, len(tokens), last=True)
+        span = SequenceRows(context, context.length, 0, len(tokens), last=True)
         keys = torch.cat((torch.arange(context.length), positions))
         block = replace(self._block, attention=_Visible(visible, positions, keys, self.spec.windows))
         tables = self._rotary.tables(positions)
@@ -105,7 +105,7 @@ class _Visible:
         self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
         self._windows = windows
 
-    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         k, v = span.cache.view(layer, 0, span.end)
         window = self._windows[layer]
         mask = self._visible if window is None else self._visible & (self._distance < window)

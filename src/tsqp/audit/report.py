@@ -50,7 +50,7 @@ class Recovery:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Exposure:
     """What one receiver could learn. ``keys``: pads that it was given the keys of, 16 rows each; a dealer's only."""
 
     bytes_seen: int
@@ -65,8 +65,8 @@ class ModeReport:
     """One protection: the worker's view, and the dealer's where there was one."""
 
     protection: str
-    worker: Findings
-    dealer: Findings | None = None
+    worker: Exposure
+    dealer: Exposure | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The first attack flat, the deeper one and the dealer's view beside it."""
@@ -103,14 +103,14 @@ class Attacker:
         dealer = None if captured.dealer is None else self.examine(captured.dealer)
         return ModeReport(protection, self.examine(captured.worker), dealer)
 
-    def examine(self, capture: Capture) -> Findings:
+    def examine(self, capture: Capture) -> Exposure:
         """Run every attack and the test of uniformity on what one receiver saw."""
         view = View(capture, self._spec)
         recoveries = (
             self._recovery(attack, view.rows(("qkv", attack.layer)), of_noise)
             for attack, of_noise in zip(self._attacks, self._of_noise, strict=True)
         )
-        return Findings(view.bytes_seen, view.calls, view.keys, uniformity_p(view.words()), tuple(recoveries))
+        return Exposure(view.bytes_seen, view.calls, view.keys, uniformity_p(view.words()), tuple(recoveries))
 
     def _recovery(self, attack: Attack, rows: torch.Tensor, of_noise: float) -> Recovery:
         tokens = attack.recover(rows[self._prompt.user])
@@ -132,7 +132,7 @@ def print_report(reports: Sequence[ModeReport], console: Console) -> None:
         console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
-def _table(receiver: str, found: Findings) -> Table:
+def _table(receiver: str, found: Exposure) -> Table:
     keys = f", {found.keys:,} pad keys" if found.keys else ""
     seen = f"{receiver}: {found.bytes_seen:,} bytes in {found.calls:,} calls{keys}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")

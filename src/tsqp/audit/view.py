@@ -15,8 +15,8 @@ from tsqp.arith.modulus import P
 from tsqp.audit.capture import Capture, Seen
 from tsqp.config.dtype import ITEM_BYTES, WireDtype
 from tsqp.config.groups import GroupKey, linear_groups
-from tsqp.config.model import ModelSpec
-from tsqp.wire.messages import Deal, Hello, Linear, Product
+from tsqp.config.model import ModelConfig
+from tsqp.wire.messages import Hello, Linear, MultiplyPads, Product
 from tsqp.wire.payload import wire_format
 
 Words = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
@@ -33,10 +33,10 @@ class WordRows:
 class View:
     """What one receiver, the worker or a dealer, has seen."""
 
-    def __init__(self, capture: Capture, spec: ModelSpec) -> None:
+    def __init__(self, capture: Capture, spec: ModelConfig) -> None:
         self.bytes_seen = capture.bytes_seen
-        self.calls = sum(isinstance(seen.message, Linear | Product | Deal) for seen in capture.messages)
-        self.keys = sum(seen.message.blocks for seen in capture.messages if isinstance(seen.message, Deal))
+        self.calls = sum(isinstance(seen.message, Linear | Product | MultiplyPads) for seen in capture.messages)
+        self.keys = sum(seen.message.blocks for seen in capture.messages if isinstance(seen.message, MultiplyPads))
         self._seen = capture.messages
         self._groups = linear_groups(spec)
         hello = next(seen.message for seen in capture.messages if isinstance(seen.message, Hello))
@@ -61,7 +61,7 @@ class View:
 
     def _calls(self) -> Iterator[tuple[Seen, bytes]]:
         for seen in self._seen:
-            if isinstance(seen.message, Linear | Product | Deal) and seen.payloads is not None:
+            if isinstance(seen.message, Linear | Product | MultiplyPads) and seen.payloads is not None:
                 yield seen, seen.payloads[0]
 
     def _read(self, seen: Seen, payload: bytes) -> torch.Tensor:
@@ -73,7 +73,7 @@ class View:
                 return centred(np.frombuffer(payload, "<u4").reshape(rows, -1))
             case Product(rows=rows):
                 return torch.from_numpy(np.frombuffer(payload, "<i2").reshape(rows, -1).astype(np.float32))
-            case Deal(group=group):
+            case MultiplyPads(group=group):
                 return _pads(payload, self._groups[group].in_features)
         raise TypeError(f"{type(seen.message).__name__} is no call of a linear group")
 
@@ -106,6 +106,6 @@ def _pads(keys: bytes, in_features: int) -> torch.Tensor:
 
 
 def _key(message: object) -> GroupKey:
-    if isinstance(message, Linear | Product | Deal):
+    if isinstance(message, Linear | Product | MultiplyPads):
         return message.group, message.layer
     raise TypeError(f"{type(message).__name__} is no call of a linear group")

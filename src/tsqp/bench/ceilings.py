@@ -13,7 +13,7 @@ from rich.console import Console
 from tsqp.bench.machine import cores
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.wire.payload import TORCH_DTYPES
 
 OUT, IN, ROWS = 8192, 2048, 1024  # the gate matrix of the 1B shape, and a prompt's rows
@@ -82,7 +82,7 @@ def _gemm(dtype_name: str, device: torch.device) -> tuple[float, float, int]:
         )
 
 
-def limits(spec: ModelSpec, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
+def limits(spec: ModelConfig, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
     """Seconds that the linear layers alone need at these rates: prefill of ``tokens``, decode of one token."""
     groups = linear_groups(spec)
     head = groups.pop("lm_head")

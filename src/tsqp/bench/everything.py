@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.guard import bench_guard
 from tsqp.bench.origin import bench_origin
@@ -88,6 +88,6 @@ def _variants(run: RunOptions, *, first: bool) -> Iterator[tuple[str, RunOptions
     """The run asked for; at the first model also the other ways to run it."""
     yield "", run
     if first:
-        plain = replace(run, protection="open", guard=GuardOptions())
+        plain = replace(run, protection="open", guard=GuardConfig())
         yield "-layer", replace(plain, partition="layer")
         yield "-int8", replace(plain, dtype="int8")

@@ -27,12 +27,12 @@ from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.cli.open_llm import open_llm
 from tsqp.cli.options import RunOptions
 from tsqp.config.groups import GroupKey, linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import ChannelError
-from tsqp.trusted.guard.kernels import fold
+from tsqp.trusted.guard.kernels import project
 from tsqp.trusted.guard.linears import MaskedLinears
-from tsqp.trusted.guard.pool import PadPool, Piece
-from tsqp.trusted.guard.sources import TeeSource
+from tsqp.trusted.guard.pool import PadPool, PadSlice
+from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call
 
@@ -109,7 +109,7 @@ class Silence:
 class OpenedPool(PadPool):
     """A pool whose blocks may be expanded before they are asked for."""
 
-    opened: list[Piece] | None = None
+    opened: list[PadSlice] | None = None
 
     def open(self, key: GroupKey, rows: int, group: GuardedGroup) -> None:
         """Take pads for ``rows`` rows and expand them; the next call gets these."""
@@ -117,17 +117,17 @@ class OpenedPool(PadPool):
         for piece in self.opened:
             piece.pads(group)
 
-    def take(self, key: GroupKey, rows: int) -> list[Piece]:
+    def take(self, key: GroupKey, rows: int) -> list[PadSlice]:
         opened, self.opened = self.opened, None
         return super().take(key, rows) if opened is None else opened
 
 
-def _masking(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
+def _masking(spec: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Quantise, mask and x'·Ws of (tokens, hidden), with pads that are expanded already and with their expansion."""
     shape = linear_groups(spec)["qkv"]
     wq, kernel = _digits(shape.out_features, shape.in_features), pick_kernel(torch.device("cpu"))
     group = GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, kernel, checks=vectors, keep_weights=False)
-    pool = OpenedPool({KEY: group}, TeeSource(), wait=True)
+    pool = OpenedPool({KEY: group}, LocalPadSource(), wait=True)
     linears = MaskedLinears(Silence(work.tokens * shape.in_features * 4), {KEY: group}, pool)
     x = torch.randn(work.tokens, shape.in_features)
 
@@ -140,7 +140,7 @@ def _masking(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
     }
 
 
-def _checks(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
+def _checks(spec: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Seconds of one call's dot products, x'·Ws and y'·s, for each group; the LM head has one row."""
     return {
         name: _dots(work.tokens if name != "lm_head" else 1, group.in_features, vectors, work.runs)
@@ -150,17 +150,17 @@ def _checks(spec: ModelSpec, work: Workload, vectors: int) -> dict[str, float]:
 
 
 def _dots(rows: int, width: int, vectors: int, runs: int) -> float:
-    values, secrets = _elements(rows, width), _elements(vectors, width)
+    values, check_vectors = _elements(rows, width), _elements(vectors, width)
     out = np.empty((rows, vectors), np.uint32)
-    return median_seconds(lambda: row_threads().run(fold, rows, values, secrets, out, least=2), runs)
+    return median_seconds(lambda: row_threads().run(project, rows, values, check_vectors, out, least=2), runs)
 
 
-def _per_prefill(spec: ModelSpec, checks: dict[str, float]) -> float:
+def _per_prefill(spec: ModelConfig, checks: dict[str, float]) -> float:
     layers = sum(seconds for name, seconds in checks.items() if name != "lm_head")
     return spec.num_layers * layers + checks["lm_head"]
 
 
-def _products(spec: ModelSpec, rows: int, runs: int) -> dict[str, float]:
+def _products(spec: ModelConfig, rows: int, runs: int) -> dict[str, float]:
     """x'·Wqᵀ mod p of the widest group beside the same product in bfloat16, which both read their weights anew."""
     shape = linear_groups(spec)["gate_up"]
     size = shape.out_features * shape.in_features

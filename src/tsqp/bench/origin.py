@@ -34,7 +34,7 @@ from tsqp.bench.progress import watched
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.dtype import DtypeName
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.model.rotary import inverse_frequencies
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import total
@@ -43,12 +43,12 @@ from tsqp.wire.transport import new_ipc_address
 MIB = 2**20
 
 
-def origin_calls(spec: ModelSpec) -> int:
+def origin_calls(spec: ModelConfig) -> int:
     """Calls of one pass."""
     return 6 * spec.num_layers + 2
 
 
-def origin_traffic(spec: ModelSpec, tokens: int) -> tuple[int, int]:
+def origin_traffic(spec: ModelConfig, tokens: int) -> tuple[int, int]:
     """Bytes of the tensors sent and received in one pass over ``tokens``, without the messages around them."""
     hidden, inner, heads = tokens * spec.hidden_size, tokens * spec.intermediate_size, tokens * spec.q_size
     scores = spec.num_heads * tokens * tokens

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
 from tsqp.bench.machine import cores, machine
@@ -95,11 +95,11 @@ def _open_modes(
         announce(llm, console)
         return llm
 
-    bare = replace(plain, protection="open", dtype="bfloat16", guard=GuardOptions())
+    bare = replace(plain, protection="open", dtype="bfloat16", guard=GuardConfig())
     modes: dict[str, Peer] = {"open": Ours(opened(bare))}
     if wanted == {"open"}:
         return modes
-    verified = replace(plain, protection="verified", worker=field_worker(), guard=GuardOptions(checks=run.guard.checks))
+    verified = replace(plain, protection="verified", worker=field_worker(), guard=GuardConfig(checks=run.guard.checks))
     masked = with_pads(replace(verified, protection="masked"), work.tokens + work.steps)
     if "verified" in wanted:
         modes["verified"] = Ours(opened(verified))
@@ -109,7 +109,7 @@ def _open_modes(
         modes |= {name: peer for name, peer in both.items() if name in wanted}
     if "masked_dealer" in wanted:
         source = f"dealer={field_worker()}"
-        dealt = GuardOptions(run.guard.checks, pad_source=source, dealer_no_separation=True, pads_ahead=0)
+        dealt = GuardConfig(run.guard.checks, pad_source=source, dealer_no_separation=True, pads_ahead=0)
         modes["masked_dealer"] = Ours(opened(replace(masked, guard=dealt)))
     return modes
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
@@ -89,7 +89,7 @@ def _open_peer(name: PeerName, run: RunOptions, device: str, stack: ExitStack) -
         return None
     if name == "ours":
         plain = replace(run, worker=None, partition="linear", dtype="bfloat16", wire_dtype=None, compile=False)
-        plain = replace(plain, protection="open", guard=GuardOptions())
+        plain = replace(plain, protection="open", guard=GuardConfig())
         return Ours(stack.enter_context(open_llm(plain)))
     return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.dtype))], device)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, tensor_shapes
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import CorruptCheckpoint
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Checkpoint(ABC):
     Q and K rows in the half-rotation order of transformers.
     """
 
-    def __init__(self, spec: ModelSpec, where: str) -> None:
+    def __init__(self, spec: ModelConfig, where: str) -> None:
         self.spec = spec
         self.shapes = tensor_shapes(spec)  # of every tensor, by name
         self._where = where

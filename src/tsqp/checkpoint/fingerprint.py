@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +31,12 @@ class RawTensor:
     data: NDArray[np.uint8]
 
 
-def spec_json(spec: ModelSpec) -> bytes:
+def spec_json(spec: ModelConfig) -> bytes:
     """The canonical JSON of a spec."""
     return json.dumps(asdict(spec), sort_keys=True, separators=(",", ":")).encode()
 
 
-def fingerprint(spec: ModelSpec, tensors: Iterable[RawTensor]) -> str:
+def fingerprint(spec: ModelConfig, tensors: Iterable[RawTensor]) -> str:
     """SHA-256 as 64 hex digits over the spec and, by name, over each tensor's dtype, shape and samples.
 
     The samples are 4 KiB from the beginning, the middle and the end. How tensors are spread over files plays no part.

@@ -1,4 +1,4 @@
-"""GGUF metadata to a ModelSpec."""
+"""GGUF metadata to a ModelConfig."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.shapes import check_layers
-from tsqp.config.model import Architecture, ModelSpec, RopeSpec
+from tsqp.config.model import Architecture, ModelConfig, RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def spec_from_gguf(file: GgufFile) -> ModelSpec:
+def spec_from_gguf(file: GgufFile) -> ModelConfig:
     """The shape that a GGUF file describes.
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for missing metadata.
@@ -42,7 +42,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         # none, which differs beyond its length only.
         architecture = "mistral"
     qkv_bias, o_bias, mlp_bias = _biases(file, architecture)
-    return ModelSpec(
+    return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
         intermediate_size=_positive(file, f"{name}.feed_forward_length"),
@@ -63,7 +63,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     )
 
 
-def llama3_factors(rope: RopeSpec, head_dim: int) -> list[float]:
+def llama3_factors(rope: RopeConfig, head_dim: int) -> list[float]:
     """The divisor of each of the head_dim/2 rotary frequencies under Llama 3.1's scaling, which GGUF stores."""
     factors = []
     for i in range(head_dim // 2):
@@ -111,7 +111,7 @@ def _biases(file: GgufFile, architecture: Architecture) -> tuple[bool, bool, boo
             return attention, attention, False
 
 
-def _rope(file: GgufFile, name: str, head_dim: int) -> RopeSpec:
+def _rope(file: GgufFile, name: str, head_dim: int) -> RopeConfig:
     theta = file.number(f"{name}.rope.freq_base", 10_000.0)
     if theta <= 0:
         raise CorruptCheckpoint(f"{file.path}: {name}.rope.freq_base must be positive, not {theta}")
@@ -125,10 +125,10 @@ def _rope(file: GgufFile, name: str, head_dim: int) -> RopeSpec:
         return _llama3_rope(file, name, theta, head_dim)
     if kind == "linear" and factor <= 0:
         raise CorruptCheckpoint(f"{file.path}: {name}.rope.scaling.factor must be positive, not {factor}")
-    return RopeSpec(theta, "linear", factor) if kind == "linear" else RopeSpec(theta)
+    return RopeConfig(theta, "linear", factor) if kind == "linear" else RopeConfig(theta)
 
 
-def _llama3_rope(file: GgufFile, name: str, theta: float, head_dim: int) -> RopeSpec:
+def _llama3_rope(file: GgufFile, name: str, theta: float, head_dim: int) -> RopeConfig:
     """Llama 3.1's scaling, which GGUF holds as its result: one divisor for each frequency.
 
     The parameters are taken to be Meta's (low 1, high 4, 8,192 positions) with the largest divisor as the factor, and
@@ -138,9 +138,9 @@ def _llama3_rope(file: GgufFile, name: str, theta: float, head_dim: int) -> Rope
     if not all(0 < value < math.inf for value in stored):
         raise CorruptCheckpoint(f"{file.path}: the factors in {ROPE_FACTORS} must be positive numbers")
     if all(value == 1.0 for value in stored):
-        return RopeSpec(theta)
+        return RopeConfig(theta)
     original = file.integer(f"{name}.rope.scaling.original_context_length", 8192)
-    rope = RopeSpec(theta, "llama3", round(max(stored), 4), original_max_positions=original)
+    rope = RopeConfig(theta, "llama3", round(max(stored), 4), original_max_positions=original)
     derived = llama3_factors(rope, head_dim)
     same = len(derived) == len(stored) and all(
         math.isclose(a, b, rel_tol=1e-4) for a, b in zip(derived, stored, strict=True)

@@ -1,11 +1,11 @@
-"""``config.json`` to and from a ModelSpec.
+"""``config.json`` to and from a ModelConfig.
 
 A key that is absent takes the default of transformers' own configuration class for the family, as transformers would
 give it; the five sizes without which no model is meant have none. Both spellings are read: ``rope_theta`` with
 ``rope_scaling``, and ``rope_parameters`` of transformers 5.
 
 A window of W lets the query at position i attend to keys j with i − W < j ≤ i, so W positions, itself included: that
-is transformers' mask (``kv_idx > q_idx - sliding_window``, and causal) and the meaning of ``ModelSpec.windows``.
+is transformers' mask (``kv_idx > q_idx - sliding_window``, and causal) and the meaning of ``ModelConfig.windows``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tsqp.checkpoint.shapes import check_layers
-from tsqp.config.model import ARCHITECTURES, Architecture, ModelSpec, RopeSpec
+from tsqp.config.model import ARCHITECTURES, Architecture, ModelConfig, RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 CAUSAL_LM_CLASSES: dict[Architecture, str] = {
@@ -89,7 +89,7 @@ class _Keys:
         return value
 
 
-def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The shape that a ``config.json`` describes; ``where`` names it in errors.
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for a missing or invalid key.
@@ -110,7 +110,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         raise CorruptCheckpoint(f"{where}: head_dim must be even for rotary embeddings, not {head_dim}")
     max_positions = keys.size("max_position_embeddings", defaults.max_positions)
     qkv_bias, o_bias, mlp_bias = _biases(architecture, keys)
-    return ModelSpec(
+    return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
         intermediate_size=keys.size("intermediate_size"),
@@ -131,7 +131,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     )
 
 
-def config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+def config_from_spec(spec: ModelConfig, dtype: str) -> dict[str, Any]:
     """A ``config.json`` that both ``spec_from_config`` and transformers read back as ``spec``."""
     config: dict[str, Any] = {
         "architectures": [CAUSAL_LM_CLASSES[spec.architecture]],
@@ -202,7 +202,7 @@ def _biases(architecture: Architecture, keys: _Keys) -> tuple[bool, bool, bool]:
             return attention, attention, False
 
 
-def _rope(config: Mapping[str, Any], max_positions: int, where: str) -> RopeSpec:
+def _rope(config: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
     # The order of transformers 5: a rope_scaling that is not empty wins over rope_parameters.
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
@@ -217,19 +217,19 @@ def _rope(config: Mapping[str, Any], max_positions: int, where: str) -> RopeSpec
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     match kind:
         case "default":
-            return RopeSpec(theta_value)
+            return RopeConfig(theta_value)
         case "linear":
-            return RopeSpec(theta_value, "linear", keys.number("factor"))
+            return RopeConfig(theta_value, "linear", keys.number("factor"))
         case "llama3":
             low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
             if high <= low:
                 raise CorruptCheckpoint(f"{where} (rope): high_freq_factor must be above low_freq_factor")
             original = keys.size("original_max_position_embeddings", max_positions)
-            return RopeSpec(theta_value, "llama3", keys.number("factor"), low, high, original)
+            return RopeConfig(theta_value, "llama3", keys.number("factor"), low, high, original)
     raise UnsupportedModel(f"{where}: rope type {kind!r} is not implemented; supported are default, linear, llama3")
 
 
-def _rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
+def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
     match rope.kind:
         case "default":
             return None

@@ -14,7 +14,7 @@ from tsqp.checkpoint.hf_config import spec_from_config
 from tsqp.checkpoint.hf_text import read_text_format
 from tsqp.checkpoint.json_object import read_json_object
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes, tensor_shapes
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
         return not torch.equal(self._read(LM_HEAD), self._read(EMBEDDING))
 
-    def _check_headers(self, spec: ModelSpec) -> None:
+    def _check_headers(self, spec: ModelConfig) -> None:
         """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the spec asks for."""
         shapes = tensor_shapes(spec)
         stored: dict[str, tuple[int, ...]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from tsqp.config.groups import LAYER_GROUPS, linear_groups, part_tensor
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -14,7 +14,7 @@ FINAL_NORM = "model.norm.weight"
 MAX_LAYERS = 1024  # the largest models have some 130; a damaged number must not keep anyone busy
 
 
-def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(spec: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model by its Hugging Face name, matrices as (out, in); no LM head when it is tied."""
     hidden = (spec.hidden_size,)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size), FINAL_NORM: hidden}

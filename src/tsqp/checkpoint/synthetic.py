@@ -16,7 +16,7 @@ import numpy as np
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import spec_json
-from tsqp.config.model import ModelSpec, RopeSpec
+from tsqp.config.model import ModelConfig, RopeConfig
 from tsqp.errors import CheckpointNotFound
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def _llama(
     heads: tuple[int, int],
     vocab: int,
     positions: int,
-    rope: RopeSpec,
+    rope: RopeConfig,
     tied: bool,
-) -> ModelSpec:
-    return ModelSpec(
+) -> ModelConfig:
+    return ModelConfig(
         architecture="llama",
         hidden_size=hidden,
         intermediate_size=inner,
@@ -53,7 +53,7 @@ def _llama(
     )
 
 
-SHAPES: dict[str, ModelSpec] = {
+SHAPES: dict[str, ModelConfig] = {
     "llama-3.2-1b": _llama(
         hidden=2048,
         inner=8192,
@@ -61,7 +61,7 @@ SHAPES: dict[str, ModelSpec] = {
         heads=(32, 8),
         vocab=128_256,
         positions=131_072,
-        rope=RopeSpec(500_000.0, "llama3", factor=32.0),
+        rope=RopeConfig(500_000.0, "llama3", factor=32.0),
         tied=True,
     ),
     "llama-3.1-8b": _llama(
@@ -71,7 +71,7 @@ SHAPES: dict[str, ModelSpec] = {
         heads=(32, 8),
         vocab=128_256,
         positions=131_072,
-        rope=RopeSpec(500_000.0, "llama3", factor=8.0),
+        rope=RopeConfig(500_000.0, "llama3", factor=8.0),
         tied=False,
     ),
     "tinyllama-1.1b": _llama(
@@ -81,7 +81,7 @@ SHAPES: dict[str, ModelSpec] = {
         heads=(32, 4),
         vocab=32_000,
         positions=2048,
-        rope=RopeSpec(10_000.0),
+        rope=RopeConfig(10_000.0),
         tied=False,
     ),
     "smollm2-135m": _llama(
@@ -91,7 +91,7 @@ SHAPES: dict[str, ModelSpec] = {
         heads=(9, 3),
         vocab=49_152,
         positions=8192,
-        rope=RopeSpec(100_000.0),
+        rope=RopeConfig(100_000.0),
         tied=True,
     ),
     "tiny": _llama(
@@ -101,7 +101,7 @@ SHAPES: dict[str, ModelSpec] = {
         heads=(4, 2),
         vocab=512,
         positions=2048,
-        rope=RopeSpec(10_000.0),
+        rope=RopeConfig(10_000.0),
         tied=True,
     ),
 }

@@ -107,7 +107,7 @@ def capture_run(
     ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: str, threads: int
 ) -> Captured:
     """All that was sent while a prompt was answered; ``masked`` takes its pads from a dealer that is started here."""
-    from tsqp.api.guard_config import DEALER, GuardOptions
+    from tsqp.api.guard_config import DEALER, GuardConfig
     from tsqp.api.llm import LLM
     from tsqp.audit.capture import Capture, Captured
     from tsqp.launch.local import LocalWorker
@@ -119,7 +119,7 @@ def capture_run(
         guard = None
         if captured.dealer is not None:
             own = stack.enter_context(LocalWorker(model, device="cpu", dtype="field", threads=threads))
-            guard = GuardOptions(pad_source=f"{DEALER}{own.wait_ready()}", dealer_no_separation=True)
+            guard = GuardConfig(pad_source=f"{DEALER}{own.wait_ready()}", dealer_no_separation=True)
         llm = stack.enter_context(
             LLM(
                 model,

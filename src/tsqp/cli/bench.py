@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.cli.bench_options import BenchOptions, PeerName, TransportName
@@ -160,7 +160,7 @@ def private(
     from tsqp.bench.private import bench_private
     from tsqp.bench.workload import Workload
 
-    run = RunOptions(model, guard=GuardOptions(checks), device=device, threads=threads)
+    run = RunOptions(model, guard=GuardConfig(checks), device=device, threads=threads)
     result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
     _finish(result, options, console, results)
 
@@ -181,7 +181,7 @@ def guard(
     from tsqp.bench.guard import bench_guard
     from tsqp.bench.workload import Workload
 
-    run = RunOptions(model, guard=GuardOptions(checks), threads=threads)
+    run = RunOptions(model, guard=GuardConfig(checks), threads=threads)
     result = bench_guard(run, Workload(tokens, 0, options.runs), console)
     _finish(result, options, console, results)
 

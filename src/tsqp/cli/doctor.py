@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
@@ -44,7 +44,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Diagnosis:
     """Everything that was looked at."""
 
     all: tuple[Finding, ...]
@@ -58,7 +58,7 @@ class Findings:
         return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.all]}
 
 
-def examine() -> Findings:
+def examine() -> Diagnosis:
     """Look at everything. Never raises for what it finds."""
     looks: dict[str, Callable[[], tuple[State, str]]] = {
         "TEE": _tee,
@@ -76,10 +76,10 @@ def examine() -> Findings:
         "versions": lambda: ("ok", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
         "platform": lambda: ("ok", f"Python {platform.python_version()}, {platform.platform()}"),
     }
-    return Findings(tuple(_finding(what, look) for what, look in looks.items()))
+    return Diagnosis(tuple(_finding(what, look) for what, look in looks.items()))
 
 
-def print_findings(findings: Findings) -> None:
+def print_findings(findings: Diagnosis) -> None:
     """One row for each finding."""
     table = Table(show_header=False, box=None)
     for finding in findings.all:
@@ -142,7 +142,7 @@ def _exact_products() -> tuple[State, str]:
 
 def _pad_memory() -> tuple[State, str]:
     """What ``masked`` keeps ready by default, at the 1B shape."""
-    allowed, ahead = GuardOptions().pad_memory, GuardOptions().pads_ahead
+    allowed, ahead = GuardConfig().pad_memory, GuardConfig().pads_ahead
     free, wanted = _available_bytes(), pool_bytes(SHAPES["llama-3.2-1b"], ahead)
     state: State = "ok" if free is None or free > allowed else "note"
     known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"

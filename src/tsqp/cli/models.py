@@ -11,7 +11,7 @@ from tsqp.checkpoint.default import default_directory, fetch_default
 from tsqp.checkpoint.hub import download_from_hub
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.config.groups import linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.config.partition import PARTITIONS
 from tsqp.errors import OptionError
 
@@ -74,7 +74,7 @@ def _digest(checkpoint: Checkpoint) -> str:
     return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False).digest
 
 
-def parameters(spec: ModelSpec) -> int:
+def parameters(spec: ModelConfig) -> int:
     """The number of weights, norms included, a tied embedding once."""
     groups = linear_groups(spec)
     weights = {name: group.out_features * (group.in_features + group.bias) for name, group in groups.items()}

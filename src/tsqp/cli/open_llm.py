@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.cli.options import RunOptions
 from tsqp.config.protection import PROTECTIONS
 from tsqp.errors import OptionError
@@ -50,7 +50,7 @@ def open_llm(options: RunOptions) -> LLM:
         )
 
 
-def _state_mode(guard: GuardOptions, plan: Plan) -> None:
+def _state_mode(guard: GuardConfig, plan: Plan) -> None:
     """One line on standard error: what the worker may learn; one more where a dealer could collude with it."""
     from rich.console import Console
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Argument, ArgumentCollection, Parameter, Token
 
 from tsqp.api import guard_config as guard_options
-from tsqp.api.guard_config import DEALER, GuardOptions
+from tsqp.api.guard_config import DEALER, GuardConfig
 from tsqp.cli.help_groups import CONNECTION, MODEL, OUTPUT, PRIVACY, SAMPLING
 from tsqp.config.dtype import PLAIN_DTYPES, AskedDtype, AskedWorkerDtype, WireDtype
 from tsqp.config.partition import PARTITIONS
@@ -159,7 +159,7 @@ class RunOptions:
         ProtectionName,
         Parameter(env_var="TSQP_PROTECTION", group=PRIVACY, help=PROTECTION_HELP),
     ] = "masked"
-    guard: GuardOptions = GuardOptions()
+    guard: GuardConfig = GuardConfig()
     partition: Annotated[
         PartitionName, Parameter(env_var="TSQP_PARTITION", help="Which operators run on the worker.")
     ] = "linear"

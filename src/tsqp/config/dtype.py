@@ -25,7 +25,7 @@ PLAIN_DTYPES: tuple[PlainDtype, ...] = get_args(PlainDtype)
 AskedDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 AskedWorkerDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "field"]
 
-# What float payloads cross the line as: int8 is rows of digits, each with one float32 scale.
+# What float payloads cross the line as: int8 is rows of 8-bit integers, each with one float32 scale.
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 SCALE_BYTES = 4

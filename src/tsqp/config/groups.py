@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 
 GroupName = Literal["qkv", "o", "gate_up", "down", "lm_head"]
 GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
@@ -37,7 +37,7 @@ class LinearGroup:
         return start, start + self.parts[part][1]
 
 
-def linear_groups(spec: ModelSpec) -> dict[GroupName, LinearGroup]:
+def linear_groups(spec: ModelConfig) -> dict[GroupName, LinearGroup]:
     """The five linear groups of a model, by name."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.q_size, spec.kv_size
@@ -61,7 +61,7 @@ def part_tensor(layer: int | None, part: str, kind: str) -> str:
     return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"
 
 
-def group_keys(spec: ModelSpec) -> list[GroupKey]:
+def group_keys(spec: ModelConfig) -> list[GroupKey]:
     """Every linear group of a model, layer by layer, the LM head last."""
     keys: list[GroupKey] = [(name, layer) for layer in range(spec.num_layers) for name in LAYER_GROUPS]
     return [*keys, ("lm_head", None)]

@@ -10,7 +10,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class RopeSpec:
+class RopeConfig:
     """Rotary embedding: base frequency and its scaling.
 
     ``kind`` is ``default`` (none), ``linear`` (positions divided by ``factor``) or ``llama3`` (low frequencies
@@ -26,7 +26,7 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelConfig:
     """Everything the decoder must know about a model besides its weights.
 
     ``windows`` has one entry per layer: the number of positions a token attends to, itself included, or None for
@@ -43,7 +43,7 @@ class ModelSpec:
     vocab_size: int
     max_positions: int
     rms_norm_eps: float
-    rope: RopeSpec
+    rope: RopeConfig
     windows: tuple[int | None, ...]
     qkv_bias: bool = False
     o_bias: bool = False

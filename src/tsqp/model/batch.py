@@ -15,7 +15,7 @@ C = TypeVar("C", bound=Positions)
 
 
 @dataclass(frozen=True)
-class Span(Generic[C]):
+class SequenceRows(Generic[C]):
     """Consecutive new positions of one sequence within the flat rows of a chunk.
 
     Rows ``first`` to ``first + rows`` of the chunk are positions ``position`` onwards; ``last`` tells that the
@@ -43,7 +43,7 @@ class Chunk(Generic[C]):
     """A bounded number of flat rows that cross the layers together. ``offset`` is its first row in the batch."""
 
     offset: int
-    spans: tuple[Span[C], ...]
+    spans: tuple[SequenceRows[C], ...]
 
     @property
     def rows(self) -> int:
@@ -67,7 +67,7 @@ class Chunk(Generic[C]):
             low, high = max(first, span.first), min(end, span.first + span.rows)
             if low < high:
                 last = span.last and high == span.first + span.rows
-                spans.append(Span(span.cache, span.position + low - span.first, low - first, high - low, last))
+                spans.append(SequenceRows(span.cache, span.position + low - span.first, low - first, high - low, last))
         return Chunk(self.offset + first, tuple(spans))
 
     def positions(self) -> torch.Tensor:
@@ -98,14 +98,14 @@ class Batch(Generic[C]):
 
     def chunks(self, max_rows: int) -> Iterator[Chunk[C]]:
         """The batch in chunks of at most ``max_rows`` rows, in causal order."""
-        spans: list[Span[C]] = []
+        spans: list[SequenceRows[C]] = []
         offset = filled = 0
         for tokens, cache in zip(self.tokens, self.caches, strict=True):
             done = 0
             while done < len(tokens):
                 rows = min(len(tokens) - done, max_rows - filled)
                 last = done + rows == len(tokens)
-                spans.append(Span(cache, cache.length + done, filled, rows, last))
+                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last))
                 done += rows
                 filled += rows
                 if filled == max_rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
 
@@ -27,7 +27,7 @@ class KVCache(Positions):
     then calls ``advance``.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, spec: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self._max_positions = spec.max_positions
         empty = torch.empty(spec.num_kv_heads, 0, spec.head_dim, dtype=dtype, device=device)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
 from tsqp.model.cache import KVCache
 from tsqp.model.kernels import Kernels
 from tsqp.model.meter import Meter
 from tsqp.model.operators import Attention, Linears
-from tsqp.model.pending import TURN, Steps
+from tsqp.model.pending import CACHE_BARRIER, Steps
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,10 +59,10 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderLayers:
     """The layers of one model: the same code for each, its weights by index."""
 
-    spec: ModelSpec
+    spec: ModelConfig
     norms: Norms
     linears: Linears
     attention: Attention
@@ -79,7 +79,7 @@ class Block:
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, norms.attention, eps, x)
         qkv = yield self.linears.start(("qkv", layer), x)
-        yield TURN  # earlier rows of a sequence may be another computation's: their keys must be there first
+        yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys must be there first
         mixed = self.linears.input(("o", layer), rows)
         yield from self._attend(layer, qkv, chunk, tables, mixed)
         del qkv  # a product may lie in memory that is needed again

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tsqp.config.groups import GroupKey
 from tsqp.model.attention import attend, first_visible
-from tsqp.model.batch import Span
+from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.linear import LinearProduct
 from tsqp.model.meter import CallKind, Meter
@@ -62,7 +62,7 @@ class LocalAttention:
         self._windows = windows
         self._meter = meter
 
-    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         window = self._windows[layer]
         first = first_visible(span.position, window)
         k, v = span.cache.view(layer, first, span.end)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from tsqp.config.groups import GroupKey
-from tsqp.model.batch import Span
+from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.pending import Pending, Steps
 
@@ -36,5 +36,5 @@ class Embedding(Protocol):
 class Attention(Protocol):
     """Causal attention of one sequence's rows over its cache."""
 
-    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         """q (heads, T, head_dim) of the span's rows to out (T, heads, head_dim); the cache already holds their keys."""

@@ -51,40 +51,42 @@ class Joined:
         return torch.cat([part.wait() for part in self._parts], dim=-1)
 
 
-class Turn:
+class CacheBarrier:
     """Not a product: a place that computations under way together pass in their order; see ``interleaved``."""
 
     def wait(self) -> torch.Tensor:
         return _NOTHING
 
 
-TURN = Turn()
+CACHE_BARRIER = CacheBarrier()
 _NOTHING = torch.empty(0)
 
 
 def interleaved(parts: Sequence[Steps[None]]) -> Steps[None]:
     """Several computations as one: each runs while the others wait for their products.
 
-    They go round, one product each. None passes its n-th ``TURN`` before the one in front of it has: what a part reads
-    after a turn, the parts in front of it have written at theirs.
+    They go round, one product each. None passes its n-th ``CACHE_BARRIER`` before the one in front of it has: what a
+    part reads behind a barrier, the parts in front of it have written before theirs.
     """
     under_way = [_Part(steps) for steps in parts]
     while any(part.pending is not None for part in under_way):
         for index, part in enumerate(under_way):
-            if part.pending is not None and part.pending is not TURN:
+            if part.pending is not None and part.pending is not CACHE_BARRIER:
                 part.go_on((yield part.pending))
             front = under_way[index - 1] if index else None
-            while part.pending is TURN and (front is None or front.pending is None or front.turns > part.turns):
-                part.turns += 1
+            while part.pending is CACHE_BARRIER and (
+                front is None or front.pending is None or front.barriers > part.barriers
+            ):
+                part.barriers += 1
                 part.go_on(_NOTHING)
 
 
 class _Part:
-    """One of several computations: what it waits for, None at its end, and how many turns it has passed."""
+    """One of several computations: what it waits for, None at its end, and how many barriers it has passed."""
 
     def __init__(self, steps: Steps[None]) -> None:
         self._steps = steps
-        self.turns = 0
+        self.barriers = 0
         self.pending: Pending | None = next(steps, None)
 
     def go_on(self, product: torch.Tensor) -> None:

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from tsqp.config.model import RopeSpec
+from tsqp.config.model import RopeConfig
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """Angles per position, float32 (head_dim / 2,), with the scaling of ``rope`` applied."""
     base = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if rope.kind == "linear":
@@ -19,7 +19,7 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     return base
 
 
-def _llama3(base: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+def _llama3(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """Llama 3.1: wavelengths past the old context are stretched by ``factor``, short ones kept, a ramp between."""
     wavelength = 2 * math.pi / base
     longest = rope.original_max_positions / rope.low_freq_factor
@@ -35,7 +35,7 @@ def _llama3(base: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
 class Rotary:
     """Cosine and sine tables for every position of the context, in the compute dtype."""
 
-    def __init__(self, rope: RopeSpec, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self._inverse = inverse_frequencies(rope, head_dim).to(device)
         self._dtype = dtype
 

@@ -13,7 +13,7 @@ from tsqp.model.local import call_kind
 from tsqp.model.meter import CallKind
 from tsqp.model.operators import Linears
 from tsqp.model.pending import Pending
-from tsqp.trusted.guard.pool import PadPool, Piece
+from tsqp.trusted.guard.pool import PadPool, PadSlice
 from tsqp.trusted.guard.sources import PadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.stats import Stats
@@ -26,11 +26,11 @@ class MeteredPool(PadPool):
         super().__init__(groups, source, wait=wait)
         self._stats = stats
 
-    def supply(self, key: GroupKey, pieces: Sequence[Piece]) -> None:
-        if all(piece.block is None or piece.block.supplied for piece in pieces):
+    def supply(self, key: GroupKey, slices: Sequence[PadSlice]) -> None:
+        if all(one.block is None or one.block.supplied for one in slices):
             return
         with self._stats.operator("pads"):
-            super().supply(key, pieces)
+            super().supply(key, slices)
 
 
 class MeteredLinears:

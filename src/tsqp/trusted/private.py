@@ -21,8 +21,8 @@ from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.trusted.filler import PadFiller
-from tsqp.trusted.guard.kernels import accept, fold, send
-from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.kernels import project, quantise_and_mask, verify_and_unmask
+from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.remote.session import WorkerSession
 
@@ -43,7 +43,7 @@ class PrivateModel:
 class Guard:
     """The guard of one run: what it has done, and its pads. ``filler`` and ``dealer`` are None where there is none."""
 
-    linears: VerifiedLinears
+    linears: CheckedLinears
     check_vectors: int
     model_digest: str
     filler: PadFiller | None
@@ -133,9 +133,9 @@ def compile_loops(*, masked: bool) -> None:
     ones, verdicts = np.ones(8, np.float32), np.zeros(2, np.uint8)
     pads = wide.copy() if masked else np.zeros((2, 0), np.uint32)
     line = np.frombuffer(bytearray(16 * np.dtype(item).itemsize), item).reshape(2, 8)
-    send(like.numpy(), np.float32(1), wide[:1], masked, pads, line, ones[:2], narrow, verdicts, 0, 2)
-    accept(wide.copy(), wide[:1], narrow, masked, pads, ones[:2], ones, ones, like.numpy(), verdicts, 0, 2)
+    quantise_and_mask(like.numpy(), np.float32(1), wide[:1], masked, pads, line, ones[:2], narrow, verdicts, 0, 2)
+    verify_and_unmask(wide.copy(), wide[:1], narrow, masked, pads, ones[:2], ones, ones, like.numpy(), verdicts, 0, 2)
     if masked:
-        fold(wide, wide[:1], narrow, 0, 2)
+        project(wide, wide[:1], narrow, 0, 2)
         weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any
         weights.product(torch.zeros(2, 8, dtype=torch.int32), 4, out=torch.zeros(2, 16, dtype=torch.int32)[:, :8])

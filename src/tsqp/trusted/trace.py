@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 Track = Literal["pass", "operator", "line", "call"]
 
 
-class Span(NamedTuple):
+class TraceSpan(NamedTuple):
     """One stretch of time, in seconds of ``time.perf_counter``."""
 
     track: Track
@@ -23,8 +23,8 @@ class Trace:
     """What happened, in the order it ended. Grows by a few hundred bytes per span, a few hundred spans per pass."""
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
+        self.spans: list[TraceSpan] = []
 
     def add(self, track: Track, name: str, start_s: float, end_s: float, **details: Any) -> None:
         """Record one span that has ended."""
-        self.spans.append(Span(track, name, start_s, end_s, details))
+        self.spans.append(TraceSpan(track, name, start_s, end_s, details))

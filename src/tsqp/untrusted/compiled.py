@@ -82,7 +82,7 @@ class CompiledInt8:
             out = torch.empty(x.shape[0], end - first, dtype=linear.dtype, device=x.device)
         bias = None if linear.bias is None else linear.bias[first:end]
         own = slice(first, end)
-        self.run(x, linear.digits[own], linear.scales[own], linear.offsets[own], bias, linear.kernel, out)
+        self.run(x, linear.wq[own], linear.scales[own], linear.offsets[own], bias, linear.kernel, out)
         return out
 
 

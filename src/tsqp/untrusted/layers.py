@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tsqp.errors import ProtocolError
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import Block, RotaryTables
+from tsqp.model.decoder_layers import DecoderLayers, RotaryTables
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalAttention, LocalLinears
 from tsqp.model.meter import Unmetered
@@ -47,7 +47,7 @@ class LayerState:
         self._caches: dict[int, KVCache] = {}
         self._passes: dict[int, _Pass] = {}
         self._rotary = Rotary(spec.rope, spec.head_dim, dtype, device)
-        self._block = Block(
+        self._block = DecoderLayers(
             spec,
             weights.norms,
             LocalLinears(weights.groups, Unmetered()),

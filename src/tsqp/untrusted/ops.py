@@ -13,7 +13,18 @@ from tsqp.model.attention import score_product, value_product
 from tsqp.untrusted.layers import LayerState
 from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.wire.channel import MAX_FRAME_BYTES
-from tsqp.wire.messages import Begin, Call, Deal, Embed, Finish, Layer, Linear, Mix, Product, Scores
+from tsqp.wire.messages import (
+    AttentionScores,
+    AttentionValues,
+    Begin,
+    Call,
+    Embed,
+    Finish,
+    Layer,
+    Linear,
+    MultiplyPads,
+    Product,
+)
 from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
 
 
@@ -45,9 +56,9 @@ class Operators:
                     product = self._linear(call, payloads, out)
                 case Embed():
                     product = self._embed(call, payloads)
-                case Scores():
+                case AttentionScores():
                     product = self._scores(call, payloads, out)
-                case Mix():
+                case AttentionValues():
                     product = self._mix(call, payloads, out)
                 case Begin():
                     (payload,) = exactly(1, payloads)
@@ -60,7 +71,7 @@ class Operators:
                 case Finish():
                     self._place(None, (self._layers.rows_of(call), self._weights.spec.vocab_size))  # its size, first
                     product = self._layers.finish(call)
-                case Product() | Deal():
+                case Product() | MultiplyPads():
                     raise ProtocolError("products mod p are of the field path, and this connection asked for another")
             return self._payload(product, out)
 
@@ -86,7 +97,7 @@ class Operators:
             raise ProtocolError("a token id is outside of the vocabulary")
         return tokens
 
-    def _scores(self, call: Scores, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
+    def _scores(self, call: AttentionScores, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
         q, k = exactly(2, payloads)
         spec = self._weights.spec
         return score_product(
@@ -95,7 +106,7 @@ class Operators:
             out=self._place(out, (spec.num_heads, call.rows, call.keys)),
         )
 
-    def _mix(self, call: Mix, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
+    def _mix(self, call: AttentionValues, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
         p, v = exactly(2, payloads)
         spec = self._weights.spec
         return value_product(

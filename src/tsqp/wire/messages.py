@@ -15,7 +15,7 @@ from msgspec import Meta
 from tsqp.config.dtype import ComputeDtype, NumericPath, WireDtype
 from tsqp.config.groups import GroupName
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 CallId = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -98,7 +98,7 @@ class Product(Message, frozen=True, tag="product"):
     digits: Literal[2, 4]
 
 
-class Deal(Message, frozen=True, tag="deal"):
+class MultiplyPads(Message, frozen=True, tag="multiply_pads"):
     """Field path, to a dealer: r Wqᵀ mod p for blocks of pads. One payload: a key of 32 bytes for each block.
 
     Each key is expanded to r (16, in_features), see ``tsqp.arith.expand``. Reply: uint32 (16 · blocks, out_features).
@@ -117,7 +117,7 @@ class Embed(Message, frozen=True, tag="embed"):
     rows: Count
 
 
-class Scores(Message, frozen=True, tag="scores"):
+class AttentionScores(Message, frozen=True, tag="attention_scores"):
     """Q·Kᵀ. Payloads q: (num_heads, rows, head_dim), k: (num_kv_heads, keys, head_dim).
 
     Reply: (num_heads, rows, keys).
@@ -128,7 +128,7 @@ class Scores(Message, frozen=True, tag="scores"):
     keys: Count
 
 
-class Mix(Message, frozen=True, tag="mix"):
+class AttentionValues(Message, frozen=True, tag="attention_values"):
     """probabilities·V. Payloads p: (num_heads, rows, keys), v: (num_kv_heads, keys, head_dim).
 
     Reply: (num_heads, rows, head_dim).
@@ -197,7 +197,7 @@ class Failed(Message, frozen=True, tag="failed"):
     reason: Reason
 
 
-Call = Linear | Product | Deal | Embed | Scores | Mix | Begin | Layer | Finish
+Call = Linear | Product | MultiplyPads | Embed | AttentionScores | AttentionValues | Begin | Layer | Finish
 ToWorker = Hello | Call
 Handshake = Welcome | Refused
 Reply = Done | Failed

@@ -76,7 +76,7 @@ class PlainFormat:
 
 
 class Int8Format:
-    """Rows along the last dimension as ``tsqp.arith.quantise`` makes them: all scales float32, then all digits int8."""
+    """Rows along the last dimension as ``tsqp.arith.quantise`` makes them: all scales float32, then all values int8."""
 
     dtype = None
 
@@ -84,25 +84,25 @@ class Int8Format:
         return payload_bytes("int8", shape)
 
     def write(self, tensor: torch.Tensor, place: memoryview) -> None:
-        scales, digits = self._parts(place, tuple(tensor.shape))
-        quantised = quantise_rows(tensor.reshape(digits.shape))
+        scales, values = self._parts(place, tuple(tensor.shape))
+        quantised = quantise_rows(tensor.reshape(values.shape))
         scales.copy_(quantised.scales.view(torch.uint8))  # as bytes: wherever the payload lies
-        digits.copy_(quantised.digits)
+        values.copy_(quantised.values)
 
     def read(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if not math.prod(shape):  # the reply to a call without a product
             return torch.empty(shape, dtype=dtype)
-        scale_bytes, digits = self._parts(payload, shape)
+        scale_bytes, values = self._parts(payload, shape)
         scales = scale_bytes.clone().view(torch.float32).unsqueeze(1)  # in memory of its own it is aligned
-        tensor = torch.empty(digits.shape, dtype=dtype)
+        tensor = torch.empty(values.shape, dtype=dtype)
         step = max(1, BLOCK_ELEMENTS // shape[-1])
         for first in range(0, len(tensor), step):
             rows = slice(first, first + step)
-            tensor[rows] = digits[rows] * scales[rows]
+            tensor[rows] = values[rows] * scales[rows]
         return tensor.view(shape)
 
     def _parts(self, payload: memoryview, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scales' bytes, uint8 (4·rows,), and the digits, int8 (rows, n): both alias the payload."""
+        """The scales' bytes, uint8 (4·rows,), and the values, int8 (rows, n): both alias the payload."""
         whole = bytes_tensor(payload, torch.uint8, (self.size(shape),))
         columns = shape[-1]
         split = math.prod(shape[:-1]) * SCALE_BYTES

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.trusted.guard.honest import HonestLine
+from tests.trusted.guard.honest import HonestConnection
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.config.groups import GroupKey
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pads import PadBlock
 from tsqp.trusted.guard.pool import PadPool
-from tsqp.trusted.guard.sources import PadSource, TeeSource
+from tsqp.trusted.guard.sources import LocalPadSource, PadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,10 +46,10 @@ def make_groups(
 
 
 def make_pool(groups: Groups, source: PadSource | None = None, *, wait: bool = True) -> PadPool:
-    return PadPool(groups, source or TeeSource(), wait=wait)
+    return PadPool(groups, source or LocalPadSource(), wait=wait)
 
 
-def make_linears(mode: str, line: HonestLine, groups: Groups) -> VerifiedLinears:
+def make_linears(mode: str, line: HonestConnection, groups: Groups) -> VerifiedLinears:
     return VerifiedLinears(line, groups) if mode == "verified" else MaskedLinears(line, groups, make_pool(groups))
 
 

@@ -1,4 +1,4 @@
-"""An honest worker behind the guard's Line, in this process: exact products in int64, and a copy of all it is sent."""
+"""An honest worker in this process behind a WorkerConnection: exact products in int64, and a copy of all it is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tsqp.errors import ChannelError
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pool import PadPool
-from tsqp.trusted.guard.sources import TeeSource
+from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, Product
 
@@ -25,7 +25,7 @@ KEY: GroupKey = ("qkv", 0)
 OTHER: GroupKey = ("down", 0)
 
 
-class HonestLine:
+class HonestConnection:
     """``change`` may alter a reply, uint32 (R, N), in place before it is handed out. ``memory`` makes payloads."""
 
     def __init__(self, weights: Mapping[GroupKey, torch.Tensor]) -> None:
@@ -66,7 +66,7 @@ class HonestLine:
 
 
 class HonestReply:
-    def __init__(self, line: HonestLine, reply: Array) -> None:
+    def __init__(self, line: HonestConnection, reply: Array) -> None:
         self.reply = reply
         self._line = line
 
@@ -92,15 +92,15 @@ def guarded(weights: Mapping[GroupKey, torch.Tensor], *, checks: int = 2) -> dic
     }
 
 
-def masked(weights: Mapping[GroupKey, torch.Tensor]) -> tuple[MaskedLinears, HonestLine]:
+def masked(weights: Mapping[GroupKey, torch.Tensor]) -> tuple[MaskedLinears, HonestConnection]:
     """Masked linear layers with a fresh pool, on an honest line."""
-    line, groups = HonestLine(weights), guarded(weights)
-    return MaskedLinears(line, groups, PadPool(groups, TeeSource(), wait=True)), line
+    line, groups = HonestConnection(weights), guarded(weights)
+    return MaskedLinears(line, groups, PadPool(groups, LocalPadSource(), wait=True)), line
 
 
-def verified(weights: Mapping[GroupKey, torch.Tensor]) -> tuple[VerifiedLinears, HonestLine]:
+def verified(weights: Mapping[GroupKey, torch.Tensor]) -> tuple[VerifiedLinears, HonestConnection]:
     """The same without masks."""
-    line = HonestLine(weights)
+    line = HonestConnection(weights)
     return VerifiedLinears(line, guarded(weights)), line
 
 
@@ -109,13 +109,13 @@ def activations(rows: int, columns: int = 48, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def send(x: Array, limit: int, folded: Array, pads: Array | None, out: Array | None = None) -> tuple[Array, ...]:
+def send(x: Array, limit: int, projections: Array, pads: Array | None, out: Array | None = None) -> tuple[Array, ...]:
     """All rows through the loop of that name: out, scales, expected and verdicts."""
-    scales, expected = np.zeros(len(x), np.float32), np.zeros((len(x), len(folded)), np.uint32)
+    scales, expected = np.zeros(len(x), np.float32), np.zeros((len(x), len(projections)), np.uint32)
     verdicts = np.full(len(x), kernels.UNSEEN, np.uint8)
     if out is None:
         out = np.zeros(x.shape, np.int16 if pads is None else np.uint32)
     given = np.empty((len(x), 0), np.uint32) if pads is None else pads
     results = (out, scales, expected, verdicts)
-    kernels.send(x, np.float32(limit), folded, pads is not None, given, *results, 0, len(x))
+    kernels.quantise_and_mask(x, np.float32(limit), projections, pads is not None, given, *results, 0, len(x))
     return results

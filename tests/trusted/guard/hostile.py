@@ -24,11 +24,11 @@ from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.codec import decode_to_worker, encode
-from tsqp.wire.messages import Deal, Done, Product
+from tsqp.wire.messages import Done, MultiplyPads, Product
 from tsqp.wire.transport import listen
 
-Asked = Product | Deal
-Attack = Callable[["HostileWorker", Asked, Arrival], "Frames | None"]
+AnyProduct = Product | MultiplyPads
+Attack = Callable[["HostileWorker", AnyProduct, Arrival], "Frames | None"]
 
 
 class NotHereError(Exception):
@@ -42,8 +42,8 @@ class HostileWorker(Worker):
         super().__init__(store)
         self.attacked: int | None = None  # the number of that product
         self.products = 0
-        self.calls: list[Asked] = []
-        self.history: list[tuple[Asked, bytes]] = []
+        self.calls: list[AnyProduct] = []
+        self.history: list[tuple[AnyProduct, bytes]] = []
         self._attack = attack
         self._at = at
         weights = store.prepare("field")
@@ -52,7 +52,7 @@ class HostileWorker(Worker):
 
     def answer(self, arrival: Arrival) -> Frames | None:
         call = decode_to_worker(arrival.frames.control)
-        if not isinstance(call, Product | Deal):
+        if not isinstance(call, Product | MultiplyPads):
             return super().answer(arrival)
         number, self.products = self.products, self.products + 1
         self.calls.append(call)
@@ -104,11 +104,11 @@ def serve(
         yield worker, address
 
 
-def rows_of(call: Asked) -> int:
+def rows_of(call: AnyProduct) -> int:
     return call.rows if isinstance(call, Product) else call.blocks * BLOCK_ROWS
 
 
-def product_of(call: Asked, answer: Frames) -> Array:
+def product_of(call: AnyProduct, answer: Frames) -> Array:
     """The product in an answer, uint32 (rows, N), to be changed in place."""
     return np.frombuffer(answer.tensors[0], np.uint32).reshape(rows_of(call), -1)
 
@@ -116,7 +116,7 @@ def product_of(call: Asked, answer: Frames) -> Array:
 def edited(change: Callable[[Array], None]) -> Attack:
     """An attack that changes the right product in place."""
 
-    def attack(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+    def attack(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
         answer = worker.honest(arrival)
         change(product_of(call, answer))
         return answer
@@ -148,20 +148,20 @@ def wrong_last_row(y: Array) -> None:
     other_number(y, -1, -1)
 
 
-def _like(worker: HostileWorker, arrival: Arrival, call: Asked) -> Frames:
+def _like(worker: HostileWorker, arrival: Arrival, call: AnyProduct) -> Frames:
     """The answer to ``arrival`` as if it had asked for ``call``."""
     frames = arrival.frames._replace(control=encode(call))
     return worker.honest(arrival._replace(frames=frames))
 
 
-def other_layer(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def other_layer(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """The product by the same group of another layer."""
     if call.layer is None:
         raise NotHereError
     return _like(worker, arrival, msgspec.structs.replace(call, layer=1 - call.layer))
 
 
-def replayed(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def replayed(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """The last product of this shape once more, as the answer to this call."""
     shape = (call.group, rows_of(call))
     answer = worker.honest(arrival)
@@ -172,18 +172,18 @@ def replayed(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
     return answer
 
 
-def old_id(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def old_id(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """The right product, as the answer to the call before."""
     return Frames(encode(Done(call.id - 1)), worker.honest(arrival).tensors)
 
 
-def short(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def short(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """One number too few."""
     answer = worker.honest(arrival)
     return Frames(answer.control, (answer.tensors[0].cast("B")[:-4],))
 
 
-def other_weights(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def other_weights(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """The right product by weights with their rows in another order."""
     groups = {
         key: FieldWeights.of(group.wq.roll(1, 0).contiguous(), group.kernel)
@@ -193,14 +193,14 @@ def other_weights(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frame
     return Frames(encode(Done(call.id)), (product,))
 
 
-def changed_input(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def changed_input(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """Another x, written over the one that was sent, and the right product of that."""
     payload = np.frombuffer(arrival.frames.tensors[0], np.uint8)
     payload[0] ^= 1
     return worker.honest(arrival)
 
 
-def overwritten_input(worker: HostileWorker, call: Asked, arrival: Arrival) -> Frames:
+def overwritten_input(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
     """The right product; but x is noise by the time that it is there."""
     answer = worker.honest(arrival)
     payload = np.frombuffer(arrival.frames.tensors[0], np.uint8)
@@ -208,5 +208,5 @@ def overwritten_input(worker: HostileWorker, call: Asked, arrival: Arrival) -> F
     return answer
 
 
-def stalled(worker: HostileWorker, call: Asked, arrival: Arrival) -> None:
+def stalled(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> None:
     """No answer at all."""

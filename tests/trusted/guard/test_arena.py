@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import StartWorker
 from tests.trusted.guard.test_view import MODEL
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels, pads, pool
@@ -69,23 +69,23 @@ def forms(row: Array) -> list[bytes]:
 def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
     """Every row of every secret of a call from now on, by name; and of what is sent."""
     found: dict[str, list[bytes]] = defaultdict(list)
-    real_send, real_accept, real_supply = kernels.send, kernels.accept, pads.PadBlock.supply
+    real_mask, real_unmask, real_supply = kernels.quantise_and_mask, kernels.verify_and_unmask, pads.PadBlock.supply
 
     def send(
-        x: Array, limit: Any, folded: Array, masked: bool, r: Array, out: Array, scales: Array, *rest: Any
+        x: Array, limit: Any, projections: Array, masked: bool, r: Array, out: Array, scales: Array, *rest: Any
     ) -> None:
-        real_send(x, limit, folded, masked, r, out, scales, *rest)
+        real_mask(x, limit, projections, masked, r, out, scales, *rest)
         digits = np.clip(np.round(x / scales[:, None]), -limit, limit).astype(np.int64)
         found["xq"] += [form for row in digits for form in forms(row)]
         found["x"] += [row.tobytes() for row in x]
-        found["check vectors"] += [row.tobytes() for row in folded]
+        found["check vectors"] += [row.tobytes() for row in projections]
         if len(scales) > 1:  # one float32 may be anywhere by chance
             found["scales"].append(scales.tobytes())
         found["sent"] += [row.tobytes() for row in out]
 
-    def accept(reply: Array, secrets: Array, *rest: Any) -> None:
-        real_accept(reply, secrets, *rest)
-        found["check vectors"] += [row.tobytes() for row in secrets]
+    def accept(reply: Array, check_vectors: Array, *rest: Any) -> None:
+        real_unmask(reply, check_vectors, *rest)
+        found["check vectors"] += [row.tobytes() for row in check_vectors]
         found["product"] += [row.tobytes() for row in reply]  # unmasked in place
 
     def expand_and_record(stream: Any, out: Array) -> None:
@@ -98,8 +98,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
         real_supply(block, products)
 
     for owner, name, with_record in (
-        (kernels, "send", send),
-        (kernels, "accept", accept),
+        (kernels, "quantise_and_mask", send),
+        (kernels, "verify_and_unmask", accept),
         (pads, "expand", expand_and_record),
         (pool, "expand", expand_and_record),
         (pads.PadBlock, "supply", supply),
@@ -117,7 +117,7 @@ def test_the_arena_holds_no_secret(protection: str, start_worker: StartWorker, m
         return channels[-1]
 
     address = start_worker(MODEL, "shm", dtype="field")
-    options = GuardOptions(pads_ahead=0) if protection == "masked" else None
+    options = GuardConfig(pads_ahead=0) if protection == "masked" else None
     with LLM(MODEL, protection=protection, worker=address, guard=options, wrap_channel=watch) as llm:
         found.clear()  # of compiling the loops, on rows of zeros
         llm.generate([[3, 4, 5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))

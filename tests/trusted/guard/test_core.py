@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trusted.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights, verified
+from tests.trusted.guard.honest import (
+    KEY,
+    HonestConnection,
+    activations,
+    guarded,
+    masked,
+    send,
+    small_weights,
+    verified,
+)
 from tests.trusted.guard.scan import shared_pads
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream
 from tsqp.arith.loops import quantise_row
@@ -22,7 +31,7 @@ from tsqp.trusted.guard.pads import PadBlock, Ratchet
 
 torch.set_num_threads(1)
 
-Build = Callable[..., tuple[VerifiedLinears, HonestLine]]
+Build = Callable[..., tuple[VerifiedLinears, HonestConnection]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 WEIGHTS = small_weights()
@@ -65,7 +74,10 @@ def test_one_wrong_element_is_found_in_every_row(build: Build, row: int) -> None
 @pytest.mark.parametrize("blind", [0, 1])
 def test_an_error_that_one_check_vector_does_not_see(build: Build, blind: int) -> None:
     linears, line = build(WEIGHTS)
-    unseen = linears._groups[KEY].secrets[blind, :2].astype(np.int64)[::-1] * (1, -1)  # times that vector: 0 mod p
+    unseen = linears._groups[KEY].check_vectors[blind, :2].astype(np.int64)[::-1] * (
+        1,
+        -1,
+    )  # times that vector: 0 mod p
 
     def change(reply: Array) -> None:
         reply[0, :2] = (reply[0, :2] + unseen) % P
@@ -76,7 +88,7 @@ def test_an_error_that_one_check_vector_does_not_see(build: Build, blind: int) -
 
 
 def test_check_vectors_are_of_one_connection_only() -> None:
-    vectors = [group.secrets.tobytes() for _ in range(2) for group in guarded(WEIGHTS).values()]
+    vectors = [group.check_vectors.tobytes() for _ in range(2) for group in guarded(WEIGHTS).values()]
     assert len(set(vectors)) == len(vectors)
 
 
@@ -97,12 +109,14 @@ def test_another_way_to_write_the_right_number_is_out_of_range(build: Build) -> 
 def test_after_a_failure_nothing_is_checked_with_the_same_vectors(build: Build) -> None:
     linears, line = build(WEIGHTS)
     under_way = linears.start(KEY, activations(2))
-    before = [group.secrets.copy() for group in linears._groups.values()]
+    before = [group.check_vectors.copy() for group in linears._groups.values()]
     line.change = lambda reply: reply.fill(0)
     with pytest.raises(CheckFailed):
         linears.start(KEY, activations(2)).wait()
     assert isinstance(line.dead, CheckFailed)
-    assert not any((group.secrets == old).any() for group, old in zip(linears._groups.values(), before, strict=True))
+    assert not any(
+        (group.check_vectors == old).any() for group, old in zip(linears._groups.values(), before, strict=True)
+    )
     line.dead = None  # were the line not dead, or its death forgotten: right products are refused all the same
     with pytest.raises((ChannelError, PadError)):
         under_way.wait()
@@ -113,21 +127,21 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     """A worker that changes its reply after the trusted side has begun to look at it changes nothing."""
     linears, _ = build(WEIGHTS)
     x = activations(ROWS)
-    asked = linears.start(KEY, x)
-    reply: Array = asked.reply.reply  # type: ignore[attr-defined]
-    real = kernels.accept
+    pending = linears.start(KEY, x)
+    reply: Array = pending.reply.reply  # type: ignore[attr-defined]
+    real = kernels.verify_and_unmask
     calls: list[int] = []
 
-    def accept(unchecked_y: Array, secrets: Array, expected: Array, *rest: Any) -> None:
+    def accept(unchecked_y: Array, check_vectors: Array, expected: Array, *rest: Any) -> None:
         assert not np.shares_memory(unchecked_y, reply)
         # Row threads call in any order: where a call's rows lie says which they are.
-        first = (expected.ctypes.data - asked.expected.ctypes.data) // asked.expected.strides[0]
+        first = (expected.ctypes.data - pending.expected.ctypes.data) // pending.expected.strides[0]
         calls.append(first)
         reply[first : first + BLOCK_ROWS] = 1
-        real(unchecked_y, secrets, expected, *rest)
+        real(unchecked_y, check_vectors, expected, *rest)
 
-    monkeypatch.setattr(kernels, "accept", accept)
-    got = asked.wait().numpy()
+    monkeypatch.setattr(kernels, "verify_and_unmask", accept)
+    got = pending.wait().numpy()
     assert sorted(calls) == [0, BLOCK_ROWS, 2 * BLOCK_ROWS]
     assert np.array_equal(got, plain_product(x.numpy(), linears._groups[KEY].limit))
 
@@ -135,14 +149,14 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("with_pads", [True, False], ids=["masked", "verified"])
 def test_what_was_written_for_the_worker_is_not_read_back(with_pads: bool) -> None:
     """All numbers of a row lie in one and the same place, as if the worker changed each as soon as it was written."""
-    x, folded = activations(1).numpy(), np.arange(1, 49, dtype=np.uint32)[None]
+    x, projections = activations(1).numpy(), np.arange(1, 49, dtype=np.uint32)[None]
     place = np.zeros(1, np.uint32 if with_pads else np.int16)
     out = np.lib.stride_tricks.as_strided(place, x.shape, (place.itemsize, 0))
     r = np.arange(48, dtype=np.uint32)[None] * np.uint32(40_000_000)
-    _, scales, expected, verdicts = send(x, 999, folded, r.copy() if with_pads else None, out)
+    _, scales, expected, verdicts = send(x, 999, projections, r.copy() if with_pads else None, out)
     x_field = (np.round(x / scales[0]).astype(np.int64) + with_pads * r.astype(np.int64)) % P
     assert verdicts.tolist() == [kernels.OK]
-    assert expected.tolist() == [[int(x_field[0] @ folded[0].astype(np.int64) % P)]]
+    assert expected.tolist() == [[int(x_field[0] @ projections[0].astype(np.int64) % P)]]
 
 
 class Unsteady(np.ndarray[Any, np.dtype[np.float32]]):
@@ -173,22 +187,22 @@ def test_equal_inputs_reach_the_worker_under_different_pads() -> None:
 
 def test_used_pads_and_their_products_are_erased() -> None:
     linears, _ = masked(WEIGHTS)
-    asked = linears.start(KEY, activations(3))
-    (piece,) = asked.pieces
-    assert piece.block is not None
-    assert set(piece.pads(asked.group).flat) == {kernels.ERASED}
-    asked.wait()
-    assert set(piece.products().flat) == {kernels.ERASED}
-    assert not any(piece.block._key)
-    unused = piece.block.pads(3, BLOCK_ROWS - 3, 48)
+    pending = linears.start(KEY, activations(3))
+    (pads,) = pending.slices
+    assert pads.block is not None
+    assert set(pads.pads(pending.group).flat) == {kernels.ERASED}
+    pending.wait()
+    assert set(pads.products().flat) == {kernels.ERASED}
+    assert not any(pads.block._key)
+    unused = pads.block.pads(3, BLOCK_ROWS - 3, 48)
     assert (unused < P).all()
 
 
 def test_an_erased_pad_masks_nothing() -> None:
     linears, line = masked(WEIGHTS)
-    (piece,) = linears.start(KEY, activations(1)).pieces
-    assert piece.block is not None
-    piece.block._used = 0  # what must not happen
+    (pads,) = linears.start(KEY, activations(1)).slices
+    assert pads.block is not None
+    pads.block._used = 0  # what must not happen
     with pytest.raises(PadReused):
         linears.start(KEY, activations(1))
     assert len(line.sent) == 1

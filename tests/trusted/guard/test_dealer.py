@@ -17,7 +17,7 @@ from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
 from tests.trusted.guard.test_transcript import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.assemble import build_private_engine
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import (
@@ -34,7 +34,7 @@ from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.private import Guard
 from tsqp.trusted.stats import Stats
 from tsqp.wire.codec import decode_to_worker
-from tsqp.wire.messages import Deal, Hello, Product
+from tsqp.wire.messages import Hello, MultiplyPads, Product
 from tsqp.wire.transport import connect
 
 MODEL = str(tiny_model("llama").directory)
@@ -87,7 +87,7 @@ def dealt(
         engine, session, guard = build_private_engine(
             open_checkpoint(MODEL),
             plan,
-            GuardOptions(pads_ahead=ahead),
+            GuardConfig(pads_ahead=ahead),
             lambda: dial(address),
             lambda: dial(dealer_address),
             (),
@@ -126,9 +126,9 @@ def test_each_side_gets_its_own_messages_only() -> None:
     assert calls
     assert deals
     assert all(isinstance(call, Product) and call.digits == 4 for call in calls)
-    assert Deal.__struct_fields__ == ("id", "group", "layer", "blocks")
+    assert MultiplyPads.__struct_fields__ == ("id", "group", "layer", "blocks")
     for deal, (_, sizes, _) in zip(deals, run.to_dealer.sent[1:], strict=True):
-        assert isinstance(deal, Deal)
+        assert isinstance(deal, MultiplyPads)
         assert sizes == (32 * deal.blocks,)
     assert {(call.group, call.layer) for call in calls} == {(deal.group, deal.layer) for deal in deals}  # type: ignore[union-attr]
 
@@ -189,7 +189,7 @@ def test_a_dealer_that_lies_in_a_call(lie: str, at: int, monkeypatch: pytest.Mon
                 run.engine.logits(PROMPT)
         assert (len(run.to_worker.sent), len(run.to_dealer.sent)) == sent  # neither is asked again
         for group in run.guard.linears._groups.values():
-            assert (group.folded == 1).all()
+            assert (group.projections == 1).all()
         assert blocks
         assert not secrets_of(blocks)
 

@@ -12,11 +12,11 @@ from tests.families import tiny_model
 from tests.trusted.guard.altered import Altered
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
 from tsqp.api.assemble import build_private_engine
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
-from tsqp.config.model import ModelSpec, RopeSpec
+from tsqp.config.model import ModelConfig, RopeConfig
 from tsqp.errors import ModelMismatch
 from tsqp.model.decoder_layers import Norms
 from tsqp.trusted.private import ModelDigest, load_private_model
@@ -76,7 +76,7 @@ def another(value: Any) -> Any:
     return (*value, 7) if isinstance(value, tuple) else value + 1
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(ModelSpec) if field.name != "rope"])
+@pytest.mark.parametrize("name", [field.name for field in fields(ModelConfig) if field.name != "rope"])
 def test_every_number_of_the_configuration_is_in_it(name: str) -> None:
     checkpoint = open_checkpoint(MODEL)
     same = Altered(checkpoint)
@@ -85,7 +85,7 @@ def test_every_number_of_the_configuration_is_in_it(name: str) -> None:
     assert ModelDigest(other).hexdigest({}) != ModelDigest(same).hexdigest({})
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(RopeSpec)])
+@pytest.mark.parametrize("name", [field.name for field in fields(RopeConfig)])
 def test_every_number_of_the_rotary_embedding_is_in_it(name: str) -> None:
     checkpoint = open_checkpoint(MODEL)
     rope = replace(checkpoint.spec.rope, **{name: another(getattr(checkpoint.spec.rope, name))})
@@ -132,7 +132,7 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
             build_private_engine(
                 open_checkpoint(MODEL),
                 plan,
-                GuardOptions(pads_ahead=0),
+                GuardConfig(pads_ahead=0),
                 lambda: connect(addresses["worker"]),
                 lambda: connect(addresses["dealer"]),
                 (),

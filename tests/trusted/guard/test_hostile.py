@@ -26,10 +26,10 @@ from tests.trusted.guard.fakes import (
     record_blocks,
     secrets_of,
 )
-from tests.trusted.guard.honest import HonestLine
-from tests.trusted.guard.hostile import Asked, Attack, HostileWorker, NotHereError, edited, serve
+from tests.trusted.guard.honest import HonestConnection
+from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, NotHereError, edited, serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.modulus import P
 from tsqp.errors import (
     ChannelError,
@@ -85,7 +85,7 @@ def assert_nothing_left(llm: LLM) -> None:
     guard = llm._guard
     assert guard is not None
     for group in guard.linears._groups.values():
-        assert (group.folded == 1).all()
+        assert (group.projections == 1).all()
     if guard.filler is not None:
         guard.filler.close()  # which may have been in the middle of a block
         assert guard.filler.ready(answer=False) == 0
@@ -163,12 +163,12 @@ def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypat
     """Over shm: the worker overwrites its product right after it was copied, and before it is checked."""
     products: list[memoryview] = []
 
-    def remember(worker: HostileWorker, call: Asked, arrival: Arrival) -> None:
+    def remember(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> None:
         assert arrival.reply is not None
         products.append(arrival.reply)
         raise NotHereError
 
-    whole = kernels.accept
+    whole = kernels.verify_and_unmask
 
     def accept(*arguments: Any) -> None:
         products[-1][:] = bytes(products[-1].nbytes)
@@ -178,7 +178,7 @@ def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypat
     with serve(MODEL, remember, transport="shm") as (_, address):
         with LLM(MODEL, protection=mode, worker=address) as llm:
             honest = llm.generate(prompt, params)
-        monkeypatch.setattr(kernels, "accept", accept)
+        monkeypatch.setattr(kernels, "verify_and_unmask", accept)
         with LLM(MODEL, protection=mode, worker=address) as llm:
             assert llm.generate(prompt, params) == honest
     assert len(products) == 2 * CALLS * STEPS
@@ -190,7 +190,7 @@ def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypat
 def test_other_products_under_way_go_down_too(mode: str, at: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With micro-batches several are, each with pads of its own."""
     blocks = record_blocks(monkeypatch)
-    guard = GuardOptions(pads_ahead=ahead) if mode == "masked" else None
+    guard = GuardConfig(pads_ahead=ahead) if mode == "masked" else None
     with (
         serve(MODEL, edited(hostile.zeros), at) as (worker, address),
         LLM(MODEL, protection=mode, worker=address, micro_batches=2, guard=guard) as llm,
@@ -211,9 +211,9 @@ def some_input(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, 40, generator=torch.Generator().manual_seed(seed))
 
 
-def tampered(weights: Weights, change: Callable[[Array], None]) -> HonestLine:
+def tampered(weights: Weights, change: Callable[[Array], None]) -> HonestConnection:
     """A line whose worker changes its right products in place."""
-    line = HonestLine(weights)
+    line = HonestConnection(weights)
     line.change = change
     return line
 
@@ -263,7 +263,7 @@ def test_p_added_to_any_number_is_out_of_range(mode: str, column: int) -> None:
         make_linears(mode, tampered(weights, tamper), groups).start(KEY, some_input(3)).wait()
 
 
-LOOPS = ("send", "accept")
+LOOPS = ("quantise_and_mask", "verify_and_unmask")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -333,7 +333,7 @@ def test_a_row_without_a_verdict_is_refused(
     mode: str, loop: int, skipped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups, weights = make_groups()
-    line = HonestLine(weights)
+    line = HonestConnection(weights)
     linears = make_linears(mode, line, groups)
     name = LOOPS[loop]
     whole = getattr(kernels, name)
@@ -355,7 +355,7 @@ def test_a_row_without_a_verdict_is_refused(
 def test_after_close_nothing_passes(mode: str, x: torch.Tensor) -> None:
     """Neither a product that is under way, nor one asked for afterwards; not even that of zeros, which is zeros."""
     groups, weights = make_groups()
-    linears = make_linears(mode, HonestLine(weights), groups)
+    linears = make_linears(mode, HonestConnection(weights), groups)
     pending = linears.start(KEY, x)
     linears.close()
     for later in (pending.wait, lambda: linears.start(KEY, x).wait()):
@@ -393,7 +393,7 @@ def test_after_a_failure_nothing_passes(mode: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_activations_that_are_not_numbers_are_not_sent(mode: str, bad: float) -> None:
     groups, weights = make_groups()
-    line = HonestLine(weights)
+    line = HonestConnection(weights)
     x = some_input(5)
     x[3, 7] = bad
     with pytest.raises(NumericError):
@@ -417,7 +417,7 @@ def test_no_error_holds_a_number_of_the_data(mode: str, tamper: Callable[[Array]
 @pytest.mark.parametrize("rows", [1, 16, 40])
 def test_an_honest_product_is_the_formula(mode: str, rows: int) -> None:
     groups, weights = make_groups()
-    linears = make_linears(mode, HonestLine(weights), groups)
+    linears = make_linears(mode, HonestConnection(weights), groups)
     for seed in range(3):
         x = some_input(rows, seed)
         assert torch.equal(linears.start(KEY, x).wait(), expected_product(groups[KEY], weights[KEY], x))

@@ -61,7 +61,7 @@ def bits(values: Any) -> Array:
 def test_dot_products(data: st.DataObject) -> None:
     n, rows, k = data.draw(SIZES), data.draw(ROWS), data.draw(ROWS)
     values, vectors, out = data.draw(field((rows, n))), data.draw(field((k, n))), np.empty((rows, k), np.uint32)
-    kernels.fold(values, vectors, out, 0, rows)
+    kernels.project(values, vectors, out, 0, rows)
     assert out.tolist() == [[dot(value, vector) for vector in vectors] for value in values]
 
 
@@ -70,7 +70,7 @@ def test_dot_products(data: st.DataObject) -> None:
 def test_dot_products_at_the_extremes(n: int, value: int) -> None:
     """152,064: the longest check vector, of the largest vocabulary in use."""
     values, out = np.full((1, n), value, np.uint32), np.empty((1, 1), np.uint32)
-    kernels.fold(values, values, out, 0, 1)
+    kernels.project(values, values, out, 0, 1)
     assert out.tolist() == [[value * value * n % P]]
 
 
@@ -78,23 +78,23 @@ def test_a_sum_that_needs_its_last_reduction() -> None:
     """Both halves are chosen so that two reductions leave 2³¹, which one sum in 2²⁸ does by chance."""
     values, vector = np.array([[P - 1, 3 << 29, P - 1, P - 2]], np.uint32), np.array([[P - 1, 4, 1, 1]], np.uint32)
     out = np.empty((1, 1), np.uint32)
-    kernels.fold(values, vector, out, 0, 1)
+    kernels.project(values, vector, out, 0, 1)
     assert out.tolist() == [[dot(values[0], vector[0])]]
 
 
 def test_a_sum_that_is_a_multiple_of_p_is_zero() -> None:
     values, out = np.array([[1, P - 1], [P - 1, 1]], np.uint32), np.empty((2, 1), np.uint32)
-    kernels.fold(values, np.ones((1, 2), np.uint32), out, 0, 2)
+    kernels.project(values, np.ones((1, 2), np.uint32), out, 0, 2)
     assert out.tolist() == [[0], [0]]
 
 
 @given(st.data())
 def test_rows_are_quantised_and_masked(data: st.DataObject) -> None:
     n, rows, k, limit = data.draw(SIZES), data.draw(ROWS), data.draw(ROWS), data.draw(LIMITS)
-    x, folded = data.draw(floats((rows, n), FINITE)), data.draw(field((k, n)))
+    x, projections = data.draw(floats((rows, n), FINITE)), data.draw(field((k, n)))
     pads = data.draw(st.one_of(st.none(), field((rows, n))))
     given_pads = None if pads is None else pads.copy()
-    out, scales, expected, verdicts = send(x, limit, folded, pads)
+    out, scales, expected, verdicts = send(x, limit, projections, pads)
     assert verdicts.tolist() == [kernels.OK] * rows
     for row in range(rows):
         xq, scale = quantised(x[row], limit)
@@ -102,7 +102,7 @@ def test_rows_are_quantised_and_masked(data: st.DataObject) -> None:
         assert out[row].tolist() == sent
         assert bits(scales[row]) == bits(scale)
         assert expected[row].tolist() == [
-            sum(v * int(w) for v, w in zip(sent, vector, strict=True)) % P for vector in folded
+            sum(v * int(w) for v, w in zip(sent, vector, strict=True)) % P for vector in projections
         ]
     if pads is not None:
         assert set(pads.flat) == {ERASED}
@@ -143,18 +143,18 @@ def test_a_pad_that_is_no_number_mod_p_masks_nothing(bad: int, column: int) -> N
 
 def test_masking_without_pads_is_refused() -> None:
     out, scales, expected = np.zeros((2, 6), np.uint32), np.zeros(2, np.float32), np.zeros((2, 1), np.uint32)
-    verdicts, folded = np.full(2, kernels.UNSEEN, np.uint8), np.ones((1, 6), np.uint32)
+    verdicts, projections = np.full(2, kernels.UNSEEN, np.uint8), np.ones((1, 6), np.uint32)
     x, pads = np.ones((2, 6), np.float32), np.empty((2, 0), np.uint32)
-    kernels.send(x, np.float32(127), folded, True, pads, out, scales, expected, verdicts, 0, 2)
+    kernels.quantise_and_mask(x, np.float32(127), projections, True, pads, out, scales, expected, verdicts, 0, 2)
     assert verdicts.tolist() == [kernels.ERASED_PAD] * 2
     assert not out.any()
 
 
 def test_send_keeps_to_its_rows() -> None:
-    x, folded, pads = np.ones((5, 6), np.float32), np.ones((1, 6), np.uint32), np.full((5, 6), 7, np.uint32)
+    x, projections, pads = np.ones((5, 6), np.float32), np.ones((1, 6), np.uint32), np.full((5, 6), 7, np.uint32)
     out, scales, expected = np.zeros((5, 6), np.uint32), np.zeros(5, np.float32), np.zeros((5, 1), np.uint32)
     verdicts = np.full(5, kernels.UNSEEN, np.uint8)
-    kernels.send(x, np.float32(127), folded, True, pads, out, scales, expected, verdicts, 1, 3)
+    kernels.quantise_and_mask(x, np.float32(127), projections, True, pads, out, scales, expected, verdicts, 1, 3)
     inside = [False, True, True, False, False]
     assert (verdicts == kernels.OK).tolist() == inside
     assert set(verdicts[[0, 3, 4]]) == {kernels.UNSEEN}
@@ -164,26 +164,26 @@ def test_send_keeps_to_its_rows() -> None:
 
 
 def accept(
-    reply: Array, secrets: Array, expected: Array, products: Array | None, scaling: tuple[Array, Array, Array]
+    reply: Array, check_vectors: Array, expected: Array, products: Array | None, scaling: tuple[Array, Array, Array]
 ) -> tuple[Array, list[int]]:
     """All rows through the loop of that name: out, with 77 where nothing was written, and verdicts."""
     out, verdicts = np.full(reply.shape, 77, np.float32), np.full(len(reply), kernels.UNSEEN, np.uint8)
     undo = np.empty((len(reply), 0), np.uint32) if products is None else products
-    check = (secrets, expected, products is not None, undo)
-    kernels.accept(reply, *check, *scaling, out, verdicts, 0, len(reply))
+    check = (check_vectors, expected, products is not None, undo)
+    kernels.verify_and_unmask(reply, *check, *scaling, out, verdicts, 0, len(reply))
     return out, verdicts.tolist()
 
 
 @given(st.data())
 def test_right_rows_are_unmasked_and_rescaled(data: st.DataObject) -> None:
     n, rows, k = data.draw(SIZES), data.draw(ROWS), data.draw(ROWS)
-    reply, secrets = data.draw(field((rows, n))), data.draw(field((k, n)))
-    expected = np.array([[dot(row, secret) for secret in secrets] for row in reply], np.uint32)
+    reply, check_vectors = data.draw(field((rows, n))), data.draw(field((k, n)))
+    expected = np.array([[dot(row, secret) for secret in check_vectors] for row in reply], np.uint32)
     products = data.draw(st.one_of(st.none(), field((rows, n))))
     s_x, s_w, b = (data.draw(floats((m,), of)) for m, of in ((rows, SCALES), (n, SCALES), (n, BIASES)))
     exact = (reply.astype(np.int64) - (0 if products is None else products.astype(np.int64))) % P
     centred = np.where(exact > (P - 1) // 2, exact - P, exact)
-    out, verdicts = accept(reply, secrets, expected, products, (s_x, s_w, b))
+    out, verdicts = accept(reply, check_vectors, expected, products, (s_x, s_w, b))
     assert verdicts == [kernels.OK] * rows
     assert np.array_equal(bits(out), bits((centred.astype(np.float32) * s_x[:, None]) * s_w + b))
     assert products is None or set(products.flat) == {ERASED}
@@ -200,8 +200,11 @@ def test_the_sign_of_zero(bias: float) -> None:
 @given(st.data())
 def test_wrong_rows_are_named_and_nothing_is_made_of_them(data: st.DataObject) -> None:
     n, k, masked = data.draw(SIZES), data.draw(ROWS), data.draw(st.booleans())
-    reply, secrets = data.draw(field((4, n))), data.draw(arrays(np.uint32, (k, n), elements=st.integers(1, P - 1)))
-    expected = np.array([[dot(row, secret) for secret in secrets] for row in reply], np.uint32)
+    reply, check_vectors = (
+        data.draw(field((4, n))),
+        data.draw(arrays(np.uint32, (k, n), elements=st.integers(1, P - 1))),
+    )
+    expected = np.array([[dot(row, secret) for secret in check_vectors] for row in reply], np.uint32)
     products = data.draw(field((4, n))) if masked else None
     column, error = data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, P - 1))
     reply[1, column] = (int(reply[1, column]) + error) % P
@@ -210,7 +213,7 @@ def test_wrong_rows_are_named_and_nothing_is_made_of_them(data: st.DataObject) -
     if products is not None:
         products[3, column] = ERASED
     ones = (np.ones(4, np.float32), np.ones(n, np.float32), np.zeros(n, np.float32))
-    out, verdicts = accept(reply, secrets, expected, products, ones)
+    out, verdicts = accept(reply, check_vectors, expected, products, ones)
     last = kernels.ERASED_PAD if masked else kernels.OK
     assert verdicts == [kernels.OK, kernels.MISMATCH, kernels.OUT_OF_RANGE, last]
     assert (out[1:3] == 77).all()
@@ -219,20 +222,20 @@ def test_wrong_rows_are_named_and_nothing_is_made_of_them(data: st.DataObject) -
 
 def test_each_check_vector_is_compared() -> None:
     """In expected, one of four sums at a time is another."""
-    reply, secrets = np.full((4, 3), 5, np.uint32), np.arange(1, 13, dtype=np.uint32).reshape(4, 3)
-    expected = np.array([[dot(row, secret) for secret in secrets] for row in reply], np.uint32)
+    reply, check_vectors = np.full((4, 3), 5, np.uint32), np.arange(1, 13, dtype=np.uint32).reshape(4, 3)
+    expected = np.array([[dot(row, secret) for secret in check_vectors] for row in reply], np.uint32)
     expected += np.eye(4, dtype=np.uint32)
     ones = (np.ones(4, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))
-    _, verdicts = accept(reply, secrets, expected, None, ones)
+    _, verdicts = accept(reply, check_vectors, expected, None, ones)
     assert verdicts == [kernels.MISMATCH] * 4
 
 
 def test_accept_keeps_to_its_rows() -> None:
     reply, products = np.full((5, 6), 9, np.uint32), np.full((5, 6), 2, np.uint32)
-    secrets, expected = np.ones((1, 6), np.uint32), np.full((5, 1), 54, np.uint32)
+    check_vectors, expected = np.ones((1, 6), np.uint32), np.full((5, 1), 54, np.uint32)
     out, verdicts = np.full((5, 6), 77, np.float32), np.full(5, kernels.UNSEEN, np.uint8)
     scaling = (np.ones(5, np.float32), np.ones(6, np.float32), np.zeros(6, np.float32))
-    kernels.accept(reply, secrets, expected, True, products, *scaling, out, verdicts, 2, 4)
+    kernels.verify_and_unmask(reply, check_vectors, expected, True, products, *scaling, out, verdicts, 2, 4)
     inside = [False, False, True, True, False]
     assert verdicts.tolist() == [kernels.OK if row else kernels.UNSEEN for row in inside]
     assert out[:, 0].tolist() == [7 if row else 77 for row in inside]

@@ -13,7 +13,16 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from tests.trusted.guard.honest import KEY, HonestLine, activations, guarded, masked, send, small_weights, verified
+from tests.trusted.guard.honest import (
+    KEY,
+    HonestConnection,
+    activations,
+    guarded,
+    masked,
+    send,
+    small_weights,
+    verified,
+)
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.modulus import P
 from tsqp.config.groups import GroupKey
@@ -22,9 +31,9 @@ from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
 from tsqp.trusted.guard.pool import PadPool
-from tsqp.trusted.guard.sources import DealerSource, TeeSource
+from tsqp.trusted.guard.sources import DealerPadSource, LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.wire.messages import Call, Deal, Product
+from tsqp.wire.messages import Call, MultiplyPads, Product
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,14 +64,14 @@ class Stores:
 
 @pytest.mark.parametrize("with_pads", [True, False], ids=["masked", "verified"])
 def test_each_number_is_stored_once_and_is_the_final_one(with_pads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, folded = activations(3, 7).numpy(), np.full((2, 7), 3, np.uint32)
+    x, projections = activations(3, 7).numpy(), np.full((2, 7), 3, np.uint32)
     x[1, 6] = np.nan
     r = np.random.default_rng(2).integers(0, P, x.shape, dtype=np.uint32)
-    expected = send(x, 999, folded, r.copy() if with_pads else None)[0]
+    expected = send(x, 999, projections, r.copy() if with_pads else None)[0]
     out: Any = Stores()
-    monkeypatch.setattr(kernels, "send", uncompiled(kernels.send))
+    monkeypatch.setattr(kernels, "quantise_and_mask", uncompiled(kernels.quantise_and_mask))
     with np.errstate(over="ignore"):
-        send(x, 999, folded, r.copy() if with_pads else None, out)
+        send(x, 999, projections, r.copy() if with_pads else None, out)
     places = [(row, column) for row in (0, 2) for column in range(7)]
     assert out.stores == [(place, expected[place]) for place in places]
 
@@ -72,11 +81,13 @@ def test_each_number_is_stored_once_and_is_the_final_one(with_pads: bool, monkey
 
 @pytest.mark.parametrize("bit", range(31))
 def test_every_bit_of_a_check_is_compared(bit: int) -> None:
-    reply, secrets = np.full((1, 3), 5, np.uint32), np.arange(1, 4, dtype=np.uint32)[None]
+    reply, check_vectors = np.full((1, 3), 5, np.uint32), np.arange(1, 4, dtype=np.uint32)[None]
     expected = np.array([[30 ^ 1 << bit]], np.uint32)
     out, verdicts = np.zeros((1, 3), np.float32), np.full(1, kernels.UNSEEN, np.uint8)
     scaling = (np.ones(1, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))
-    kernels.accept(reply, secrets, expected, False, np.empty((1, 0), np.uint32), *scaling, out, verdicts, 0, 1)
+    kernels.verify_and_unmask(
+        reply, check_vectors, expected, False, np.empty((1, 0), np.uint32), *scaling, out, verdicts, 0, 1
+    )
     assert verdicts.tolist() == [kernels.MISMATCH]
     assert not out.any()
 
@@ -117,7 +128,7 @@ def test_check_vectors_are_expanded_from_32_bytes_each(drawn: list[bytes]) -> No
     groups = list(guarded(WEIGHTS).values())
     assert [len(key) for key in drawn] == [KEY_BYTES] * len(groups)
     for key, group in zip(drawn, groups, strict=True):
-        assert group.secrets.reshape(-1).tolist() == elements(key, group.secrets.size)
+        assert group.check_vectors.reshape(-1).tolist() == elements(key, group.check_vectors.size)
 
 
 def test_forgotten_vectors_are_expanded_from_32_other_bytes(drawn: list[bytes]) -> None:
@@ -125,13 +136,13 @@ def test_forgotten_vectors_are_expanded_from_32_other_bytes(drawn: list[bytes]) 
     drawn.clear()
     group.forget()
     assert [len(key) for key in drawn] == [KEY_BYTES]
-    assert group.secrets.reshape(-1).tolist() == elements(drawn[0], group.secrets.size)
+    assert group.check_vectors.reshape(-1).tolist() == elements(drawn[0], group.check_vectors.size)
 
 
 def test_the_root_of_pads_is_32_bytes_of_its_own(drawn: list[bytes]) -> None:
     groups = guarded(WEIGHTS)
     drawn.clear()
-    roots = [bytes(PadPool(groups, TeeSource(), wait=True)._ratchet._state) for _ in range(2)]
+    roots = [bytes(PadPool(groups, LocalPadSource(), wait=True)._ratchet._state) for _ in range(2)]
     assert roots == drawn
     assert len(set(roots)) == 2
     assert {len(root) for root in roots} == {KEY_BYTES}
@@ -185,7 +196,7 @@ def test_a_copy_of_a_key_ends_with_its_expansion(
     assert copies == [bytes(KEY_BYTES)]
 
 
-class Source(TeeSource):
+class Source(LocalPadSource):
     """Keeps what it was given and what it gave; ``fault``: changes its products or raises."""
 
     def __init__(self, fault: Callable[[Array], None] = lambda products: None) -> None:
@@ -229,15 +240,15 @@ def test_a_batch_leaves_no_key_pad_or_product(fault: str, copies: list[bytearray
 
 def test_keys_of_a_batch_end_also_when_one_block_is_gone(copies: list[bytearray]) -> None:
     """As when another thread closes the pool."""
-    pads_of = PadPool(guarded(WEIGHTS), TeeSource(), wait=True)
-    pieces = pads_of.take(KEY, 3 * BLOCK_ROWS)
-    last = pieces[-1].block
+    pads_of = PadPool(guarded(WEIGHTS), LocalPadSource(), wait=True)
+    slices = pads_of.take(KEY, 3 * BLOCK_ROWS)
+    last = slices[-1].block
     assert last is not None
     last.destroy()
     with pytest.raises(PadReused):
-        pads_of.supply(KEY, pieces)
+        pads_of.supply(KEY, slices)
     assert copies == [bytes(KEY_BYTES)] * 2
-    assert not any(any(piece.block._key) for piece in pieces if piece.block is not None)
+    assert not any(any(one.block._key) for one in slices if one.block is not None)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
@@ -245,12 +256,12 @@ def test_keys_of_a_batch_end_also_when_one_block_is_gone(copies: list[bytearray]
 def test_a_source_that_failed_is_not_asked_again(fault: str, how: str) -> None:
     source = Source(FAULTS[fault])
     pads_of = PadPool(guarded(WEIGHTS), source, wait=True)
-    pieces = pads_of.take(KEY, 1)
+    slices = pads_of.take(KEY, 1)
     with pytest.raises((RuntimeError, ProductMismatch)):
-        pads_of.supply(KEY, pieces)
+        pads_of.supply(KEY, slices)
     for key in WEIGHTS:
         with pytest.raises(TsqpError):
-            pads_of.make(key, 1) if how == "make" else pads_of.supply(key, pieces)
+            pads_of.make(key, 1) if how == "make" else pads_of.supply(key, slices)
     assert source.asked == 1
 
 
@@ -291,7 +302,7 @@ def test_pads_of_a_call_refused_at_its_start_are_lost() -> None:
 
 
 class DealerLine:
-    """See Line. Notes at each step whether ``locked`` says that one caller has it to itself."""
+    """See WorkerConnection. Notes at each step whether ``locked`` says that one caller has it to itself."""
 
     def __init__(self) -> None:
         self.reply = np.zeros((BLOCK_ROWS, 40), np.uint32)
@@ -307,7 +318,7 @@ class DealerLine:
         return memoryview(bytearray(size))
 
     def ask(self, kind: str, call: Call, payload: memoryview, reply_bytes: int) -> DealerLine:
-        assert call == Deal(1, *KEY, 1)
+        assert call == MultiplyPads(1, *KEY, 1)
         assert (kind, payload.nbytes, reply_bytes) == ("linear", KEY_BYTES, self.reply.nbytes)
         self.steps["ask"] = self.locked()
         return self
@@ -346,7 +357,7 @@ def lock_of(owner: object) -> Lock:
 
 def test_a_dealer_is_asked_by_one_thread_at_a_time() -> None:
     line = DealerLine()
-    source = DealerSource(line)
+    source = DealerPadSource(line)
     lock = lock_of(source)
     line.locked = lambda: lock.depth == 1
     source.products(guarded(WEIGHTS)[KEY], [bytearray(KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32))
@@ -356,7 +367,7 @@ def test_a_dealer_is_asked_by_one_thread_at_a_time() -> None:
 
 def test_a_dealers_products_are_a_copy_that_it_cannot_change() -> None:
     line = DealerLine()
-    got = DealerSource(line).products(
+    got = DealerPadSource(line).products(
         guarded(WEIGHTS)[KEY], [bytearray(KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32)
     )
     assert not np.shares_memory(got, line.reply)
@@ -369,7 +380,7 @@ def test_a_dealers_products_are_a_copy_that_it_cannot_change() -> None:
 
 @pytest.mark.parametrize("how", ["take", "make", "close"])
 def test_pads_change_hands_under_the_lock_only(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pads_of = PadPool(guarded(WEIGHTS), TeeSource(), wait=True)
+    pads_of = PadPool(guarded(WEIGHTS), LocalPadSource(), wait=True)
     lock = lock_of(pads_of)
     held: list[tuple[str, int]] = []
 
@@ -401,18 +412,20 @@ def test_pads_change_hands_under_the_lock_only(how: str, monkeypatch: pytest.Mon
 
 def test_masked_layers_close_their_pool() -> None:
     groups = guarded(WEIGHTS)
-    linears = MaskedLinears(HonestLine(WEIGHTS), groups, PadPool(groups, TeeSource(), wait=True))
+    linears = MaskedLinears(HonestConnection(WEIGHTS), groups, PadPool(groups, LocalPadSource(), wait=True))
     root = linears.pool._ratchet._state
     linears.close()
     assert root == bytes(KEY_BYTES)
-    assert not torch.from_numpy(groups[KEY].folded.astype(np.int64) - 1).any()
+    assert not torch.from_numpy(groups[KEY].projections.astype(np.int64) - 1).any()
 
 
 def test_weights_that_were_left_to_a_dealer_multiply_nothing_here() -> None:
     group = guarded(WEIGHTS)[KEY]
-    without = GuardedGroup(group.key, group.limit, group.scales, group.bias, group.secrets, group.folded, None)
+    without = GuardedGroup(
+        group.key, group.limit, group.scales, group.bias, group.check_vectors, group.projections, None
+    )
     with pytest.raises(ValueError, match="dealer"):
-        TeeSource().products(without, [], np.zeros((BLOCK_ROWS, 48), np.uint32))
+        LocalPadSource().products(without, [], np.zeros((BLOCK_ROWS, 48), np.uint32))
 
 
 @pytest.mark.parametrize("build", [masked, verified], ids=["masked", "verified"])
@@ -457,7 +470,7 @@ def test_products_of_pads_are_checked_with_every_vector(blind: int) -> None:
     x = np.random.default_rng(1).integers(0, P, (5, 48), dtype=np.uint32)
     y = (x.astype(np.int64) @ WEIGHTS[KEY].numpy().astype(np.int64).T % P).astype(np.uint32)
     group.check_products(x, y)
-    unseen = group.secrets[blind, -2:].astype(np.int64)[::-1] * (1, -1)  # times that vector: 0 mod p
+    unseen = group.check_vectors[blind, -2:].astype(np.int64)[::-1] * (1, -1)  # times that vector: 0 mod p
     y[-1, -2:] = (y[-1, -2:] + unseen) % P
     with pytest.raises(ProductMismatch):
         group.check_products(x, y)
@@ -476,10 +489,12 @@ def test_nothing_secret_is_printed() -> None:
     """As by a debugger, a log or an error that shows what it was given."""
     linears, _ = masked(WEIGHTS)
     group = linears._groups[KEY]
-    asked = linears.start(KEY, activations(1))
-    secret = {str(number) for part in (group.secrets, group.folded, asked.expected) for number in part.flat}
-    block = asked.pieces[0].block
-    for thing in (group, asked, asked.pieces, block, linears, linears.pool, linears.pool._ratchet):
+    pending = linears.start(KEY, activations(1))
+    secret = {
+        str(number) for part in (group.check_vectors, group.projections, pending.expected) for number in part.flat
+    }
+    block = pending.slices[0].block
+    for thing in (group, pending, pending.slices, block, linears, linears.pool, linears.pool._ratchet):
         assert not {number for number in secret if len(number) > 6 and number in repr(thing)}
         assert "bytearray" not in repr(thing)
         assert "array(" not in repr(thing)

@@ -236,27 +236,29 @@ ONE_STORE = storing("out", "row")
 
 MUTANTS = [
     # what is sent
-    mutant("no pad is added", PADS_DIFFER, (KERNELS, "send", call_of("_reduce"), expression("field[i]"))),
+    mutant("no pad is added", PADS_DIFFER, (KERNELS, "quantise_and_mask", call_of("_reduce"), expression("field[i]"))),
     mutant(
         "plaintext first, x' over it",
         STORED_ONCE,
-        (KERNELS, "send", ONE_STORE, Before("out[row, i] = digits[i] & 0xFFFF")),
+        (KERNELS, "quantise_and_mask", ONE_STORE, Before("out[row, i] = values[i] & 0xFFFF")),
     ),
-    mutant("x' is stored twice", STORED_ONCE, (KERNELS, "send", ONE_STORE, Before("out[row, i] = field[i]"))),
+    mutant(
+        "x' is stored twice", STORED_ONCE, (KERNELS, "quantise_and_mask", ONE_STORE, Before("out[row, i] = field[i]"))
+    ),
     mutant(
         "an erased pad masks",
         ERASED_PAD,
-        (KERNELS, "send", storing("erased"), value("np.uint32(0)")),
+        (KERNELS, "quantise_and_mask", storing("erased"), value("np.uint32(0)")),
     ),
     mutant(
         "a verdict on what is sent is ignored",
         ERASED_PAD,
-        (LINEARS, "_send", calling("_judge"), nothing),
+        (LINEARS, "_ask", calling("_judge"), nothing),
     ),
     mutant(
         "x' is read back",
         core("test_what_was_written_for_the_worker_is_not_read_back[masked]"),
-        (KERNELS, "send", call_of("_dot"), first_argument("out[row]")),
+        (KERNELS, "quantise_and_mask", call_of("_dot"), first_argument("out[row]")),
     ),
     mutant(
         "no clamp",
@@ -264,17 +266,22 @@ MUTANTS = [
         ("arith/loops.py", "quantise_row", call_of("min"), expression("nearest")),
     ),
     # the check
-    mutant("no check", WRONG_LAST, (KERNELS, "accept", CHECK, never)),
-    mutant("no check of the last row", WRONG_LAST, (KERNELS, "accept", CHECK, only_if("row + 1 < end"))),
+    mutant("no check", WRONG_LAST, (KERNELS, "verify_and_unmask", CHECK, never)),
+    mutant("no check of the last row", WRONG_LAST, (KERNELS, "verify_and_unmask", CHECK, only_if("row + 1 < end"))),
     mutant(
         "one vector is enough",
         core("test_an_error_that_one_check_vector_does_not_see[0-masked]"),
-        (KERNELS, "accept", CHECK, only_if("k == 0")),
+        (KERNELS, "verify_and_unmask", CHECK, only_if("k == 0")),
     ),
     mutant(
         "16 bits of a check",
         lives("test_every_bit_of_a_check_is_compared"),
-        (KERNELS, "accept", CHECK, only_if("(_dot(reply[row], secrets[k]) ^ expected[row, k]) & 0xFFFF")),
+        (
+            KERNELS,
+            "verify_and_unmask",
+            CHECK,
+            only_if("(_dot(reply[row], vectors[k]) ^ expected[row, k]) & 0xFFFF"),
+        ),
     ),
     mutant(
         "16 bits of the check of pads",
@@ -289,19 +296,19 @@ MUTANTS = [
     mutant(
         "the last row is skipped",
         WRONG_LAST,
-        (LINEARS, "_accept", storing("verdicts"), value("np.full(len(out), kernels.OK, np.uint8)")),
-        (LINEARS, "_accept", call_of("accept"), last_argument("OLD - 1")),
+        (LINEARS, "_verify_and_unmask", storing("verdicts"), value("np.full(len(out), kernels.OK, np.uint8)")),
+        (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_accept", calling("_judge"), nothing)),
+    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_verify_and_unmask", calling("_judge"), nothing)),
     mutant(
         "no range check",
         core("test_another_way_to_write_the_right_number_is_out_of_range[masked]"),
-        (KERNELS, "accept", storing("outside"), value("np.uint32(0)")),
+        (KERNELS, "verify_and_unmask", storing("outside"), value("np.uint32(0)")),
     ),
     mutant(
         "a reply is checked where the worker can change it",
         core("test_a_reply_is_read_once[masked]"),
-        (LINEARS, "_accept", calling("copyto"), lambda _: ast.parse("unchecked_y = reply[own]").body[0]),
+        (LINEARS, "_verify_and_unmask", calling("copyto"), lambda _: ast.parse("unchecked_y = reply[own]").body[0]),
     ),
     # entropy
     mutant("vectors are not secret", ENTROPY, (WEIGHTS, "of", call_of("urandom"), expression("bytes(KEY_BYTES)"))),
@@ -313,7 +320,7 @@ MUTANTS = [
     mutant(
         "vectors of 15 bits",
         ENTROPY,
-        (WEIGHTS, "of", storing("folded"), Before("secrets &= np.uint32(0x7FFF)")),
+        (WEIGHTS, "of", storing("projections"), Before("check_vectors &= np.uint32(0x7FFF)")),
     ),
     mutant(
         "forgotten vectors are known",
@@ -348,12 +355,12 @@ MUTANTS = [
         "a pad is used twice",
         PADS_DIFFER,
         (PADS, "claim", storing("_used"), nothing),
-        (KERNELS, "send", storing("pads"), nothing),
+        (KERNELS, "quantise_and_mask", storing("pads"), nothing),
     ),
     mutant("a row is handed out twice", core("test_a_row_is_handed_out_once"), (PADS, "claim", asking("left"), never)),
     mutant("keys stay", ERASED, (PADS, "_wipe_key", calling("wipe"), nothing)),
-    mutant("used pads stay", ERASED, (KERNELS, "send", storing("pads"), nothing)),
-    mutant("products of used pads stay", ERASED, (KERNELS, "accept", storing("products"), nothing)),
+    mutant("used pads stay", ERASED, (KERNELS, "quantise_and_mask", storing("pads"), nothing)),
+    mutant("products of used pads stay", ERASED, (KERNELS, "verify_and_unmask", storing("products"), nothing)),
     mutant(
         "a copy of a key stays after its expansion",
         lives("test_a_copy_of_a_key_ends_with_its_expansion"),
@@ -388,7 +395,7 @@ MUTANTS = [
     mutant(
         "the session goes on after a failure",
         AFTERWARDS,
-        (LINEARS, "VerifiedLinears", calling("fail"), nothing),
+        (LINEARS, "CheckedLinears", calling("fail"), nothing),
     ),
     mutant(
         "a source that failed is asked again",
@@ -399,12 +406,12 @@ MUTANTS = [
     mutant(
         "a dealer's products stay where it can change them",
         lives("test_a_dealers_products_are_a_copy_that_it_cannot_change"),
-        (SOURCES, "DealerSource.products", call_of("copy"), lambda node: node.func.value),
+        (SOURCES, "DealerPadSource.products", call_of("copy"), lambda node: node.func.value),
     ),
     mutant(
         "two threads ask a dealer at once",
         lives("test_a_dealer_is_asked_by_one_thread_at_a_time"),
-        (SOURCES, "DealerSource.products", lambda node: isinstance(node, ast.With), body_only),
+        (SOURCES, "DealerPadSource.products", lambda node: isinstance(node, ast.With), body_only),
     ),
     # locks
     mutant("rows without the lock", LOCKED.format("take"), (POOL, "PadPool.take", with_of("_lock"), body_only)),

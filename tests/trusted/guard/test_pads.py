@@ -17,7 +17,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from tests.trusted.guard.honest import KEY, OTHER, HonestLine, activations, guarded, masked, small_weights
+from tests.trusted.guard.honest import KEY, OTHER, HonestConnection, activations, guarded, masked, small_weights
 from tests.trusted.guard.scan import shared_pads
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.modulus import P
@@ -26,7 +26,7 @@ from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
 from tsqp.trusted.guard.pool import PadPool
-from tsqp.trusted.guard.sources import TeeSource
+from tsqp.trusted.guard.sources import LocalPadSource
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -234,7 +234,7 @@ def test_an_interrupt_at_any_line_returns_no_row(rows: int) -> None:
         else:
             dead += 1
             assert isinstance(watched.line.dead, ChannelClosed)
-            assert (linears._groups[KEY].folded == 1).all()
+            assert (linears._groups[KEY].projections == 1).all()
         assert not shared_pads([watched.written()])
         if not reached():
             break
@@ -244,18 +244,18 @@ def test_an_interrupt_at_any_line_returns_no_row(rows: int) -> None:
 
 def test_an_interrupt_while_waiting_ends_the_session() -> None:
     linears, line = masked(WEIGHTS)
-    asked = linears.start(KEY, activations(3))
+    pending = linears.start(KEY, activations(3))
     other = linears.start(OTHER, activations(3, 40))
 
     def interrupted() -> memoryview:
         raise KeyboardInterrupt
 
-    asked.reply.wait = interrupted  # type: ignore[method-assign]
+    pending.reply.wait = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        asked.wait()
+        pending.wait()
     assert isinstance(line.dead, ChannelClosed)
     for group in linears._groups.values():
-        assert (group.folded == 1).all()
+        assert (group.projections == 1).all()
     for later in (other.wait, lambda: linears.start(KEY, activations(1))):
         with pytest.raises((ChannelClosed, PadReused)):
             later()
@@ -288,8 +288,8 @@ def test_a_call_that_fails_before_it_is_sent(where: str, monkeypatch: pytest.Mon
 
 def test_pads_run_out_in_one_of_several_products_under_way() -> None:
     """The others would be given up, and their replies with them: the session ends."""
-    groups, line = guarded(WEIGHTS), HonestLine(WEIGHTS)
-    linears = MaskedLinears(line, groups, PadPool(groups, TeeSource(), wait=False))
+    groups, line = guarded(WEIGHTS), HonestConnection(WEIGHTS)
+    linears = MaskedLinears(line, groups, PadPool(groups, LocalPadSource(), wait=False))
     with pytest.raises(PadsExhausted):
         linears.start(KEY, activations(1))
     linears.pool.make(KEY, 1)
@@ -304,15 +304,15 @@ def test_pads_run_out_in_one_of_several_products_under_way() -> None:
 
 def test_pads_that_a_failed_call_had_to_itself_are_destroyed() -> None:
     """Nobody else refers to its blocks: what they still hold would stay in memory until that is used for another."""
-    groups, line = guarded(WEIGHTS), HonestLine(WEIGHTS)
-    linears = MaskedLinears(line, groups, PadPool(groups, TeeSource(), wait=True))
-    asked = linears.start(KEY, activations(BLOCK_ROWS))
-    (piece,) = asked.pieces
-    assert piece.block is not None
+    groups, line = guarded(WEIGHTS), HonestConnection(WEIGHTS)
+    linears = MaskedLinears(line, groups, PadPool(groups, LocalPadSource(), wait=True))
+    pending = linears.start(KEY, activations(BLOCK_ROWS))
+    (pads,) = pending.slices
+    assert pads.block is not None
     line.change = lambda reply: reply.fill(0)
     line.fail(ChannelClosed("gone"))
     with pytest.raises(ChannelClosed):
-        asked.wait()
-    assert not any(piece.block._key)
-    for part in (piece.block._pads, piece.block._products):
+        pending.wait()
+    assert not any(pads.block._key)
+    for part in (pads.block._pads, pads.block._products):
         assert part is None or set(part.flat) == ERASED

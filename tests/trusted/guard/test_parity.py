@@ -14,13 +14,13 @@ from tests.families import FAMILIES, random_tokens, tiny_model
 from tests.trusted.guard.fakes import MODES
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.row_threads import row_threads
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.default import fetch_default
 from tsqp.config.groups import GroupKey
-from tsqp.model.decoder_layers import Block, Norms
+from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import LinearWeights, load_groups
 from tsqp.model.local import LocalAttention, LocalEmbedding
@@ -76,7 +76,7 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
     """The decoder of the package with these linear layers."""
     checkpoint, stats = open_checkpoint(model), Stats()
     norms = Norms.load(checkpoint, torch.float32)
-    block = Block(
+    block = DecoderLayers(
         checkpoint.spec,
         norms,
         IntegerLinears(checkpoint),
@@ -111,7 +111,7 @@ def private_answers(
     *,
     prefill_chunk: int = 2048,
     micro_batches: int = 1,
-    guard: GuardOptions | None = None,
+    guard: GuardConfig | None = None,
 ) -> Answers:
     with LLM(
         model,
@@ -165,7 +165,7 @@ def test_pads_and_checks_change_nothing(ahead: int, checks: int) -> None:
     model = str(tiny_model("llama-biases").directory)
     expected = answers(integer_engine(model))
     with serve(model) as (_, address):
-        options = GuardOptions(pads_ahead=ahead, checks=checks)
+        options = GuardConfig(pads_ahead=ahead, checks=checks)
         assert_same(private_answers(model, "masked", address, guard=options), expected)
 
 

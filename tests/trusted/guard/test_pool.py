@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.fakes import HEAD, KEY, OTHER, Array, make_groups, make_pool, record_blocks, secrets_of
-from tests.trusted.guard.honest import HonestLine
+from tests.trusted.guard.honest import HonestConnection
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
@@ -28,7 +28,7 @@ from tsqp.trusted.filler import HEAD_ROWS, PadFiller, block_bytes, targets
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock
 from tsqp.trusted.guard.pool import PadPool
-from tsqp.trusted.guard.sources import TeeSource
+from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
 MODEL = str(tiny_model("llama").directory)
@@ -36,7 +36,7 @@ SPEC = open_checkpoint(MODEL).spec
 BLOCKS: dict[GroupKey, int] = {KEY: 3, OTHER: 3, HEAD: 1}
 
 
-class Source(TeeSource):
+class Source(LocalPadSource):
     """An honest source that counts blocks, and does first what the test says."""
 
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
@@ -112,7 +112,7 @@ def test_what_a_filled_pool_holds_is_what_was_reckoned(monkeypatch: pytest.Monke
 
 
 def test_the_memory_of_a_run_is_bounded() -> None:
-    options = GuardOptions(pads_ahead=1024, pad_memory=200_000)
+    options = GuardConfig(pads_ahead=1024, pad_memory=200_000)
     with serve(MODEL) as (_, address), LLM(MODEL, protection="masked", worker=address, guard=options) as llm:
         assert llm._guard is not None
         filler = llm._guard.filler
@@ -234,19 +234,19 @@ def test_wait_makes_what_is_missing(rows: int) -> None:
     with filler_of(pool) as filler:
         filler.fill()
         made = source.blocks
-        pieces = pool.take(KEY, rows)
-        assert [(piece.first, piece.end) for piece in pieces] == [
+        slices = pool.take(KEY, rows)
+        assert [(one.first, one.end) for one in slices] == [
             (first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)
         ]
         missing = max(0, rows - 48)
         assert (pool.used, pool.missed) == (rows, missing)
         assert source.blocks == made  # until it is asked for the products
-        pads = [piece.pads(groups[KEY]).copy() for piece in pieces]
-        pool.supply(KEY, pieces)
+        pads = [one.pads(groups[KEY]).copy() for one in slices]
+        pool.supply(KEY, slices)
         assert source.blocks == made + -(-missing // BLOCK_ROWS)
-        for pad, piece in zip(pads, pieces, strict=True):
+        for pad, one in zip(pads, slices, strict=True):
             exact = pad.astype(np.int64) @ weights[KEY].numpy().astype(np.int64).T % (2**31 - 1)
-            assert (piece.products() == exact).all()
+            assert (one.products() == exact).all()
 
 
 def test_a_call_never_waits_for_the_thread() -> None:
@@ -264,7 +264,7 @@ def test_a_call_never_waits_for_the_thread() -> None:
     with filler_of(pool) as filler:
         filler.start()
         assert inside.wait(20)
-        linears = MaskedLinears(HonestLine(weights), groups, pool)
+        linears = MaskedLinears(HonestConnection(weights), groups, pool)
         for _ in range(3):
             assert linears.start(KEY, torch.randn(20, 40)).wait().shape == (20, 24)
         go_on.set()
@@ -273,7 +273,7 @@ def test_a_call_never_waits_for_the_thread() -> None:
 def test_refuse_raises_before_anything_is_sent_and_the_session_goes_on() -> None:
     groups, weights = make_groups()
     pool = make_pool(groups, wait=False)
-    line = HonestLine(weights)
+    line = HonestConnection(weights)
     linears = MaskedLinears(line, groups, pool)
     with filler_of(pool) as filler:
         with pytest.raises(PadsExhausted, match="5 of 5"):
@@ -293,7 +293,7 @@ def test_refuse_raises_before_anything_is_sent_and_the_session_goes_on() -> None
 
 
 def test_refuse_in_a_run() -> None:
-    options = GuardOptions(pads_ahead=32, pads_empty="refuse")
+    options = GuardConfig(pads_ahead=32, pads_empty="refuse")
     with serve(MODEL) as (worker, address), LLM(MODEL, protection="masked", worker=address, guard=options) as llm:
         assert llm._guard is not None
         filler = llm._guard.filler
@@ -318,11 +318,11 @@ def test_many_threads_never_get_the_same_row() -> None:
         begin.wait()
         for _ in range(150):
             rows = int(generator.integers(1, 40))
-            pieces = pool.take(KEY, rows)
-            assert sum(piece.rows for piece in pieces) == rows
-            for piece in pieces:
-                assert piece.block is not None
-                taken[index] += [(piece.block, piece.at + row) for row in range(piece.rows)]
+            slices = pool.take(KEY, rows)
+            assert sum(one.rows for one in slices) == rows
+            for one in slices:
+                assert one.block is not None
+                taken[index] += [(one.block, one.at + row) for row in range(one.rows)]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     with filler_of(pool) as filler:
@@ -343,7 +343,7 @@ def test_many_threads_with_products_get_right_ones() -> None:
     failures: list[Any] = []
 
     def work(seed: int) -> None:
-        line = HonestLine(weights)
+        line = HonestConnection(weights)
         linears = MaskedLinears(line, groups, pool)
         generator = torch.Generator().manual_seed(seed)
         try:

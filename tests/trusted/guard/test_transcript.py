@@ -7,7 +7,7 @@ import pytest
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.api.llm import Prompt
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import group_keys
@@ -52,7 +52,7 @@ def record(prompt: Prompt, params: SamplingParams | None = None, *, mode: str = 
         recorders.append(Recorder(channel))
         return recorders[0]
 
-    guard = GuardOptions(pads_ahead=ahead) if mode == "masked" else None
+    guard = GuardConfig(pads_ahead=ahead) if mode == "masked" else None
     with (
         serve(MODEL) as (_, address),
         LLM(MODEL, protection=mode, worker=address, guard=guard, wrap_channel=wrap) as llm,

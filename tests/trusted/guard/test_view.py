@@ -15,7 +15,7 @@ from tests.conftest import StartWorker, fresh_address
 from tests.trusted.guard.honest import KEY, masked, small_weights
 from tests.trusted.guard.scan import WITHIN, shared_pads
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.audit.capture import Capture, CapturedChannel
@@ -43,7 +43,7 @@ ENOUGH = 10_000_000  # elements
 
 def open_llm(worker: str, capture: Capture, wrap: Callable[[Channel], Channel] | None = None) -> LLM:
     """A masked run whose messages are copied. Pads are made when they are needed, so that every path is taken."""
-    options = GuardOptions(pads_ahead=0)
+    options = GuardConfig(pads_ahead=0)
     return LLM(MODEL, protection="masked", worker=worker, guard=options, wrap_channel=wrap or capture.wrap)
 
 
@@ -184,26 +184,26 @@ STEPS: dict[str, Callable[[Trap], None]] = {
     "take": lambda trap: trap.lay(PadPool, "take"),
     "claim": lambda trap: trap.lay(PadBlock, "claim"),
     "expand": lambda trap: trap.lay(pads, "expand"),
-    "mask": lambda trap: trap.lay(kernels, "send"),
+    "mask": lambda trap: trap.lay(kernels, "quantise_and_mask"),
     "before it is sent": lambda trap: trap.lay(CapturedChannel, "send", before=True),
     "send": lambda trap: trap.lay(CapturedChannel, "send"),
     "supply": lambda trap: trap.lay(PadBlock, "supply"),
     "reply": lambda trap: trap.lay(CapturedChannel, "receive"),
-    "check": lambda trap: trap.lay(kernels, "accept", before=True),
-    "unmask": lambda trap: trap.lay(kernels, "accept"),
+    "check": lambda trap: trap.lay(kernels, "verify_and_unmask", before=True),
+    "unmask": lambda trap: trap.lay(kernels, "verify_and_unmask"),
 }
 
 
 def record_written(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
     """Every row that is written to memory of the line from now on, sent or not."""
-    real, written = kernels.send, []
+    real, written = kernels.quantise_and_mask, []
 
     def send(*arguments: Any) -> None:
         real(*arguments)
         out = arguments[5]
         written.append(out[out.any(axis=1)].copy())
 
-    monkeypatch.setattr(kernels, "send", send)
+    monkeypatch.setattr(kernels, "quantise_and_mask", send)
     return written
 
 

@@ -1,4 +1,4 @@
-"""What the guard holds of a model: bounds that no product leaves, folded check vectors, digests of everything."""
+"""What the guard holds of a model: bounds that no product leaves, projections check vectors, digests of everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.trusted.guard.altered import Altered, with_element
 from tests.trusted.guard.fakes import make_groups
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
 from tsqp import LLM
-from tsqp.api.guard_config import GuardOptions
+from tsqp.api.guard_config import GuardConfig
 from tsqp.arith.field import MAX_SMALL, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel
@@ -128,8 +128,8 @@ def test_weights_that_are_not_numbers_are_refused_by_name(tensor: str, name: str
 # Check vectors
 
 
-def folded(secrets: list[int], wq: list[list[int]]) -> list[int]:
-    return [sum(s * row[i] for s, row in zip(secrets, wq, strict=True)) % P for i in range(len(wq[0]))]
+def projections(check_vectors: list[int], wq: list[list[int]]) -> list[int]:
+    return [sum(s * row[i] for s, row in zip(check_vectors, wq, strict=True)) % P for i in range(len(wq[0]))]
 
 
 def group_of(wq: torch.Tensor, checks: int = 2) -> GuardedGroup:
@@ -145,15 +145,15 @@ def test_folded_vectors_are_those_of_python(shape: tuple[int, int], fill: int | 
     if fill is not None:
         wq.fill_(fill)
     group = group_of(wq)
-    assert (group.secrets < P).all()
-    for secrets, got in zip(group.secrets, group.folded, strict=True):
-        assert got.tolist() == folded(secrets.tolist(), wq.tolist())
+    assert (group.check_vectors < P).all()
+    for check_vectors, got in zip(group.check_vectors, group.projections, strict=True):
+        assert got.tolist() == projections(check_vectors.tolist(), wq.tolist())
 
 
 def test_check_vectors_are_fresh_and_spread_over_the_field() -> None:
     wq = torch.ones(50_000, 1, dtype=torch.int8)
     first, second = group_of(wq), group_of(wq)
-    rows = [*first.secrets, *second.secrets]
+    rows = [*first.check_vectors, *second.check_vectors]
     for index, row in enumerate(rows):
         assert abs(float(row.mean()) / P - 0.5) < 0.01
         for other in rows[:index]:
@@ -163,8 +163,8 @@ def test_check_vectors_are_fresh_and_spread_over_the_field() -> None:
 @pytest.mark.parametrize("checks", [1, 2, 7])
 def test_there_are_as_many_vectors_as_asked_for(checks: int) -> None:
     groups, _ = make_groups(checks=checks)
-    assert {group.secrets.shape[0] for group in groups.values()} == {checks}
-    assert {group.folded.shape[0] for group in groups.values()} == {checks}
+    assert {group.check_vectors.shape[0] for group in groups.values()} == {checks}
+    assert {group.projections.shape[0] for group in groups.values()} == {checks}
 
 
 def test_forgotten_vectors_accept_nothing() -> None:
@@ -241,12 +241,12 @@ def test_a_pinned_digest(mode: str) -> None:
     digest = load(open_checkpoint(MODEL)).digest
     with serve(MODEL) as (worker, address):
         for pinned in (digest, None):
-            with LLM(MODEL, protection=mode, worker=address, guard=GuardOptions(model_digest=pinned)) as llm:
+            with LLM(MODEL, protection=mode, worker=address, guard=GuardConfig(model_digest=pinned)) as llm:
                 llm.logits(prompt)
         products = worker.products
         other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
         with pytest.raises(ModelMismatch, match=digest):
-            LLM(MODEL, protection=mode, worker=address, guard=GuardOptions(model_digest=other))
+            LLM(MODEL, protection=mode, worker=address, guard=GuardConfig(model_digest=other))
         assert worker.products == products
 
 

@@ -32,8 +32,9 @@ from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import decode_reply
 from tsqp.wire.messages import (
     PROTOCOL_VERSION,
+    AttentionScores,
+    AttentionValues,
     Begin,
-    Deal,
     Done,
     Embed,
     Failed,
@@ -42,11 +43,10 @@ from tsqp.wire.messages import (
     Layer,
     Linear,
     Message,
-    Mix,
+    MultiplyPads,
     Place,
     Product,
     Refused,
-    Scores,
     Welcome,
 )
 from tsqp.wire.payload import tensor_bytes
@@ -123,11 +123,11 @@ def test_dealt_products_are_those_of_the_expanded_keys(kernel: DigitKernel, bloc
     for key, rows in zip(keys, pads, strict=True):
         expand(AesKeyStream(bytes(key.tolist())), rows)
     expected = reference(torch.from_numpy(pads.view(np.int32)).flatten(0, 1), ("qkv", 1)) % P
-    got = product_of(worker, Deal(1, "qkv", 1, blocks), keys)
+    got = product_of(worker, MultiplyPads(1, "qkv", 1, blocks), keys)
     assert torch.equal(got.long(), expected.flatten())
 
 
-@pytest.mark.parametrize("message", [Product(1, "qkv", 0, 2, 4), Deal(1, "qkv", 0, 1)])
+@pytest.mark.parametrize("message", [Product(1, "qkv", 0, 2, 4), MultiplyPads(1, "qkv", 0, 1)])
 def test_a_product_is_computed_in_its_place(worker: Worker, message: Message) -> None:
     payload = canonical(2, HIDDEN) if isinstance(message, Product) else torch.zeros(32, dtype=torch.uint8)
     expected = product_of(worker, message, payload)
@@ -178,15 +178,15 @@ BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor], str]] = {
     "no payload": (Product(1, "qkv", 0, 2, 4), [], "payloads"),
     "two payloads": (Product(1, "qkv", 0, 2, 4), [X4, X4], "payloads"),
     "an enormous product": (Product(1, "qkv", 0, 2**31 - 1, 4), [X4], "bytes"),
-    "a deal in a layer that is not there": (Deal(1, "qkv", SPEC.num_layers, 1), [ONE_KEY], "no group"),
-    "a deal without keys": (Deal(1, "qkv", 0, 1), [], "payloads"),
-    "half a key": (Deal(1, "qkv", 0, 1), [ONE_KEY[:16]], "bytes"),
-    "a key too few": (Deal(1, "qkv", 0, 2), [ONE_KEY], "bytes"),
-    "a key too many": (Deal(1, "qkv", 0, 1), [ONE_KEY.repeat(2)], "bytes"),
+    "pads in a layer that is not there": (MultiplyPads(1, "qkv", SPEC.num_layers, 1), [ONE_KEY], "no group"),
+    "pads without keys": (MultiplyPads(1, "qkv", 0, 1), [], "payloads"),
+    "half a key": (MultiplyPads(1, "qkv", 0, 1), [ONE_KEY[:16]], "bytes"),
+    "a key too few": (MultiplyPads(1, "qkv", 0, 2), [ONE_KEY], "bytes"),
+    "a key too many": (MultiplyPads(1, "qkv", 0, 1), [ONE_KEY.repeat(2)], "bytes"),
     "linear": (Linear(1, "qkv", 0, None, 2), [torch.zeros(2, HIDDEN)], "no linear"),
     "embed": (Embed(1, 1), [TOKENS], "no embed"),
-    "scores": (Scores(1, 1, 1), [X4, X4], "no scores"),
-    "mix": (Mix(1, 1, 1), [X4, X4], "no mix"),
+    "scores": (AttentionScores(1, 1, 1), [X4, X4], "no attention_scores"),
+    "mix": (AttentionValues(1, 1, 1), [X4, X4], "no attention_values"),
     "begin": (Begin(1, (Place(1, 0, 1),), 8), [TOKENS], "no begin"),
     "layer": (Layer(1, 0, 0, 0), [], "no layer"),
     "finish": (Finish(1, 0, False), [], "no finish"),
@@ -203,7 +203,7 @@ def test_a_bad_call_fails_and_the_next_one_works(worker: Worker, name: str) -> N
 
 
 @pytest.mark.parametrize("size", [0, 4, 2 * 128 * 4 - 4, 2 * 128 * 4 + 4])
-@pytest.mark.parametrize("message", [GOOD, Deal(7, "qkv", 0, 1)])
+@pytest.mark.parametrize("message", [GOOD, MultiplyPads(7, "qkv", 0, 1)])
 def test_room_of_another_size_is_refused(worker: Worker, message: Message, size: int) -> None:
     payload = X4 if isinstance(message, Product) else ONE_KEY
     frames = worker.answer(arrival(message, payload)._replace(reply=memoryview(bytearray(size))))
@@ -215,7 +215,7 @@ def test_a_product_that_no_reply_can_carry_is_refused_before_it_is_computed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(field, "MAX_FRAME_BYTES", 1000)
-    for message, payload in ((GOOD, X4), (Deal(1, "qkv", 0, 1), ONE_KEY)):
+    for message, payload in ((GOOD, X4), (MultiplyPads(1, "qkv", 0, 1), ONE_KEY)):
         reply = answer(worker, message, payload)
         assert isinstance(reply, Failed)
         assert "limit" in reply.reason
@@ -239,7 +239,7 @@ def test_numbers_out_of_range_harm_nobody(kernel: DigitKernel, byte: int, digits
 def test_other_paths_refuse_the_calls_of_this_one(path: str) -> None:
     worker = Worker(store())
     greet(worker, Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", path))  # type: ignore[arg-type]
-    for message, payload in ((GOOD, X4), (Deal(7, "qkv", 0, 1), ONE_KEY)):
+    for message, payload in ((GOOD, X4), (MultiplyPads(7, "qkv", 0, 1), ONE_KEY)):
         reply = answer(worker, message, payload)
         assert isinstance(reply, Failed)
         assert "field path" in reply.reason
@@ -299,7 +299,7 @@ def test_digests_are_hashes_of_all_layers_in_order() -> None:
     for name, group in linear_groups(SPEC).items():
         layers = [None] if name == "lm_head" else range(SPEC.num_layers)
         whole = b"".join(
-            quantise_rows(CHECKPOINT.tensor(part_tensor(layer, part, "weight"))).digits.numpy().tobytes()
+            quantise_rows(CHECKPOINT.tensor(part_tensor(layer, part, "weight"))).values.numpy().tobytes()
             for layer in layers
             for part, _ in group.parts
         )
@@ -362,7 +362,7 @@ for least in (1024, 16):  # the second: products in several blocks of columns
     for rows in (1, 2, 33):
         assert isinstance(answer(worker, Product(1, "qkv", 0, rows, 4), torch.zeros(rows, HIDDEN).int()), Done)
         assert isinstance(answer(worker, Product(1, "qkv", 0, rows, 2), torch.zeros(rows, HIDDEN).short()), Done)
-        assert isinstance(answer(worker, Deal(1, "qkv", 0, rows), ONE_KEY.repeat(rows)), Done)
+        assert isinstance(answer(worker, MultiplyPads(1, "qkv", 0, rows), ONE_KEY.repeat(rows)), Done)
 assert compiled() == before, (before, compiled())
 """
 

@@ -59,7 +59,7 @@ class Reference:
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         first, end = self.group.part_rows(part)
         w, x_rows = quantise_rows(self.floats.weight), quantise_rows(x)
-        sums = x_rows.digits.long() @ w.digits[first:end].long().t()
+        sums = x_rows.values.long() @ w.values[first:end].long().t()
         y = sums.float() * x_rows.scales.unsqueeze(1) * w.scales[first:end]
         if self.floats.bias is not None:
             y = y + self.floats.bias[first:end]
@@ -154,7 +154,7 @@ def test_weights_are_a_byte_each_and_the_embedding_is_kept_apart() -> None:
     weights = WorkerWeights.load(checkpoint_of("llama-tied"), "int8", CPU)
     head = weights.groups["lm_head", None]
     assert isinstance(head, Int8Linear)
-    assert (head.digits.dtype, weights.embedding.dtype, weights.compute) == (torch.int8, torch.bfloat16, "int8")
+    assert (head.wq.dtype, weights.embedding.dtype, weights.compute) == (torch.int8, torch.bfloat16, "int8")
 
 
 def test_sums_that_int32_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

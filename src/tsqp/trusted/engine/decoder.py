@@ -10,7 +10,7 @@ import torch
 
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import Block
+from tsqp.model.decoder_layers import DecoderLayers
 from tsqp.model.operators import Embedding
 from tsqp.model.pending import Steps, interleaved
 from tsqp.model.rotary import Rotary
@@ -21,10 +21,17 @@ class Decoder:
     """The forward pass. ``max_rows`` bounds the rows of a chunk; each chunk crosses the layers as ``micro_batches``."""
 
     def __init__(
-        self, block: Block, embedding: Embedding, *, dtype: torch.dtype, max_rows: int, micro_batches: int, stats: Stats
+        self,
+        layers: DecoderLayers,
+        embedding: Embedding,
+        *,
+        dtype: torch.dtype,
+        max_rows: int,
+        micro_batches: int,
+        stats: Stats,
     ) -> None:
-        self.spec = block.spec
-        self._block = block
+        self.spec = layers.spec
+        self._layers = layers
         self._embedding = embedding
         self._dtype = dtype
         self._rotary = Rotary(self.spec.rope, self.spec.head_dim, dtype)
@@ -45,22 +52,22 @@ class Decoder:
         wanted: list[torch.Tensor] = []
         for chunk in batch.chunks(self._max_rows):
             parts = chunk.split(self._micro_batches)
-            yield from interleaved([self._layers(hidden[part.slice], part) for part in parts])
+            yield from interleaved([self._through_layers(hidden[part.slice], part) for part in parts])
             rows = hidden[chunk.slice]
             wanted.append(rows if batch.every_row else rows[chunk.last_rows()])
             self._stats.chunks += 1
             self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
         last = torch.cat(wanted)
-        final = self._block.linears.input(("lm_head", None), len(last))
+        final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
-            self._block.kernels.rms_norm(last, self._block.norms.final, self.spec.rms_norm_eps, final)
-        logits = yield self._block.linears.start(("lm_head", None), final)
+            self._layers.kernels.rms_norm(last, self._layers.norms.final, self.spec.rms_norm_eps, final)
+        logits = yield self._layers.linears.start(("lm_head", None), final)
         batch.advance()
         self._stats.forward_passes += 1
         return logits.float()
 
-    def _layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
+    def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):
             tables = self._rotary.tables(chunk.positions())
         for layer in range(self.spec.num_layers):
-            yield from self._block.steps(layer, hidden, chunk, tables)
+            yield from self._layers.steps(layer, hidden, chunk, tables)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import InputError, NumericError, PromptError
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps, run
@@ -33,7 +33,7 @@ class PassDecoder(Protocol):
     """What the engine needs of a decoder; sequences are known by caches that the decoder makes."""
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> ModelConfig: ...
 
     def new_cache(self) -> Any: ...
 
@@ -61,7 +61,7 @@ class Engine:
     _process: int = field(default_factory=os.getpid)
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> ModelConfig:
         return self.decoder.spec
 
     def busy(self) -> bool:

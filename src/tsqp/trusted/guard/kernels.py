@@ -54,21 +54,21 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
+def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
     """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, k).
 
     ``masked``: out uint32 (T, K) is x + pads mod p, pads uint32 (T, K), which are erased. Otherwise out int16 is x.
     """
-    digits = np.empty(x.shape[1], np.int32)
+    values = np.empty(x.shape[1], np.int32)
     field = np.empty(x.shape[1], np.uint32)
     without_pads = masked and pads.shape[1] != x.shape[1]
     for row in range(first, end):
-        scale = quantise_row(x[row], limit, digits)
+        scale = quantise_row(x[row], limit, values)
         erased = np.uint32(without_pads)
-        for i in range(digits.shape[0]):
-            field[i] = _canonical(digits[i])
+        for i in range(values.shape[0]):
+            field[i] = _canonical(values[i])
         if masked and not without_pads:
-            for i in range(digits.shape[0]):
+            for i in range(values.shape[0]):
                 pad = pads[row, i]  # read once: another thread may be erasing it
                 erased |= np.uint32(pad >= _P)
                 field[i] = _reduce(np.uint32(pad + field[i]))
@@ -78,38 +78,38 @@ def send(x, limit, folded, masked, pads, out, scales, expected, verdicts, first,
         elif erased != 0:
             verdicts[row] = ERASED_PAD  # used before: this row would be in clear, so it goes nowhere
         else:
-            for i in range(digits.shape[0]):
-                out[row, i] = field[i] if masked else digits[i]
-            for k in range(folded.shape[0]):
-                expected[row, k] = _dot(field, folded[k])  # from private values: ``out`` may have been changed
+            for i in range(values.shape[0]):
+                out[row, i] = field[i] if masked else values[i]
+            for k in range(projections.shape[0]):
+                expected[row, k] = _dot(field, projections[k])  # from private values: ``out`` may have been changed
             scales[row] = scale
             verdicts[row] = OK
 
 
 @kernel
-def combine(wq, secrets, out, first, end):  # type: ignore[no-untyped-def]
-    """secrets uint32 (k, N) times wq int8 (N, K) mod p: out uint32 (k, K). (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)"""
+def project_weights(wq, vectors, out, first, end):  # type: ignore[no-untyped-def]
+    """vectors uint32 (k, N) times wq int8 (N, K) mod p: out uint32 (k, K). (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)"""
     total = np.empty(wq.shape[1], np.int64)
     for k in range(first, end):
         total[:] = 0
         for j in range(wq.shape[0]):
-            secret = np.int64(secrets[k, j])
+            element = np.int64(vectors[k, j])
             for i in range(wq.shape[1]):
-                total[i] += np.int64(wq[j, i]) * secret
+                total[i] += np.int64(wq[j, i]) * element
         for i in range(wq.shape[1]):
             out[k, i] = np.uint32(total[i] % np.int64(_P))
 
 
 @kernel
-def fold(values, secrets, out, first, end):  # type: ignore[no-untyped-def]
-    """values uint32 (T, n) against each of secrets (k, n): out uint32 (T, k)."""
+def project(values, vectors, out, first, end):  # type: ignore[no-untyped-def]
+    """values uint32 (T, n) against each of vectors (k, n): out uint32 (T, k)."""
     for row in range(first, end):
-        for k in range(secrets.shape[0]):
-            out[row, k] = _dot(values[row], secrets[k])
+        for k in range(vectors.shape[0]):
+            out[row, k] = _dot(values[row], vectors[k])
 
 
 @kernel
-def accept(reply, secrets, expected, masked, products, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
+def verify_and_unmask(reply, vectors, expected, masked, products, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
     """Check a private copy of a reply, uint32 (T, N), unmask and rescale it: out float32 (T, N).
 
     ``masked``: with the pads' ``products``, uint32 (T, N), which are erased.
@@ -119,8 +119,8 @@ def accept(reply, secrets, expected, masked, products, scales, w_scales, bias, o
         for j in range(reply.shape[1]):
             outside |= np.uint32(reply[row, j] >= _P)
         verdict = OUT_OF_RANGE if outside != 0 else OK
-        for k in range(secrets.shape[0]):
-            if verdict == OK and _dot(reply[row], secrets[k]) != expected[row, k]:
+        for k in range(vectors.shape[0]):
+            if verdict == OK and _dot(reply[row], vectors[k]) != expected[row, k]:
                 verdict = MISMATCH
         if verdict == OK and masked:
             erased = np.uint32(products.shape[1] != reply.shape[1])

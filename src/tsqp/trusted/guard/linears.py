@@ -5,12 +5,12 @@ call raises (test_hostile.py); in ``masked`` all that reaches the worker is x + 
 (test_view.py) and a call's shape (test_transcript.py). Does not cover: lengths, timing, model.
 Assumes: this process's memory is private, ``os.urandom`` and AES.
 
-What lies in memory of the line is written once and never read back, and read once into private memory.
+Memory of the connection is written once and never read back; a reply is read once, into private memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,156 +31,153 @@ from tsqp.errors import (
     ReplyRangeError,
 )
 from tsqp.trusted.guard import kernels
-from tsqp.trusted.guard.pool import PadPool, Piece
-from tsqp.trusted.guard.sources import Line, Waiting
-from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice
+from tsqp.trusted.guard.sources import PendingBytes, WorkerConnection
+from tsqp.trusted.guard.weights import Groups, GuardedGroup
 from tsqp.wire.messages import Product
 
 
 @dataclass(frozen=True, repr=False)
-class Asked:
-    """A product under way: R rows in pieces, their scales float32 (R,), what the check is to find, uint32 (R, k)."""
+class PendingProduct:
+    """A product under way: R rows in slices, their scales float32 (R,), what the check is to find, uint32 (R, k)."""
 
-    linears: VerifiedLinears
+    linears: CheckedLinears
     group: GuardedGroup
-    reply: Waiting
+    reply: PendingBytes
     scales: Array
     expected: Array
-    pieces: Sequence[Piece]
+    slices: Sequence[PadSlice]
 
     def wait(self) -> torch.Tensor:
         """The product, checked. Raises CheckFailed and any other ChannelError, and ends the session with it."""
         return self.linears.finish(self)
 
 
-class VerifiedLinears:
-    """The worker sees the activations, as integers. Every product is checked, and any failure ends the session."""
+class CheckedLinears:
+    """What both private modes share: every product is checked, and any failure ends the session.
 
-    masked = False
-    digits: Digits = 2
-    item: type[np.generic] = np.int16
+    ``digits`` and ``item``: how the worker gets activations; ``masked``: with pads added. ``pads``: where slices of a
+    call's rows come from, with pads or without.
+    """
 
-    def __init__(self, line: Line, groups: Mapping[GroupKey, GuardedGroup]) -> None:
+    masked: bool
+    digits: Digits
+    item: type[np.generic]
+
+    def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | NoPads) -> None:
         self.checks = 0  # products that were checked
         self._under_way = 0
-        self._line = line
+        self._connection = connection
         self._groups = groups
+        self._pads = pads
 
     def input(self, key: GroupKey, rows: int) -> torch.Tensor:
         """Private memory for the input of one product, float32 (rows, in_features)."""
         return torch.empty(rows, self._groups[key].in_features)
 
-    def start(self, key: GroupKey, x: torch.Tensor) -> Asked:
+    def start(self, key: GroupKey, x: torch.Tensor) -> PendingProduct:
         """Ask for ``x Wᵀ + b``, x float32 (R, in_features).
 
         Raises PadsExhausted and NumericError before anything is sent; the session goes on after them unless other
         products were under way, which would be given up. Any other exception ends it.
         """
-        payload = self._line.reserve(x.numel() * np.dtype(self.item).itemsize)  # raises what has ended the session
-        pieces: Sequence[Piece] = ()
+        # Raises what has ended the session.
+        payload = self._connection.reserve(x.numel() * np.dtype(self.item).itemsize)
+        slices: Sequence[PadSlice] = ()
         try:
-            pieces = self._pieces(key, len(x))
-            asked = self._send(key, x.numpy(), pieces, payload)
+            slices = self._pads.take(key, len(x))
+            pending = self._ask(key, x.numpy(), slices, payload)
         except BaseException as error:
             if self._under_way or not isinstance(error, PadsExhausted | NumericError):
                 self._end(error)
-            _lose(pieces)
+            _lose(slices)
             raise
         self._under_way += 1
-        return asked
+        return pending
 
-    def finish(self, asked: Asked) -> torch.Tensor:
-        """See ``Asked.wait``."""
+    def finish(self, pending: PendingProduct) -> torch.Tensor:
+        """See ``PendingProduct.wait``."""
         self._under_way -= 1
         try:
-            self._supply(asked)
-            return self._accept(asked)
+            self._pads.supply(pending.group.key, pending.slices)  # while the worker computes
+            return self._verify_and_unmask(pending)
         except BaseException as error:
             self._end(error)
-            _lose(asked.pieces)
+            _lose(pending.slices)
             raise
 
     def close(self) -> None:
         """Overwrite what is secret. Nothing can be asked for any more."""
-        self._line.fail(ChannelClosed("the session was closed"))  # first: no reply may meet vectors of zeros
+        self._connection.fail(ChannelClosed("the session was closed"))  # first: no reply may meet forgotten vectors
         for group in self._groups.values():
             group.forget()
+        self._pads.close()
 
     def _end(self, error: BaseException) -> None:
         """End the session because of ``error``: nothing is ever checked with the same vectors again."""
-        self._line.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
+        self._connection.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
         self.close()
 
-    def _pieces(self, key: GroupKey, rows: int) -> list[Piece]:
-        """The rows of a call in pieces, as long as blocks of pads, which they come with if they are to be masked."""
-        return [Piece(None, 0, first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)]
-
-    def _supply(self, asked: Asked) -> None:
-        """Make what is missing, while the worker computes."""
-
-    def _send(self, key: GroupKey, x: Array, pieces: Sequence[Piece], payload: memoryview) -> Asked:
-        """Quantise and mask x, float32 (R, K), into ``payload``, memory of the line, and ask for the product."""
+    def _ask(self, key: GroupKey, x: Array, slices: Sequence[PadSlice], payload: memoryview) -> PendingProduct:
+        """Quantise and mask x, float32 (R, K), into ``payload``, memory of the connection; ask for the product."""
         group, rows = self._groups[key], len(x)
         out = np.frombuffer(payload, self.item).reshape(x.shape)
-        scales, expected = np.empty(rows, np.float32), np.empty((rows, len(group.folded)), np.uint32)
+        scales, expected = np.empty(rows, np.float32), np.empty((rows, len(group.projections)), np.uint32)
         verdicts, limit = np.full(rows, kernels.UNSEEN, np.uint8), np.float32(group.limit)
 
-        def send(begin: int, stop: int) -> None:
-            for piece in pieces[begin:stop]:
-                own = slice(piece.first, piece.end)
+        def mask(begin: int, stop: int) -> None:
+            for rows_of in slices[begin:stop]:
+                own, pads = slice(rows_of.first, rows_of.end), rows_of.pads(group)
                 part = (out[own], scales[own], expected[own], verdicts[own])
-                kernels.send(x[own], limit, group.folded, self.masked, piece.pads(group), *part, 0, piece.rows)
+                kernels.quantise_and_mask(x[own], limit, group.projections, self.masked, pads, *part, 0, rows_of.rows)
 
-        row_threads().run(send, len(pieces), least=2)
+        row_threads().run(mask, len(slices), least=2)
         _judge(verdicts)
         kind: Literal["linear", "lm_head"] = "lm_head" if key[1] is None else "linear"
-        call = Product(self._line.next_id(), *key, rows, self.digits)
-        reply = self._line.ask(kind, call, payload, rows * group.out_features * 4)
-        return Asked(self, group, reply, scales, expected, pieces)
+        call = Product(self._connection.next_id(), *key, rows, self.digits)
+        reply = self._connection.ask(kind, call, payload, rows * group.out_features * 4)
+        return PendingProduct(self, group, reply, scales, expected, slices)
 
-    def _accept(self, asked: Asked) -> torch.Tensor:
+    def _verify_and_unmask(self, pending: PendingProduct) -> torch.Tensor:
         """The product, float32 (R, N), once every row of it has been checked."""
-        group, shape = asked.group, (len(asked.scales), asked.group.out_features)
-        reply = np.frombuffer(asked.reply.wait(), np.uint32).reshape(shape)
+        group, shape = pending.group, (len(pending.scales), pending.group.out_features)
+        reply = np.frombuffer(pending.reply.wait(), np.uint32).reshape(shape)
         out = torch.empty(shape)
         verdicts = np.full(len(out), kernels.UNSEEN, np.uint8)
 
-        def accept(begin: int, stop: int) -> None:
+        def unmask(begin: int, stop: int) -> None:
             private = np.empty((BLOCK_ROWS, group.out_features), np.uint32)
-            for piece in asked.pieces[begin:stop]:
-                own = slice(piece.first, piece.end)
-                unchecked_y = private[: piece.rows]
+            for rows_of in pending.slices[begin:stop]:
+                own = slice(rows_of.first, rows_of.end)
+                unchecked_y = private[: rows_of.rows]
                 np.copyto(unchecked_y, reply[own])  # the one time that a reply is read: the worker can still change it
-                check = (group.secrets, asked.expected[own], self.masked, piece.products())
-                part = (asked.scales[own], group.scales, group.bias, out.numpy()[own], verdicts[own])
-                kernels.accept(unchecked_y, *check, *part, 0, piece.rows)
+                check = (group.check_vectors, pending.expected[own], self.masked, rows_of.products())
+                part = (pending.scales[own], group.scales, group.bias, out.numpy()[own], verdicts[own])
+                kernels.verify_and_unmask(unchecked_y, *check, *part, 0, rows_of.rows)
 
-        row_threads().run(accept, len(asked.pieces), least=2)
+        row_threads().run(unmask, len(pending.slices), least=2)
         _judge(verdicts)
         self.checks += 1
         return out
 
 
-class MaskedLinears(VerifiedLinears):
+class VerifiedLinears(CheckedLinears):
+    """The worker sees the activations, as integers. Every product is checked."""
+
+    masked, digits, item = False, 2, np.int16
+
+    def __init__(self, connection: WorkerConnection, groups: Groups) -> None:
+        super().__init__(connection, groups, NoPads())
+
+
+class MaskedLinears(CheckedLinears):
     """The worker sees uniform noise: every row it gets has a pad of ``pool`` added. Every product is checked."""
 
-    masked = True
-    digits = 4
-    item = np.uint32
+    masked, digits, item = True, 4, np.uint32
 
-    def __init__(self, line: Line, groups: Mapping[GroupKey, GuardedGroup], pool: PadPool) -> None:
-        super().__init__(line, groups)
+    def __init__(self, connection: WorkerConnection, groups: Groups, pool: PadPool) -> None:
+        super().__init__(connection, groups, pool)
         self.pool = pool
-
-    def close(self) -> None:
-        super().close()
-        self.pool.close()
-
-    def _pieces(self, key: GroupKey, rows: int) -> list[Piece]:
-        return self.pool.take(key, rows)
-
-    def _supply(self, asked: Asked) -> None:
-        self.pool.supply(asked.group.key, asked.pieces)
 
 
 def _judge(verdicts: Array) -> None:
@@ -198,8 +195,8 @@ def _judge(verdicts: Array) -> None:
             raise ProductMismatch("the worker's product is wrong: it cheats, or its machine is broken")
 
 
-def _lose(pieces: Sequence[Piece]) -> None:
+def _lose(slices: Sequence[PadSlice]) -> None:
     """After a failure pads are not used again, whether the worker has seen them or not."""
-    for piece in pieces:
-        if piece.block is not None:
-            piece.block.erase(piece.at, piece.rows)
+    for one in slices:
+        if one.block is not None:
+            one.block.erase(one.at, one.rows)

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +25,13 @@ from tsqp.errors import PadsExhausted, TsqpError
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pads import PadBlock, Ratchet, wipe
 from tsqp.trusted.guard.sources import PadSource
-from tsqp.trusted.guard.weights import GuardedGroup
+from tsqp.trusted.guard.weights import Groups, GuardedGroup
 
 MAKE_BLOCKS = 16  # multiplied together: enough rows for a product to be efficient
 _NO_PADS = np.empty((BLOCK_ROWS, 0), np.uint32)
 
 
-class Piece(NamedTuple):
+class PadSlice(NamedTuple):
     """Rows ``first`` to ``end`` of a call; their pads are those of ``block`` from ``at`` on, if they are masked."""
 
     block: PadBlock | None
@@ -52,10 +52,23 @@ class Piece(NamedTuple):
         return _NO_PADS if self.block is None else self.block.products(self.at, self.rows)
 
 
+class NoPads:
+    """What ``verified`` has in place of a pool: slices as long as blocks of pads, without pads."""
+
+    def take(self, key: GroupKey, rows: int) -> list[PadSlice]:
+        return [PadSlice(None, 0, first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)]
+
+    def supply(self, key: GroupKey, slices: Sequence[PadSlice]) -> None:
+        """There is nothing to make."""
+
+    def close(self) -> None:
+        """There is nothing to destroy."""
+
+
 class PadPool:
     """Pads of one connection. ``wait``: a call may make what is missing; otherwise it raises PadsExhausted."""
 
-    def __init__(self, groups: Mapping[GroupKey, GuardedGroup], source: PadSource, *, wait: bool) -> None:
+    def __init__(self, groups: Groups, source: PadSource, *, wait: bool) -> None:
         self.used = 0  # rows handed out, of all groups
         self.missed = 0  # those whose products had to be made on the spot
         self.recent: dict[GroupKey, tuple[float, int]] = {}  # of each group's last call: when, and its rows
@@ -69,7 +82,7 @@ class PadPool:
         self._blocks = weakref.WeakSet[PadBlock]()  # all there are, also those that calls under way have
         self._lock = threading.Lock()
 
-    def take(self, key: GroupKey, rows: int) -> list[Piece]:
+    def take(self, key: GroupKey, rows: int) -> list[PadSlice]:
         """Pads for ``rows`` rows of one call, which are then the caller's, to use once or lose.
 
         Raises PadsExhausted; PadReused in a forked process and after ``close``; ``failure``.
@@ -84,21 +97,21 @@ class PadPool:
             self.recent[key] = time.monotonic(), rows
             self.used += rows
             self.missed += missing
-            pieces, first = [], 0
+            slices, first = [], 0
             while first < rows:
                 if not stock:
                     stock.append(self._new_block())
                 block = stock[0]
                 count = min(rows - first, block.left)
-                pieces.append(Piece(block, block.claim(count), first, first + count))
+                slices.append(PadSlice(block, block.claim(count), first, first + count))
                 first += count
                 if not block.left:
                     stock.popleft()
-            return pieces
+            return slices
 
-    def supply(self, key: GroupKey, pieces: Sequence[Piece]) -> None:
+    def supply(self, key: GroupKey, slices: Sequence[PadSlice]) -> None:
         """Make the products that are missing. Raises CheckFailed and any error of the source."""
-        missing = [piece.block for piece in pieces if piece.block is not None and not piece.block.supplied]
+        missing = [one.block for one in slices if one.block is not None and not one.block.supplied]
         for first in range(0, len(missing), MAKE_BLOCKS):
             self._make(self._groups[key], missing[first : first + MAKE_BLOCKS])
 

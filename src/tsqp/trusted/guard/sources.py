@@ -1,7 +1,7 @@
 """Who multiplies pads by the weights. Both answers are unchecked: the pool checks them like a worker's.
 
 Covers: a dealer gets keys and the place they are for, nothing else (test_dealer.py). Does not cover: a
-dealer in league with the worker. Assumes: nobody but the dealer reads the line to it.
+dealer in league with the worker. Assumes: nobody but the dealer reads the connection to it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.field import Array
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.wire.messages import Call, Deal
+from tsqp.wire.messages import Call, MultiplyPads
 
 
-class Waiting(Protocol):
+class PendingBytes(Protocol):
     """A call under way."""
 
     def wait(self) -> memoryview:
         """The bytes of its product, of the size asked for. **The other side may change them at any time.**"""
 
 
-class Line(Protocol):
+class WorkerConnection(Protocol):
     """A connection to one worker. After any error it is dead, and every call raises that error."""
 
     def next_id(self) -> int: ...
@@ -35,7 +35,9 @@ class Line(Protocol):
     def reserve(self, size: int) -> memoryview:
         """Memory for a payload: **the other side can read it while it is written, and change it.**"""
 
-    def ask(self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int) -> Waiting: ...
+    def ask(
+        self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int
+    ) -> PendingBytes: ...
 
     def fail(self, error: ChannelError) -> None:
         """End the connection: every later call raises ``error``, or what has ended it before."""
@@ -51,7 +53,7 @@ class PadSource(Protocol):
         """
 
 
-class TeeSource:
+class LocalPadSource:
     """This process multiplies."""
 
     def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
@@ -62,19 +64,19 @@ class TeeSource:
         return out.numpy().view(np.uint32)
 
 
-class DealerSource:
+class DealerPadSource:
     """A second worker multiplies, which gets keys and nothing else, and must not collude with the first."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, connection: WorkerConnection) -> None:
+        self._connection = connection
         self._one_at_a_time = threading.Lock()  # the pool's thread and the run's may both ask
 
     def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
         with self._one_at_a_time:
-            payload = self._line.reserve(len(keys) * KEY_BYTES)
+            payload = self._connection.reserve(len(keys) * KEY_BYTES)
             for index, key in enumerate(keys):
                 payload[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
             rows, columns = len(keys) * BLOCK_ROWS, group.out_features
-            call = Deal(self._line.next_id(), *group.key, len(keys))
-            reply = self._line.ask("linear", call, payload, rows * columns * 4).wait()
+            call = MultiplyPads(self._connection.next_id(), *group.key, len(keys))
+            reply = self._connection.ask("linear", call, payload, rows * columns * 4).wait()
             return np.frombuffer(reply, np.uint32).reshape(rows, columns).copy()  # read once

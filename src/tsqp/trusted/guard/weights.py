@@ -8,6 +8,7 @@ the weights the user meant; ``--model-digest`` does. Assumes: weights come from 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,16 +31,16 @@ LEAST_LIMIT = 127  # 8 bits
 class GuardedGroup:
     """One group with N = out_features, K = in_features.
 
-    ``limit``: activations are integers within ±limit. ``scales``, ``bias`` float32 (N,). ``secrets`` uint32 (k, N): the
-    check vectors; ``folded`` uint32 (k, K): secrets · Wq mod p. ``weights``: Wq, None where a dealer multiplies.
+    ``limit``: activations are integers within ±limit. ``scales``, ``bias`` float32 (N,). ``check_vectors`` uint32
+    (k, N), ``projections`` uint32 (k, K): check_vectors · Wq mod p. ``weights``: Wq, None where a dealer multiplies.
     """
 
     key: GroupKey
     limit: int
     scales: Array
     bias: Array
-    secrets: Array
-    folded: Array
+    check_vectors: Array
+    projections: Array
     weights: FieldWeights | None
 
     @classmethod
@@ -58,27 +59,21 @@ class GuardedGroup:
 
         ``checks``: check vectors; ``keep_weights``: whether this side is to multiply by Wq.
         """
-        secrets = np.empty((checks, len(wq)), np.uint32)
-        expand(AesKeyStream(os.urandom(KEY_BYTES)), secrets)
-        folded = np.empty((checks, wq.shape[1]), np.uint32)
-        row_threads().run(kernels.combine, checks, wq.numpy(), secrets, folded, least=2)
-        return cls(
-            key=key,
-            limit=activation_limit(key, wq),
-            scales=scales.numpy(),
-            bias=(torch.zeros(len(wq)) if bias is None else bias).numpy(),
-            secrets=secrets,
-            folded=folded,
-            weights=FieldWeights.of(wq, kernel) if keep_weights else None,
-        )
+        check_vectors = np.empty((checks, len(wq)), np.uint32)
+        expand(AesKeyStream(os.urandom(KEY_BYTES)), check_vectors)
+        projections = np.empty((checks, wq.shape[1]), np.uint32)
+        row_threads().run(kernels.project_weights, checks, wq.numpy(), check_vectors, projections, least=2)
+        limit, bias = activation_limit(key, wq), torch.zeros(len(wq)) if bias is None else bias
+        weights = FieldWeights.of(wq, kernel) if keep_weights else None
+        return cls(key, limit, scales.numpy(), bias.numpy(), check_vectors, projections, weights)
 
     @property
     def in_features(self) -> int:
-        return int(self.folded.shape[1])
+        return int(self.projections.shape[1])
 
     @property
     def out_features(self) -> int:
-        return int(self.secrets.shape[1])
+        return int(self.check_vectors.shape[1])
 
     def check_products(self, x: Array, y: Array) -> None:
         """Freivalds' check of pads' products y = x·Wqᵀ mod p: x uint32 (T, K), y uint32 (T, N), both private memory.
@@ -87,16 +82,21 @@ class GuardedGroup:
         """
         if not (y < P).all():
             raise ReplyRangeError("products of pads are out of range: whoever made them cheats, or is broken")
-        sums = [np.empty((len(x), len(self.secrets)), np.uint32) for _ in range(2)]
-        for values, vectors, out in ((x, self.folded, sums[0]), (y, self.secrets, sums[1])):
-            row_threads().run(kernels.fold, len(x), values, vectors, out, least=2)
+        sums = [np.empty((len(x), len(self.check_vectors)), np.uint32) for _ in range(2)]
+        for values, vectors, out in ((x, self.projections, sums[0]), (y, self.check_vectors, sums[1])):
+            row_threads().run(kernels.project, len(x), values, vectors, out, least=2)
         if not (sums[0] == sums[1]).all():
             raise ProductMismatch("products of pads are wrong: whoever made them cheats, or is broken")
 
     def forget(self) -> None:
         """Overwrite the check vectors with ones that nobody knows and that do not belong together: no check passes."""
-        expand(AesKeyStream(os.urandom(KEY_BYTES)), self.secrets)  # not with zeros: x·0 = y·0 would accept everything
-        self.folded.fill(1)
+        expand(
+            AesKeyStream(os.urandom(KEY_BYTES)), self.check_vectors
+        )  # not with zeros: x·0 = y·0 would accept everything
+        self.projections.fill(1)
+
+
+Groups = Mapping[GroupKey, GuardedGroup]
 
 
 def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from tsqp.model.attention import causal_mask, first_visible, masked_softmax
-from tsqp.model.batch import Span
+from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.pending import Steps
 from tsqp.trusted.remote.session import WorkerSession
-from tsqp.wire.messages import Mix, Scores
+from tsqp.wire.messages import AttentionScores, AttentionValues
 
 
 class OpenAttention:
@@ -18,18 +18,18 @@ class OpenAttention:
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
 
-    def steps(self, layer: int, q: torch.Tensor, span: Span[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         spec, session = self._session.spec, self._session
         window = spec.windows[layer]
         first = first_visible(span.position, window)
         k, v = span.cache.view(layer, first, span.end)
         rows, keys = q.shape[1], k.shape[1]
-        call = Scores(session.next_id(), rows, keys)
+        call = AttentionScores(session.next_id(), rows, keys)
         scaled = q * spec.head_dim**-0.5  # before the product, so that float16 scores stay finite
         scores = yield session.start("matmul", call, [scaled, k], (spec.num_heads, rows, keys))
         with session.stats.operator("softmax"):
             mask = causal_mask(span.position, rows, first, keys, window)
             probabilities = masked_softmax(scores, mask)
-        mix = Mix(session.next_id(), rows, keys)
+        mix = AttentionValues(session.next_id(), rows, keys)
         mixed = yield session.start("matmul", mix, [probabilities, v], (spec.num_heads, rows, spec.head_dim))
         out.copy_(mixed.transpose(0, 1))

@@ -12,13 +12,13 @@ from msgspec.structs import asdict
 
 from tsqp.config.dtype import DtypeName, NumericPath, WireDtype, numeric_path
 from tsqp.config.groups import GroupName, linear_groups
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
 from tsqp.model.meter import CallKind
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Call, Deal, Done, GroupShape, Hello, Linear, Product, Welcome
+from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, MultiplyPads, Product, Welcome
 from tsqp.wire.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
 from tsqp.wire.printable import printable
 
@@ -33,7 +33,7 @@ class WorkerSession:
     def __init__(
         self,
         channel: Channel,
-        spec: ModelSpec,
+        spec: ModelConfig,
         fingerprint: str,
         *,
         wire_dtype: WireDtype,
@@ -264,4 +264,4 @@ class PendingReply:
 
 def call_name(call: Call) -> str:
     """What a call is, for a person: the linear group, or the kind of the message."""
-    return call.group if isinstance(call, Linear | Product | Deal) else type(call).__name__.lower()
+    return call.group if isinstance(call, Linear | Product | MultiplyPads) else str(type(call).__struct_config__.tag)

@@ -20,12 +20,12 @@ from tsqp.arith.tensor_cores import DeviceFieldWeights
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import ComputeDtype
 from tsqp.config.groups import GroupKey, GroupName, group_keys
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.errors import ProtocolError
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.untrusted.ops import exactly
 from tsqp.wire.channel import MAX_FRAME_BYTES
-from tsqp.wire.messages import Call, Deal, Product
+from tsqp.wire.messages import Call, MultiplyPads, Product
 from tsqp.wire.payload import bytes_tensor, tensor_bytes
 
 DEALT_BLOCKS = 16  # at a time: what is expanded of a large call stays small
@@ -37,7 +37,7 @@ BOTH_DIGITS: tuple[Digits, ...] = (2, 4)
 class FieldWorkerWeights:
     """8-bit weights of every group on one device, and the digests that a client compares with its own."""
 
-    spec: ModelSpec
+    spec: ModelConfig
     device: torch.device
     groups: Mapping[GroupKey, FieldWeights]
     digests: Mapping[GroupName, str]
@@ -89,16 +89,16 @@ class FieldOperators:
         Raises ProtocolError for a call of another path, or one that does not fit the model, its payload or the room
         for its product.
         """
-        if not isinstance(call, Product | Deal):
-            kind = type(call).__name__.lower()
-            raise ProtocolError(f"this connection is of the field path: it has product and deal, and no {kind}")
+        if not isinstance(call, Product | MultiplyPads):
+            kind = type(call).__struct_config__.tag
+            raise ProtocolError(f"this connection is of the field path: it has product, multiply_pads and no {kind}")
         (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
         if weights is None:
             raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
         with torch.inference_mode():
-            if isinstance(call, Deal):
-                return self._deal(call, weights, payload, out)
+            if isinstance(call, MultiplyPads):
+                return self._multiply_pads(call, weights, payload, out)
             return self._product(call, weights, payload, out)
 
     def _product(self, call: Product, weights: FieldWeights, payload: memoryview, out: memoryview | None) -> memoryview:
@@ -107,7 +107,9 @@ class FieldOperators:
         weights.product(x.to(self._weights.device), call.digits, out=place)
         return self._reply(place, out)
 
-    def _deal(self, call: Deal, weights: FieldWeights, payload: memoryview, out: memoryview | None) -> memoryview:
+    def _multiply_pads(
+        self, call: MultiplyPads, weights: FieldWeights, payload: memoryview, out: memoryview | None
+    ) -> memoryview:
         bytes_tensor(payload, torch.uint8, (call.blocks, KEY_BYTES))  # its size, first
         place = self._place(out, call.blocks * BLOCK_ROWS, weights)
         for block in range(0, call.blocks, DEALT_BLOCKS):

@@ -12,7 +12,7 @@ from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import PlainDtype, float_dtype
 from tsqp.config.groups import GroupKey
-from tsqp.config.model import ModelSpec
+from tsqp.config.model import ModelConfig
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.linear import LinearProduct, load_groups
 from tsqp.untrusted.compiled import Compiler
@@ -27,7 +27,7 @@ class WorkerWeights:
     ``embedding`` is (vocab_size, hidden_size).
     """
 
-    spec: ModelSpec
+    spec: ModelConfig
     compute: PlainDtype
     dtype: torch.dtype
     device: torch.device

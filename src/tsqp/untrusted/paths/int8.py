@@ -20,13 +20,13 @@ from tsqp.model.quantised import group_label, load_quantised_group
 
 @dataclass(frozen=True)
 class Int8Linear:
-    """One linear group: ``digits`` int8 (out_features, in_features), everything else one value per output channel.
+    """One linear group: ``wq`` int8 (out_features, in_features), everything else one value per output channel.
 
     ``dtype`` is what products are handed out in, and inputs made in.
     """
 
     group: LinearGroup
-    digits: torch.Tensor
+    wq: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor
     bias: torch.Tensor | None
@@ -35,7 +35,7 @@ class Int8Linear:
 
     def input(self, rows: int) -> torch.Tensor:
         """Uninitialised memory for an input of this group."""
-        return torch.empty(rows, self.group.in_features, dtype=self.dtype, device=self.digits.device)
+        return torch.empty(rows, self.group.in_features, dtype=self.dtype, device=self.wq.device)
 
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """``x Wᵀ + b`` for x (T, in_features) of any float dtype: all parts, or one; written to ``out`` if given."""
@@ -43,8 +43,8 @@ class Int8Linear:
         if out is None:
             out = torch.empty(x.shape[0], end - first, dtype=self.dtype, device=x.device)
         bias = None if self.bias is None else self.bias[first:end]
-        digits, scales = quantise_rows(x)
-        sums = self.kernel.accumulate(digits, self.digits[first:end])
+        values, scales = quantise_rows(x)
+        sums = self.kernel.accumulate(values, self.wq[first:end])
         step = max(1, BLOCK_ELEMENTS // sums.shape[1])  # rows at a time, so that they stay in the cache
         for row in range(0, x.shape[0], step):
             rows = slice(row, row + step)
@@ -54,7 +54,7 @@ class Int8Linear:
 
 def product_in_one(
     x: torch.Tensor,
-    digits: torch.Tensor,
+    wq: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor,
     bias: torch.Tensor | None,
@@ -62,8 +62,8 @@ def product_in_one(
     out: torch.Tensor,
 ) -> None:
     """The whole product as one expression, for a compiler to fuse."""
-    x_digits, x_scales = quantise_block(x)
-    out.copy_(rescaled(kernel.accumulate(x_digits, digits), offsets, x_scales, scales, bias))
+    x_values, x_scales = quantise_block(x)
+    out.copy_(rescaled(kernel.accumulate(x_values, wq), offsets, x_scales, scales, bias))
 
 
 def rescaled(
@@ -93,6 +93,6 @@ def load_int8_group(
     if terms > MAX_INNER:
         raise UnsupportedModel(f"int8 sums hold {MAX_INNER} terms, {group_label(key)} has {terms}: use a float dtype")
     read = load_quantised_group(checkpoint, key)
-    digits = read.wq.to(device)
+    wq = read.wq.to(device)
     bias = None if read.bias is None else read.bias.to(device)
-    return Int8Linear(read.group, digits, read.scales.to(device), kernel.offsets(digits), bias, kernel, dtype)
+    return Int8Linear(read.group, wq, read.scales.to(device), kernel.offsets(wq), bias, kernel, dtype)
