@@ -55,6 +55,16 @@ class Stats:
     trace: Trace | None = field(default=None, repr=False)
     guard: Callable[[], dict[str, object]] | None = field(default=None, repr=False)  # figures of a private mode
 
+    def passed(self, start_s: float, end_s: float, rows: list[int], *, prefill: bool) -> None:
+        """Count one forward pass over so many new tokens of each sequence."""
+        self.traced("pass", "prefill" if prefill else "decode", start_s, end_s)
+        if prefill:
+            self.prefill_s += end_s - start_s
+            self.prompt_tokens += sum(rows)
+        else:
+            self.decode_s += end_s - start_s
+            self.decode_tokens += sum(rows)
+
     @contextmanager
     def operator(self, kind: OperatorKind) -> Iterator[None]:
         """Count the time of a trusted operator."""

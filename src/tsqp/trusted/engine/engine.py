@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from tsqp.model.pending import Steps, run
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
+
+Tokens = SequenceOf[int]
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,29 @@ class PassDecoder(Protocol):
     def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]: ...
 
 
-@dataclass
-class _Sequence:
-    index: int
-    tokens: list[int]
-    cache: Any  # the decoder's
-    sampler: Sampler
-    generated: int = 0
-    finished: bool = False
+class Sequence:
+    """One prompt and its answer so far. ``cache`` is the decoder's; ``tokens`` are the prompt's and the answer's."""
+
+    def __init__(self, index: int, prompt: Tokens, cache: Any, params: SamplingParams) -> None:
+        self.index = index
+        self.tokens = list(prompt)
+        self.cache = cache
+        self.finished = False
+        self._end = len(prompt) + params.max_tokens
+        self._params = params
+        self._sampler = Sampler(params)
+
+    def extend(self, logits: torch.Tensor, eos_token_ids: Tokens, max_positions: int) -> NewToken:
+        """Choose the next token from the logits after the last one, float32 (vocab_size,)."""
+        token = self._sampler.choose(logits, self.tokens)
+        self.tokens.append(token)
+        reason = None
+        if token in self._params.stop_token_ids or (token in eos_token_ids and not self._params.ignore_eos):
+            reason = "stop"
+        elif len(self.tokens) >= min(self._end, max_positions):
+            reason = "length"
+        self.finished = reason is not None
+        return NewToken(self.index, token, reason)
 
 
 @dataclass
@@ -68,7 +86,7 @@ class Engine:
         """Whether a forward pass is under way."""
         return self._one_at_a_time.locked()
 
-    def check_prompt(self, prompt: Sequence[int]) -> None:
+    def check_prompt(self, prompt: Tokens) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
         if not prompt:
             raise PromptError("the prompt is empty: give at least one token of text")
@@ -80,63 +98,28 @@ class Engine:
         if not all(0 <= token < self.spec.vocab_size for token in prompt):
             raise PromptError(f"a token id is outside of the vocabulary of {self.spec.vocab_size}")
 
-    def logits(self, prompt: Sequence[int]) -> torch.Tensor:
+    def logits(self, prompt: Tokens) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
         self.check_prompt(prompt)
-        return self._run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
+        return self.run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
+    def generate(self, prompts: Iterable[Tokens], params: SamplingParams) -> Generation:
         """All prompts together. Several generations may be open at once and take turns.
 
         Raises PromptError before anything is sent.
         """
+        prompts = list(prompts)
         for prompt in prompts:
             self.check_prompt(prompt)
-        return Generation(self, prompts, params)
+        sequences = [Sequence(index, prompt, self.decoder.new_cache(), params) for index, prompt in enumerate(prompts)]
+        return Generation(self, sequences)
 
-    def extend(self, sequence: _Sequence, logits: torch.Tensor, params: SamplingParams) -> NewToken:
-        """Choose the next token of a sequence from its logits (vocab_size,)."""
-        token = sequence.sampler.choose(logits, sequence.tokens)
-        sequence.tokens.append(token)
-        sequence.generated += 1
-        self.stats.new_tokens += 1
-        reason = self._finish_reason(sequence, token, params)
-        sequence.finished = reason is not None
-        return NewToken(sequence.index, token, reason)
-
-    def _finish_reason(self, sequence: _Sequence, token: int, params: SamplingParams) -> str | None:
-        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
-            return "stop"
-        full = len(sequence.tokens) >= self.spec.max_positions
-        return "length" if full or sequence.generated >= params.max_tokens else None
-
-    def forward(self, live: Sequence[_Sequence], fresh: Sequence[Sequence[int]], *, prefill: bool) -> torch.Tensor:
-        """Logits (sequences, vocab_size) after the ``fresh`` tokens of each sequence. Raises NumericError."""
-        start = time.perf_counter()
-        logits = self._run(Batch(fresh, [sequence.cache for sequence in live]))
-        if not torch.isfinite(logits).all():
-            raise NumericError("the logits are not numbers: broken weights, too narrow a --dtype or a broken worker")
-        end = time.perf_counter()
-        elapsed = end - start
-        self.stats.traced("pass", "prefill" if prefill else "decode", start, end)
-        if prefill:
-            self.stats.prefill_s += elapsed
-            self.stats.prompt_tokens += sum(len(tokens) for tokens in fresh)
-        else:
-            self.stats.decode_s += elapsed
-            self.stats.decode_tokens += len(live)
-        return logits
-
-    def _run(self, batch: Batch[Any]) -> torch.Tensor:
+    def run(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass; the passes of several threads take turns. Raises InputError in a forked process."""
         if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
             raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
         with self._one_at_a_time, torch.inference_mode():
             return run(self.decoder.forward(batch))
-
-    def new_sequence(self, index: int, prompt: Sequence[int], params: SamplingParams) -> _Sequence:
-        """A sequence of which nothing is computed yet."""
-        return _Sequence(index, list(prompt), self.decoder.new_cache(), Sampler(params))
 
 
 class Generation:
@@ -145,23 +128,30 @@ class Generation:
     Iterating raises NumericError and any ChannelError; tokens yielded before stand.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    def __init__(self, engine: Engine, sequences: list[Sequence]) -> None:
         self._engine = engine
-        self._params = params
-        self._live = [engine.new_sequence(index, prompt, params) for index, prompt in enumerate(prompts)]
+        self._live = sequences
         self._stopped: set[int] = set()
 
     def __iter__(self) -> Iterator[NewToken]:
-        fresh = [sequence.tokens[:] for sequence in self._live]
-        prefill = True
+        engine, prefill = self._engine, True
         while self._live:
-            logits = self._engine.forward(self._live, fresh, prefill=prefill)
-            for sequence, row in zip(self._live, logits, strict=True):
-                yield self._engine.extend(sequence, row, self._params)
-            self._live = [s for s in self._live if not s.finished and s.index not in self._stopped]
-            fresh = [sequence.tokens[-1:] for sequence in self._live]
+            for sequence, logits in zip(self._live, self._forward(prefill=prefill), strict=True):
+                engine.stats.new_tokens += 1
+                yield sequence.extend(logits, engine.eos_token_ids, engine.spec.max_positions)
+            self._live = [one for one in self._live if not one.finished and one.index not in self._stopped]
             prefill = False
 
     def stop(self, sequence: int) -> None:
         """End one sequence early, for instance at a stop string."""
         self._stopped.add(sequence)
+
+    def _forward(self, *, prefill: bool) -> torch.Tensor:
+        """Logits (sequences, vocab_size) after the newest tokens of each sequence. Raises NumericError."""
+        fresh = [one.tokens if prefill else one.tokens[-1:] for one in self._live]
+        start = time.perf_counter()
+        logits = self._engine.run(Batch(fresh, [one.cache for one in self._live]))
+        if not torch.isfinite(logits).all():
+            raise NumericError("the logits are not numbers: broken weights, too narrow a --dtype or a broken worker")
+        self._engine.stats.passed(start, time.perf_counter(), [len(tokens) for tokens in fresh], prefill=prefill)
+        return logits
