@@ -6,11 +6,11 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tsqp import LLM
 from tsqp.bench.origin import MIB, OriginClient, origin_calls, origin_traffic
@@ -20,9 +20,6 @@ from tsqp.wire.transport import endpoints as transports
 
 Command = Callable[..., Result]
 
-TINY = "synthetic:tiny"
-QUICK = ("--threads", "1", "--runs", "1", "--json")
-PNG = b"\x89PNG\r\n\x1a\n"
 HAS_SHM = hasattr(transports, "connect_shm")
 HAS_MICRO_BATCHES = "micro_batches" in inspect.signature(LLM).parameters
 
@@ -36,16 +33,6 @@ def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "WEIGHTS_BYTES", 2**18)
     monkeypatch.setattr(ceilings, "COPY_BYTES", 2**16)
     monkeypatch.setattr(ceilings, "TRY_FOR_S", 0.0)
-
-
-def is_measured(result: dict[str, Any]) -> bool:
-    """What every object has: where, with what, and how fast this machine can be."""
-    machine = {"cpu", "cores", "python", "torch", "tsqp", "commit", "date"}
-    return machine <= result["machine"].keys() and bool(result["ceilings"])
-
-
-def is_picture(path: Path) -> bool:
-    return path.read_bytes().startswith(PNG) and path.stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("transport", ["mem", "ipc", "tcp", "shm"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.test_bench import QUICK, TINY, is_measured, is_picture
+from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tests.conftest import StartWorker
 from tsqp import LLM, GuardConfig

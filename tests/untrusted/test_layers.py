@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tests.untrusted.test_worker import CHECKPOINT, HELLO, SPEC, arrival
+from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, arrival
 from tsqp import LLM, SamplingParams
+from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
@@ -140,11 +142,26 @@ def test_traffic_is_token_ids_and_one_row_of_logits(start_worker: StartWorker) -
     assert stats["bytes_sent"] <= 100 * 4 + calls * 64  # type: ignore[operator]
 
 
-def test_a_forgotten_sequence_makes_room_on_the_worker(start_worker: StartWorker) -> None:
+def test_a_forgotten_sequence_makes_room_on_the_worker(
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker with room for three answers gives thirty, one after another, if it is told which are over."""
     directory = str(tiny_model("llama").directory)
-    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
-        for seed in range(30):  # each prompt is a sequence of its own, let go when it is answered
-            llm.generate(random_tokens(5, seed), SamplingParams(max_tokens=2))
+    spec = open_checkpoint(directory).spec
+    room = 3 * 2 * (5 + 2) * 2 * spec.num_layers * spec.kv_size * 4  # a cache may be twice as large as its positions
+    monkeypatch.setattr("tsqp.untrusted.ops.LayerState", partial(LayerState, max_cache_bytes=room))
+
+    def answer_thirty() -> None:
+        with LLM(
+            directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)
+        ) as llm:
+            for seed in range(30):  # each prompt is a sequence of its own, let go when it is answered
+                llm.generate(random_tokens(5, seed), SamplingParams(max_tokens=2))
+
+    answer_thirty()
+    monkeypatch.setattr("tsqp.trusted.remote.layers.MAX_FORGET", 0)
+    with pytest.raises(WorkerFailed, match="KV caches"):
+        answer_thirty()
 
 
 def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatch, start_worker: StartWorker) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from tsqp.checkpoint import open_checkpoint
+from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, answer, arrival, greet
 from tsqp.untrusted import ops
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
-from tsqp.wire.channel import Arrival, Frames
-from tsqp.wire.codec import decode_handshake, decode_reply, encode
+from tsqp.wire.codec import encode
 from tsqp.wire.messages import (
     PROTOCOL_VERSION,
     AttentionScores,
@@ -25,38 +24,12 @@ from tsqp.wire.messages import (
     Linear,
     Message,
     Refused,
-    Welcome,
 )
-
-CHECKPOINT = open_checkpoint("synthetic:tiny")
-SPEC = CHECKPOINT.spec
-HELLO = Hello(PROTOCOL_VERSION, CHECKPOINT.fingerprint(), "float32")
-PEER = b"a client"
 
 
 @pytest.fixture
 def worker() -> Worker:
     return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
-
-
-def arrival(message: Message | bytes, *payloads: torch.Tensor, peer: bytes = PEER) -> Arrival:
-    control = message if isinstance(message, bytes) else encode(message)
-    tensors = tuple(memoryview(bytearray(p.contiguous().view(torch.uint8).numpy().tobytes())) for p in payloads)
-    return Arrival(peer, Frames(control, tensors), None)
-
-
-def greet(worker: Worker, hello: Hello = HELLO, peer: bytes = PEER) -> Welcome | Refused:
-    frames = worker.answer(arrival(hello, peer=peer))
-    assert frames is not None
-    return decode_handshake(frames.control)
-
-
-def answer(worker: Worker, message: Message, *payloads: torch.Tensor) -> Done | Failed:
-    frames = worker.answer(arrival(message, *payloads))
-    assert frames is not None
-    reply = decode_reply(frames.control)
-    assert len(frames.tensors) == (1 if isinstance(reply, Done) else 0)
-    return reply
 
 
 X = torch.zeros(2, SPEC.hidden_size)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tsqp
-from tests.test_floors import loaded, modules_after
+from tests.fresh_interpreter import loaded, modules_after
 
 PACKAGE = Path(tsqp.__file__).parent
 GUARD = sorted((PACKAGE / "trusted" / "guard").glob("*.py"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import StartWorker
-from tests.untrusted.test_worker import CHECKPOINT, HELLO, PEER, SPEC, answer, arrival, greet
+from tests.untrusted.calls import CHECKPOINT, HELLO, PEER, SPEC, answer, arrival, greet
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P

@@ -1,0 +1,17 @@
+"""What a fresh interpreter loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def modules_after(statement: str) -> set[str]:
+    """The names in ``sys.modules`` of a fresh interpreter after ``statement``."""
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def loaded(modules: set[str], prefix: str) -> set[str]:
+    return {name for name in modules if name == prefix or name.startswith(prefix + ".")}

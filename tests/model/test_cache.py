@@ -1,0 +1,70 @@
+"""The KV cache keeps what was written, whatever it grows by, and never grows past the context without need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tsqp.checkpoint import open_checkpoint
+from tsqp.model.cache import GROW_ROWS, KVCache
+
+SPEC = open_checkpoint("synthetic:tiny").spec
+
+
+def write(cache: KVCache, layer: int, first: int, end: int) -> None:
+    """Keys that are their position and layer; values are those, negated."""
+    keys, values = cache.reserve(layer, end)
+    marks = torch.arange(first, end, dtype=keys.dtype)[None, :, None] + 10_000 * layer
+    keys[:, first:end] = marks
+    values[:, first:end] = -marks
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
+def test_what_was_written_stays(steps: list[int]) -> None:
+    cache, length = KVCache(SPEC, torch.float32), 0
+    for step in steps:
+        for layer in range(SPEC.num_layers):
+            write(cache, layer, length, length + step)
+        length += step
+    for layer in range(SPEC.num_layers):
+        keys, values = cache.view(layer, 0, length)
+        assert keys.shape == values.shape == (SPEC.num_kv_heads, length, SPEC.head_dim)
+        expected = torch.arange(length, dtype=torch.float32)[None, :, None] + 10_000 * layer
+        assert (keys == expected).all()
+        assert (values == -expected).all()
+
+
+def test_a_view_is_the_memory_itself() -> None:
+    cache = KVCache(SPEC, torch.float32)
+    write(cache, 0, 0, 4)
+    cache.view(0, 1, 3)[0].fill_(7)
+    assert cache.view(0, 0, 4)[0][0, :, 0].tolist() == [0, 7, 7, 3]
+
+
+def test_one_layer_does_not_grow_another() -> None:
+    cache = KVCache(SPEC, torch.float32)
+    write(cache, 0, 0, 4)
+    assert cache.view(1, 0, 4)[0].shape[1] == 0
+
+
+@given(st.integers(1, 5_000))
+def test_growth_is_by_doubling_and_ends_at_the_context(needed: int) -> None:
+    """Decode is one row at a time: without room ahead every token would copy the whole cache."""
+    context = 1_000
+    cache = KVCache(replace(SPEC, max_positions=context), torch.float32)
+    capacity = cache.reserve(0, needed)[0].shape[1]
+    assert capacity == max(needed, min(needed + GROW_ROWS, context))
+    grown = cache.reserve(0, capacity + 1)[0].shape[1]
+    assert grown == max(capacity + 1, min(max(capacity + 1 + GROW_ROWS, 2 * capacity), context))
+    assert cache.reserve(0, 1)[0].shape[1] == grown, "it never shrinks"
+
+
+def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:
+    cache = KVCache(SPEC, torch.float32)
+    cache.reserve(0, 50)
+    assert cache.length == 0
+    cache.advance(3)
+    assert cache.length == 3
