@@ -349,11 +349,15 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
 
 COMPILED = """
 import torch
-from tests.untrusted.paths.test_field import *
+from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, answer, greet
+from tsqp.untrusted.store import WeightStore
+from tsqp.untrusted.worker import Worker
+from tsqp.wire.messages import PROTOCOL_VERSION, Done, Hello, MultiplyPads, Product
 from tsqp.arith import digits, field as product
 torch.set_num_threads(1)
-worker = Worker(store())
-greet(worker, FIELD)
+HIDDEN, ONE_KEY = SPEC.hidden_size, torch.zeros(32, dtype=torch.uint8)
+worker = Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
+greet(worker, Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field"))
 loops = [digits.split, digits.join, digits.clear_top_bits]
 def compiled(): return [len(loop.signatures) for loop in loops]
 before = compiled()
