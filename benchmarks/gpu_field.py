@@ -35,7 +35,7 @@ def median_ms(work: Callable[[], object]) -> float:
         end.synchronize()
         if run >= 3:
             times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def is_exact(x: torch.Tensor, wq: torch.Tensor, y: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 HERE = next((ROOT / "tests").rglob("guard/test_core.py")).parent
@@ -46,6 +47,7 @@ COMPARISONS = {
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """What this node may become, and in words."""
+    other: Any
     match node:
         case ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in OPERATORS:
             other = copy.deepcopy(node)

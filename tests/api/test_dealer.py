@@ -135,7 +135,7 @@ def test_the_dealer_gets_keys_and_the_worker_noise(start_worker: StartWorker) ->
         expected = llm.generate(PROMPT, FOUR)
     guard = options(start_worker(MODEL, dtype="field"), dealer_no_separation=True, pads_ahead=16)
     address = start_worker(MODEL, dtype="field")
-    hooks = {"wrap_channel": worker.wrap, "wrap_dealer": dealer.wrap}
+    hooks: dict[str, Any] = {"wrap_channel": worker.wrap, "wrap_dealer": dealer.wrap}
     with LLM(MODEL, protection="masked", worker=address, guard=guard, **hooks) as llm:
         assert llm.generate(PROMPT, FOUR) == expected
         assert all(group.weights is None for group in llm.guard.linears._groups.values())  # type: ignore[union-attr]

@@ -61,7 +61,7 @@ def test_streams_may_take_turns(protection: str, start_worker: StartWorker) -> N
     params = SamplingParams(max_tokens=12)
     with LLM(MODEL, protection=protection, dtype="float32", worker=worker) as llm:
         expected = [llm.generate(text, params)[0] for text in TEXTS]
-        short = SamplingParams(max_tokens=12, stop=expected[0].text[3])  # ends while the other goes on
+        short = SamplingParams(max_tokens=12, stop=(expected[0].text[3],))  # ends while the other goes on
         (stopped,) = llm.generate(TEXTS[0], short)
         together = list(zip_longest(llm.stream(TEXTS[0], short), llm.stream(TEXTS[1], params)))
     assert [delta.completion for delta, _ in together if delta is not None][-1] == stopped
@@ -155,7 +155,7 @@ def test_the_trusted_side_reads_only_what_it_needs(partition: str, needed: set[s
             self.read.add(name)
             return self._checkpoint.tensor(name)
 
-    checkpoint = Recording()
+    checkpoint: Any = Recording()
     address = start_worker(MODEL)
     plan = Plan.check(protection="open", partition=partition, dtype="float32", wire_dtype=None, prefill_chunk=8)
     _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), (), Stats())

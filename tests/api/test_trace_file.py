@@ -71,7 +71,7 @@ def test_generate_writes_a_trace(
     partition: str, tmp_path: Path, tsqp: Callable[..., Result], start_worker: StartWorker
 ) -> None:
     path = tmp_path / "trace.json"
-    run = ("-m", TINY, "--protection", "open", "--dtype", "float32", "--partition", partition)
+    run: tuple[str, ...] = ("-m", TINY, "--protection", "open", "--dtype", "float32", "--partition", partition)
     run += ("--worker", start_worker(TINY))
     result = tsqp("generate", "abc", *run, "--max-tokens", 3, "--stats", "--trace", path, "--json")
     assert "communication:" in result.err

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -120,7 +121,7 @@ def test_one_prompt_and_no_misspelt_option(tsqp: Callable[..., Result], given: l
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_of_the_default_model_masked_shows_no_more_than_noise() -> None:
-    options = {"model": "default", "device": "cpu", "dtype": "auto", "threads": 2}
+    options: dict[str, Any] = {"model": "default", "device": "cpu", "dtype": "auto", "threads": 2}
     in_open, verified, masked = run_audit(SECRET, MODES, **options, notes=Console(quiet=True))
     for in_clear in (in_open, verified):
         assert all(recovery.recovered_fraction >= 0.95 for recovery in in_clear.worker.recoveries)

@@ -21,7 +21,7 @@ def pads(seed: int = 0, rows: int = ROWS) -> Words:
     return np.random.Generator(np.random.PCG64(seed)).integers(0, P, (rows, COLUMNS), dtype=np.uint32)
 
 
-def p_of(*groups: Words, modulus: int = P) -> float:
+def p_of(*groups: np.ndarray[Any, Any], modulus: int = P) -> float:
     return uniformity_p(WordRows(list(groups), modulus))
 
 

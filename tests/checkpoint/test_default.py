@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
-from tsqp.checkpoint import default, open_checkpoint
+from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.cache import cache_directory
 from tsqp.checkpoint.default import DEFAULT_MODEL, PinnedModel, default_directory, default_gguf, fetch_default
 from tsqp.checkpoint.download import PinnedFile
@@ -317,7 +318,7 @@ def test_waiting_is_said(index: Index, pin: PinnedModel, monkeypatch: pytest.Mon
     stderr = Listening("waiting for another process")
     monkeypatch.setattr("sys.stderr", stderr)
     _home(pin).mkdir(parents=True)
-    lock = default.FileLock(_home(pin) / "lock")
+    lock = FileLock(_home(pin) / "lock")
     lock.acquire()
     thread = threading.Thread(target=fetch_default, kwargs={"pin": pin})
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_doctor_reports_whatever_a_check_raises(
     monkeypatch.setattr("tsqp.cli.doctor.default_directory", lambda: strange)
 
     def fail(*_: object) -> None:
-        raise zmq.ZMQError(zmq.EMFILE)
+        raise zmq.ZMQError(errno.EMFILE)
 
     monkeypatch.setattr("tsqp.cli.doctor.listen", fail)
     result = tsqp("doctor")

@@ -255,12 +255,13 @@ def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) ->
         assert told[0].ready == 0
         assert told[-1].ready == told[-1].wanted > 0
         assert told == sorted(told)
+        assert llm.session is not None
         assert {(filling.tokens, filling.size) for filling in told} == {(32, pool_bytes(llm.session.spec, 32))}
         assert llm.stats.as_dict()["pads_ready"] == 32
         llm.generate(random_tokens(20), SamplingParams(max_tokens=4))
         stats = llm.stats.as_dict()
         assert stats["pads_missed"] == 0
-        assert stats["pads_drained_s"] == stats["pads_ready"] / stats["tokens_per_s"]
+        assert stats["pads_drained_s"] == float(str(stats["pads_ready"])) / float(str(stats["tokens_per_s"]))
         sent = llm.stats.rpc_calls
         with pytest.raises(PadsExhausted, match="32 of the 33 tokens asked for: raise --pads-ahead"):
             llm.generate([random_tokens(20), random_tokens(13)])

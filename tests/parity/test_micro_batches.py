@@ -16,7 +16,7 @@ GREEDY = SamplingParams(max_tokens=16)
 
 def run(
     family: str, partition: str, micro_batches: int, start_worker: StartWorker
-) -> tuple[list[object], torch.Tensor, dict[str, object]]:
+) -> tuple[list[tuple[int, ...]], torch.Tensor, dict[str, object]]:
     directory = tiny_model(family).directory
     with LLM(
         str(directory),
@@ -50,7 +50,7 @@ def test_every_family(family: str, start_worker: StartWorker) -> None:
     tokens, logits, _ = run(family, "linear", 3, start_worker)
     expected = tiny_model(family).logits(PROMPTS[0])
     assert float((logits - expected).norm() / expected.norm()) <= 1e-4
-    assert [list(t) for t in tokens] == [tiny_model(family).greedy(prompt, 16) for prompt in PROMPTS]  # type: ignore[call-overload]
+    assert [list(t) for t in tokens] == [tiny_model(family).greedy(prompt, 16) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])

@@ -9,7 +9,6 @@ import pytest
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.config.groups import GroupKey
 from tsqp.errors import PadsExhausted, ProductMismatch
-from tsqp.trusted import filler as module
 from tsqp.trusted.filler import IDLE_S, PadFiller
 from tsqp.trusted.guard.pool import MAKE_BLOCKS
 
@@ -109,7 +108,7 @@ def test_idle_is_no_pass_under_way_and_no_call_just_now(monkeypatch: pytest.Monk
     pool = Counts()
     filler = filler_of(pool, {ONE: 5})
     now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     assert filler._is_idle()  # nothing was ever called
     pool.recent = {ONE: (now - 3 * IDLE_S, 1), TWO: (now - IDLE_S / 2, 1)}
     assert not filler._is_idle()  # the latest counts

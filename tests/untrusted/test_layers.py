@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.layers import LayerState
+from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import decode_reply
 from tsqp.wire.messages import Begin, Done, Failed, Finish, Layer, Message, Place
 
 STORE = WeightStore(CHECKPOINT, "float32", torch.device("cpu"))
-WEIGHTS = STORE.prepare("float")
+WEIGHTS = cast(WorkerWeights, STORE.prepare("float"))
 
 
 def tokens(count: int) -> torch.Tensor:

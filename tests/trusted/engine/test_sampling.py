@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -34,14 +35,14 @@ def kept(logits: torch.Tensor) -> set[int]:
 @given(st.integers(0, 10_000), st.integers(1, VOCAB))
 def test_top_k_keeps_what_transformers_keeps(seed: int, k: int) -> None:
     logits = random_logits(seed)
-    expected = TopKLogitsWarper(k)(None, logits[None])[0]  # type: ignore[arg-type]
+    expected = TopKLogitsWarper(k)(None, logits[None])[0]
     assert kept(narrowed(logits, SamplingParams(top_k=k))) == kept(expected)
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 0.99))
 def test_top_p_keeps_what_transformers_keeps(seed: int, p: float) -> None:
     logits = random_logits(seed)
-    expected = TopPLogitsWarper(p)(None, logits[None])[0]  # type: ignore[arg-type]
+    expected = TopPLogitsWarper(p)(None, logits[None])[0]
     assert kept(narrowed(logits, SamplingParams(top_p=p))) == kept(expected)
 
 
@@ -93,9 +94,10 @@ def test_temperature_is_the_distribution_it_says() -> None:
 @given(st.integers(0, 10_000), st.floats(0.0, 1e-30, exclude_min=True), st.sampled_from([0.01, 1.0, 100.0]))
 def test_a_tiny_temperature_is_greedy(seed: int, temperature: float, penalty: float) -> None:
     logits = random_logits(seed) * 1e37  # sums and products of such logits leave float32
-    params = {"repetition_penalty": penalty, "seed": seed}
+    params: dict[str, Any] = {"repetition_penalty": penalty, "seed": seed}
     greedy = Sampler(SamplingParams(**params)).choose(logits, [0])
-    for narrowing in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+    narrowings: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}]
+    for narrowing in narrowings:
         sampler = Sampler(SamplingParams(temperature=temperature, **narrowing, **params))
         assert sampler.choose(logits, [0]) == greedy
 

@@ -12,7 +12,7 @@ from tests.trusted.guard.honest import HonestConnection
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.config.groups import GroupKey
-from tsqp.trusted.guard.linears import MaskedLinears, VerifiedLinears
+from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pads import PadBlock
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import LocalPadSource, PadSource
@@ -49,7 +49,7 @@ def make_pool(groups: Groups, source: PadSource | None = None, *, wait: bool = T
     return PadPool(groups, source or LocalPadSource(), wait=wait)
 
 
-def make_linears(mode: str, line: HonestConnection, groups: Groups) -> VerifiedLinears:
+def make_linears(mode: str, line: HonestConnection, groups: Groups) -> CheckedLinears:
     return VerifiedLinears(line, groups) if mode == "verified" else MaskedLinears(line, groups, make_pool(groups))
 
 

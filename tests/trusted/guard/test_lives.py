@@ -23,7 +23,8 @@ from tests.trusted.guard.honest import (
     small_weights,
     verified,
 )
-from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream
+from tsqp.arith.field import Digits
 from tsqp.arith.modulus import P
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError, TsqpError
@@ -152,7 +153,7 @@ def test_each_block_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     """Both those made ahead and those a call opens, of several groups."""
     linears, _ = masked(WEIGHTS)
     made: list[bytes] = []
-    real = pool.PadBlock
+    real = PadBlock
 
     def block(key: bytearray) -> PadBlock:
         made.append(bytes(key))
@@ -267,7 +268,7 @@ def test_a_source_that_failed_is_not_asked_again(fault: str, how: str) -> None:
 
 def test_the_stream_of_a_ratchet_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[Any] = []
-    real = pads.AesKeyStream
+    real = AesKeyStream
 
     class Stream(real):  # type: ignore[valid-type,misc]
         def fill(self, place: memoryview) -> None:
@@ -459,7 +460,7 @@ def test_a_call_says_its_kind_and_its_digits(build: Callable[..., Any], monkeypa
     monkeypatch.setattr(line, "ask", ask)
     for key in (KEY, head):
         linears.start(key, activations(1)).wait()
-    digits = 4 if build is masked else 2
+    digits: Digits = 4 if build is masked else 2
     assert asked == [("linear", Product(1, *KEY, 1, digits)), ("lm_head", Product(2, *head, 1, digits))]
 
 

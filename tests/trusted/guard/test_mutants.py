@@ -187,12 +187,13 @@ def last_argument(text: str) -> Callable[[ast.Call], ast.Call]:
     return changed
 
 
-class Before(NamedTuple):
+class Before:
     """A statement to be put before those that are found."""
 
-    text: str
+    def __init__(self, text: str) -> None:
+        self.text = text
 
-    def __call__(self, node: ast.stmt) -> ast.stmt:
+    def __call__(self, node: Any) -> ast.AST | None:
         (first,) = ast.parse(self.text).body
         return ast.If(test=ast.Constant(value=True), body=[first, node], orelse=[])
 

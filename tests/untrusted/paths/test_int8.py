@@ -105,6 +105,7 @@ def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition:
     checkpoint = checkpoint_of("llama-biases")
     store, reference = (WeightStore(checkpoint, "float32", CPU, kernel=kernel) for _ in range(2))
     weights = store.prepare("int8")
+    assert isinstance(weights, WorkerWeights)
     groups: dict[GroupKey, LinearProduct] = {
         key: Reference(load_group(checkpoint, key, torch.float32)) for key in weights.groups
     }
