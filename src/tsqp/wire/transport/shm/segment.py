@@ -96,8 +96,11 @@ def map_file(path: str) -> mmap.mmap:
     """The worker's mapping of a file that it was told of. Raises ProtocolError unless it is this user's alone."""
     try:
         fd = open_private(Path(path), os.O_RDWR, "")
-    except (PathRefused, ValueError):
-        raise ProtocolError("an arena that is not a regular file of this user alone") from None
+    except PathRefused as refused:
+        unsafe = "is not a regular file of this user alone"
+        raise ProtocolError(f"an arena that {unsafe if refused.unsafe else 'cannot be opened'}") from None
+    except ValueError:
+        raise ProtocolError("an arena that cannot be opened") from None
     try:
         return _map(fd)
     finally:
