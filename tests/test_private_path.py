@@ -84,7 +84,7 @@ def test_another_kind_is_refused(rule: Rule, kind: int) -> None:
 
 @pytest.mark.parametrize("rule", list(KINDS))
 def test_root_may_own_what_lies_above_and_nothing_else(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private_path.os, "geteuid", lambda: 1_000)
+    monkeypatch.setattr("os.geteuid", lambda: 1_000)
     assert (problem_with(info(KINDS[rule], 0o700, 0), rule) is None) == (rule in (ABOVE, HOLDER))
     assert problem_with(info(KINDS[rule], 0o700, 1_000), rule) is None
 
@@ -148,7 +148,8 @@ def test_the_sticky_bit_is_enough_above_but_not_for_names_that_others_could_take
 @needs_root
 @pytest.mark.parametrize("above", [False, True])
 def test_what_belongs_to_another_user_is_refused(above: bool, shared: Path) -> None:
-    for make in (lambda path: path.mkdir(mode=0o700), lambda path: path.touch(mode=0o600)):
+    makers: list[Callable[[Path], None]] = [lambda path: path.mkdir(mode=0o700), lambda path: path.touch(mode=0o600)]
+    for make in makers:
         foreign = shared / "foreign"
         if above:
             foreign.mkdir(mode=0o755)
@@ -255,7 +256,8 @@ def test_a_pipe_is_no_file_and_keeps_nobody_waiting(shared: Path) -> None:
 
 def test_what_the_system_refuses_is_not_called_unsafe(shared: Path) -> None:
     (shared / "file").touch()
-    for use in (*uses(shared / "file" / "x"), lambda: open_private(shared / "missing", os.O_RDONLY, INSTEAD)):
+    missing: Callable[[], object] = lambda: open_private(shared / "missing", os.O_RDONLY, INSTEAD)  # noqa: E731
+    for use in (*uses(shared / "file" / "x"), missing):
         with pytest.raises(PathRefused, match=str(shared)) as caught:
             use()
         assert caught.value.unsafe == ("is not a directory" in caught.value.problem)
