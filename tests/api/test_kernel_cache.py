@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from tests.commands import Home, read_until
 from tsqp.api import kernel_cache
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.arith.jit import cache_name
@@ -47,3 +49,40 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TSQP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(kernel_cache, "detect_tee", lambda: None)
     assert kernel_cache_directory("auto") is None  # nobody asked for one
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o777])
+@pytest.mark.parametrize("where", ["", "worker-kernels", f"worker-kernels/{cache_name()}"])
+def test_a_worker_loads_no_code_from_where_others_can_write(home: Home, tmp_path: Path, where: str, mode: int) -> None:
+    loose = tmp_path / "cache" / where
+    loose.mkdir(parents=True)
+    loose.chmod(mode)
+    done = home.run("worker", "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path / "cache"))
+    assert done.code == 1
+    assert f"{loose} is open to others" in done.error
+    assert done.error.endswith("or set TSQP_CACHE to another directory")
+    assert not list(loose.rglob("*.nb?"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("command", ["worker", "generate"])
+def test_no_side_loads_code_of_another_user(home: Home, tmp_path: Path, command: str) -> None:
+    foreign = tmp_path / ("worker-kernels" if command == "worker" else "kernels")
+    foreign.mkdir(mode=0o700)
+    os.chown(foreign, 65_533, 65_533)
+    arguments = [] if command == "worker" else ["a", "--protection", "local"]
+    done = home.run(command, *arguments, "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path))
+    assert done.code == 1
+    assert f"{foreign} belongs to another user; set TSQP_CACHE to another directory" in done.error
+
+
+def test_a_worker_without_a_place_for_a_cache_works_without_one(home: Home) -> None:
+    with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE="/proc/nowhere") as process:
+        assert b"address" in read_until(process, b"\n")
+
+
+def test_a_worker_keeps_its_loops_where_nobody_else_can_enter(home: Home, tmp_path: Path) -> None:
+    with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path / "cache")) as process:
+        read_until(process, b"\n")
+    directory = tmp_path / "cache" / "worker-kernels" / cache_name()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700

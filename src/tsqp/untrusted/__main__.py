@@ -127,7 +127,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def worker_keys(options: argparse.Namespace) -> WorkerKeys | None:
-    """The CURVE keys that the options name; None without any. Raises OptionError, AddressError."""
+    """The CURVE keys that the options name; None without any. Raises OptionError, AddressError, PathRefused."""
     if options.key is None and not options.allow:
         return None
     if options.key is None or not options.allow:
