@@ -11,7 +11,7 @@ from tsqp.trusted.text.traced import own_text
 
 
 class ChatMessage(TypedDict):
-    """One turn: ``role`` is system, user, assistant or tool. A mapping with other keys, such as tool_calls, is one too."""
+    """One turn: ``role`` is system, user, assistant or tool. A mapping that has more keys is a turn too."""
 
     role: str
     content: str

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, cast
 
-from jinja2 import Environment, TemplateError, TemplateRuntimeError, TemplateSyntaxError, Undefined, UndefinedError, nodes
+from jinja2 import (
+    Environment,
+    TemplateError,
+    TemplateRuntimeError,
+    TemplateSyntaxError,
+    Undefined,
+    UndefinedError,
+    nodes,
+)
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
@@ -19,9 +27,10 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, missing, pass_environment
+from markupsafe import Markup
 
 from tsqp.errors import PromptError
-from tsqp.trusted.text.traced import Traced, is_own, join_traced, origin, own_text, traced
+from tsqp.trusted.text.traced import Traced, TracedMarkup, is_own, join_traced, origin, own_text, traced
 
 _FILENAME = "<template>"  # what jinja2 calls a template that came as a string
 
@@ -94,7 +103,7 @@ def _printable(text: str, limit: int = 200) -> str:
 
 
 class _Refusal(TemplateError):
-    """The template called ``raise_exception``. ``reason``: what the template itself says, … for each part it does not."""
+    """The template called ``raise_exception``. ``reason``: its own words, with … for each part that is not its own."""
 
     def __init__(self, reason: object) -> None:
         super().__init__()
@@ -135,17 +144,17 @@ class _CodeGenerator(CodeGenerator):
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> None:
         self.write("environment.traced(")
 
-    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:  # noqa: N802
         self.write(_literal(node.as_const(frame.eval_ctx)))
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.concat((")
         for argument in node.nodes:
             self.visit(argument, frame)
             self.write(", ")
         self.write("))")
 
-    def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:
+    def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:  # noqa: N802
         self.write("environment.getattr(")
         self.visit(node.node, frame)
         self.write(f", environment.own_text({node.attr!r}))")
@@ -154,6 +163,8 @@ class _CodeGenerator(CodeGenerator):
 def _literal(value: object) -> str:
     """Python source of a constant; jinja2 folds lists and mappings of constants into one."""
     match value:
+        case Markup():  # of the filter `safe`: a kind of its own, which escapes what is added to it
+            return f"environment.own_safe({str.__repr__(value)})"
         case str():
             return f"environment.own_text({str.__repr__(value)})"
         case tuple() | list():
@@ -168,7 +179,7 @@ def _literal(value: object) -> str:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` … ``{% endgeneration %}`` marks the assistant's words for training; here it changes nothing."""
+    """``{% generation %}`` … ``{% endgeneration %}``: the assistant's words, marked for training; not changed."""
 
     tags = {"generation"}  # noqa: RUF012  (as the library declares it)
 
@@ -185,16 +196,22 @@ class _Environment(ImmutableSandboxedEnvironment):
     """The names and options of transformers' environment. Templates reach none of the attributes added here."""
 
     code_generator_class = _CodeGenerator
-    concat = staticmethod(join_traced)  # type: ignore[assignment]
+    concat = staticmethod(join_traced)
     own_text = staticmethod(own_text)
+    own_safe = staticmethod(lambda text: TracedMarkup(own_text(text)))
     traced = staticmethod(traced)
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], undefined=_Absent, cache_size=0
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            undefined=_Absent,
+            cache_size=0,
         )
         self.filters["tojson"] = _to_json
         self.filters["join"] = _join
+        self.filters["safe"] = TracedMarkup
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = _strftime_now
         self.globals["dict"] = _Dict()
@@ -224,7 +241,7 @@ def _strftime_now(format: str) -> str:  # the name that templates may use
 def _to_json(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Of plain data. The filter that jinja2 brings escapes for HTML. The text counts as the user's, with all it holds."""
+    """The filter that jinja2 brings escapes for HTML. The text counts as the user's, with all that it holds."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
+from markupsafe import Markup
+
 _OWN, _USER = b"\x01", b"\x00"
 
 
@@ -144,6 +146,24 @@ class Traced(str):
         return found
 
 
+class TracedMarkup(Markup):
+    """What the filter ``safe`` makes: it escapes for HTML what is added to it, as in jinja2, and keeps the origin."""
+
+    __slots__ = ("_own",)
+    _own: bytes
+
+    def __new__(cls, text: Any = "", own: bytes | None = None) -> TracedMarkup:
+        made = super().__new__(cls, text)
+        made._own = origin(text) if own is None and isinstance(text, str) and len(text) == len(made) else own or b""
+        return made
+
+    def __add__(self, other: Any) -> Any:
+        return _safe_sum(Markup.__add__(self, other), self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _safe_sum(Markup.__radd__(self, other), other, self)
+
+
 def own_text(text: str) -> Traced:
     """A text that stands in the template, or that the checkpoint gives to it."""
     return Traced(str.__str__(text), _OWN * len(text))
@@ -151,7 +171,8 @@ def own_text(text: str) -> Traced:
 
 def origin(text: str) -> bytes:
     """One byte a character: 1 for the template's own, 0 for the user's."""
-    return text._own if isinstance(text, Traced) else _USER * len(text)
+    own = text._own if isinstance(text, Traced | TracedMarkup) else b""
+    return own if len(own) == len(text) else _USER * len(text)
 
 
 def is_own(value: object) -> bool:
@@ -167,7 +188,7 @@ def join_traced(parts: Iterable[object]) -> Traced:
 
 def traced(value: object) -> str:
     """A value as the text that a template writes for it."""
-    return value if isinstance(value, Traced) else str(value)
+    return value if isinstance(value, Traced | TracedMarkup) else str(value)
 
 
 def _joins(other: object) -> bool:
@@ -177,6 +198,12 @@ def _joins(other: object) -> bool:
 
 def _sum(left: str, right: str) -> Traced:
     return Traced(str.__add__(left, right), origin(left) + origin(right))
+
+
+def _safe_sum(whole: Any, left: Any, right: Any) -> Any:
+    """The sum with its origin, where escaping has changed no character of it."""
+    same = isinstance(whole, str) and whole == str.__add__(str(left), str(right))
+    return TracedMarkup(whole, origin(left) + origin(right)) if same else whole
 
 
 def _lstrip(text: str, chars: str | None) -> str:
