@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from tsqp.errors import PromptError
+from tsqp.errors import OptionError, PromptError
 from tsqp.trusted.text.traced import own_text
 
 
@@ -27,24 +27,32 @@ ROLES = frozenset(
 )
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_RESERVED = ("messages",)
+# Names of a call's own parameters, which are no variables of a template.
+RESERVED = ("messages", "prompt", "prompts", "params", "raw")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing, the first is the usual one
+
+
+def refuse_bad_name(name: str) -> None:
+    """Raises OptionError for a name that no variable of a template can have."""
+    if not _NAME.fullmatch(name):
+        raise OptionError("the name of a template argument is made of letters, digits and underscores")
+    if name in RESERVED:
+        raise OptionError(f"a template argument cannot be called {name}")
 
 
 def template_values(messages: Messages, arguments: Mapping[str, object]) -> dict[str, object]:
     """What a template sees. ``arguments`` may hold ``tools`` and ``documents``, each a list of mappings.
 
     Everything in it is text, number, truth value, None, list or mapping: an object of another kind would bring methods
-    that a stranger's code could call. Raises PromptError for those, and for names that no template can use.
+    that a stranger's code could call. Raises PromptError for those, OptionError for names that no template can use.
     """
     for name in arguments:
-        if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise PromptError(f"a template argument cannot be called {name if name in _RESERVED else 'that'}")
-    values: dict[str, object] = {"tools": None, "documents": None, **{k: _plain(v) for k, v in arguments.items()}}
+        refuse_bad_name(name)
+    values: dict[str, object] = {"tools": None, "documents": None, **_plain(arguments)}
     for name in ("tools", "documents"):
         listed = values[name]
         if listed is not None and not (isinstance(listed, list) and all(isinstance(item, dict) for item in listed)):
-            raise PromptError(f"{name} must be a list of mappings")
+            raise OptionError(f"{name} must be a list of mappings")
     return {**values, "messages": [_message(message) for message in messages]}
 
 

@@ -9,6 +9,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import Any, cast
 
 from jinja2 import (
@@ -23,6 +24,7 @@ from jinja2 import (
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,6 +50,11 @@ class ChatTemplate:
             failure = self._explain(error)
         if failure:
             raise PromptError(failure)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not set itself."""
+        return frozenset(find_undeclared_variables(self._tree))
 
     @property
     def literal_text(self) -> str:

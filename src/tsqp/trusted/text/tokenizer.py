@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as FastTokenizer
 
 from tsqp.checkpoint.base import TextFormat
-from tsqp.errors import CorruptCheckpoint, PromptError
+from tsqp.errors import CorruptCheckpoint, OptionError, PromptError
 from tsqp.trusted.text.control import ControlTokens
 from tsqp.trusted.text.conversation import ChatMessage, Messages, template_values
 from tsqp.trusted.text.template import ChatTemplate
@@ -30,6 +30,7 @@ class Tokenizer:
         self._tool_template = text_format.tool_chat_template or self._template
         self._special_tokens = {name: own_text(token) for name, token in text_format.special_tokens.items()}
         self._chats: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
+        self._without_template = ControlTokens(self._tokenizer)
         self.eos_token_ids = text_format.eos_token_ids
 
     @property
@@ -49,7 +50,7 @@ class Tokenizer:
         """The text of tokens, special tokens left out; an incomplete character is U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def encode_prompt(self, text: str, **template_args: object) -> list[int]:
+    def encode_prompt(self, text: str, /, **template_args: object) -> list[int]:
         """Token ids of a user's text: their turn of the template, or the text as it is where there is no template.
 
         No character of the text becomes a control token. Raises PromptError as ``encode_chat`` does, and for
@@ -58,16 +59,17 @@ class Tokenizer:
         if self._template is not None or template_args:
             return self.encode_chat([{"role": "user", "content": text}], **template_args)
         _refuse_surrogates(text)
-        return ControlTokens(self._tokenizer).encode(Traced(text), special_tokens=True)
+        return self._without_template.encode(Traced(text), special_tokens=True)
 
-    def encode_chat(self, messages: Messages, **template_args: object) -> list[int]:
+    def encode_chat(self, messages: Messages, /, **template_args: object) -> list[int]:
         """Token ids of a conversation in the model's template, ready for the assistant's answer.
 
         Only what the template writes itself becomes a control token, nothing that stands in a message or an argument.
         ``template_args`` are variables of the template: ``tools`` and ``documents`` (lists of mappings),
         ``add_generation_prompt`` (True if not given) and whatever else the template knows, such as
         ``enable_thinking``. Raises PromptError when the checkpoint has no template, when the template refuses the
-        conversation or fails with it, and for arguments that are not plain data.
+        conversation or fails with it, and for data that is not plain; OptionError for an argument that the template
+        does not read.
         """
         with_tools = template_args.get("tools") is not None
         source = self._tool_template if with_tools else self._template
@@ -78,6 +80,9 @@ class Tokenizer:
             self._chats[source] = template, ControlTokens(self._tokenizer, template.literal_text)
         template, control = self._chats[source]
         values = template_values(messages, template_args)
+        unread = [name for name in template_args if name not in {*template.variables, "add_generation_prompt"}]
+        if unread:
+            raise OptionError(f"the chat template of this checkpoint reads no {', '.join(unread)}")
         text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
         _refuse_surrogates(text)
         return control.encode(text, special_tokens=False)
