@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 _OWN, _USER = b"\x01", b"\x00"
 
@@ -154,7 +154,9 @@ class TracedMarkup(Markup):
 
     def __new__(cls, text: Any = "", own: bytes | None = None) -> TracedMarkup:
         made = super().__new__(cls, text)
-        made._own = origin(text) if own is None and isinstance(text, str) and len(text) == len(made) else own or b""
+        if own is None:
+            own = origin(text) if isinstance(text, str) else b""
+        made._own = own  # of another length, it proves nothing
         return made
 
     def __add__(self, other: Any) -> Any:
@@ -201,9 +203,16 @@ def _sum(left: str, right: str) -> Traced:
 
 
 def _safe_sum(whole: Any, left: Any, right: Any) -> Any:
-    """The sum with its origin, where escaping has changed no character of it."""
-    same = isinstance(whole, str) and whole == str.__add__(str(left), str(right))
-    return TracedMarkup(whole, origin(left) + origin(right)) if same else whole
+    """The sum with its origin; NotImplemented stays so."""
+    return TracedMarkup(whole, _escaped_origin(left) + _escaped_origin(right)) if isinstance(whole, str) else whole
+
+
+def _escaped_origin(text: str) -> bytes:
+    """The origin of a text after escaping, which writes each character as one or as several."""
+    own = origin(text)
+    if hasattr(text, "__html__"):
+        return own
+    return b"".join(own[at : at + 1] * len(escape(character)) for at, character in enumerate(text))
 
 
 def _lstrip(text: str, chars: str | None) -> str:
