@@ -101,10 +101,13 @@ def test_case_is_kept_where_no_character_becomes_two(a: Traced, b: Traced) -> No
 
 
 @given(mixed(), mixed())
-def test_all_that_is_put_into_an_own_pattern_must_be_own(a: Traced, b: Traced) -> None:
-    pattern = own_text("a%sb%s")
-    check(pattern % (own_text("a"), own_text("")), "aabb"[:2] + "b")
-    check(pattern % (a, b), f"a{a!s}b{b!s}", complete=False)
+def test_what_is_put_into_an_own_pattern_keeps_its_origin(a: Traced, b: Traced) -> None:
+    check(own_text("a%sb%s") % (a, b), f"a{a!s}b{b!s}")
+    check(own_text("%s") % a, str(a))
+    check(own_text("a%5sb%s") % (a, b), f"a{a!s:>5}b{b!s}", complete=False)
+    check(a.replace("%", "") + own_text("%s") % b, f"{a!s}{b!s}")
+    assert origin(own_text("%%%s") % "%") == b"\1\0"
+    assert origin(Traced("a%s", b"\0\1\1") % own_text("b")) == b"\0\0"
 
 
 @given(a=mixed(), b=mixed())

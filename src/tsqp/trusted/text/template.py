@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from typing import Any, cast
 
 from jinja2 import (
@@ -27,7 +28,7 @@ from jinja2.filters import make_attrgetter
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, missing, pass_environment
 from markupsafe import Markup
 
@@ -225,16 +226,26 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["namespace"] = _PlainNamespace
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """A template's own format with arguments that are all its own gives its own text."""
+        """What ``text.format`` is in a template; of the template's own texts it keeps the origin of each part."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None or value.__name__ != "format" or not is_own(value.__self__):
             return wrapped
 
         def format_own(*args: Any, **kwargs: Any) -> str:
-            text = wrapped(*args, **kwargs)
-            return own_text(text) if all(is_own(part) for part in (*args, *kwargs.values())) else text
+            text = str.__str__(wrapped(*args, **kwargs))
+            known = join_traced(self._formatted(value.__self__, args, kwargs))
+            return known if known == text else text  # a pattern of another kind: the text counts as the user's
 
         return format_own
+
+    def _formatted(self, pattern: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[object]:
+        """The parts of a formatted text, where no field has a width or another option."""
+        formatter, automatic = SandboxedFormatter(self), count()
+        for literal, field, _, _ in formatter.parse(pattern):
+            yield own_text(literal)
+            if field is not None:
+                numbered = f"{next(automatic)}{field}" if field[:1] in ("", ".", "[") else field
+                yield formatter.get_field(numbered, args, kwargs)[0]
 
 
 def _refuse(message: object) -> None:

@@ -11,6 +11,7 @@ this module costs a control token of the template, and can never give one to the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
@@ -49,8 +50,17 @@ class Traced(str):
 
     def __mod__(self, values: Any) -> str:
         text = str.__mod__(self, values)
-        own = is_own(self) and all(is_own(value) for value in (values if isinstance(values, tuple) else (values,)))
-        return own_text(text) if own else text
+        if not is_own(self):
+            return text
+        known = join_traced(self._formatted(iter(values if isinstance(values, tuple) else (values,))))
+        return known if known == text else text  # a pattern with other fields than %s: the text counts as the user's
+
+    def _formatted(self, values: Iterator[object]) -> Iterator[object]:
+        for part in self._laid_end_to_end(re.split("(%[s%])", str.__str__(self))):
+            if part == "%s":
+                yield next(values, "")
+            else:
+                yield own_text("%") if part == "%%" else part
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         part = self._own[key]
