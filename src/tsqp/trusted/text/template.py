@@ -6,6 +6,7 @@ A template comes with the checkpoint: it is data of a stranger, so it runs in a 
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -35,6 +36,12 @@ from markupsafe import Markup
 from tsqp.errors import PromptError
 from tsqp.trusted.text.traced import Traced, TracedMarkup, is_own, join_traced, origin, own_text, traced
 
+# What Python says of values by their kinds alone: the words that it has for values may be the prompt.
+_KINDS = re.compile(
+    r"'\w+' object is not (iterable|subscriptable|callable)"
+    r"|can only concatenate \w+ \(not \"\w+\"\) to \w+"
+    r"|unsupported operand type\(s\) for \S+: '\w+' and '\w+'"
+)
 _FILENAME = "<template>"  # what jinja2 calls a template that came as a string
 
 
@@ -93,7 +100,8 @@ class ChatTemplate:
                 for used in self._tree.find_all(node):
                     if used.name not in known and f"{kind} named {used.name!r}" in str(error):
                         return f"there is no {kind} {used.name}"
-        return type(error).__name__
+        kinds = isinstance(error, TypeError) and _KINDS.fullmatch(str(error))
+        return f"{type(error).__name__}: {kinds[0].replace('Traced', 'str')}" if kinds else type(error).__name__
 
 
 def _line(error: Exception) -> int | None:
