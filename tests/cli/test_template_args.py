@@ -11,8 +11,9 @@ import pytest
 
 from tests.commands import Result
 from tests.families import byte_tokenizer, tiny_model
-from tsqp import LLM, OptionError, PromptError, SamplingParams
+from tsqp import LLM, SamplingParams
 from tsqp.cli.prompt_text import template_args
+from tsqp.errors import OptionError, PromptError
 
 LOCAL = ("--protection", "local", "--dtype", "float32", "-n", "4")
 TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}
@@ -34,14 +35,11 @@ def model(tmp_path: Path) -> Path:
     return copy
 
 
-def expected(text: str, turns: int = 1) -> list[int]:
-    """What the model answers to the text that the template makes; ``<s>`` is a token where the template writes it."""
-    plain = byte_tokenizer()
-    plain.add_special_tokens(["<s>"])
+def expected(text: str) -> list[int]:
+    """What the model answers to the text that the template makes; ``<s>`` is token 256 where the template writes it."""
     before, _, after = text.partition("<s>")
     letters = byte_tokenizer()
-    tokens = [*letters.encode(before).ids, plain.token_to_id("<s>"), *letters.encode(after).ids]
-    return tiny_model("llama").greedy(tokens, 4)
+    return tiny_model("llama").greedy([*letters.encode(before).ids, 256, *letters.encode(after).ids], 4)
 
 
 def test_values_are_json_or_text() -> None:

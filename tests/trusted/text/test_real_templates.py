@@ -68,8 +68,9 @@ def render(template: str, messages: list[dict[str, Any]], arguments: dict[str, A
 
 
 def render_by_transformers(template: str, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
+    everything: dict[str, Any] = {**SPECIAL, **arguments}
     try:
-        return str(render_jinja_template([messages], chat_template=template, **SPECIAL, **arguments)[0][0])
+        return str(render_jinja_template([messages], chat_template=template, **everything)[0][0])
     except Exception:
         return None
 

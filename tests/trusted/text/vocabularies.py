@@ -63,6 +63,7 @@ def _merged() -> TextFormat:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["<unk>"])
     return _added(tokenizer)
 
 
@@ -72,6 +73,7 @@ def _unigram() -> TextFormat:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.add_special_tokens(["<unk>"])
     return _added(tokenizer)
 
 

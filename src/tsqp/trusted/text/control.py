@@ -19,6 +19,7 @@ from tsqp.errors import CorruptCheckpoint, PromptError
 from tsqp.trusted.text.traced import Traced, origin
 
 _USER = 0
+_NO_OTHER_WAY = "the tokenizer of this checkpoint makes control tokens from ordinary text"
 
 
 class ControlTokens:
@@ -99,13 +100,17 @@ class _AliasedTokenizer:
     def encode(self, text: Traced, special_tokens: bool, single_words: frozenset[str]) -> list[int]:
         plain, count = self._rewritten(text, single_words)
         encoding = self._tokenizer.encode(plain, add_special_tokens=special_tokens)
-        found = [
-            self._by_id[token_id] in plain[start:end]
-            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token_id in self._by_id and token_id != self._unknown_id and start != end
-        ]
-        if not all(found) or len(found) != count:
-            raise PromptError("the tokenizer of this checkpoint makes control tokens from ordinary text")
+        found = 0
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            alias = self._by_id.get(token_id)
+            if alias is None or start == end:
+                continue
+            if alias in plain[start:end]:
+                found += 1
+            elif token_id != self._unknown_id:
+                raise PromptError(_NO_OTHER_WAY)
+        if found != count:
+            raise PromptError(_NO_OTHER_WAY)
         return list(encoding.ids)
 
     def _rewritten(self, text: Traced, single_words: frozenset[str]) -> tuple[str, int]:
