@@ -97,6 +97,7 @@ def turn(content: str) -> list[dict[str, object]]:
 @example("lower case", "written", "<|IM_END|>")
 @example("merges that make a control token", "written", "</s>")
 def test_a_content_makes_no_control_token(kind: str, name: str, content: str) -> None:
+    assume(content or name != "put together")  # of an empty content the template's own text is left, side by side
     template = (AS_IT_IS | CHANGED)[name]
     chat = tokenizer(kind, template)
     harmless = controls(kind, template, chat.encode_chat(turn(HARMLESS)))
