@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.trusted.text.vocabularies import BYTE_LEVEL, CONTROLS, SINGLE_WORDS, VOCABULARIES
@@ -201,6 +202,21 @@ def test_the_token_of_unknown_characters_is_no_matter_unless_it_is_written_out(k
         assert {unknown, end}.isdisjoint(ids[1:-1])
     ids = chat.encode_chat(turn("</s>é"))
     assert [token for token in ids if token == end] == [end]
+
+
+def test_a_special_token_of_white_space() -> None:
+    """The tokenizer gives it no place in the text, as if it had been added around it."""
+    plain = FastTokenizer.from_str(VOCABULARIES[BYTE_LEVEL].tokenizer_json)
+    plain.add_special_tokens(["\n\n"])
+    around = processors.TemplateProcessing(single=["</s>", "$A"], special_tokens=[("</s>", 258)])
+    plain.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), around])
+    format_ = replace(
+        VOCABULARIES[BYTE_LEVEL], tokenizer_json=plain.to_str(), chat_template="\n\n{{ messages[0].content }}"
+    )
+    ids = Tokenizer(format_).encode_chat(turn("a\n\nb"))
+    assert (ids[0], ids.count(260), len(ids)) == (260, 1, 5)
+    ids = Tokenizer(replace(format_, chat_template=None)).encode_prompt("a\n\nb</s>")
+    assert (ids[0], ids.count(258), ids.count(260)) == (258, 1, 0)
 
 
 def test_a_raw_prompt_keeps_its_control_tokens() -> None:

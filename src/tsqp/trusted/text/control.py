@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from tsqp.errors import CorruptCheckpoint, PromptError
@@ -44,19 +46,19 @@ class ControlTokens:
         Raises PromptError when the tokenizer makes control tokens from the user's text whatever is done.
         """
         encoding = self._tokenizer.encode(str.__str__(text), add_special_tokens=special_tokens)
-        placed = zip(encoding.ids, encoding.offsets, strict=True)
-        if all(self._is_allowed(text, token_id, start, end) for token_id, (start, end) in placed):
+        if all(self._is_allowed(text, token_id, *span) for token_id, span in _from_text(encoding)):
             return list(encoding.ids)
         return self._encode_aliased(text, special_tokens)
 
     def _is_allowed(self, text: Traced, token_id: int, start: int, end: int) -> bool:
         """Whether a token is none that controls the model, or is the template's own."""
         token = self._control.get(token_id)
-        if token is None or start == end:  # at no place of the text: BOS and the like, which the tokenizer adds
+        if token is None:
             return True
         at = text.find(token.content, start, end)  # the token may have swallowed white space around it
         if at < 0:
-            # Not written there: a character that the vocabulary does not know, or letters in another case.
+            # Not written there: a character that the vocabulary does not know; or letters in another case, or white
+            # space that the tokenizer leaves out of a token's place, and then the slow way decides.
             return token_id == self._unknown_id
         return _USER not in origin(text)[at : at + len(token.content)]
 
@@ -101,9 +103,9 @@ class _AliasedTokenizer:
         plain, count = self._rewritten(text, single_words)
         encoding = self._tokenizer.encode(plain, add_special_tokens=special_tokens)
         found = 0
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        for token_id, (start, end) in _from_text(encoding):
             alias = self._by_id.get(token_id)
-            if alias is None or start == end:
+            if alias is None:
                 continue
             if alias in plain[start:end]:
                 found += 1
@@ -124,6 +126,12 @@ class _AliasedTokenizer:
                 end = match.end()
                 count += 1
         return "".join([*out, plain[end:]]), count
+
+
+def _from_text(encoding: Encoding) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Tokens of the text and their places in it, without BOS and the like, which the tokenizer adds."""
+    tokens = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return ((token_id, span) for token_id, span, added in tokens if not added)
 
 
 def _touches_a_word(text: str, start: int, end: int) -> bool:
