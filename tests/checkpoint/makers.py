@@ -171,5 +171,6 @@ def _permute(array: np.ndarray, heads: int) -> np.ndarray:
 def _add_tokenizer(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:
     names = {"types": "token_type"}
     for key, value in fields.items():
-        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{names.get(key, key)}"
+        is_template = key.startswith("chat_template")
+        name = f"tokenizer.{key}" if is_template else f"tokenizer.ggml.{names.get(key, key)}"
         _add(writer, name, value)

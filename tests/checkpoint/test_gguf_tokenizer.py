@@ -54,6 +54,8 @@ def test_byte_level_equals_the_tokenizer_it_was_written_from(tmp_path: Path) -> 
     assert text.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert text.eos_token_ids == (VOCAB - 1,)
     assert text.chat_template == "{{ messages[0]['content'] }}"
+    assert text.tool_chat_template is None
+    assert _read(tmp_path, byte_level_fields() | {"chat_template.tool_use": "tools"}).tool_chat_template == "tools"
 
 
 @pytest.mark.parametrize(

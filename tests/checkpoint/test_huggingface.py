@@ -180,13 +180,19 @@ def test_chat_template_places(tiny: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     _edit(settings, chat_template=named)
     assert checkpoint.text_format().chat_template == "plain"
+    assert checkpoint.text_format().tool_chat_template == "tools"
     _edit(settings, chat_template=[{"name": ["default"], "template": "listed"}, 5, *named])
     assert checkpoint.text_format().chat_template == "plain"
     _edit(settings, chat_template=3)
     with pytest.raises(CorruptCheckpoint, match="chat_template"):
         checkpoint.text_format()
     (tiny / "chat_template.jinja").write_text("of the file")
+    _edit(settings, chat_template=named)
     assert checkpoint.text_format().chat_template == "of the file"
+    assert checkpoint.text_format().tool_chat_template is None
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("tools of the file")
+    assert checkpoint.text_format().tool_chat_template == "tools of the file"
 
 
 def test_missing_or_broken_tokenizer(tiny: Path) -> None:

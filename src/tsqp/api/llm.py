@@ -15,12 +15,13 @@ from tsqp.api.guard_config import GuardConfig
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.plan import Plan, refuse_unused
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
-from tsqp.errors import ChannelError, PromptError, TsqpWarning, WorkerLost
+from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
-from tsqp.trusted.text.tokenizer import ChatMessage, TextStream, Tokenizer
+from tsqp.trusted.text.conversation import Messages
+from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.keys import ClientKeys
@@ -220,34 +221,49 @@ class LLM:
         return None if self._local_worker is None else self._local_worker.pid
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, raw: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        **template_args: object,
     ) -> list[Completion]:
         """Answer all prompts together, as one batch.
 
-        A prompt of text becomes the user's turn of the checkpoint's chat template when it has one, unless ``raw``;
-        token ids are taken as they are. Raises PromptError and PadsExhausted before anything is sent, NumericError,
+        A prompt of text becomes the user's turn of the checkpoint's chat template when it has one; ``template_args``
+        are variables of that template, such as ``enable_thinking=False``. No part of the prompt becomes a control
+        token, unless ``raw``: then the text is taken as it is, and so are the control tokens written in it. Token ids
+        are taken as they are. Raises PromptError, OptionError and PadsExhausted before anything is sent, NumericError,
         ChannelError.
         """
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         completions: dict[int, Completion] = {}
-        for index, delta in self._run(batch, params or SamplingParams(), raw):
+        for index, delta in self._run(batch, params or SamplingParams(), raw, template_args):
             if delta.completion is not None:
                 completions[index] = delta.completion
         return [completions[index] for index in range(len(batch))]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, **template_args: object
+    ) -> Iterator[Delta]:
         """Answer one prompt piece by piece; see ``generate``."""
-        for _, delta in self._run([prompt], params or SamplingParams(), raw):
+        for _, delta in self._run([prompt], params or SamplingParams(), raw, template_args):
             yield delta
 
-    def chat(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Answer a conversation piece by piece. Raises PromptError when the checkpoint has no chat template."""
-        yield from self.stream(self.tokenizer.encode_chat(messages), params)
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, **template_args: object
+    ) -> Iterator[Delta]:
+        """Answer a conversation piece by piece. Nothing in a message becomes a control token.
+
+        ``template_args`` are variables of the chat template: ``tools`` and ``documents``, lists of mappings, and what
+        else it knows. Raises PromptError when the checkpoint has no chat template, or when it refuses the conversation.
+        """
+        yield from self.stream(self.tokenizer.encode_chat(messages, **template_args), params)
 
     def logits(self, prompt: Prompt) -> torch.Tensor:
         """Logits after every token of a raw prompt, float32 (T, vocab_size)."""
-        return self._engine.logits(self._tokens(prompt, raw=True))
+        return self._engine.logits(self._tokens(prompt, True, {}))
 
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. Closing twice is allowed."""
@@ -261,17 +277,22 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _tokens(self, prompt: Prompt, *, raw: bool) -> list[int]:
+    def _tokens(self, prompt: Prompt, raw: bool, template_args: Given) -> list[int]:
+        if template_args and (raw or not isinstance(prompt, str)):
+            raise OptionError(f"the prompt is not put into a chat template: leave out {', '.join(template_args)}")
         if not isinstance(prompt, str):
             return list(prompt)
         if not prompt.strip():
             raise PromptError("the prompt is empty: give some text")
-        if raw or not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
 
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool) -> Iterator[tuple[int, Delta]]:
-        answers = [Answer(self._tokens(prompt, raw=raw), TextStream(self.tokenizer, params.stop)) for prompt in prompts]
+    def _run(
+        self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool, template_args: Given
+    ) -> Iterator[tuple[int, Delta]]:
+        answers = [
+            Answer(self._tokens(prompt, raw, template_args), TextStream(self.tokenizer, params.stop))
+            for prompt in prompts
+        ]
         if self._guard is not None and self._guard.filler is not None:
             from tsqp.api.pads import check_prompts
 

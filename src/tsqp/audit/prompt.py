@@ -33,8 +33,8 @@ def audit_prompt(tokenizer: Tokenizer, text: str) -> AuditPrompt:
     """The prompt as it will be sent. Raises PromptError for an empty one and for more than ``MAX_TOKENS`` tokens."""
     if not text.strip():
         raise PromptError("the prompt is empty: give some text")
-    ids = _encode(tokenizer, text)
-    others = [_encode(tokenizer, other) for other in OTHER_TEXTS]
+    ids = tokenizer.encode_prompt(text)
+    others = [tokenizer.encode_prompt(other) for other in OTHER_TEXTS]
     first = min(_common(ids, other) for other in others)
     last = min(_common(ids[first:][::-1], other[::-1]) for other in others)
     user = slice(first, len(ids) - last)
@@ -44,12 +44,6 @@ def audit_prompt(tokenizer: Tokenizer, text: str) -> AuditPrompt:
     if count < 1:
         raise PromptError("the chat template leaves nothing of the prompt: give another")
     return AuditPrompt(tuple(ids), user)
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    if tokenizer.has_chat_template:
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
-    return tokenizer.encode(text)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -19,12 +19,14 @@ class TextFormat:
     """How text becomes tokens. Read by the trusted side only.
 
     ``tokenizer_json`` is the text of a Hugging Face ``tokenizer.json``. ``special_tokens`` are those a chat template
-    may name (``bos_token``, ``eos_token``, ...). ``eos_token_ids`` end a generation.
+    may name (``bos_token``, ``eos_token``, ...). ``eos_token_ids`` end a generation. ``tool_chat_template`` is the one
+    for conversations with tools, where the checkpoint has one of its own.
     """
 
     tokenizer_json: str
     eos_token_ids: tuple[int, ...]
     chat_template: str | None = None
+    tool_chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
 
 

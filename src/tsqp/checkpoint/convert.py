@@ -121,6 +121,10 @@ def _write_settings(checkpoint: GgufCheckpoint, directory: Path, dtype: str) -> 
     _write_json(directory / "tokenizer_config.json", settings)
     if text.chat_template is not None:
         (directory / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8")
+    if text.tool_chat_template is not None:
+        (directory / "additional_chat_templates").mkdir(exist_ok=True)
+        path = directory / "additional_chat_templates" / "tool_use.jinja"
+        path.write_text(text.tool_chat_template, encoding="utf-8")
 
 
 def _special_ids(text: TextFormat) -> dict[str, Any]:

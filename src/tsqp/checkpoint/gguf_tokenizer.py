@@ -70,6 +70,7 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
         tokenizer_json=tokenizer.to_str(),
         eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         chat_template=file.text("tokenizer.chat_template", "") or None,
+        tool_chat_template=file.text("tokenizer.chat_template.tool_use", "") or None,
         special_tokens={name: tokens[i] for name, i in special.items() if i is not None},
     )
 

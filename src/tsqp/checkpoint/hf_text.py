@@ -33,6 +33,7 @@ def read_text_format(directory: Path) -> TextFormat:
         tokenizer_json=path.read_text(encoding="utf-8"),
         eos_token_ids=eos_ids,
         chat_template=_chat_template(directory, settings),
+        tool_chat_template=_chat_template(directory, settings, "tool_use"),
         special_tokens=special_tokens,
     )
 
@@ -78,18 +79,23 @@ def _eos_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja`` before the key; of several named templates, the default one."""
-    path = directory / "chat_template.jinja"
+def _chat_template(directory: Path, settings: Mapping[str, Any], name: str = "default") -> str | None:
+    """A file before the key ``chat_template``, which holds one template or several named ones."""
+    default = directory / "chat_template.jinja"
+    path = default if name == "default" else directory / "additional_chat_templates" / f"{name}.jinja"
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
+    if default.is_file():
+        return None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == name]
         template = entries[-1].get("template") if entries else None
+    elif name != "default":
+        return None
     if template is not None and not isinstance(template, str):
         where = directory / "tokenizer_config.json"
         raise CorruptCheckpoint(f"{where}: chat_template must be a string, not {json.dumps(template)[:40]}")

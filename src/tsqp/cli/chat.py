@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console
 
@@ -12,10 +13,14 @@ from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.tokenizer import ChatMessage
 
 
-def converse(llm: LLM, params: SamplingParams, system: str | None, console: Console) -> None:
+def converse(
+    llm: LLM, params: SamplingParams, system: str | None, template_args: Mapping[str, object], console: Console
+) -> None:
     """Read lines, stream answers, until the end of input or /exit. Raises PromptError without a chat template."""
     opening: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-    llm.tokenizer.encode_chat([*opening, {"role": "user", "content": "?"}])  # refuse before the user types
+    llm.tokenizer.encode_chat(
+        [*opening, {"role": "user", "content": "?"}], **template_args
+    )  # refuse before the user types
     messages = opening[:]
     while (line := _read_line()) is not None:
         match line.strip():
@@ -27,14 +32,21 @@ def converse(llm: LLM, params: SamplingParams, system: str | None, console: Cons
                 messages = opening[:]
                 console.print("the conversation is forgotten", style="dim")
             case text:
-                messages = _answer(llm, params, [*messages, {"role": "user", "content": text}], console)
+                messages = [*messages, {"role": "user", "content": text}]
+                messages = _answer(llm, params, messages, template_args, console)
 
 
-def _answer(llm: LLM, params: SamplingParams, messages: list[ChatMessage], console: Console) -> list[ChatMessage]:
+def _answer(
+    llm: LLM,
+    params: SamplingParams,
+    messages: list[ChatMessage],
+    template_args: Mapping[str, object],
+    console: Console,
+) -> list[ChatMessage]:
     """Stream one answer. Returns the conversation with it, or without the last turn when it did not fit."""
     answer = ""
     try:
-        for delta in llm.chat(messages, params):
+        for delta in llm.chat(messages, params, **template_args):
             sys.stdout.write(delta.text)
             sys.stdout.flush()
             answer += delta.text

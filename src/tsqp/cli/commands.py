@@ -18,7 +18,17 @@ from tsqp.cli.evaluate import eval_app
 from tsqp.cli.help_groups import OUTPUT, TEXT
 from tsqp.cli.open_llm import open_llm
 from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
-from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, argument_text, prompt_text, warn_of_argument
+from tsqp.cli.prompt_text import (
+    AfterDashes,
+    PromptArgument,
+    PromptFile,
+    Raw,
+    TemplateArgs,
+    argument_text,
+    prompt_text,
+    template_args,
+    warn_of_argument,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +58,8 @@ def generate(
     *,
     after_dashes: AfterDashes = False,
     prompt_file: PromptFile = None,
-    raw: Annotated[
-        bool, Parameter(group=TEXT, help="Send the text as it is, without the checkpoint's chat template.")
-    ] = False,
+    raw: Raw = False,
+    template_arg: TemplateArgs = (),
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     output: OutputOptions = OutputOptions(),
@@ -63,6 +72,7 @@ def generate(
         The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
     """
     text = prompt_text(prompt, prompt_file, after_dashes)
+    arguments = template_args(template_arg, raw=raw)
     params = _sampling_params(sampling)
     check_output("--trace", output.trace)
     with open_llm(run) as llm:
@@ -76,7 +86,7 @@ def generate(
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
         completion = None
-        for delta in llm.stream(text, params, raw=raw):
+        for delta in llm.stream(text, params, raw=raw, **arguments):
             if not output.json:
                 _write(delta.text)
             completion = delta.completion or completion
@@ -94,11 +104,13 @@ def generate(
 def chat(
     *,
     system: Annotated[str | None, Parameter(group=TEXT, help="A system message that begins the conversation.")] = None,
+    template_arg: TemplateArgs = (),
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    arguments = template_args(template_arg)
     params = _sampling_params(sampling)
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
@@ -107,7 +119,7 @@ def chat(
 
         console = _stderr()
         announce(llm, console)
-        converse(llm, params, opening, console)
+        converse(llm, params, opening, arguments, console)
         if stats:
             print_stats(llm, console)
 

@@ -1,10 +1,12 @@
-"""Where a command's prompt comes from: an argument, standard input or a file."""
+"""Where a command's prompt comes from (an argument, standard input or a file), and what a chat template is told."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,17 +15,38 @@ from cyclopts import Parameter
 from tsqp.cli.help_groups import TEXT
 from tsqp.config.protection import PROTECTIONS
 from tsqp.errors import InputError, OptionError, PromptError
+from tsqp.trusted.text.conversation import refuse_bad_name
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _UNREADABLE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that the locale cannot read
 OPTION = re.compile(r"--?\w[\w-]{0,30}")
+NUMBER = re.compile(
+    r"-?(0|[1-9]\d{0,30})(\.\d{1,30})?([eE][+-]?\d{1,3})?", re.ASCII
+)  # as JSON writes them; longer is text
 
 PromptArgument = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 PromptFile = Annotated[
     Path | None,
     Parameter(allow_leading_hyphen=True, group=TEXT, help="Read the prompt from a file; - for standard input."),
+]
+Raw = Annotated[
+    bool,
+    Parameter(
+        group=TEXT,
+        help="Send the text as it is, without the chat template. A control token that is written in the text, such as "
+        "the end of a turn, is that token then; without --raw it is only letters.",
+    ),
+]
+TemplateArgs = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--template-arg",
+        group=TEXT,
+        help="NAME=VALUE for the chat template, such as enable_thinking=false; may be given again. A value is true, "
+        "false, none, a number, JSON (for tools and documents), or else text.",
+    ),
 ]
 AfterDashes = Annotated[bool, Parameter(parse=False)]  # whether the command line has a --: the prompt is no option then
 
@@ -55,6 +78,44 @@ def argument_text(argument: str, what: str = "the prompt") -> str:
         return os.fsencode(argument).decode()
     except UnicodeError:
         raise PromptError(f"{what} is not UTF-8 text") from None
+
+
+def template_args(given: Sequence[str], *, raw: bool = False) -> dict[str, object]:
+    """The variables of a chat template by name. Raises OptionError, which repeats no value: it may be a secret."""
+    if given and raw:
+        raise OptionError("--raw uses no chat template: leave out --template-arg")
+    named: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError("--template-arg takes NAME=VALUE: there is no = in it")
+        try:
+            refuse_bad_name(name)
+        except OptionError as error:
+            raise OptionError(f"--template-arg: {error}") from None
+        if name in named:
+            raise OptionError(f"--template-arg {name} is given twice")
+        named[name] = _template_value(name, value)
+    return named
+
+
+def _template_value(name: str, text: str) -> object:
+    """true, false, none, a number or JSON; what is none of these is text."""
+    text = argument_text(text, f"the value of --template-arg {name}")
+    words: dict[str, object] = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if NUMBER.fullmatch(text):
+        return json.loads(text)
+    if not text.startswith(("{", "[", '"')):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = error.pos + 1
+    except (ValueError, RecursionError):
+        raise OptionError(f"--template-arg {name}: its JSON is nested too deeply, or a number is too long") from None
+    raise OptionError(f"--template-arg {name} begins like JSON and is none: look at character {where}")
 
 
 def warn_of_argument(prompt: str | None, protection: str, console: Console) -> None:

@@ -52,6 +52,7 @@ TEXT: dict[str, Any] = {
     "tokenizer_json": "{}",
     "eos_token_ids": (1, 2, 3),
     "chat_template": "another template",
+    "tool_chat_template": "another template",
     "special_tokens": {"bos_token": "another"},
 }
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, TypedDict
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from tsqp.checkpoint.base import TextFormat
-from tsqp.errors import CorruptCheckpoint, PromptError
+from tsqp.errors import CorruptCheckpoint, OptionError, PromptError
+from tsqp.trusted.text.control import ControlTokens
+from tsqp.trusted.text.conversation import ChatMessage, Messages, template_values
+from tsqp.trusted.text.template import ChatTemplate
+from tsqp.trusted.text.traced import Traced, own_text
 
-
-class ChatMessage(TypedDict):
-    """One turn: ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
+__all__ = ["ChatMessage", "TextStream", "Tokenizer"]
 
 
 class Tokenizer:
@@ -33,7 +27,10 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._template = text_format.chat_template
-        self._special_tokens = text_format.special_tokens
+        self._tool_template = text_format.tool_chat_template or self._template
+        self._special_tokens = {name: own_text(token) for name, token in text_format.special_tokens.items()}
+        self._chats: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
+        self._without_template = ControlTokens(self._tokenizer)
         self.eos_token_ids = text_format.eos_token_ids
 
     @property
@@ -41,59 +38,65 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; ``special_tokens`` adds those that the model expects around it, such as BOS.
+        """Token ids of a raw text, in which a control token that is written out is that control token.
 
-        Raises PromptError for text that is not Unicode, as bytes that are not UTF-8 become.
+        ``special_tokens`` adds those that the model expects around it, such as BOS. Raises PromptError for text that
+        is not Unicode, as bytes that are not UTF-8 become.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise PromptError("the prompt is not UTF-8 text") from None
+        _refuse_surrogates(text)
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special tokens left out; an incomplete character is U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_prompt(self, text: str, /, **template_args: object) -> list[int]:
+        """Token ids of a user's text: their turn of the template, or the text as it is where there is no template.
+
+        No character of the text becomes a control token. Raises PromptError as ``encode_chat`` does, and for
+        ``template_args`` without a template.
+        """
+        if self._template is not None or template_args:
+            return self.encode_chat([{"role": "user", "content": text}], **template_args)
+        _refuse_surrogates(text)
+        return self._without_template.encode(Traced(text), special_tokens=True)
+
+    def encode_chat(self, messages: Messages, /, **template_args: object) -> list[int]:
         """Token ids of a conversation in the model's template, ready for the assistant's answer.
 
-        Raises PromptError when the checkpoint has no template or the template refuses the conversation.
+        Only what the template writes itself becomes a control token, nothing that stands in a message or an argument.
+        ``template_args`` are variables of the template: ``tools`` and ``documents`` (lists of mappings),
+        ``add_generation_prompt`` (True if not given) and whatever else the template knows, such as
+        ``enable_thinking``. Raises PromptError when the checkpoint has no template, when the template refuses the
+        conversation or fails with it, and for data that is not plain; OptionError for an argument that the template
+        does not read.
         """
-        if self._template is None:
+        with_tools = template_args.get("tools") is not None
+        source = self._tool_template if with_tools else self._template
+        if source is None:
             raise PromptError("the checkpoint has no chat template: use tsqp generate --raw")
-        # The template comes with the checkpoint: it is data of a stranger, so it runs in a sandbox.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-        environment.filters["tojson"] = _to_json
-        try:
-            text = environment.from_string(self._template).render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except _Refusal as refusal:
-            # Only what stands in the template itself: a reason that it has put together may hold the prompt.
-            reason = f": {refusal}" if str(refusal) in self._template else ""
-            raise PromptError(f"the chat template refuses this conversation{reason}") from None
-        except Exception:  # a stranger's code can raise anything; its text may hold the prompt
-            raise PromptError("the checkpoint's chat template fails with this conversation: try --raw") from None
-        return self.encode(text, special_tokens=False)
+        if source not in self._chats:
+            template = ChatTemplate(source)
+            self._chats[source] = template, ControlTokens(self._tokenizer, template.literal_text)
+        template, control = self._chats[source]
+        values = template_values(messages, template_args)
+        unread = [name for name in template_args if name not in {*template.variables, "add_generation_prompt"}]
+        if unread:
+            raise OptionError(f"the chat template of this checkpoint reads no {', '.join(unread)}")
+        text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
+        _refuse_surrogates(text)
+        return control.encode(text, special_tokens=False)
 
 
-class _Refusal(TemplateError):
-    """The template called ``raise_exception``."""
-
-
-def _refuse(reason: object) -> None:
-    raise _Refusal(str(reason))
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        return
+    # Not in the handler: the error of the codec holds the text, and is not chained.
+    raise PromptError("the prompt is not UTF-8 text")
 
 
 class TextStream:
