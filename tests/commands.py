@@ -7,6 +7,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,7 @@ class Home:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**self.environment, **environment},
+            preexec_fn=_heed_ctrl_c,
         )
         try:
             yield process
@@ -96,6 +98,11 @@ class Home:
 
     def remove(self) -> None:
         shutil.rmtree(self.runtime)
+
+
+def _heed_ctrl_c() -> None:
+    """Tests that run in the background have SIGINT ignored, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(process: subprocess.Popen[bytes], mark: bytes) -> bytes:

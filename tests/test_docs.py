@@ -18,7 +18,15 @@ DOCUMENTS = sorted(
 )
 # Where a path may begin: at the root, in the package, among the tests, beside the guard, beside the page.
 BESIDE = (ROOT, PACKAGE, PACKAGE / "trusted" / "guard", ROOT / "tests", ROOT / "tests" / "trusted" / "guard")
-ELSEWHERE = {"prompt.txt", "FILE.png", "compiled-worker/", "uv.lock", "poetry.lock"}  # of users, of other tools
+ELSEWHERE = {
+    "prompt.txt",
+    "FILE.png",
+    "compiled-worker/",
+    "kernels/",
+    "worker-kernels/",
+    "uv.lock",
+    "poetry.lock",
+}  # of users, of other tools
 SUFFIXES = r"py|md|json|toml|txt|lock|png|svg|yml|yaml"
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

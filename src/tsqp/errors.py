@@ -15,11 +15,11 @@
     ├── PadError                  one-time pads that must not be used, or are not there
     │   ├── PadReused             a pad was asked for twice, or in a forked process
     │   └── PadsExhausted         no pads ready, and the run was told not to wait for new ones
+    ├── PathRefused               a file or directory that is not this user's alone, or cannot be used
     └── ChannelError              the line between the two sides; the session is dead afterwards
         ├── ArenaFull             the shared memory has no room for a tensor
         ├── AddressError          malformed, or refused for safety
         │   └── AddressInUse
-        ├── RuntimeDirectoryError the runtime directory is not ours alone
         ├── WorkerUnreachable     nobody answered, or the keys did not match
         ├── WorkerLost            the worker went away after the handshake
         ├── WorkerFailed          the worker answered that it could not do the call
@@ -38,6 +38,8 @@ The text of each is one line: what is wrong, and what to do about it. It never h
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class TsqpError(Exception):
@@ -92,6 +94,17 @@ class PadsExhausted(PadError):
     """No pads are ready, and the run was told not to wait for new ones. Nothing was sent."""
 
 
+class PathRefused(TsqpError):
+    """A file or directory that is not this user's alone (``unsafe``), or that the system does not let it use."""
+
+    def __init__(self, path: Path, problem: str, remedy: str, *, unsafe: bool) -> None:
+        super().__init__(f"{path} {problem}; {remedy}")
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+        self.unsafe = unsafe
+
+
 class ChannelError(TsqpError):
     """A failure of the line between the two sides."""
 
@@ -102,10 +115,6 @@ class AddressError(ChannelError):
 
 class AddressInUse(AddressError):
     """Another live worker holds this address."""
-
-
-class RuntimeDirectoryError(ChannelError):
-    """The runtime directory does not belong to this user alone."""
 
 
 class ArenaFull(ChannelError):

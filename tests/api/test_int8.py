@@ -11,7 +11,7 @@ import pytest
 from tests.commands import Home, Result
 from tests.families import tiny_model
 from tsqp.errors import OptionError
-from tsqp.untrusted.toolchain import check_compiler, code_directory
+from tsqp.untrusted.toolchain import check_compiler
 
 OPEN = ("--protection", "open")
 TINY = ("--model", "synthetic:tiny", *OPEN, "--max-tokens", "6", "--json")
@@ -73,17 +73,13 @@ def test_compile_on_cuda_wants_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         check_compiler("cuda:0")
 
 
-def test_compiled_code_lies_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TSQP_CACHE", str(tmp_path))
-    directory = code_directory()
-    assert directory.stat().st_mode & 0o777 == 0o700
-    directory.chmod(0o770)
-    with pytest.raises(OptionError, match="others can write"):
-        code_directory()
-    directory.rmdir()
-    directory.symlink_to(tmp_path)
-    with pytest.raises(OptionError, match="others can write"):
-        code_directory()
+def test_compiled_code_of_others_is_not_loaded(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "compiled-worker").mkdir()
+    (tmp_path / "compiled-worker").chmod(0o770)
+    done = home.run("worker", "--model", "synthetic:tiny", "--compile", TSQP_CACHE=str(tmp_path))
+    assert done.code == 1
+    assert f"{tmp_path}/compiled-worker is open to others (mode 770); remove it" in done.error
+    assert "TSQP_CACHE" in done.error
 
 
 @pytest.mark.slow

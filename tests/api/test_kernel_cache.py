@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from tests.commands import Home, read_until
 from tsqp.api import kernel_cache
 from tsqp.api.kernel_cache import kernel_cache_directory
-from tsqp.errors import RuntimeDirectoryError
+from tsqp.arith.jit import cache_name
+from tsqp.errors import PathRefused
 
 
 def test_auto_is_a_private_directory_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSQP_CACHE", str(tmp_path))
     monkeypatch.setattr(kernel_cache, "detect_tee", lambda: None)
     directory = kernel_cache_directory("auto")
-    assert directory == tmp_path / "kernels"
+    assert directory == tmp_path / "kernels" / cache_name()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
@@ -24,7 +27,7 @@ def test_in_a_tee_there_is_none_unless_a_path_is_named(tmp_path: Path, monkeypat
     monkeypatch.setenv("TSQP_CACHE", str(tmp_path))
     monkeypatch.setattr(kernel_cache, "detect_tee", lambda: "Intel TDX")
     assert kernel_cache_directory("auto") is None
-    assert kernel_cache_directory(str(tmp_path / "named")) == tmp_path / "named"
+    assert kernel_cache_directory(str(tmp_path / "named")) == tmp_path / "named" / cache_name()
 
 
 def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,14 +38,51 @@ def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_directory_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with pytest.raises(RuntimeDirectoryError, match="others can write"):
+    with pytest.raises(PathRefused, match=f"open to others.*chmod go-w {tmp_path} or choose another --kernel-cache"):
         kernel_cache_directory(str(tmp_path))
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeDirectoryError, match="cannot use"):
+    with pytest.raises(PathRefused, match="cannot be used: Not a directory"):
         kernel_cache_directory(str(tmp_path / "file" / "kernels"))
     monkeypatch.setenv("TSQP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(kernel_cache, "detect_tee", lambda: None)
     assert kernel_cache_directory("auto") is None  # nobody asked for one
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o777])
+@pytest.mark.parametrize("where", ["", "worker-kernels", f"worker-kernels/{cache_name()}"])
+def test_a_worker_loads_no_code_from_where_others_can_write(home: Home, tmp_path: Path, where: str, mode: int) -> None:
+    loose = tmp_path / "cache" / where
+    loose.mkdir(parents=True)
+    loose.chmod(mode)
+    done = home.run("worker", "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path / "cache"))
+    assert done.code == 1
+    assert f"{loose} is open to others" in done.error
+    assert done.error.endswith("or set TSQP_CACHE to another directory")
+    assert not list(loose.rglob("*.nb?"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("command", ["worker", "generate"])
+def test_no_side_loads_code_of_another_user(home: Home, tmp_path: Path, command: str) -> None:
+    foreign = tmp_path / ("worker-kernels" if command == "worker" else "kernels")
+    foreign.mkdir(mode=0o700)
+    os.chown(foreign, 65_533, 65_533)
+    arguments = [] if command == "worker" else ["a", "--protection", "local"]
+    done = home.run(command, *arguments, "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path))
+    assert done.code == 1
+    assert f"{foreign} belongs to another user; set TSQP_CACHE to another directory" in done.error
+
+
+def test_a_worker_without_a_place_for_a_cache_works_without_one(home: Home) -> None:
+    with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE="/proc/nowhere") as process:
+        assert b"address" in read_until(process, b"\n")
+
+
+def test_a_worker_keeps_its_loops_where_nobody_else_can_enter(home: Home, tmp_path: Path) -> None:
+    with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path / "cache")) as process:
+        read_until(process, b"\n")
+    directory = tmp_path / "cache" / "worker-kernels" / cache_name()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700

@@ -9,22 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import LIMIT_S, Home, children, now, wait_gone
+from tests.commands import LIMIT_S, Home, children, wait_gone
 from tests.families import tiny_model
 
 TINY = ("--model", "synthetic:tiny")
 MODEL = ("--model", str(tiny_model("llama").directory))
-KILLED_WITHIN_S = 2.0
+ENDLESS = ("--ignore-eos", "-n", "2000", "--deadline", "600")  # far longer than any wait of a test
 
 
-def test_a_worker_killed_while_generating_is_reported_at_once(home: Home) -> None:
-    with home.started("generate", "hello", *MODEL, "--ignore-eos", "-n", "200") as process:
+def test_a_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
+    with home.started("generate", "hello", *MODEL, *ENDLESS) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         os.kill(worker, signal.SIGKILL)
-        killed = now()
         _, err = process.communicate(timeout=LIMIT_S)
-        assert now() - killed < KILLED_WITHIN_S
     assert process.returncode == 1
     (line,) = [line for line in err.decode().splitlines() if ": error: " in line]
     assert f"shm://{home.runtime}/tsqp/" in line
@@ -34,15 +32,13 @@ def test_a_worker_killed_while_generating_is_reported_at_once(home: Home) -> Non
     assert home.leftovers() == []
 
 
-def test_a_standing_worker_killed_while_generating_is_reported_at_once(home: Home) -> None:
+def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
     with home.worker(*MODEL, "--dtype", "float32") as (worker, address):
-        options = (*MODEL, "--worker", address, "--ignore-eos", "-n", "200")
+        options = (*MODEL, "--worker", address, *ENDLESS)
         with home.started("generate", "hello", *options) as process:
             assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
             worker.kill()
-            killed = now()
             _, err = process.communicate(timeout=LIMIT_S)
-            assert now() - killed < KILLED_WITHIN_S
     assert process.returncode == 1
     assert address in err.decode()
     with home.worker(*MODEL, "--listen", address) as (_, again):  # the stale socket is reclaimed
@@ -50,7 +46,7 @@ def test_a_standing_worker_killed_while_generating_is_reported_at_once(home: Hom
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(home: Home) -> None:
-    with home.started("generate", "hello", *MODEL, "--ignore-eos", "-n", "200") as process:
+    with home.started("generate", "hello", *MODEL, *ENDLESS) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         process.send_signal(signal.SIGINT)
@@ -62,7 +58,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(home: Home) -> None:
 
 
 def test_terminate_stops_the_worker_too(home: Home) -> None:
-    with home.started("generate", "hello", *MODEL, "--ignore-eos", "-n", "200") as process:
+    with home.started("generate", "hello", *MODEL, *ENDLESS) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         process.terminate()
@@ -73,7 +69,7 @@ def test_terminate_stops_the_worker_too(home: Home) -> None:
 
 
 def test_a_worker_does_not_outlive_a_killed_parent(home: Home) -> None:
-    with home.started("generate", "hello", *MODEL, "--ignore-eos", "-n", "200") as process:
+    with home.started("generate", "hello", *MODEL, *ENDLESS) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         process.kill()

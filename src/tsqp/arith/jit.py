@@ -1,6 +1,7 @@
 """How loops are compiled: by numba, with the interpreter lock released, and kept on disk where that was asked for.
 
-What lies in the cache is code that this process loads, so the directory must be one that nobody else can write.
+What lies in the cache is code that this process loads, so the directory must be one that nobody else can write
+(``private_path``). Only a directory that this package named counts: numba's own variable does not turn a cache on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numba
 
 _CACHE = "NUMBA_CACHE_DIR"
+_directory = ""  # where this process keeps compiled loops; nowhere, until it is told to
 
 # Every module that has loops, how they are compiled, and what they take from elsewhere.
 SOURCES = (
@@ -29,14 +31,14 @@ Loop = Callable[..., Any]
 
 
 def enable_cache(directory: Path) -> None:
-    """Keep compiled loops in ``directory``, made with mode 0700. For those whose modules are imported afterwards.
+    """Keep compiled loops in a private directory that is there. For those whose modules are imported afterwards."""
+    global _directory
+    _directory = os.environ[_CACHE] = str(directory)
 
-    In a folder named after their sources: numba does not notice a change in what a loop takes from another module.
-    """
-    own = directory / hashlib.sha256(b"".join(path.read_bytes() for path in loop_sources())).hexdigest()[:16]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own.mkdir(mode=0o700, exist_ok=True)
-    os.environ[_CACHE] = str(own)
+
+def cache_name() -> str:
+    """What to call that directory: numba does not notice a change in what a loop takes from another module."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in loop_sources())).hexdigest()[:16]
 
 
 def loop_sources() -> list[Path]:
@@ -48,8 +50,8 @@ def loop_sources() -> list[Path]:
 def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:
     """A loop to be called from Python. Without ``fastmath``, rounding and order are what its source says."""
     # numba may have been loaded before this was set.
-    setattr(numba.config, "CACHE_DIR", os.environ.get(_CACHE, ""))  # noqa: B010  (unknown to its type hints)
-    return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath or False, cache=_CACHE in os.environ)(loop)
+    setattr(numba.config, "CACHE_DIR", _directory)  # noqa: B010  (unknown to its type hints)
+    return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath or False, cache=bool(_directory))(loop)
 
 
 def inline(loop: Loop, fastmath: set[str] | None = None) -> Loop:

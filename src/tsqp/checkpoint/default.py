@@ -27,6 +27,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from tsqp.checkpoint.cache import cache_directory
 from tsqp.checkpoint.download import PinnedFile, download_from_index
 from tsqp.errors import CheckpointError, FetchError
+from tsqp.private_path import make_directories
 
 _CONVERTER_VERSION = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -127,7 +128,7 @@ def _changing(home: Path, pin: PinnedModel, progress: bool) -> Iterator[None]:
     lock = FileLock(home / "lock")
     partial = home / "partial"
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        make_directories(partial)
         with _waiting_for(lock, pin, progress):
             _empty(partial)
             try:

@@ -18,7 +18,7 @@ from tsqp.cli.evaluate import eval_app
 from tsqp.cli.help_groups import OUTPUT, TEXT
 from tsqp.cli.open_llm import open_llm
 from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
-from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
+from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, argument_text, prompt_text, warn_of_argument
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,13 +100,14 @@ def chat(
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
     params = _sampling_params(sampling)
+    opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
         from tsqp.cli.chat import converse
         from tsqp.cli.report import announce, print_stats
 
         console = _stderr()
         announce(llm, console)
-        converse(llm, params, system, console)
+        converse(llm, params, opening, console)
         if stats:
             print_stats(llm, console)
 
@@ -228,7 +229,8 @@ def info(
 def _sampling_params(options: SamplingOptions) -> SamplingParams:
     from tsqp.trusted.engine.sampling_params import SamplingParams
 
-    return SamplingParams(**vars(options))
+    texts = tuple(argument_text(text, "--stop") for text in options.stop)
+    return SamplingParams(**{**vars(options), "stop": texts})
 
 
 def _stderr() -> Console:

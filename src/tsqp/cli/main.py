@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import signal
@@ -30,9 +31,20 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # as an exception, so that workers are stopped
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold any character, an output may not
+    _open_streams_to_all_text()
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_streams_to_all_text() -> None:
+    """An answer may hold any character: one that the output's encoding lacks becomes a question mark.
+
+    ASCII, unless PYTHONIOENCODING asks for it, comes from a locale that says nothing about text: UTF-8 is used then.
+    """
+    told = "PYTHONIOENCODING" in os.environ
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            silent = not told and codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if silent else stream.encoding, errors=errors)
 
 
 def run(arguments: Sequence[str]) -> int:

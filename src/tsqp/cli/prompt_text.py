@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tsqp.errors import InputError, OptionError, PromptError
 if TYPE_CHECKING:
     from rich.console import Console
 
+_UNREADABLE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that the locale cannot read
 OPTION = re.compile(r"--?\w[\w-]{0,30}")
 
 PromptArgument = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
@@ -33,9 +35,7 @@ def prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool
     if prompt is not None and prompt != "-":
         if prompt.startswith("-") and not after_dashes:
             raise OptionError(unknown_option(prompt))
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise PromptError("the prompt is not UTF-8 text")  # what Python makes of an argument's other bytes
-        return prompt
+        return argument_text(prompt)
     try:
         from_stdin = prompt_file is None or str(prompt_file) == "-"
         text = sys.stdin.buffer.read() if from_stdin or prompt_file is None else prompt_file.read_bytes()
@@ -45,6 +45,16 @@ def prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool
         raise InputError(f"cannot read the prompt: {error.strerror or error}: {where}") from None
     except UnicodeDecodeError:
         raise PromptError("the prompt is not UTF-8 text") from None
+
+
+def argument_text(argument: str, what: str = "the prompt") -> str:
+    """An argument as the text that it is in UTF-8, also where the locale knows ASCII alone. Raises PromptError."""
+    if not _UNREADABLE.search(argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise PromptError(f"{what} is not UTF-8 text") from None
 
 
 def warn_of_argument(prompt: str | None, protection: str, console: Console) -> None:

@@ -24,7 +24,7 @@ from typing import IO
 import msgspec
 
 from tsqp.config.dtype import ComputeDtype
-from tsqp.errors import ChannelError, WorkerUnreachable
+from tsqp.errors import ChannelError, PathRefused, WorkerUnreachable
 from tsqp.wire.printable import printable
 from tsqp.wire.transport import new_shm_address
 from tsqp.wire.transport.runtime_dir import reclaim_stale, runtime_directory
@@ -144,7 +144,7 @@ class LocalWorker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
         self._drain.join(timeout=1.0)
-        with suppress(ChannelError):
+        with suppress(ChannelError, PathRefused):
             reclaim_stale(runtime_directory())  # a worker that was killed leaves its socket
 
     def __enter__(self) -> LocalWorker:

@@ -87,12 +87,14 @@ def serve(options: argparse.Namespace) -> None:
     # These pull in torch; wrong options and --help must not wait for it.
     import torch
 
-    from tsqp.arith.jit import enable_cache
+    from tsqp.arith.jit import cache_name, enable_cache
     from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
-    from tsqp.checkpoint.cache import cache_directory
+    from tsqp.checkpoint.cache import code_directory
 
     # Its own: what it writes is never loaded by a trusted side. Before the modules with loops are imported.
-    enable_cache(cache_directory() / "worker-kernels")
+    kernels = code_directory("worker-kernels", cache_name())
+    if kernels is not None:
+        enable_cache(kernels)
     from tsqp.untrusted.backends.device import pick_device
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.store import WeightStore
@@ -125,7 +127,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def worker_keys(options: argparse.Namespace) -> WorkerKeys | None:
-    """The CURVE keys that the options name; None without any. Raises OptionError, AddressError."""
+    """The CURVE keys that the options name; None without any. Raises OptionError, AddressError, PathRefused."""
     if options.key is None and not options.allow:
         return None
     if options.key is None or not options.allow:

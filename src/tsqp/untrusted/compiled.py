@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tsqp.checkpoint.cache import cache_directory, code_directory
 from tsqp.config.groups import GroupKey, LinearGroup
+from tsqp.errors import OptionError
 from tsqp.model.linear import LinearProduct, LinearWeights
 from tsqp.untrusted.paths.int8 import Int8Linear, product_in_one
-from tsqp.untrusted.toolchain import code_directory
 
 Product = Callable[..., None]
 
@@ -29,7 +30,9 @@ class Compiler:
     """Compiles products once for all groups: a graph for one row and a graph for many."""
 
     def __init__(self) -> None:
-        directory = code_directory()
+        directory = code_directory("compiled-worker")
+        if directory is None:
+            raise OptionError(f"--compile needs a directory for its code: {cache_directory()} cannot be written")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
         os.environ["TRITON_CACHE_DIR"] = str(directory / "triton")
         import torch._dynamo.config

@@ -10,14 +10,14 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tsqp.errors import AddressError, AddressInUse
+from tsqp.private_path import DIRECTORY, SOCKET, check, check_holder, open_private, problem_with
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.ipc import check_parent
+from tsqp.wire.transport.ipc import OTHER_PATH
 
 LOCK_SUFFIX = ".lock"
 
@@ -33,10 +33,10 @@ class AddressClaim:
     def acquire(cls, address: Address) -> AddressClaim:
         """Take the path and remove a dead worker's socket from it.
 
-        Raises AddressInUse while another worker lives there, AddressError where something that is not a socket
-        lies there (it is never deleted) or where others could interfere.
+        Raises AddressInUse while another worker lives there, PathRefused where something that is not a socket of this
+        user lies there (it is never deleted) or where others could interfere, AddressError.
         """
-        check_parent(address.path)
+        check_holder(address.path, OTHER_PATH)
         with serialised(address.path.parent):
             return cls.acquire_serialised(address)
 
@@ -78,8 +78,7 @@ def serialised(directory: Path) -> Iterator[None]:
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        info = os.fstat(fd)
-        if info.st_uid == os.geteuid() and not info.st_mode & 0o077:
+        if problem_with(os.fstat(fd), DIRECTORY) is None:
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
@@ -87,7 +86,7 @@ def serialised(directory: Path) -> Iterator[None]:
 
 
 def _lock(address: Address) -> int:
-    """A descriptor that holds the lock of a path. Raises AddressInUse, AddressError."""
+    """A descriptor that holds the lock of a path. Raises AddressInUse, AddressError, PathRefused."""
     lock = lock_path(address.path)
     while True:
         fd = _open_lock(lock)
@@ -106,12 +105,8 @@ def _lock(address: Address) -> int:
 
 
 def _open_lock(lock: Path) -> int:
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        raise AddressError(f"cannot take the lock {lock}: {error.strerror}") from None
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_size:
+    fd = open_private(lock, os.O_RDWR | os.O_CREAT, "remove it, or choose another path")
+    if os.fstat(fd).st_size:
         os.close(fd)
         raise AddressError(f"{lock} is not a lock of ours; remove it or choose another path")
     return fd
@@ -128,13 +123,9 @@ def _remove_dead_socket(address: Address) -> None:
     """Called under the lock, so no worker of this package serves the path."""
     path = address.path
     try:
-        info = path.lstat()
+        check(path, SOCKET, "it is left alone: choose another path")
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(info.st_mode):
-        raise AddressError(f"{path} exists and is not a socket; it is left alone: choose another path")
-    if info.st_uid != os.geteuid():
-        raise AddressError(f"the socket {path} belongs to another user; choose another path")
     if _is_served(path):  # by a program that knows nothing of our locks
         raise _in_use(address)
     path.unlink()

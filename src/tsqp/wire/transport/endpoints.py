@@ -30,7 +30,7 @@ def connect(
     ``max_frame_bytes`` bounds one tensor, either way. ``arena``, ``arena_bytes`` and ``spin_s`` are for shm: what kind
     of memory, how much of it both sides together can take, and how long to ask again and again before sleeping.
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
-    Raises AddressError, OptionError, WorkerUnreachable (after at most ``connect_timeout_s`` seconds).
+    Raises AddressError, PathRefused, OptionError, WorkerUnreachable (after at most ``connect_timeout_s`` seconds).
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)
@@ -62,7 +62,7 @@ def listen(
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
     ``watch_fd``, when it becomes readable or its other end closes, counts as ``Listener.interrupt``: a worker that
     watches its standard input ends with its parent. ``spin_s`` is for shm, see ``connect``.
-    Raises AddressInUse, AddressError, OptionError.
+    Raises AddressInUse, AddressError, PathRefused, OptionError.
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)

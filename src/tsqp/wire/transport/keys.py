@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import NamedTuple
 import zmq.auth
 
 from tsqp.errors import AddressError
+from tsqp.private_path import DIRECTORY_MODE, FILE_MODE, follow, make_directories, open_private, reach
 
 _KEY = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # 32 bytes in Z85
+OTHER_FILE = "keep keys in a directory that you alone can write to"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
@@ -61,18 +62,18 @@ class KeyFiles(NamedTuple):
 def create_keys(directory: Path, name: str) -> KeyFiles:
     """Write a new pair, the secret half with mode 0600; a missing directory is made with mode 0700.
 
-    Never overwrites. Raises AddressError.
+    Never overwrites. Raises AddressError, and PathRefused where others could exchange the files.
     """
     if not _NAME.fullmatch(name):
         raise AddressError(f"{name[:100]!a} cannot name a key; use letters, digits, dots, dashes and underscores")
     files = KeyFiles(directory / f"{name}.key", directory / f"{name}.key_secret")
     try:
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
+        make_directories(directory, DIRECTORY_MODE)
+        reach(files.secret, OTHER_FILE)
         # Written where only we can look, then linked into place: a link fails where a file exists already.
         with tempfile.TemporaryDirectory(dir=directory, prefix=".keys-") as workshop:
             made_public, made_secret = zmq.auth.create_certificates(workshop, name)
-            Path(made_secret).chmod(0o600)
+            Path(made_secret).chmod(FILE_MODE)
             os.link(made_secret, files.secret)
             _link_or_undo(Path(made_public), files.public, undo=files.secret)
     except FileExistsError:
@@ -88,8 +89,12 @@ def load_public(path: Path) -> bytes:
 
 
 def load_secret(path: Path) -> KeyPair:
-    """The key pair in a secret file. Raises AddressError, also when others could read the file."""
-    _check_private(path)
+    """The key pair in a secret file. Raises AddressError, and PathRefused when others could reach the file."""
+    # Links are followed: orchestrators hand out secrets as links. The name is read again below, by ZeroMQ.
+    try:
+        os.close(open_private(follow(path, OTHER_FILE), os.O_RDONLY, OTHER_FILE))
+    except OSError as error:
+        raise AddressError(f"cannot read the secret key {path}: {error.strerror}") from None
     public, secret = _load(path)
     if secret is None:
         raise AddressError(f"{path} holds no secret key; name the file that ends in .key_secret")
@@ -102,17 +107,6 @@ def _link_or_undo(source: Path, target: Path, *, undo: Path) -> None:
     except OSError:
         undo.unlink()
         raise
-
-
-def _check_private(path: Path) -> None:
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise AddressError(f"cannot read the secret key {path}: {error.strerror}") from None
-    if not stat.S_ISREG(info.st_mode):
-        raise AddressError(f"the secret key {path} is not a regular file")
-    if info.st_mode & 0o077 or info.st_uid != os.geteuid():
-        raise AddressError(f"the secret key {path} is not private; make it yours and chmod 600 it")
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from tsqp.errors import AddressError, RuntimeDirectoryError
+from tsqp.errors import AddressError, PathRefused
+from tsqp.private_path import open_private, private_directory
 from tsqp.wire.transport.address import Address, Transport, parse_address
 from tsqp.wire.transport.claim import LOCK_SUFFIX, AddressClaim, serialised
 
+OTHER_DIRECTORY = "set XDG_RUNTIME_DIR to a private directory"
 SOCKET_SUFFIX = ".sock"
 ARENA_SUFFIX = ".arena"
 
@@ -21,25 +22,15 @@ ARENA_SUFFIX = ".arena"
 def runtime_directory() -> Path:
     """``$XDG_RUNTIME_DIR/tsqp``, or ``tsqp-UID`` in the temporary directory; created with mode 0700.
 
-    Raises RuntimeDirectoryError unless it is a directory that this user owns and nobody else can enter.
+    Raises PathRefused unless it is a directory that this user owns and nobody else can enter.
     """
-    directory = _location()
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:
-        pass  # made by an earlier run, or by someone who knew the name: checked below either way
-    except OSError as error:
-        raise RuntimeDirectoryError(
-            f"cannot create {directory}: {error.strerror}; set XDG_RUNTIME_DIR to a private directory"
-        ) from None
-    _check_private(directory)
-    return directory
+    return private_directory(_location(), OTHER_DIRECTORY)
 
 
 def new_ipc_address() -> str:
     """A fresh address that no other worker has or will get; what dead workers left is removed on the way.
 
-    Raises RuntimeDirectoryError, and AddressError where the directory's path is too long for a socket in it.
+    Raises PathRefused, and AddressError where the directory's path is too long for a socket in it.
     """
     return _new_address("ipc")
 
@@ -53,12 +44,12 @@ def create_arena_file() -> tuple[int, Path]:
     """A new empty file for shared memory, mode 0600, and a descriptor that locks it while its maker lives.
 
     The maker removes it as soon as the worker has it, so only a kill in between leaves it to ``reclaim_stale``.
-    Raises RuntimeDirectoryError, OSError.
+    Raises PathRefused.
     """
     directory = runtime_directory()
     path = directory / f"{secrets.token_hex(8)}{ARENA_SUFFIX}"
     with serialised(directory):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, OTHER_DIRECTORY)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else knows the file yet
     return fd, path
 
@@ -66,16 +57,16 @@ def create_arena_file() -> tuple[int, Path]:
 def reclaim_stale(directory: Path) -> list[Path]:
     """Remove what dead processes left in our runtime directory: sockets, locks and arenas. Returns their paths.
 
-    A live process holds its lock and is left alone. Raises RuntimeDirectoryError for a directory not ours alone.
+    A live process holds its lock and is left alone. Raises PathRefused for a directory not ours alone.
     """
-    _check_private(directory)
+    directory = private_directory(directory, OTHER_DIRECTORY)
     reclaimed = []
     with serialised(directory):
         for lock in sorted(directory.glob(f"*{SOCKET_SUFFIX}{LOCK_SUFFIX}")):
             path = lock.with_name(lock.name.removesuffix(LOCK_SUFFIX))
             try:
                 AddressClaim.acquire_serialised(Address("ipc", str(path))).release()
-            except AddressError:
+            except (AddressError, PathRefused):
                 continue  # a live worker (AddressInUse), or something that is not ours to remove
             reclaimed.append(path)
         reclaimed += [path for path in sorted(directory.glob(f"*{ARENA_SUFFIX}")) if _reclaim_arena(path)]
@@ -90,13 +81,12 @@ def _new_address(transport: Transport) -> str:
 
 def _reclaim_arena(path: Path) -> bool:
     """Remove an arena whose maker is gone; whether it was removed."""
-    with suppress(OSError):  # it was removed just now, or is locked, or is not a file of ours
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with suppress(OSError, PathRefused):  # it was removed just now, or is locked, or is not a file of ours
+        fd = open_private(path, os.O_RDONLY, OTHER_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                path.unlink()
-                return True
+            path.unlink()
+            return True
         finally:
             os.close(fd)
     return False
@@ -108,27 +98,3 @@ def _location() -> Path:
     if named.startswith("/") and Path(named).is_dir() and os.access(named, os.W_OK | os.X_OK):
         return Path(named) / "tsqp"
     return Path(tempfile.gettempdir()) / f"tsqp-{os.geteuid()}"
-
-
-def _check_private(directory: Path) -> None:
-    problem = _problem_with(directory)
-    if problem is not None:
-        raise RuntimeDirectoryError(
-            f"the runtime directory {directory} {problem}; remove it, or set XDG_RUNTIME_DIR to a private directory"
-        )
-
-
-def _problem_with(directory: Path) -> str | None:
-    try:
-        info = directory.lstat()
-    except OSError as error:
-        return f"cannot be used ({error.strerror})"
-    if stat.S_ISLNK(info.st_mode):
-        return "is a symbolic link"
-    if not stat.S_ISDIR(info.st_mode):
-        return "is not a directory"
-    if info.st_uid != os.geteuid():
-        return "belongs to another user"
-    if info.st_mode & 0o077:
-        return "can be entered or read by others"
-    return None

@@ -60,7 +60,7 @@ def connect_zmq(
 ) -> ZmqChannel:
     """Connect, and return once the worker has answered the handshake (for CURVE: proved that it has its key).
 
-    Raises WorkerUnreachable within ``connect_timeout_s`` seconds, AddressError.
+    Raises WorkerUnreachable within ``connect_timeout_s`` seconds, AddressError, PathRefused.
     """
     encrypted = security is not None
     endpoint = _endpoint_to_reach(address, encrypted=encrypted, insecure_plain_tcp=insecure_plain_tcp)
@@ -87,7 +87,7 @@ def listen_zmq(
     watch_fd: int | None = None,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> ZmqListener:
-    """Listen; port 0 lets the system choose one. Raises AddressInUse, AddressError.
+    """Listen; port 0 lets the system choose one. Raises AddressInUse, AddressError, PathRefused.
 
     ``watch_fd``, when it becomes readable or its other end closes, counts as ``interrupt``. It is not closed here.
     """

@@ -58,7 +58,7 @@ def connect_shm(
     """Connect and hand over an arena; a worker that is still loading takes it later.
 
     ``arena_bytes`` bounds the memory that both sides together, and so a hostile worker, can make resident.
-    Raises WorkerUnreachable, AddressError, and for a file RuntimeDirectoryError.
+    Raises WorkerUnreachable, AddressError, PathRefused.
     """
     with ExitStack() as resources:
         line = resources.enter_context(closing(dial(address, connect_timeout_s)))

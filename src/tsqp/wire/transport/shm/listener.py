@@ -28,7 +28,7 @@ def listen_shm(
     watch_fd: int | None = None,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> ShmListener:
-    """Listen. Raises AddressInUse, AddressError. ``watch_fd`` as in ``listen``; it is not closed here."""
+    """Listen. Raises AddressInUse, AddressError, PathRefused. ``watch_fd`` as in ``listen``; it is not closed here."""
     with ExitStack() as resources:
         line, claim = listen_at(address)
         resources.callback(claim.release)

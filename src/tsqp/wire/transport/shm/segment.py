@@ -11,12 +11,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import stat
 from pathlib import Path
 from typing import Literal
 
-from tsqp.errors import AddressError, ProtocolError
-from tsqp.wire.transport.ipc import check_parent
+from tsqp.errors import AddressError, PathRefused, ProtocolError
+from tsqp.private_path import open_private
 from tsqp.wire.transport.runtime_dir import create_arena_file
 
 ArenaKind = Literal["memfd", "file"]
@@ -32,7 +31,7 @@ class Segment:
     """The trusted side's end; ``path`` is the name of a file for as long as it has one."""
 
     def __init__(self, kind: ArenaKind, size: int) -> None:
-        """Make and map it. Raises AddressError where the system does not give it, RuntimeDirectoryError."""
+        """Make and map it. Raises AddressError where the system does not give it, PathRefused."""
         if not mmap.PAGESIZE <= size <= MAX_ARENA_BYTES:
             raise AddressError(f"an arena of {size} bytes; choose between {mmap.PAGESIZE} and {MAX_ARENA_BYTES}")
         self.size = size
@@ -96,14 +95,13 @@ def map_descriptor(fd: int) -> mmap.mmap:
 def map_file(path: str) -> mmap.mmap:
     """The worker's mapping of a file that it was told of. Raises ProtocolError unless it is this user's alone."""
     try:
-        check_parent(Path(path))
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (AddressError, OSError, ValueError):
+        fd = open_private(Path(path), os.O_RDWR, "")
+    except PathRefused as refused:
+        unsafe = "is not a regular file of this user alone"
+        raise ProtocolError(f"an arena that {unsafe if refused.unsafe else 'cannot be opened'}") from None
+    except ValueError:
         raise ProtocolError("an arena that cannot be opened") from None
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            raise ProtocolError("an arena that is not a regular file of this user alone")
         return _map(fd)
     finally:
         os.close(fd)

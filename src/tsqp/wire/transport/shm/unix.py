@@ -18,7 +18,7 @@ _BUFFER_BYTES = 1 << 20  # of packets under way in one direction; the system may
 
 
 def dial(address: Address, timeout_s: float) -> socket.socket:
-    """Connect to a worker of this user. Raises WorkerUnreachable, AddressError."""
+    """Connect to a worker of this user. Raises WorkerUnreachable, AddressError, PathRefused."""
     check_own_socket(address)
     with ExitStack() as undo:
         line = undo.enter_context(_new_socket())
@@ -40,7 +40,7 @@ def dial(address: Address, timeout_s: float) -> socket.socket:
 
 
 def listen_at(address: Address) -> tuple[socket.socket, AddressClaim]:
-    """A listening socket of mode 0600, and the claim to release after it. Raises AddressInUse, AddressError."""
+    """A listening socket (0600), and the claim to release after. Raises AddressInUse, AddressError, PathRefused."""
     with ExitStack() as undo:
         claim = AddressClaim.acquire(address)
         undo.callback(claim.release)
