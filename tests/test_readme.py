@@ -14,6 +14,7 @@ from benchmarks import readme
 from benchmarks.readme import CHINESE_README, LANGUAGES, README, ROOT, with_table
 from benchmarks.words import CHINESE, ENGLISH
 
+from tsqp.bench.private import MODES
 from tsqp.cli.commands import app
 
 WITH_COMMANDS = (README, CHINESE_README, ROOT / "docs" / "usage.md")
@@ -76,6 +77,10 @@ def test_each_language_says_the_same_with_the_same_figures() -> None:
     assert {name: fields(text) for name, text in CHINESE.items()} == {
         name: fields(text) for name, text in ENGLISH.items()
     }
+
+
+def test_each_mode_and_model_has_its_words() -> None:
+    assert {*MODES.values(), *readme.MODELS.values()} <= set(ENGLISH)
 
 
 def test_both_readmes_have_the_same_code() -> None:
