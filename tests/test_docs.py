@@ -76,6 +76,18 @@ def test_each_function_that_a_document_names_beside_its_file_exists(path: Path) 
     assert missing == []
 
 
+def test_each_test_that_a_module_names_exists() -> None:
+    """A security module says what it covers, and by which test."""
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    named = {
+        (path.name, name)
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(r"\btest_\w+\.py", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    }
+    assert len(named) >= 10
+    assert sorted(entry for entry in named if entry[1] not in tests) == []
+
+
 def test_the_lives_in_the_design_name_functions() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     for title, steps in (("The life of a request", 8), ("The life of a pad", 6)):
