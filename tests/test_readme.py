@@ -1,18 +1,46 @@
-"""Numbers in the README come from files under benchmarks/results/, and those from trees that a commit names."""
+"""Both READMEs say the same, their commands are real, and their numbers come from files that a commit names."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from collections import Counter
 from pathlib import Path
+from string import Formatter
 
 import pytest
 from benchmarks import readme
-from benchmarks.readme import README, with_table
+from benchmarks.readme import CHINESE_README, LANGUAGES, README, ROOT, with_table
+from benchmarks.words import CHINESE, ENGLISH
+
+from tsqp.bench.private import MODES
+from tsqp.cli.commands import app
+
+WITH_COMMANDS = (README, CHINESE_README, ROOT / "docs" / "usage.md")
+BOTH = pytest.mark.parametrize("path", LANGUAGES, ids=lambda path: path.name)
 
 
-def test_the_results_are_those_of_the_files() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks_of(path: Path) -> list[str]:
+    """The code blocks, without comments: those are in the README's own language."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text_of(path), flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r" *# .*", "", block) for block in blocks]
+
+
+def commands_of(path: Path) -> list[str]:
+    """Every command line, in a block or within a sentence, without what it reads."""
+    lines = [command for block in blocks_of(path) for line in block.splitlines() for command in line.split("&&")]
+    lines += re.findall(r"`([^`\n]+)`", text_of(path))
+    return [line.partition(" < ")[0].strip() for line in lines]
+
+
+@BOTH
+def test_the_results_are_those_of_the_files(path: Path) -> None:
+    assert with_table(text_of(path), LANGUAGES[path]) == text_of(path)
 
 
 @pytest.mark.xfail(strict=True, reason="results of 2026-11-21 are from trees with changes, and are measured again")
@@ -27,15 +55,87 @@ def test_a_result_without_a_commit_is_refused_by_its_file(
 ) -> None:
     for name, value in (("rpc-shm", "0123abc"), ("memory", commit)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"commit": value}}))
-    before = README.read_bytes()
+    (tmp_path / "gpu-field.json").write_text(json.dumps({"device": "a GPU", "commit": "0123abc"}))
+    before = {path: path.read_bytes() for path in LANGUAGES}
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme", *arguments])
     with pytest.raises(SystemExit, match=r"measure again: memory\.json$"):
         readme.main()
-    assert README.read_bytes() == before
+    assert {path: path.read_bytes() for path in LANGUAGES} == before
 
 
-def test_the_two_commands_come_first() -> None:
-    first_block = README.read_text(encoding="utf-8").split("```")[1]
-    commands = [line.split("#")[0].strip() for line in first_block.strip().splitlines()]
-    assert commands == ["make run", "make test"]
+def test_a_result_that_names_no_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpu-field.json").write_text(json.dumps({"device": "a GPU", "commit": None}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.unnamed_results() == ["gpu-field.json"]
+
+
+def test_each_language_says_the_same_with_the_same_figures() -> None:
+    def fields(text: str) -> Counter[tuple[str | None, str | None]]:
+        return Counter((name, form) for _, name, form, _ in Formatter().parse(text) if name is not None)
+
+    assert {name: fields(text) for name, text in CHINESE.items()} == {
+        name: fields(text) for name, text in ENGLISH.items()
+    }
+
+
+def test_each_mode_and_model_has_its_words() -> None:
+    assert {*MODES.values(), *readme.MODELS.values()} <= set(ENGLISH)
+
+
+def test_both_readmes_have_the_same_code() -> None:
+    assert blocks_of(CHINESE_README) == blocks_of(README)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"[0-9]+(?:\.[0-9]+)*", r"`[^`\n]+`", r"^#+ ", r"^\|"],
+    ids=["figures", "code", "headings", "rows of tables"],
+)
+def test_both_readmes_have_the_same(pattern: str) -> None:
+    english, chinese = (Counter(re.findall(pattern, text_of(path), flags=re.MULTILINE)) for path in LANGUAGES)
+    assert chinese == english
+
+
+def test_both_readmes_have_the_same_links_and_lead_to_each_other() -> None:
+    english, chinese = (re.findall(r"\]\(([^)]+)\)", text_of(path)) for path in LANGUAGES)
+    assert (english[0], chinese[0]) == ("README.zh.md", "README.md")
+    assert sorted(link.replace(".zh.", ".") for link in chinese) == sorted(
+        link.replace(".zh.", ".") for link in english
+    )
+
+
+def test_both_pictures_are_drawn_alike() -> None:
+    english, chinese = (
+        re.sub(r">[^<>]+<|font-family=\"[^\"]*\"", "", text_of(ROOT / "docs" / name))
+        for name in ("split.svg", "split.zh.svg")
+    )
+    assert chinese == english
+
+
+@BOTH
+def test_the_two_commands_come_first_and_not_audited_soon_after(path: Path) -> None:
+    assert blocks_of(path)[0].split("\n") == ["make run", "make test", ""]
+    assert text_of(path).index("> **") < text_of(path).index("\n## ")
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
+def test_each_command_is_one_that_the_command_line_takes(path: Path) -> None:
+    commands = [shlex.split(line)[1:] for line in commands_of(path) if line.startswith("tsqp ")]
+    assert commands
+    for command in commands:
+        app.parse_args(command, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
+def test_each_make_target_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), flags=re.MULTILINE))
+    assert {line.split()[1] for line in commands_of(path) if line.startswith("make ")} <= targets
+
+
+@pytest.mark.slow
+def test_the_example_in_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = (block for block in blocks_of(README) if "import" in block)
+    assert '"default"' in code
+    exec(compile(code.replace('"default"', '"synthetic:tiny"'), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

@@ -131,6 +131,7 @@ def test_the_origin_computes_the_model() -> None:
 
 def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import readme
+    from benchmarks.words import CHINESE, ENGLISH
 
     from tsqp.bench import everything
 
@@ -146,10 +147,13 @@ def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeyp
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setattr(readme, "MODELS", {"tiny": "Tiny"})
     assert set(readme.charts()) == {"split-tiny", "private-tiny", "rpc", "pipeline", "origin"}
-    assert sum(name in line for name in ("open", "verified", "masked") for line in readme.private_lines("tiny")) >= 5
-    assert len(readme.split_rows("tiny", "")) == 2
-    assert "98 calls" not in readme.origin_lines()[0]
-    assert "14 calls" in readme.origin_lines()[0]
+    for language, calls in ((ENGLISH, "calls"), (CHINESE, "次调用")):
+        words = {**language, "Tiny": "Tiny"}
+        private = readme.private_lines("tiny", words)
+        assert sum(name in line for name in ("open", "verified", "masked") for line in private) >= 5
+        assert len(readme.split_rows("tiny", "", words)) == 2
+        assert f"98 {calls}" not in readme.origin_lines(words)[0]
+        assert f"14 {calls}" in readme.origin_lines(words)[0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Covers: a worker gets the environment listed here, three pipes and no other descriptor (test_faults.py); it ends when
 its standard input does, so it cannot outlive this process (test_faults.py); it listens where it was told to and
-nowhere else, and whatever it writes is bounded and printed without control characters (test_launch.py).
+nowhere else, and whatever it writes is bounded and printed without control characters (test_local.py).
 Does not cover: a worker of the same user id can do to this process what the user can. Assumes: the interpreter and the
 installed package are what they were.
 """
