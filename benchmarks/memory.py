@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: the worker 
 import torch
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     spec = open_checkpoint(options.model).spec
     prompt = torch.randint(0, 256, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     threads = len(os.sched_getaffinity(0))
-    with LLM(options.model, protection="open", dtype="bfloat16", threads=threads) as llm:
+    with LLM(options.model, protection="open", compute=ComputeConfig(dtype="bfloat16", threads=threads)) as llm:
         llm.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
     embedding = spec.vocab_size * spec.hidden_size * 2
     peak = peak_resident_bytes()

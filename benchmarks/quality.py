@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
-from tsqp import LLM
+from tsqp import LLM, ComputeConfig
 from tsqp.bench.machine import cores
 from tsqp.bench.progress import watched
 from tsqp.cli.evaluate import measure
 
 PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 WINDOW, STRIDE = 1024, 512
-MODES: dict[str, dict[str, Any]] = {
-    "float32": {"protection": "open", "dtype": "float32"},
-    "bfloat16": {"protection": "open", "dtype": "bfloat16"},
-    "int8": {"protection": "open", "dtype": "int8"},
-    "bfloat16, int8 wire": {"protection": "open", "dtype": "bfloat16", "wire_dtype": "int8"},
-    "int8, int8 wire": {"protection": "open", "dtype": "int8", "wire_dtype": "int8"},
-    "verified": {"protection": "verified"},
-    "masked": {"protection": "masked"},
+MODES: dict[str, tuple[Any, ComputeConfig]] = {
+    "float32": ("open", ComputeConfig(dtype="float32")),
+    "bfloat16": ("open", ComputeConfig(dtype="bfloat16")),
+    "int8": ("open", ComputeConfig(dtype="int8")),
+    "bfloat16, int8 wire": ("open", ComputeConfig(dtype="bfloat16", wire_dtype="int8")),
+    "int8, int8 wire": ("open", ComputeConfig(dtype="int8", wire_dtype="int8")),
+    "verified": ("verified", ComputeConfig()),
+    "masked": ("masked", ComputeConfig()),
 }
 
 
@@ -48,7 +49,8 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")
     results: dict[str, dict[str, Any]] = {}
     for name in watched(list(MODES), console, "measuring"):
-        with LLM(options.model, threads=cores(), **MODES[name]) as llm:
+        protection, compute = MODES[name]
+        with LLM(options.model, protection=protection, compute=replace(compute, threads=cores())) as llm:
             results[name] = measure(llm, text, tokens=options.tokens, window=WINDOW, stride=STRIDE)
     table = Table(title=f"{options.model}, {options.text.name}, {options.tokens} tokens", title_justify="left")
     for column in ("", "perplexity", "ratio", "seconds"):

@@ -48,6 +48,7 @@ class Home:
     def __init__(self) -> None:
         self.runtime = Path(tempfile.mkdtemp(prefix="tsqp-t"))  # short: socket paths are limited to 107 bytes
         self.runtime.chmod(0o700)
+        self.before: list[str] = []  # what starts the commands, such as a shell that sets limits
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("TSQP_", "LLAMA_"))
         }
@@ -58,7 +59,7 @@ class Home:
     def run(self, *arguments: str | Path, stdin: str = "", **environment: str) -> Result:
         """Run one command to its end."""
         done = subprocess.run(
-            [*TSQP, *map(str, arguments)],
+            [*self.before, *TSQP, *map(str, arguments)],
             input=stdin,
             capture_output=True,
             text=True,
@@ -72,7 +73,7 @@ class Home:
     def started(self, *arguments: str | Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
         """A command under way, killed at the end if it is still there."""
         process = subprocess.Popen(
-            [*TSQP, *map(str, arguments)],
+            [*self.before, *TSQP, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

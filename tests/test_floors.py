@@ -23,6 +23,14 @@ def test_the_trusted_side_never_loads_the_worker() -> None:
     assert not loaded(modules, "transformers")
 
 
+@pytest.mark.parametrize("forbidden", ["cyclopts", "rich", "tsqp.cli"])
+def test_the_python_api_loads_no_library_of_the_command_line(forbidden: str) -> None:
+    every = (
+        "import pkgutil, tsqp.api; [__import__(f'tsqp.api.{m.name}') for m in pkgutil.iter_modules(tsqp.api.__path__)]"
+    )
+    assert not loaded(modules_after(f"from tsqp import LLM; {every}"), forbidden)
+
+
 @pytest.mark.parametrize("forbidden", ["torch", "numpy", "transformers", "zmq"])
 def test_help_loads_no_heavy_library(forbidden: str) -> None:
     assert not loaded(modules_after("from tsqp.cli.main import run; run(['--help'])"), forbidden)
@@ -39,7 +47,15 @@ def test_the_wire_moves_bytes_without_a_tensor_library(forbidden: str) -> None:
 def test_public_names_are_exactly_these() -> None:
     import tsqp
 
-    assert set(tsqp.__all__) == {"LLM", "Completion", "GuardConfig", "SamplingParams", "TsqpError", "__version__"}
+    configs = {"ComputeConfig", "GuardConfig", "WorkerConfig"}
+    assert set(tsqp.__all__) == {"LLM", "Completion", "SamplingParams", "TsqpError", "__version__", *configs}
     assert all(hasattr(tsqp, name) for name in tsqp.__all__)
     with pytest.raises(AttributeError):
         tsqp.nothing  # noqa: B018
+
+
+def test_each_option_is_described_where_python_users_look() -> None:
+    import tsqp
+
+    described = " ".join(str(config.__doc__) for config in (tsqp.WorkerConfig, tsqp.GuardConfig, tsqp.ComputeConfig))
+    assert all(f"``{name}``: " in described for name in ("address", "arena_bytes", "pad_memory", "wire_dtype"))

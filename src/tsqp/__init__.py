@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsqp.api.answer import Completion
-    from tsqp.api.guard_config import GuardConfig
+    from tsqp.api.config import ComputeConfig, GuardConfig, WorkerConfig
     from tsqp.api.llm import LLM
     from tsqp.errors import TsqpError
     from tsqp.trusted.engine.sampling_params import SamplingParams
 
-__all__ = ["LLM", "Completion", "GuardConfig", "SamplingParams", "TsqpError", "__version__"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "ComputeConfig",
+    "GuardConfig",
+    "SamplingParams",
+    "TsqpError",
+    "WorkerConfig",
+    "__version__",
+]
 
 __version__ = version("tsqp")
 
@@ -21,7 +30,9 @@ __version__ = version("tsqp")
 _HOMES = {
     "LLM": "tsqp.api.llm",
     "Completion": "tsqp.api.answer",
-    "GuardConfig": "tsqp.api.guard_config",
+    "ComputeConfig": "tsqp.api.config",
+    "GuardConfig": "tsqp.api.config",
+    "WorkerConfig": "tsqp.api.config",
     "SamplingParams": "tsqp.trusted.engine.sampling_params",
     "TsqpError": "tsqp.errors",
 }

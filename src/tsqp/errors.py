@@ -34,16 +34,49 @@
 
     TsqpWarning                   what a user should know, and may go on with
 
-The text of each is one line: what is wrong, and what to do about it. It never holds prompt text, tokens or keys.
+The text of each is one line: what is wrong, and what to do about it. It never holds prompt text, tokens or keys. Where
+an option is meant, the text has the name of its field, as ``guard.pad_memory``; ``fields`` lists those names, so that a
+command can print the flags in their place.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
+
+Side = Literal["worker", "dealer"]
 
 
 class TsqpError(Exception):
-    """Base of every exception this package raises on purpose."""
+    """Base of every exception this package raises on purpose.
+
+    ``fields``: the options that the text names. ``side``, ``address``: of the process that an error is about, where it
+    is about one. ``hint``: what to do, and the end of the text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fields: tuple[str, ...] = (),
+        side: Side | None = None,
+        address: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message if hint is None else f"{message}: {hint}")
+        self.fields = fields
+        self.side = side
+        self.address = address
+        self.hint = hint
+
+    def text(self, name_of: Callable[[str], str]) -> str:
+        """The text, with the name that ``name_of`` gives to a field in the place of that field."""
+        if not self.fields:
+            return str(self)
+        names = "|".join(sorted(map(re.escape, self.fields), key=len, reverse=True))
+        return re.sub(rf"(?<![\w.])(?:{names})(?!\w)", lambda found: name_of(found[0]), str(self))
 
 
 class InputError(TsqpError):
@@ -97,8 +130,8 @@ class PadsExhausted(PadError):
 class PathRefused(TsqpError):
     """A file or directory that is not this user's alone (``unsafe``), or that the system does not let it use."""
 
-    def __init__(self, path: Path, problem: str, remedy: str, *, unsafe: bool) -> None:
-        super().__init__(f"{path} {problem}; {remedy}")
+    def __init__(self, path: Path, problem: str, remedy: str, *, unsafe: bool, fields: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{path} {problem}; {remedy}", fields=fields)
         self.path = path
         self.problem = problem
         self.remedy = remedy

@@ -11,12 +11,14 @@ import pytest
 from tests.commands import Home, Result
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, GuardConfig, SamplingParams
+from tsqp import LLM, GuardConfig, SamplingParams, WorkerConfig
+from tsqp.api.config import RunConfig
 from tsqp.api.dealer import Dealer
-from tsqp.errors import AddressError, ChannelError, ModelMismatch, OptionError, WorkerUnreachable
+from tsqp.errors import ChannelError, ModelMismatch, WorkerUnreachable
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
 from tsqp.wire.messages import Hello, MultiplyPads, Product
+from tsqp.wire.transport import connect
 from tsqp.wire.transport.keys import ClientKeys, KeyFiles, create_keys, load_public, load_secret
 
 MODEL = str(tiny_model("llama").directory)
@@ -30,85 +32,25 @@ def keys(tmp_path: Path) -> dict[str, KeyFiles]:
     return {name: create_keys(tmp_path / "keys", name) for name in ("me", "worker", "dealer")}
 
 
-def client_keys(keys: dict[str, KeyFiles], worker: str = "worker") -> ClientKeys:
-    return ClientKeys(load_secret(keys["me"].secret), load_public(keys[worker].public))
-
-
 def options(address: str, **more: Any) -> GuardConfig:
     return GuardConfig(pad_source=f"dealer={address}", **more)
 
 
-@pytest.mark.parametrize(
-    ("dealer", "worker"),
-    [
-        ("ipc:///run/a.sock", "ipc:///run/a.sock"),
-        ("ipc:///run//x/./a.sock", "/run/x/a.sock"),
-        ("ipc:///run/a.sock", "shm:///run/a.sock"),
-        ("mem:a", "mem:a"),
-        ("tcp://127.0.0.1:7000", "tcp://localhost:7000"),
-        ("tcp://127.0.0.1:7000", "tcp://[::1]:7000"),
-        ("tcp://HOST.example:7000", "tcp://host.example:7000"),
-    ],
-)
-def test_the_workers_address_is_refused(dealer: str, worker: str) -> None:
-    with pytest.raises(OptionError, match="is the worker itself"):
-        Dealer.check(options(dealer, dealer_no_separation=True), worker, None)
+def test_a_dealer_with_a_key_is_separated(keys: dict[str, KeyFiles]) -> None:
+    guard = options(AWAY, dealer_key=keys["dealer"].public)
+    dealer = Dealer.of(RunConfig(worker=WorkerConfig(key=keys["me"].secret), guard=guard))
+    assert dealer is not None
+    assert dealer.separated
+    assert dealer.security == ClientKeys(load_secret(keys["me"].secret), load_public(keys["dealer"].public))
+    assert Dealer.of(RunConfig()) is None
 
 
-def test_a_link_to_the_workers_socket_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "b.sock").symlink_to(tmp_path / "a.sock")
-    with pytest.raises(OptionError, match="is the worker itself"):
-        Dealer.check(options(f"ipc://{tmp_path}/b.sock", dealer_no_separation=True), f"ipc://{tmp_path}/a.sock", None)
-
-
-def test_the_workers_key_is_refused(keys: dict[str, KeyFiles]) -> None:
-    chosen = options(AWAY, dealer_key=keys["worker"].public)
-    with pytest.raises(OptionError, match="has the worker's key"):
-        Dealer.check(chosen, "tcp://192.0.2.2:7000", client_keys(keys))
-
-
-@pytest.mark.parametrize(
-    ("address", "more", "words"),
-    [
-        (AWAY, {}, "give its public key"),
-        (AWAY, {"dealer_no_separation": True}, "give its public key"),
-        ("tcp://127.0.0.1:7000", {}, "whoever runs the worker may read"),
-        ("shm:///run/d.sock", {}, "whoever runs the worker may read"),
-        ("ipc:///run/d.sock", {}, "--dealer-no-separation"),
-        ("ipc:///run/d.sock", {"dealer_key": "x"}, "is not tcp: leave out --dealer-key"),
-        (AWAY, {"dealer_key": "x", "dealer_no_separation": True}, "leave out --dealer-no-separation"),
-        (AWAY, {"dealer_key": "x"}, "this side's secret key"),
-    ],
-)
-def test_a_line_that_is_not_closed_is_refused(address: str, more: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        Dealer.check(options(address, **more), "ipc:///run/worker.sock", None)
-
-
-def test_what_is_no_address_is_refused() -> None:
-    with pytest.raises(AddressError, match="http"):
-        Dealer.check(options("http://x"), None, None)
-
-
-def test_keys_come_from_the_workers_or_from_a_file_of_their_own(keys: dict[str, KeyFiles]) -> None:
-    chosen = options(AWAY, dealer_key=keys["dealer"].public)
-    with_workers = Dealer.check(chosen, "tcp://192.0.2.2:7000", client_keys(keys))
-    own = options(AWAY, dealer_key=keys["dealer"].public, own_key=keys["me"].secret)
-    with_own = Dealer.check(own, None, None)
-    assert with_workers == with_own
-    assert with_own is not None
-    assert with_own.separated
-    assert with_own.security == client_keys(keys, "dealer")
-
-
-def test_it_is_refused_before_anything_is_started_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[object] = []
-    monkeypatch.setattr("tsqp.api.llm.LocalWorker", lambda *a, **k: started.append(a))
-    monkeypatch.setattr("tsqp.api.llm.locate", started.append)
-    guard = options("mem:w", dealer_no_separation=True)
-    with pytest.raises(OptionError, match="worker itself"):
-        LLM(MODEL, protection="masked", worker="mem:w", guard=guard, announce=started.append)
-    assert started == []
+def test_an_error_of_its_line_is_about_the_dealer(tmp_path: Path) -> None:
+    dealer = Dealer.of(RunConfig(guard=options(f"ipc://{tmp_path}/nobody.sock", dealer_no_separation=True)))
+    assert dealer is not None
+    with pytest.raises(WorkerUnreachable, match="the dealer") as error:
+        dealer.dial(connect)
+    assert error.value.side == "dealer"
 
 
 class Seen:
@@ -134,9 +76,13 @@ def test_the_dealer_gets_keys_and_the_worker_noise(start_worker: StartWorker) ->
     with LLM(MODEL, protection="verified", worker=start_worker(MODEL, dtype="field")) as llm:
         expected = llm.generate(PROMPT, FOUR)
     guard = options(start_worker(MODEL, dtype="field"), dealer_no_separation=True, pads_ahead=16)
-    address = start_worker(MODEL, dtype="field")
-    hooks: dict[str, Any] = {"wrap_channel": worker.wrap, "wrap_dealer": dealer.wrap}
-    with LLM(MODEL, protection="masked", worker=address, guard=guard, **hooks) as llm:
+    workers_own = start_worker(MODEL, dtype="field")
+
+    def dial(address: str, **more: Any) -> Channel:
+        """As a user's own program may dial, to see or change what crosses."""
+        return (worker if address == workers_own else dealer).wrap(connect(address, **more))
+
+    with LLM(MODEL, protection="masked", worker=workers_own, guard=guard, connect=dial) as llm:
         assert llm.generate(PROMPT, FOUR) == expected
         assert all(group.weights is None for group in llm.guard.linears._groups.values())  # type: ignore[union-attr]
     assert {type(message) for message in worker.messages} == {Hello, Product}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from tests.commands import children
 from tests.conftest import StartWorker
 from tests.families import byte_tokenizer, random_tokens, tiny_model
-from tsqp import LLM, Completion, SamplingParams
+from tsqp import LLM, Completion, ComputeConfig, SamplingParams
 from tsqp.api.assemble import build_split_engine
+from tsqp.api.config import PartitionName, ProtectionName, RunConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.partition import PARTITIONS
-from tsqp.errors import ChannelClosed, InputError, OptionError, PromptError, TsqpError
+from tsqp.errors import ChannelClosed, CheckpointNotFound, InputError, PromptError, TsqpError
 from tsqp.trusted.stats import Stats
 from tsqp.wire.transport import connect
 
@@ -31,7 +31,7 @@ def expected(text: str, count: int) -> list[int]:
 
 
 def test_generate_answers_every_prompt_in_its_place() -> None:
-    with LLM(MODEL, protection="local", dtype="float32") as llm:
+    with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         completions = llm.generate(TEXTS, SamplingParams(max_tokens=8))
     assert [list(c.token_ids) for c in completions] == [expected(text, 8) for text in TEXTS]
     assert all(isinstance(c, Completion) and c.finish_reason == "length" for c in completions)
@@ -39,7 +39,7 @@ def test_generate_answers_every_prompt_in_its_place() -> None:
 
 
 def test_one_prompt_may_be_text_or_tokens() -> None:
-    with LLM(MODEL, protection="local", dtype="float32") as llm:
+    with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         (by_text,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=4))
         (by_tokens,) = llm.generate(byte_tokenizer().encode(TEXTS[0]).ids, SamplingParams(max_tokens=4))
         assert by_text == by_tokens
@@ -47,7 +47,7 @@ def test_one_prompt_may_be_text_or_tokens() -> None:
 
 
 def test_stream_gives_the_same_text_in_pieces() -> None:
-    with LLM(MODEL, protection="local", dtype="float32") as llm:
+    with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         deltas = list(llm.stream(TEXTS[0], SamplingParams(max_tokens=12)))
         (whole,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=12))
     assert [delta.completion for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
@@ -56,10 +56,10 @@ def test_stream_gives_the_same_text_in_pieces() -> None:
 
 
 @pytest.mark.parametrize("protection", ["local", "open"])
-def test_streams_may_take_turns(protection: str, start_worker: StartWorker) -> None:
+def test_streams_may_take_turns(protection: ProtectionName, start_worker: StartWorker) -> None:
     worker = start_worker(MODEL) if protection == "open" else None
     params = SamplingParams(max_tokens=12)
-    with LLM(MODEL, protection=protection, dtype="float32", worker=worker) as llm:
+    with LLM(MODEL, protection=protection, worker=worker, compute=ComputeConfig(dtype="float32")) as llm:
         expected = [llm.generate(text, params)[0] for text in TEXTS]
         short = SamplingParams(max_tokens=12, stop=(expected[0].text[3],))  # ends while the other goes on
         (stopped,) = llm.generate(TEXTS[0], short)
@@ -70,7 +70,7 @@ def test_streams_may_take_turns(protection: str, start_worker: StartWorker) -> N
 
 def test_a_stream_that_stops_leaves_the_others_alone() -> None:
     params = SamplingParams(max_tokens=12)
-    with LLM(MODEL, protection="local", dtype="float32") as llm:
+    with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         (whole,) = llm.generate(TEXTS[0], params)
         outer = llm.stream(TEXTS[0], params)
         next(outer)
@@ -83,7 +83,7 @@ def test_end_tokens_and_stop_tokens_end_an_answer() -> None:
     tokens = expected(TEXTS[0], 12)
     stop = next(token for token in tokens if token != tokens[0])
     before = tokens[: tokens.index(stop)]
-    with LLM(MODEL, protection="local", dtype="float32") as llm:
+    with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         (completion,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=12, stop_token_ids=(stop,)))
     assert (list(completion.token_ids), completion.finish_reason) == (before, "stop")
 
@@ -91,7 +91,7 @@ def test_end_tokens_and_stop_tokens_end_an_answer() -> None:
 def test_a_worker_lives_as_long_as_its_llm() -> None:
     import os
 
-    with LLM(MODEL, protection="open", threads=1) as llm:
+    with LLM(MODEL, protection="open", compute=ComputeConfig(threads=1)) as llm:
         assert llm.worker_pid in children(os.getpid())
         llm.generate(TEXTS, SamplingParams(max_tokens=2))
         llm.close()
@@ -100,38 +100,16 @@ def test_a_worker_lives_as_long_as_its_llm() -> None:
             llm.generate(TEXTS, SamplingParams(max_tokens=2))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"protection": "hidden"}, "hidden"),
-        ({"protection": "open", "partition": "diagonal"}, "diagonal"),
-        ({"protection": "open", "dtype": "int4"}, "int4"),
-        ({"protection": "open", "wire_dtype": "int4"}, "int4"),
-        ({"protection": "open", "prefill_chunk": 0}, "chunk"),
-        ({"protection": "open", "threads": 0}, "threads"),
-        ({"protection": "local", "threads": -1}, "threads"),
-        ({"protection": "open", "deadline_s": 0}, "deadline"),
-        ({"protection": "open", "deadline_s": math.inf}, "deadline"),
-        ({"protection": "open", "deadline_s": math.nan}, "deadline"),
-        ({"protection": "local", "worker": "mem:x"}, "no worker: leave out worker"),
-        ({"protection": "local", "wire_dtype": "float32"}, "no worker: leave out wire_dtype"),
-        ({"protection": "open", "insecure_plain_tcp": True}, "tcp address: leave out insecure_plain_tcp"),
-        ({"protection": "open", "worker": "ipc:///x", "insecure_plain_tcp": True}, "tcp address"),
-    ],
-)
-def test_options_are_refused_by_name(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        LLM(MODEL, **options)
-
-
-def test_protection_must_be_stated() -> None:
-    with pytest.raises(TypeError, match="protection"):
-        LLM(MODEL)  # type: ignore[call-arg]
+def test_masked_is_the_default() -> None:
+    asked: list[Plan] = []
+    with pytest.raises(CheckpointNotFound):
+        LLM("/nowhere", announce=asked.append)
+    assert asked[0].protection.name == "masked"
 
 
 @pytest.mark.parametrize("prompts", ["", "  ", [[]], ["fine", ""], [[100_000]], [random_tokens(300)]])
 def test_bad_prompts_are_refused_before_anything_is_sent(prompts: Any, start_worker: StartWorker) -> None:
-    with LLM(MODEL, protection="open", dtype="float32", worker=start_worker(MODEL)) as llm:
+    with LLM(MODEL, protection="open", worker=start_worker(MODEL), compute=ComputeConfig(dtype="float32")) as llm:
         with pytest.raises(PromptError):
             llm.generate(prompts)
         assert llm.stats.rpc_calls == 0
@@ -142,7 +120,9 @@ def test_bad_prompts_are_refused_before_anything_is_sent(prompts: Any, start_wor
     ("partition", "needed"),
     [("linear", {"embed_tokens"}), ("batched", set()), ("op", set())],
 )
-def test_the_trusted_side_reads_only_what_it_needs(partition: str, needed: set[str], start_worker: StartWorker) -> None:
+def test_the_trusted_side_reads_only_what_it_needs(
+    partition: PartitionName, needed: set[str], start_worker: StartWorker
+) -> None:
     class Recording:
         def __init__(self) -> None:
             self._checkpoint = open_checkpoint(MODEL)
@@ -157,7 +137,7 @@ def test_the_trusted_side_reads_only_what_it_needs(partition: str, needed: set[s
 
     checkpoint: Any = Recording()
     address = start_worker(MODEL)
-    plan = Plan.check(protection="open", partition=partition, dtype="float32", wire_dtype=None, prefill_chunk=8)
+    plan = Plan.of(RunConfig(MODEL, "open", compute=ComputeConfig(partition, dtype="float32", prefill_chunk=8)))
     _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), (), Stats())
     session.close()
     kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
@@ -174,7 +154,10 @@ def test_a_worker_that_answers_nonsense_is_an_error_and_not_a_token(tmp_path: Pa
     weights = load_file(directory / "model.safetensors")
     weights["model.norm.weight"][:] = float("nan")
     save_file(weights, directory / "model.safetensors")
-    with LLM(str(directory), protection="local", dtype="float32") as llm, pytest.raises(TsqpError, match="numbers"):
+    with (
+        LLM(str(directory), protection="local", compute=ComputeConfig(dtype="float32")) as llm,
+        pytest.raises(TsqpError, match="numbers"),
+    ):
         llm.generate(TEXTS)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.commands import Result
 from tests.conftest import StartWorker
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.trace_file import communication_share, events, lanes, worker_spans
 from tsqp.trusted.trace import Trace
 
@@ -103,7 +103,7 @@ def read_lanes(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_without_a_trace_nothing_is_recorded(start_worker: StartWorker) -> None:
-    with LLM(TINY, protection="open", dtype="float32", worker=start_worker(TINY)) as llm:
+    with LLM(TINY, protection="open", worker=start_worker(TINY), compute=ComputeConfig(dtype="float32")) as llm:
         llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
         assert llm.stats.trace is None
         trace = llm.stats.trace = Trace()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.modulus import P
 from tsqp.audit.attack import Attack, SequentialInversion, VocabularyMatch, attack_depth, noise_rows
@@ -34,7 +34,9 @@ def checkpoint_of(family: str) -> Checkpoint:
 def open_view(family: str) -> View:
     capture = Capture()
     directory = str(tiny_model(family).directory)
-    with LLM(directory, protection="open", dtype="float32", threads=1, wrap_channel=capture.wrap) as llm:
+    with LLM(
+        directory, protection="open", compute=ComputeConfig(dtype="float32", threads=1), connect=capture.connect
+    ) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
     return View(capture, checkpoint_of(family).spec)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.audit.capture import Capture
 from tsqp.audit.view import View
 from tsqp.checkpoint import open_checkpoint
@@ -72,7 +72,12 @@ def test_beyond_its_bound_a_payload_is_counted_only_but_for_those_that_are_attac
 def test_a_run_over_shared_memory_is_captured_whole() -> None:
     model, prompt = tiny_model("llama"), random_tokens(9)
     capture = Capture()
-    with LLM(str(model.directory), protection="open", dtype="float32", threads=1, wrap_channel=capture.wrap) as llm:
+    with LLM(
+        str(model.directory),
+        protection="open",
+        compute=ComputeConfig(dtype="float32", threads=1),
+        connect=capture.connect,
+    ) as llm:
         llm.generate(prompt, SamplingParams(max_tokens=3, ignore_eos=True))
         sent = sum(row.bytes_sent for row in llm.stats.calls.values())
         calls = llm.stats.rpc_calls

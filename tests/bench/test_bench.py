@@ -12,7 +12,7 @@ import torch
 
 from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
-from tsqp import LLM
+from tsqp import LLM, ComputeConfig
 from tsqp.bench.origin import MIB, OriginClient, origin_calls, origin_traffic
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.synthetic import SHAPES
@@ -125,7 +125,7 @@ def test_the_origin_computes_the_model() -> None:
         logits = client.prefill([7])
         client.close()
     Path(path).unlink()
-    with LLM(TINY, protection="local", dtype="float32") as llm:
+    with LLM(TINY, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         torch.testing.assert_close(logits, llm.logits([7])[0], rtol=1e-4, atol=1e-4)
 
 
@@ -202,5 +202,5 @@ def test_the_peer_runs_the_same_model() -> None:
     prompt = [1, 2, 3, 250]
     with torch.inference_mode():
         theirs = peer._model(torch.tensor([prompt])).logits[0]
-    with LLM(TINY, protection="local", dtype="float32") as llm:
+    with LLM(TINY, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         torch.testing.assert_close(theirs, llm.logits(prompt), rtol=1e-4, atol=1e-4)

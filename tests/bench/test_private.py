@@ -11,12 +11,12 @@ import pytest
 from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tests.conftest import StartWorker
-from tsqp import LLM, GuardConfig
+from tsqp import LLM, ComputeConfig, GuardConfig
+from tsqp.api.config import RunConfig
 from tsqp.api.pads import pool_bytes
 from tsqp.bench.pads import PadsDrained, PadsReady, drain, fill, pads_of, with_pads
 from tsqp.bench.private import MODES
 from tsqp.checkpoint import open_checkpoint
-from tsqp.cli.options import RunOptions
 from tsqp.errors import OptionError
 
 Command = Callable[..., Result]
@@ -155,7 +155,7 @@ def test_bad_options_are_one_line(arguments: tuple[object, ...], words: str, tsq
 
 def test_a_run_finds_its_pads_and_the_other_finds_none(start_worker: StartWorker) -> None:
     worker, prompt = start_worker(TINY, dtype="field"), list(range(20))
-    guard = with_pads(RunOptions(TINY), 24).guard
+    guard = with_pads(RunConfig(TINY), 24).guard
     with LLM(TINY, protection="masked", worker=worker, guard=guard) as llm:
         pool, filler = pads_of(llm)
         PadsReady(llm).run(prompt, 3)
@@ -170,9 +170,12 @@ def test_a_run_finds_its_pads_and_the_other_finds_none(start_worker: StartWorker
 
 
 def test_room_for_pads_is_made_for_masked_alone() -> None:
-    roomy = with_pads(RunOptions(TINY, guard=GuardConfig(pad_memory=1)), 1000).guard
+    roomy = with_pads(RunConfig(TINY, guard=GuardConfig(pad_memory=1)), 1000).guard
     assert roomy.pads_ahead == 1000
     assert roomy.pad_memory == pool_bytes(open_checkpoint(TINY).spec, 1000)
-    assert with_pads(RunOptions(TINY, "verified"), 1000) == RunOptions(TINY, "verified")
-    with LLM(TINY, protection="local", dtype="float32") as llm, pytest.raises(OptionError, match="no pads"):
+    assert with_pads(RunConfig(TINY, "verified"), 1000) == RunConfig(TINY, "verified")
+    with (
+        LLM(TINY, protection="local", compute=ComputeConfig(dtype="float32")) as llm,
+        pytest.raises(OptionError, match="no pads"),
+    ):
         pads_of(llm)

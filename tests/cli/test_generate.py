@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import LIMIT_S, Home
 from tests.families import byte_tokenizer, tiny_model
-from tsqp import LLM, SamplingParams, TsqpError
+from tsqp import LLM, ComputeConfig, SamplingParams, TsqpError
 from tsqp.config.partition import PARTITIONS
 from tsqp.trusted.text.tokenizer import ChatMessage
 
@@ -159,7 +159,7 @@ def test_chat_keeps_the_conversation_until_it_is_reset(home: Home) -> None:
         messages = [ChatMessage(role=role, content=turn) for role, turn in zip(roles, turns, strict=False)]
         return "".join(delta.text for delta in llm.chat(messages, SamplingParams(max_tokens=12)))
 
-    with LLM("default", protection="local", dtype="float32", threads=1) as llm:
+    with LLM("default", protection="local", compute=ComputeConfig(dtype="float32", threads=1)) as llm:
         hello = answer(first)
         assert result.out == f"{hello}\n{answer(first, hello, second)}\n{answer(second)}\n"
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import Result
 from tests.families import byte_tokenizer, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.cli.prompt_text import template_args
 from tsqp.errors import OptionError, PromptError
 
@@ -60,7 +60,7 @@ def test_a_variable_reaches_the_template(tsqp: Command, model: Path) -> None:
     assert result.code == 0, result.err
     plain = byte_tokenizer()
     assert len(result.json["token_ids"]) == 4
-    with LLM(str(model), protection="local", dtype="float32") as llm:
+    with LLM(str(model), protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         completion = llm.generate("Hi", SamplingParams(max_tokens=4), tools=[{"name": "<s>"}])[0]
     letters = plain.encode('[{"name": "<s>"}]').ids
     assert list(completion.prompt_token_ids) == [*letters, 256, *plain.encode("Hi").ids]
@@ -74,7 +74,7 @@ def test_raw_keeps_control_tokens_and_takes_no_variable(tsqp: Command, model: Pa
     result = tsqp("generate", "Hi", "--model", model, *LOCAL, "--raw", "--template-arg", "style=x")
     assert result.code == 2
     assert "leave out --template-arg" in result.error
-    with LLM(str(model), protection="local", dtype="float32") as llm:
+    with LLM(str(model), protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         with pytest.raises(OptionError, match="leave out style"):
             llm.generate("Hi", raw=True, style="x")
         with pytest.raises(OptionError, match="leave out style"):
@@ -124,7 +124,7 @@ def test_a_variable_needs_a_template(tsqp: Command) -> None:
 
 
 def test_variables_by_keyword(model: Path) -> None:
-    with LLM(str(model), protection="local", dtype="float32") as llm:
+    with LLM(str(model), protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         deltas = list(llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=4), thinking=True))
         completion = deltas[-1].completion
         assert completion is not None

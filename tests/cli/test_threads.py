@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 
 
 @pytest.mark.parametrize("transport", ["mem", "shm", "ipc"])
@@ -17,7 +17,7 @@ def test_threads_take_turns(transport: str, start_worker: StartWorker) -> None:
     prompts = [random_tokens(5 + seed, seed) for seed in range(6)]
     address = start_worker(model.directory, transport)
     with (
-        LLM(str(model.directory), protection="open", dtype="float32", worker=address) as llm,
+        LLM(str(model.directory), protection="open", worker=address, compute=ComputeConfig(dtype="float32")) as llm,
         ThreadPoolExecutor(3) as pool,
     ):
         answers = list(pool.map(lambda prompt: llm.generate(prompt, SamplingParams(max_tokens=12))[0], prompts))

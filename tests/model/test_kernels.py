@@ -118,10 +118,11 @@ def test_the_choice_of_kernels() -> None:
 def test_no_forward_pass_waits_for_a_compiler(dtype: str) -> None:
     """In a process of its own: in this one every loop has been compiled."""
     code = f"""
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.model import compiled
 loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.rotate)
-with LLM({str(tiny_model("llama").directory)!r}, protection="local", dtype={dtype!r}, kernel_cache="off") as llm:
+compute = ComputeConfig(dtype={dtype!r}, kernel_cache="off")
+with LLM({str(tiny_model("llama").directory)!r}, protection="local", compute=compute) as llm:
     before = [loop.signatures for loop in loops]
     llm.generate(list(range(1, 9)), SamplingParams(max_tokens=3))
     print([len(signatures) for signatures in before], [loop.signatures for loop in loops] == before)

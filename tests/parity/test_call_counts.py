@@ -6,7 +6,8 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import PartitionName
 from tsqp.config.partition import PARTITIONS
 
 PROMPT = random_tokens(20)
@@ -15,15 +16,13 @@ EXPECTED = {"op": 9 * LAYERS + 2, "batched": 6 * LAYERS + 2, "linear": 4 * LAYER
 PER_LAYER = {"op": 9, "batched": 6, "linear": 4, "layer": 1}
 
 
-def stats_of(partition: str, chunk: int, new_tokens: int, start_worker: StartWorker) -> dict[str, object]:
+def stats_of(partition: PartitionName, chunk: int, new_tokens: int, start_worker: StartWorker) -> dict[str, object]:
     directory = tiny_model("llama").directory
     with LLM(
         str(directory),
         protection="open",
-        partition=partition,
         worker=start_worker(directory),
-        dtype="float32",
-        prefill_chunk=chunk,
+        compute=ComputeConfig(partition=partition, dtype="float32", prefill_chunk=chunk),
     ) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=new_tokens))
         return llm.stats.as_dict()
@@ -36,20 +35,20 @@ def test_98_calls_for_16_layers() -> None:
 
 
 @pytest.mark.parametrize("partition", EXPECTED)
-def test_prefill(partition: str, start_worker: StartWorker) -> None:
+def test_prefill(partition: PartitionName, start_worker: StartWorker) -> None:
     stats = stats_of(partition, 2048, 1, start_worker)
     assert (stats["rpc_calls"], stats["forward_passes"], stats["chunks"]) == (EXPECTED[partition], 1, 1)
     assert PARTITIONS[partition].calls_per_pass(LAYERS) == EXPECTED[partition]
 
 
 @pytest.mark.parametrize("partition", EXPECTED)
-def test_every_decode_step(partition: str, start_worker: StartWorker) -> None:
+def test_every_decode_step(partition: PartitionName, start_worker: StartWorker) -> None:
     stats = stats_of(partition, 2048, 5, start_worker)  # one prefill and four decode passes
     assert (stats["rpc_calls"], stats["forward_passes"]) == (5 * EXPECTED[partition], 5)
 
 
 @pytest.mark.parametrize("partition", EXPECTED)
-def test_chunks_multiply_the_calls_per_layer(partition: str, start_worker: StartWorker) -> None:
+def test_chunks_multiply_the_calls_per_layer(partition: PartitionName, start_worker: StartWorker) -> None:
     stats = stats_of(partition, 7, 1, start_worker)  # 20 rows in chunks of 7
     once = EXPECTED[partition] - PER_LAYER[partition] * LAYERS
     assert (stats["rpc_calls"], stats["chunks"]) == (3 * LAYERS * PER_LAYER[partition] + once, 3)

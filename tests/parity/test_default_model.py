@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.conftest import prose
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import ProtectionName
 from tsqp.checkpoint.default import default_gguf, fetch_default
 
 PROMPTS = [
@@ -54,8 +55,8 @@ def greedy(oracle: Any, tokens: tuple[int, ...]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("protection", ["local", "open"])
-def test_same_greedy_continuation_in_float32(oracle: Any, protection: str) -> None:
-    with LLM("default", protection=protection, dtype="float32", threads=2) as llm:
+def test_same_greedy_continuation_in_float32(oracle: Any, protection: ProtectionName) -> None:
+    with LLM("default", protection=protection, compute=ComputeConfig(dtype="float32", threads=2)) as llm:
         eos = set(llm.tokenizer.eos_token_ids)
         for completion in llm.generate(PROMPTS, SamplingParams(max_tokens=STEPS)):
             expected = greedy(oracle, completion.prompt_token_ids)
@@ -65,7 +66,7 @@ def test_same_greedy_continuation_in_float32(oracle: Any, protection: str) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_bfloat16_agrees_on_the_next_token_of_real_text(oracle: Any) -> None:
-    with LLM("default", protection="open", dtype="bfloat16", threads=2) as llm:
+    with LLM("default", protection="open", compute=ComputeConfig(dtype="bfloat16", threads=2)) as llm:
         tokens = llm.tokenizer.encode(prose())[:POSITIONS]
         assert len(tokens) == POSITIONS
         ours = llm.logits(tokens).argmax(-1)

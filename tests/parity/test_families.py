@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.conftest import TRANSPORTS, StartWorker
 from tests.families import CONTEXT, FAMILIES, random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import PartitionName
 from tsqp.config.partition import PARTITIONS
 
 PROMPT = random_tokens(50)
@@ -24,7 +27,9 @@ def relative_error(llm: LLM, family: str, tokens: list[int]) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_local(family: str, chunk: int) -> None:
     model = tiny_model(family)
-    with LLM(str(model.directory), protection="local", dtype="float32", prefill_chunk=chunk) as llm:
+    with LLM(
+        str(model.directory), protection="local", compute=ComputeConfig(dtype="float32", prefill_chunk=chunk)
+    ) as llm:
         assert relative_error(llm, family, PROMPT) <= TOLERANCE
         assert list(llm.generate(PROMPT, GREEDY)[0].token_ids) == model.greedy(PROMPT, STEPS)
 
@@ -32,16 +37,14 @@ def test_local(family: str, chunk: int) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_split(family: str, partition: str, transport: str, start_worker: StartWorker) -> None:
+def test_split(family: str, partition: PartitionName, transport: str, start_worker: StartWorker) -> None:
     model = tiny_model(family)
     address = start_worker(model.directory, transport)
     with LLM(
         str(model.directory),
         protection="open",
-        partition=partition,
         worker=address,
-        dtype="float32",
-        prefill_chunk=19,  # the prompt takes three chunks, longer than the windows of the sliding families
+        compute=ComputeConfig(partition=partition, dtype="float32", prefill_chunk=19),
     ) as llm:
         assert llm.session is not None
         assert (llm.session.channel.transport, llm.session.channel.address) == (transport, address)
@@ -50,16 +53,14 @@ def test_split(family: str, partition: str, transport: str, start_worker: StartW
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_batch_gives_what_each_prompt_gives_alone(partition: str, start_worker: StartWorker) -> None:
+def test_a_batch_gives_what_each_prompt_gives_alone(partition: PartitionName, start_worker: StartWorker) -> None:
     model = tiny_model("mistral-window")
     prompts = [random_tokens(count, seed=count) for count in (1, 40, 9)]
     with LLM(
         str(model.directory),
         protection="open",
-        partition=partition,
         worker=start_worker(model.directory),
-        dtype="float32",
-        prefill_chunk=16,
+        compute=ComputeConfig(partition=partition, dtype="float32", prefill_chunk=16),
     ) as llm:
         together = llm.generate(prompts, GREEDY)
     assert [list(c.token_ids) for c in together] == [model.greedy(prompt, STEPS) for prompt in prompts]
@@ -68,21 +69,19 @@ def test_a_batch_gives_what_each_prompt_gives_alone(partition: str, start_worker
 def test_generation_ends_with_the_context() -> None:
     model = tiny_model("llama")
     prompt = random_tokens(CONTEXT - 5)
-    with LLM(str(model.directory), protection="local", dtype="float32") as llm:
+    with LLM(str(model.directory), protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         completion = llm.generate(prompt, SamplingParams(max_tokens=100))[0]
     assert (len(completion.token_ids), completion.finish_reason) == (5, "length")
 
 
 @pytest.mark.parametrize(("dtype", "wire"), [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float16")])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_narrow_dtypes_stay_close(partition: str, dtype: str, wire: str, start_worker: StartWorker) -> None:
+def test_narrow_dtypes_stay_close(partition: PartitionName, dtype: Any, wire: Any, start_worker: StartWorker) -> None:
     model = tiny_model("qwen3")
     with LLM(
         str(model.directory),
         protection="open",
-        partition=partition,
         worker=start_worker(model.directory, dtype=dtype),
-        dtype=dtype,
-        wire_dtype=wire,
+        compute=ComputeConfig(partition=partition, dtype=dtype, wire_dtype=wire),
     ) as llm:
         assert relative_error(llm, "qwen3", PROMPT) <= 0.05

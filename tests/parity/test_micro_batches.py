@@ -7,7 +7,8 @@ import torch
 
 from tests.conftest import StartWorker
 from tests.families import FAMILIES, random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import PartitionName
 from tsqp.config.partition import PARTITIONS
 
 PROMPTS = [random_tokens(50), random_tokens(9, seed=1), random_tokens(33, seed=2)]
@@ -15,17 +16,14 @@ GREEDY = SamplingParams(max_tokens=16)
 
 
 def run(
-    family: str, partition: str, micro_batches: int, start_worker: StartWorker
+    family: str, partition: PartitionName, micro_batches: int, start_worker: StartWorker
 ) -> tuple[list[tuple[int, ...]], torch.Tensor, dict[str, object]]:
     directory = tiny_model(family).directory
     with LLM(
         str(directory),
         protection="open",
-        partition=partition,
         worker=start_worker(directory),
-        dtype="float32",
-        prefill_chunk=40,
-        micro_batches=micro_batches,
+        compute=ComputeConfig(partition=partition, dtype="float32", prefill_chunk=40, micro_batches=micro_batches),
     ) as llm:
         tokens = [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)]
         llm.stats.reset()
@@ -37,7 +35,7 @@ def run(
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("family", ["llama", "mistral-window"])
 def test_tokens_and_logits_are_those_of_one_batch(
-    family: str, partition: str, micro_batches: int, start_worker: StartWorker
+    family: str, partition: PartitionName, micro_batches: int, start_worker: StartWorker
 ) -> None:
     tokens, logits, _ = run(family, partition, micro_batches, start_worker)
     one_tokens, one_logits, _ = run(family, partition, 1, start_worker)

@@ -83,8 +83,8 @@ def test_a_process_started_from_it_is_an_ordinary_one() -> None:
 
 def test_a_worker_started_from_it_works() -> None:
     run = """
-from tsqp import LLM
-with LLM(sys.argv[1], protection="open", dtype="float32", threads=1) as llm:
+from tsqp import LLM, ComputeConfig
+with LLM(sys.argv[1], protection="open", compute=ComputeConfig(dtype="float32", threads=1)) as llm:
     print(llm.generate([[1, 2, 3]])[0].finish_reason, llm.worker_pid is not None)
 """
     result = python("import sys; " + HARDEN + "harden_process()\n" + run, str(tiny_model("llama").directory))

@@ -12,7 +12,7 @@ import torch
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, arrival
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.untrusted import layers
@@ -127,7 +127,10 @@ def test_state_goes_with_the_connection(
     monkeypatch.setattr(Worker, "__init__", watched_init)
     directory = str(tiny_model("llama").directory)
     with LLM(
-        directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory, transport)
+        directory,
+        protection="open",
+        worker=start_worker(directory, transport),
+        compute=ComputeConfig(partition="layer", dtype="float32"),
     ) as llm:
         llm.generate(random_tokens(5), SamplingParams(max_tokens=2))
         gone.clear()
@@ -136,7 +139,12 @@ def test_state_goes_with_the_connection(
 
 def test_traffic_is_token_ids_and_one_row_of_logits(start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+    with LLM(
+        directory,
+        protection="open",
+        worker=start_worker(directory),
+        compute=ComputeConfig(partition="layer", dtype="float32"),
+    ) as llm:
         llm.generate(random_tokens(100), SamplingParams(max_tokens=1))
         stats = llm.stats.as_dict()
     calls = 2 + 2
@@ -155,7 +163,10 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
 
     def answer_thirty() -> None:
         with LLM(
-            directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)
+            directory,
+            protection="open",
+            worker=start_worker(directory),
+            compute=ComputeConfig(partition="layer", dtype="float32"),
         ) as llm:
             for seed in range(30):  # each prompt is a sequence of its own, let go when it is answered
                 llm.generate(random_tokens(5, seed), SamplingParams(max_tokens=2))
@@ -168,7 +179,12 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
 
 def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatch, start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+    with LLM(
+        directory,
+        protection="open",
+        worker=start_worker(directory),
+        compute=ComputeConfig(partition="layer", dtype="float32"),
+    ) as llm:
         stream = llm.stream(random_tokens(5), SamplingParams(max_tokens=20))
         next(stream)
         monkeypatch.setattr(
@@ -180,7 +196,12 @@ def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatc
 
 def test_too_many_prompts_at_once_are_refused_before_anything_is_sent(start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(directory, protection="open", partition="layer", dtype="float32", worker=start_worker(directory)) as llm:
+    with LLM(
+        directory,
+        protection="open",
+        worker=start_worker(directory),
+        compute=ComputeConfig(partition="layer", dtype="float32"),
+    ) as llm:
         with pytest.raises(InputError, match="65 prompts"):
             llm.generate([[1]] * 65)
         assert len(llm.generate([[1]] * 64, SamplingParams(max_tokens=2))) == 64

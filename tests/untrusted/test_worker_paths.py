@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.commands import Home
-from tsqp import LLM
+from tsqp import LLM, ComputeConfig
 from tsqp.errors import OptionError
 
 TINY = ("--model", "synthetic:tiny", "--protection", "open", "--max-tokens", "4", "--json")
@@ -23,12 +23,12 @@ def test_a_worker_of_the_field_path_serves_open_clients_too(home: Home) -> None:
 
 
 def test_compiling_the_field_path_is_refused() -> None:
-    from tsqp.untrusted.__main__ import parse
+    from tsqp.config.worker_options import parse_worker_options
 
     with pytest.raises(OptionError, match=r"--compile .*--dtype field"):
-        parse(["--model", "synthetic:tiny", "--dtype", "field", "--compile"])
+        parse_worker_options(["--model", "synthetic:tiny", "--dtype", "field", "--compile"])
 
 
 def test_the_field_path_is_no_dtype_of_a_client() -> None:
-    with pytest.raises(OptionError, match="unknown dtype 'field'"):
-        LLM("synthetic:tiny", protection="open", dtype="field")
+    with pytest.raises(OptionError, match=r"compute\.dtype must be .*, not field"):
+        LLM("synthetic:tiny", protection="open", compute=ComputeConfig(dtype="field"))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from tsqp.api.guard_config import GuardConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import numeric_path
@@ -79,11 +78,11 @@ def build_split_engine(
         wire_dtype=plan.wire_dtype,
         dtype=plan.dtype,
         stats=stats,
-        deadline_s=plan.deadline_s,
+        deadline_s=plan.run.worker.deadline_s,
         path=numeric_path(plan.worker_dtype),
     )
     if partition.whole_layers:
-        return Engine(LayerDecoder(session, max_rows=plan.prefill_chunk), eos_token_ids, stats), session
+        return Engine(LayerDecoder(session, max_rows=plan.run.compute.prefill_chunk), eos_token_ids, stats), session
     placement = Placement(
         OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
         OpenLinears(session, split=partition.split_groups),
@@ -95,7 +94,6 @@ def build_split_engine(
 def build_private_engine(
     checkpoint: Checkpoint,
     plan: Plan,
-    options: GuardConfig,
     dial: Callable[[], Channel],
     dial_dealer: Callable[[], Channel] | None,
     eos_token_ids: tuple[int, ...],
@@ -103,18 +101,18 @@ def build_private_engine(
 ) -> tuple[Engine, WorkerSession, Guard]:
     """Linear layers on the worker that ``dial`` connects to, each product checked, the inputs masked where asked for.
 
-    Raises ModelMismatch also for a model with another digest than ``options`` pin.
+    Raises ModelMismatch also for a model with another digest than the plan pins.
     """
     table = checkpoint.tensor("model.embed_tokens.weight").clone()  # as it is stored: half the memory of float32
     norms = Norms.load(checkpoint, torch.float32)
     multiplies = plan.protection.masked and dial_dealer is None
-    model = load_private_model(checkpoint, table, norms, checks=options.checks, keep_weights=multiplies)
-    _check_pin(options.model_digest, model.digest)
+    model = load_private_model(checkpoint, table, norms, checks=plan.run.guard.checks, keep_weights=multiplies)
+    _check_pin(plan.run.guard.model_digest, model.digest)
     compile_loops(masked=plan.protection.masked)
     with ExitStack() as opened:
         for group in model.groups.values():
             opened.callback(group.forget)
-        guard, worker = _open_guard(checkpoint, plan, options, model, dial, dial_dealer, stats, opened)
+        guard, worker = _open_guard(checkpoint, plan, model, dial, dial_dealer, stats, opened)
         embedding = LocalEmbedding(table, stats, torch.float32)
         attention = LocalAttention(checkpoint.spec.windows, stats)
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
@@ -129,7 +127,6 @@ def build_private_engine(
 def _open_guard(
     checkpoint: Checkpoint,
     plan: Plan,
-    options: GuardConfig,
     model: PrivateModel,
     dial: Callable[[], Channel],
     dial_dealer: Callable[[], Channel] | None,
@@ -146,7 +143,7 @@ def _open_guard(
             wire_dtype="float32",
             dtype="float32",
             stats=counted,
-            deadline_s=plan.deadline_s,
+            deadline_s=plan.run.worker.deadline_s,
             path="field",
             digests=model.digests,
             role=role,
@@ -154,6 +151,7 @@ def _open_guard(
         opened.callback(one.close)
         return one
 
+    options = plan.run.guard
     worker = session(dial, stats, "worker")
     linears: CheckedLinears = VerifiedLinears(worker, model.groups)
     dealer = filler = None
@@ -173,8 +171,9 @@ def _check_pin(pinned: str | None, digest: str) -> None:
     """Raises ModelMismatch for another model than the one that was pinned, if one was."""
     if pinned is not None and pinned.lower() != digest:
         raise ModelMismatch(
-            f"the checkpoint is not the one that was pinned: its digest is {digest}; give the pinned one by "
-            "--model, or this digest by --model-digest if this is the one you mean"
+            f"the checkpoint is not the one that was pinned: its digest is {digest}; give the pinned one as model, "
+            "or this digest as guard.model_digest if this is the one you mean",
+            fields=("guard.model_digest",),
         )
 
 
@@ -187,15 +186,15 @@ def _decoder(
         norms or Norms.load(checkpoint, dtype),
         placement.linears,
         placement.attention,
-        pick_kernels(dtype, compiled=plan.compiled_kernels),
+        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels),
         stats,
     )
     return Decoder(
         layers,
         placement.embedding,
         dtype=dtype,
-        max_rows=plan.prefill_chunk,
-        micro_batches=plan.micro_batches,
+        max_rows=plan.run.compute.prefill_chunk,
+        micro_batches=plan.run.compute.micro_batches,
         stats=stats,
     )
 

@@ -1,24 +1,39 @@
-"""The dealer of a masked run: where it is, how it is reached, and that it is not the worker.
+"""The lines of a run: how its worker is dialled, and its dealer, whose errors say that they are about the dealer.
 
-Covers: a dealer with the worker's address or key is refused before anything is sent; a line that the worker's host can
-read is refused unless it was asked for; an error of its line names the dealer (tests/api/test_dealer.py). Does not
-cover: two addresses and two keys of one party. Assumes: the dealer's public key came from the party that runs it.
+Covers: an error of the dealer's line names the dealer (tests/api/test_dealer.py). Does not cover: which dealers are
+refused; see ``rules.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from tsqp.api.guard_config import GuardConfig
-from tsqp.errors import ChannelError, OptionError
+from tsqp.api.arena import arena_for
+from tsqp.api.config import RunConfig
+from tsqp.errors import ChannelError
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.forward import ForwardingChannel
-from tsqp.wire.transport import connect
 from tsqp.wire.transport.address import Address, parse_address
 from tsqp.wire.transport.keys import ClientKeys, load_public, load_secret
+
+
+class Connect(Protocol):
+    """Opens a channel to a worker or a dealer; ``tsqp.wire.transport.connect`` is one."""
+
+    def __call__(
+        self,
+        address: str,
+        *,
+        security: ClientKeys | None = None,
+        insecure_plain_tcp: bool = False,
+        arena_bytes: int | None = None,
+    ) -> Channel:
+        """``arena_bytes`` is given for shm alone. Raises ChannelError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,31 +44,27 @@ class Dealer:
     security: ClientKeys | None
 
     @classmethod
-    def check(cls, options: GuardConfig, worker: str | None, security: ClientKeys | None) -> Dealer | None:
-        """The dealer that ``options`` name, None for none; ``worker`` and ``security``: how the worker is reached.
-
-        Raises OptionError, AddressError.
-        """
-        if options.dealer is None:
+    def of(cls, run: RunConfig) -> Dealer | None:
+        """The dealer of a run that was checked, None for none. Raises AddressError."""
+        if run.guard.dealer is None:
             return None
-        address = parse_address(options.dealer)
-        if worker is not None and _same_place(address, parse_address(worker)):
-            raise OptionError(f"the dealer {address} is the worker itself: a dealer must be another party's")
-        keys = _keys(options, address, security)
-        if keys is not None and security is not None and keys.worker == security.worker:
-            raise OptionError(f"the dealer {address} has the worker's key: a dealer must be another party's")
-        return cls(address, keys)
+        return cls(parse_address(run.guard.dealer), client_keys(run.worker.key, run.guard.dealer_key))
 
     @property
     def separated(self) -> bool:
         """Whether the line to the dealer is closed to whoever runs the worker."""
         return self.security is not None
 
-    def dial(self, wrap: Callable[[Channel], Channel] | None = None) -> Channel:
-        """A channel to the dealer, with what ``wrap`` puts in front. Raises AddressError, WorkerUnreachable."""
+    def dial(self, connect: Connect, arena_bytes: int | None = None) -> Channel:
+        """A channel to the dealer. ``arena_bytes`` is for shm. Raises AddressError, WorkerUnreachable."""
+        address = str(self.address)
         with _named():
-            channel = DealerChannel(connect(str(self.address), security=self.security))
-        return channel if wrap is None else wrap(channel)
+            return DealerChannel(connect(address, security=self.security, arena_bytes=arena_for(address, arena_bytes)))
+
+
+def client_keys(own: Path | None, other: Path | None) -> ClientKeys | None:
+    """The keys for one side by tcp, from their files; None without them. Raises AddressError."""
+    return None if own is None or other is None else ClientKeys(load_secret(Path(own)), load_public(Path(other)))
 
 
 class DealerChannel(ForwardingChannel):
@@ -79,37 +90,5 @@ def _named() -> Iterator[None]:
         yield
     except ChannelError as error:
         text = str(error).replace("the worker", "the dealer")
-        raise type(error)(text if "the dealer" in text else f"the dealer: {text}") from error
-
-
-def _keys(options: GuardConfig, address: Address, security: ClientKeys | None) -> ClientKeys | None:
-    """What the dealer is reached with, None without separation. Raises OptionError, AddressError."""
-    if options.dealer_key is not None:
-        if address.transport != "tcp":
-            raise OptionError(f"the dealer {address} is not tcp: leave out --dealer-key")
-        if options.dealer_no_separation:
-            raise OptionError("the dealer is reached by tcp with keys: leave out --dealer-no-separation")
-        own = security.own if options.own_key is None and security is not None else None
-        if own is None and options.own_key is None:
-            raise OptionError("a dealer with a key needs this side's secret key too: --key FILE, own_key in Python")
-        return ClientKeys(own or load_secret(Path(str(options.own_key))), load_public(Path(options.dealer_key)))
-    if address.transport == "tcp" and not address.is_loopback:
-        raise OptionError(f"the dealer {address} is not on this host: give its public key by --dealer-key FILE")
-    if not options.dealer_no_separation:
-        raise OptionError(
-            f"whoever runs the worker may read the line to the dealer {address}, and then everything: use tcp with "
-            "--dealer-key, or --dealer-no-separation for a test"
-        )
-    return None
-
-
-def _same_place(one: Address, other: Address) -> bool:
-    """Whether two addresses lead to the same socket, as far as they tell."""
-    if "mem" in (one.transport, other.transport):
-        return one == other
-    if one.transport == other.transport == "tcp":
-        same_host = one.host == other.host or (one.is_loopback and other.is_loopback)
-        return same_host and one.port == other.port
-    if "tcp" in (one.transport, other.transport):
-        return False
-    return one.path.resolve() == other.path.resolve()
+        named = text if "the dealer" in text else f"the dealer: {text}"
+        raise type(error)(named, fields=error.fields, side="dealer", address=error.address) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tsqp.checkpoint.cache import code_directory
+from tsqp.errors import PathRefused
 from tsqp.private_path import private_directory
 from tsqp.tee.detection import detect_tee
 
@@ -23,4 +24,8 @@ def kernel_cache_directory(choice: str) -> Path | None:
 
     if choice == AUTO:
         return code_directory("kernels", cache_name())
-    return private_directory(Path(choice) / cache_name(), "choose another --kernel-cache, or off")
+    try:
+        return private_directory(Path(choice) / cache_name(), "choose another compute.kernel_cache, or off")
+    except PathRefused as refused:
+        refused.fields = ("compute.kernel_cache",)
+        raise

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsqp.api.answer import Answer, Completion, Delta
-from tsqp.api.dealer import Dealer
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.arena import arena_for
+from tsqp.api.config import ComputeConfig, GuardConfig, ProtectionName, RunConfig, WorkerConfig
+from tsqp.api.dealer import Connect, Dealer, client_keys
 from tsqp.api.kernel_cache import kernel_cache_directory
-from tsqp.api.plan import Plan, refuse_unused
+from tsqp.api.plan import Plan
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
 from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
@@ -23,8 +24,7 @@ from tsqp.trusted.stats import Stats
 from tsqp.trusted.text.conversation import Messages
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 from tsqp.wire.channel import Channel
-from tsqp.wire.transport import connect
-from tsqp.wire.transport.keys import ClientKeys
+from tsqp.wire.transport import connect as connect_to
 
 if TYPE_CHECKING:
     import torch
@@ -36,30 +36,20 @@ if TYPE_CHECKING:
     from tsqp.trusted.remote.session import WorkerSession
 
 Prompt = str | Sequence[int]
-Given = Mapping[str, object]  # what was given, by name
-Dial = Callable[[], Channel]
 
 
 class LLM:
     """A model split between this process and a worker.
 
-    ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection`` must be
-    stated: ``masked`` (the worker sees uniform noise and cannot cheat), ``verified`` (it sees the activations, and
-    cannot cheat), ``open`` (it sees them, and is believed) or ``local`` (no worker). ``guard``: how products are
-    checked and where pads come from, in the first two; both need partition ``linear`` and choose the numbers
-    themselves, and this process gives up core dumps and being attached to for good. ``worker``: the address of a
-    running one; None starts one beside this process with ``device`` and stops it on ``close``. ``dtype``: what this
-    side computes in, and the worker if it is started here; ``auto`` is float32 for weights stored so and bfloat16 for
-    all others; ``int8`` makes the worker compute its linear layers in integers. ``wire_dtype``: what
-    crosses the line, by default what this side computes in. ``prefill_chunk``: the most rows that cross the layers
-    together, as ``micro_batches`` parts in turn. ``compiled_kernels``: element-wise operators compiled by numba, kept
-    in ``kernel_cache`` (a directory, ``auto`` or ``off``). ``compiled_worker``: a worker started here compiles its
-    products, for which it needs a C++ compiler. ``threads``: CPU threads of each side; None leaves torch's setting here
-    and gives the worker all cores. ``deadline_s``: the longest wait for one reply. ``security`` and
-    ``insecure_plain_tcp``: how tcp is protected. ``announce`` is called with what was asked for, checked, before
-    anything is fetched, started or sent. ``wrap_channel`` may put something in front of the worker's channel, as
-    ``tsqp audit`` does to see what crosses, and ``wrap_dealer`` in front of the dealer's. ``pads_progress``: told how
-    far it is, while ``warm_pads`` fills the pool.
+    ``model``: a directory, a ``.gguf`` file, a Hub id, ``default`` or ``synthetic:NAME``. ``protection``: ``masked``
+    (the worker sees uniform noise and cannot cheat), ``verified`` (it sees the activations, and cannot cheat), ``open``
+    (it sees them, and is believed) or ``local`` (no worker). In the first two this process gives up core dumps and
+    being attached to for good. ``worker``: how the worker is reached, or only the address of a running one; without an
+    address one is started beside this process and stopped on ``close``. ``guard``: how products are checked and where
+    pads come from. ``compute``: what is computed where, in which numbers. ``connect`` opens the channels to worker and
+    dealer; another than the default may see or change all that crosses, as ``tsqp audit`` does. ``announce`` is called
+    with what was asked for, checked, before anything is fetched, started or sent. ``pads_progress`` is told how far it
+    is, while ``warm_pads`` fills the pool.
 
     Forward passes of several threads take turns, and so do several streams that are open at once.
 
@@ -70,44 +60,21 @@ class LLM:
         self,
         model: str,
         *,
-        protection: str,
+        protection: ProtectionName = "masked",
+        worker: WorkerConfig | str | None = None,
         guard: GuardConfig | None = None,
-        partition: str = "linear",
-        worker: str | None = None,
-        device: str = "cpu",
-        dtype: str = "auto",
-        wire_dtype: str | None = None,
-        prefill_chunk: int = 2048,
-        micro_batches: int = 1,
-        compiled_kernels: bool = True,
-        kernel_cache: str = "auto",
-        compiled_worker: bool = False,
-        threads: int | None = None,
-        deadline_s: float = 300.0,
-        security: ClientKeys | None = None,
-        insecure_plain_tcp: bool = False,
+        compute: ComputeConfig | None = None,
+        connect: Connect = connect_to,
         announce: Callable[[Plan], None] | None = None,
-        wrap_channel: Callable[[Channel], Channel] | None = None,
-        wrap_dealer: Callable[[Channel], Channel] | None = None,
         pads_progress: Callable[[Filling], None] | None = None,
     ) -> None:
-        check = partial(
-            Plan.check,
-            dtype=dtype,
-            protection=protection,
-            partition=partition,
-            wire_dtype=wire_dtype,
-            prefill_chunk=prefill_chunk,
-            micro_batches=micro_batches,
-            compiled_kernels=compiled_kernels,
-            threads=threads,
-            deadline_s=deadline_s,
-        )
-        self.plan = check()
-        of_tcp = {"security": security, "insecure_plain_tcp": insecure_plain_tcp}
-        self._refuse_unused(worker, {"wire_dtype": wire_dtype}, {"compiled_worker": compiled_worker}, of_tcp)
-        self._options = GuardConfig.of(self.plan.protection, guard)
-        self._dealer = Dealer.check(self._options, worker, security)
+        if isinstance(worker, str):
+            worker = WorkerConfig(worker)
+        run = RunConfig(model, protection, worker or WorkerConfig(), guard or GuardConfig(), compute or ComputeConfig())
+        self.plan = Plan.of(run)
+        self._dealer = Dealer.of(run)
+        self._connect = connect
+        self._security = client_keys(run.worker.key, run.worker.server_key)
         if announce is not None:
             announce(self.plan)
         if self.plan.protection.checked and not harden_process().undumpable:
@@ -119,65 +86,72 @@ class LLM:
         self._guard: Guard | None = None
         self._local_worker: LocalWorker | None = None
         with ExitStack() as stack:
-            model = locate(model)
-            if dtype == "auto":
-                self.plan = check(stored=stored_dtype(model))
-            if self._options.pads_empty == "refuse":
-                self._prepare_torch(kernel_cache)
-                self._check_pool(open_checkpoint(model))
-            if self.plan.partition is not None and worker is None:
-                started = LocalWorker(
-                    model, device=device, dtype=self.plan.worker_dtype, threads=threads, compiled=compiled_worker
-                )
-                self._local_worker = stack.enter_context(started)
-            self._prepare_torch(kernel_cache)
-
-            def dial() -> Channel:
-                address = str(worker) if self._local_worker is None else self._local_worker.wait_ready()
-                channel = connect(address, security=security, insecure_plain_tcp=insecure_plain_tcp)
-                return channel if wrap_channel is None else wrap_channel(channel)
-
-            dial_dealer = None if self._dealer is None else partial(self._dealer.dial, wrap_dealer)
-            checkpoint = open_checkpoint(model)
-            self._engine = self._build_engine(checkpoint, dial, dial_dealer, stack)
+            place = locate(model)
+            self.plan = Plan.of(run, stored_dtype(place))
+            if run.guard.pads_empty == "refuse":
+                self._prepare_torch()
+                self._check_pool(open_checkpoint(place))
+            if self.plan.partition is not None and run.worker.address is None:
+                self._local_worker = stack.enter_context(self._started(place))
+            self._prepare_torch()
+            checkpoint = open_checkpoint(place)
+            self._engine = self._build_engine(checkpoint, stack)
             if self._guard is not None and self._guard.filler is not None:
-                if self._options.warm_pads:
+                if run.guard.warm_pads:
                     from tsqp.api.pads import fill
 
                     fill(self._guard.filler, checkpoint.spec, pads_progress)
                 self._guard.filler.start()
             self._resources = stack.pop_all()
 
-    def _refuse_unused(self, worker: str | None, of_a_worker: Given, of_one_started_here: Given, of_tcp: Given) -> None:
-        """Raises OptionError for what was given and would play no part."""
-        name = self.plan.protection.name
-        if self.plan.partition is None:
-            refuse_unused(f"protection {name} uses no worker", {"worker": worker, **of_a_worker, **of_one_started_here})
-        if self.plan.protection.checked:
-            refuse_unused("the private modes do not use torch.compile", of_one_started_here)
-        if worker is None or not worker.startswith("tcp://"):
-            refuse_unused("there is no worker with a tcp address", of_tcp)
-        if worker is not None:
-            refuse_unused("the worker is not started here", of_one_started_here)
+    @classmethod
+    def of(cls, run: RunConfig, **hooks: Any) -> LLM:
+        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress."""
+        return cls(
+            run.model, protection=run.protection, worker=run.worker, guard=run.guard, compute=run.compute, **hooks
+        )
+
+    def _started(self, place: str) -> LocalWorker:
+        """A worker beside this process, for the model at ``place``."""
+        run = self.plan.run
+        return LocalWorker(
+            place,
+            device=run.worker.device,
+            dtype=self.plan.worker_dtype,
+            threads=run.compute.threads,
+            compiled=run.worker.compiled,
+        )
+
+    def _dial(self) -> Channel:
+        """A channel to the worker, which may still be loading where it was started here. Raises ChannelError."""
+        worker = self.plan.run.worker
+        address = str(worker.address) if self._local_worker is None else self._local_worker.wait_ready()
+        return self._connect(
+            address,
+            security=self._security,
+            insecure_plain_tcp=worker.insecure_plain_tcp,
+            arena_bytes=arena_for(address, worker.arena_bytes, self.worker_pid),
+        )
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool
 
-        check_pool(checkpoint.spec, self._options)
+        check_pool(checkpoint.spec, self.plan.run.guard)
 
-    def _prepare_torch(self, kernel_cache: str) -> None:
+    def _prepare_torch(self) -> None:
         """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""
         import torch
 
         from tsqp.arith.jit import enable_cache
 
-        kernels = kernel_cache_directory(kernel_cache) if self.plan.compiled_kernels else None
+        compute = self.plan.run.compute
+        kernels = kernel_cache_directory(compute.kernel_cache) if compute.compiled_kernels else None
         if kernels is not None:
             enable_cache(kernels)
-        if self.plan.threads is not None:
-            torch.set_num_threads(self.plan.threads)
+        if compute.threads is not None:
+            torch.set_num_threads(compute.threads)
 
-    def _build_engine(self, checkpoint: Checkpoint, dial: Dial, dial_dealer: Dial | None, stack: ExitStack) -> Engine:
+    def _build_engine(self, checkpoint: Checkpoint, stack: ExitStack) -> Engine:
         from tsqp.api.assemble import build_local_engine, build_private_engine, build_split_engine
 
         self.tokenizer = Tokenizer(checkpoint.text_format())
@@ -185,13 +159,17 @@ class LLM:
         if self.plan.partition is None:
             return build_local_engine(checkpoint, self.plan, ends, self.stats)
         if self.plan.protection.checked:
+            arena = self.plan.run.worker.arena_bytes
+            dial_dealer = None if self._dealer is None else partial(self._dealer.dial, self._connect, arena)
             engine, self._session, self._guard = build_private_engine(
-                checkpoint, self.plan, self._options, dial, dial_dealer, ends, self.stats
+                checkpoint, self.plan, self._dial, dial_dealer, ends, self.stats
             )
             stack.callback(self._session.close)
             stack.callback(self._guard.close)
             return engine
-        engine, self._session = build_split_engine(checkpoint, self.plan, self.plan.partition, dial, ends, self.stats)
+        engine, self._session = build_split_engine(
+            checkpoint, self.plan, self.plan.partition, self._dial, ends, self.stats
+        )
         stack.callback(self._session.close)
         return engine
 
@@ -204,11 +182,6 @@ class LLM:
     def guard(self) -> Guard | None:
         """What checks products, and the pads; None where nothing is checked."""
         return self._guard
-
-    @property
-    def guard_options(self) -> GuardConfig:
-        """What was asked for about checks and pads; the defaults where nothing was."""
-        return self._options
 
     @property
     def dealer(self) -> Dealer | None:
@@ -277,7 +250,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _tokens(self, prompt: Prompt, raw: bool, template_args: Given) -> list[int]:
+    def _tokens(self, prompt: Prompt, raw: bool, template_args: Mapping[str, object]) -> list[int]:
         if template_args and (raw or not isinstance(prompt, str)):
             raise OptionError(f"the prompt is not put into a chat template: leave out {', '.join(template_args)}")
         if not isinstance(prompt, str):
@@ -287,7 +260,7 @@ class LLM:
         return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
 
     def _run(
-        self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool, template_args: Given
+        self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool, template_args: Mapping[str, object]
     ) -> Iterator[tuple[int, Delta]]:
         answers = [
             Answer(self._tokens(prompt, raw, template_args), TextStream(self.tokenizer, params.stop))
@@ -296,7 +269,7 @@ class LLM:
         if self._guard is not None and self._guard.filler is not None:
             from tsqp.api.pads import check_prompts
 
-            check_prompts(sum(len(answer.prompt) for answer in answers), self._options, self._guard.filler)
+            check_prompts(sum(len(answer.prompt) for answer in answers), self.plan.run.guard, self._guard.filler)
         try:
             generation = self._engine.generate([answer.prompt for answer in answers], params)
             for new in generation:
@@ -309,6 +282,6 @@ class LLM:
 
     def _explained(self, error: WorkerLost) -> ChannelError:
         """A lost worker that was started here can say how it ended."""
-        if self._local_worker is None or self._session is None or self._session.channel.address not in str(error):
-            return error  # not ours, or it was the dealer
+        if self._local_worker is None or error.side == "dealer":
+            return error  # not ours
         return WorkerLost(f"{error}: {self._local_worker.last_words()}")

@@ -8,12 +8,13 @@ the channel that was wrapped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
 from tsqp.wire.forward import ForwardingChannel
 from tsqp.wire.messages import Linear, Product, ToWorker
+from tsqp.wire.transport import connect
 
 KEEP_BYTES = 1 << 26  # of payloads; those of qkv are kept beyond it, as far as the longest prompt of an audit goes
 
@@ -34,6 +35,10 @@ class Capture:
     messages: list[Seen] = field(default_factory=list)
     bytes_seen: int = 0
     _kept: int = 0
+
+    def connect(self, address: str, **options: Any) -> Channel:
+        """A channel to ``address`` with this capture in front of it, as ``LLM`` takes it."""
+        return self.wrap(connect(address, **options))
 
     def wrap(self, channel: Channel) -> Channel:
         """The same channel, with this capture in front of it."""
@@ -56,6 +61,12 @@ class Captured(NamedTuple):
 
     worker: Capture
     dealer: Capture | None
+    dealer_address: str | None = None
+
+    def connect(self, address: str, **options: Any) -> Channel:
+        """A channel with the right capture in front of it."""
+        capture = self.dealer if self.dealer is not None and address == self.dealer_address else self.worker
+        return capture.connect(address, **options)
 
 
 class CapturedChannel(ForwardingChannel):

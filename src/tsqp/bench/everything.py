@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import RunConfig
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.guard import bench_guard
+from tsqp.bench.names import PeerName, TransportName, benchmarked
+from tsqp.bench.opened import plain
 from tsqp.bench.origin import bench_origin
 from tsqp.bench.pipeline import PipelineSetup, bench_pipeline
 from tsqp.bench.private import bench_private
@@ -21,8 +23,6 @@ from tsqp.bench.show import table
 from tsqp.bench.split import bench_split
 from tsqp.bench.tree import check_tree
 from tsqp.bench.workload import Workload
-from tsqp.cli.bench_options import PeerName, TransportName, benchmarked
-from tsqp.cli.options import RunOptions
 from tsqp.config.dtype import float_dtype
 from tsqp.errors import OptionError
 
@@ -34,7 +34,7 @@ class Everything:
     """What is measured: every model split and unsplit, the line; at the first also private modes, pipeline, origin."""
 
     models: tuple[str, ...]
-    run: RunOptions
+    run: RunConfig
     work: Workload
     rpc_bytes: int
     rpc_calls: int
@@ -68,26 +68,26 @@ def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, di
         yield f"rpc-{transport}", bench_rpc(transport, setup.rpc_bytes, setup.rpc_calls, work.runs, console)
     for model in setup.models:
         for suffix, run in _variants(replace(setup.run, model=model), first=model == setup.models[0]):
-            peer: PeerName | None = "ours" if run.dtype == "int8" else None
+            peer: PeerName | None = "ours" if run.compute.dtype == "int8" else None
             for phase, result in bench_split(run, work, peer, None, console).items():
                 yield f"{phase}-{file_name(model)}{suffix}", result
             gc.collect()  # a model's weights are gigabytes, and the next ones come
-    first = replace(RunOptions(setup.models[0]), device=setup.run.device, threads=setup.run.threads)
+    first = replace(plain(setup.run), model=setup.models[0], protection="masked")
     yield f"private-{file_name(first.model)}", bench_private(first, work, console)
     gc.collect()
     yield f"guard-{file_name(first.model)}", bench_guard(first, work, console)
     gc.collect()
-    pipeline = PipelineSetup(
-        setup.models[0], RPC_TRANSPORTS[-1], float_dtype(benchmarked(setup.run.dtype)), 8, None, setup.run.threads
-    )
+    threads = setup.run.compute.threads
+    dtype = float_dtype(benchmarked(setup.run.compute.dtype))
+    pipeline = PipelineSetup(setup.models[0], RPC_TRANSPORTS[-1], dtype, 8, None, threads)
     yield "pipeline", bench_pipeline(pipeline, work, console)
-    yield "origin", bench_origin(setup.models[0], work, setup.run.threads, console)
+    yield "origin", bench_origin(setup.models[0], work, threads, console)
 
 
-def _variants(run: RunOptions, *, first: bool) -> Iterator[tuple[str, RunOptions]]:
+def _variants(run: RunConfig, *, first: bool) -> Iterator[tuple[str, RunConfig]]:
     """The run asked for; at the first model also the other ways to run it."""
     yield "", run
     if first:
-        plain = replace(run, protection="open", guard=GuardConfig())
-        yield "-layer", replace(plain, partition="layer")
-        yield "-int8", replace(plain, dtype="int8")
+        bare = plain(run)
+        yield "-layer", replace(bare, compute=replace(bare.compute, partition="layer"))
+        yield "-int8", replace(bare, compute=replace(bare.compute, dtype="int8"))

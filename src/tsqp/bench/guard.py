@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from tsqp.api.config import RunConfig
 from tsqp.api.pads import row_bytes
 from tsqp.arith.expand import KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import FieldWeights
@@ -20,12 +21,11 @@ from tsqp.arith.row_threads import row_threads
 from tsqp.arith.self_test import pick_kernel
 from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings, print_ceilings
 from tsqp.bench.machine import cores, machine
+from tsqp.bench.opened import opened
 from tsqp.bench.pads import PadsReady, with_pads
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
-from tsqp.cli.open_llm import open_llm
-from tsqp.cli.options import RunOptions
 from tsqp.config.groups import GroupKey, linear_groups
 from tsqp.config.model import ModelConfig
 from tsqp.errors import ChannelError
@@ -39,10 +39,10 @@ from tsqp.wire.messages import Call
 KEY: GroupKey = ("qkv", 0)  # its input is as wide as the model
 
 
-def bench_guard(run: RunOptions, work: Workload, console: Console) -> dict[str, Any]:
+def bench_guard(run: RunConfig, work: Workload, console: Console) -> dict[str, Any]:
     """Medians of ``work.runs``, for ``work.tokens`` rows. Raises OptionError and every error of ``LLM``."""
     work.check()
-    threads = run.threads or cores()
+    threads = run.compute.threads or cores()
     rates = ceilings("bfloat16", threads=threads)
     print_ceilings(rates, console)
     torch.set_num_threads(threads)
@@ -184,9 +184,9 @@ def _products(spec: ModelConfig, rows: int, runs: int) -> dict[str, float]:
     return {"field_s": field_s, "bfloat16_s": bfloat16_s, "ratio": field_s / bfloat16_s}
 
 
-def _masked_prefill(run: RunOptions, work: Workload, console: Console) -> float:
+def _masked_prefill(run: RunConfig, work: Workload, console: Console) -> float:
     """Seconds of a masked prefill with its pads ready."""
-    with open_llm(with_pads(run, work.tokens)) as llm:
+    with opened(with_pads(run, work.tokens), console) as llm:
         ready, prompt = PadsReady(llm), work.prompt()
         times = [ready.run(prompt, 0)[0] for _ in watched(range(work.runs + 1), console, f"{run.model}, masked")]
     return statistics.median(times[1:])

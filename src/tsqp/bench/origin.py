@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import zmq
 from rich.console import Console
 
+from tsqp.api.config import ComputeConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, limits, print_ceilings
 from tsqp.bench.child import Child
@@ -202,7 +203,7 @@ def _run_origin(model: str, work: Workload, threads: int, console: Console) -> d
 def _run_ours(model: str, work: Workload, dtype: DtypeName, threads: int, console: Console) -> dict[str, Any]:
     """Our best for one dtype: ``linear`` over the transport of a worker that is started here."""
     seconds = []
-    with LLM(model, protection="open", partition="linear", dtype=dtype, threads=threads) as llm:
+    with LLM(model, protection="open", compute=ComputeConfig(dtype=dtype, threads=threads)) as llm:
         transport = "none" if llm.session is None else llm.session.channel.transport
         for warm in watched(range(-1, work.runs), console, f"ours, {dtype}"):
             llm.stats.reset()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.bench.peer import Ours
 from tsqp.checkpoint import locate, open_checkpoint
-from tsqp.cli.options import RunOptions
 from tsqp.config.protection import PROTECTIONS
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -21,7 +21,7 @@ from tsqp.trusted.guard.pool import PadPool
 WAIT_S = 0.01
 
 
-def with_pads(run: RunOptions, tokens: int) -> RunOptions:
+def with_pads(run: RunConfig, tokens: int) -> RunConfig:
     """The same run; at ``masked`` with room for the pads of ``tokens`` tokens at least, so that all can be ready."""
     if not PROTECTIONS[run.protection].masked:
         return run

@@ -12,10 +12,10 @@ import torch
 
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import synchronize
+from tsqp.bench.names import PeerName
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import config_from_spec
 from tsqp.checkpoint.shapes import tensor_shapes
-from tsqp.cli.bench_options import PeerName
 from tsqp.errors import CorruptCheckpoint, OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 

@@ -14,16 +14,17 @@ from typing import Any
 
 from rich.console import Console
 
+from tsqp.api.config import ComputeConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, print_ceilings
 from tsqp.bench.child import Child
 from tsqp.bench.machine import cores, machine
+from tsqp.bench.names import TransportName
 from tsqp.bench.progress import watched
 from tsqp.bench.rpc import fresh_address
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
-from tsqp.cli.bench_options import TransportName
-from tsqp.config.dtype import ComputeDtype
+from tsqp.config.dtype import PlainDtype
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
@@ -36,7 +37,7 @@ class PipelineSetup:
 
     model: str
     transport: TransportName
-    dtype: ComputeDtype
+    dtype: PlainDtype
     micro_batches: int
     worker_ms: float | None
     threads: int | None
@@ -115,12 +116,13 @@ def _connect(setup: PipelineSetup, work: Workload, child: Child, *, pipelined: b
     return LLM(
         setup.model,
         protection="open",
-        partition="linear",
         worker=child.address,
-        dtype=setup.dtype,
-        prefill_chunk=work.tokens if pipelined else rows,
-        micro_batches=setup.micro_batches if pipelined else 1,
-        threads=setup.threads or cores(),
+        compute=ComputeConfig(
+            dtype=setup.dtype,
+            prefill_chunk=work.tokens if pipelined else rows,
+            micro_batches=setup.micro_batches if pipelined else 1,
+            threads=setup.threads or cores(),
+        ),
     )
 
 

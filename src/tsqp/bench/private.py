@@ -10,18 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import DEALER, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
 from tsqp.bench.machine import cores, machine
+from tsqp.bench.opened import opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, with_pads
 from tsqp.bench.peer import Ours, Peer
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Measured, Workload
 from tsqp.checkpoint import locate
-from tsqp.cli.open_llm import open_llm
-from tsqp.cli.options import RunOptions
-from tsqp.cli.report import announce
 from tsqp.errors import OptionError
 from tsqp.launch.local import LocalWorker
 
@@ -34,8 +32,8 @@ MODES = {  # what each key of the result's ``modes`` is
 }
 
 
-def bench_private(run: RunOptions, work: Workload, console: Console, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Every mode, or ``open`` and those in ``only``, over shm with workers of its own on ``run.device``.
+def bench_private(run: RunConfig, work: Workload, console: Console, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Every mode, or ``open`` and those in ``only``, over shm with workers of its own on ``run.worker.device``.
 
     Raises OptionError and every error of ``LLM``.
     """
@@ -44,8 +42,8 @@ def bench_private(run: RunOptions, work: Workload, console: Console, only: Seque
     if unknown:
         raise OptionError(f"unknown mode '{unknown[0]}': use {', '.join(MODES)}")
     wanted = set(only) | {"open"} if only else set(MODES)
-    threads = run.threads or cores()
-    rates = ceilings("bfloat16", run.device, threads)
+    threads = run.compute.threads or cores()
+    rates = ceilings("bfloat16", run.worker.device, threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
         modes = _open_modes(run, work, wanted, stack, console)
@@ -56,7 +54,7 @@ def bench_private(run: RunOptions, work: Workload, console: Console, only: Seque
                 seconds = mode.run(prompt, work.steps)
                 if warm >= 0:
                     found[name].add(*seconds, work.steps)
-        rates = higher(rates, ceilings("bfloat16", run.device, threads))
+        rates = higher(rates, ceilings("bfloat16", run.worker.device, threads))
     rows = {name: _row(name, measured, found["open"]) for name, measured in found.items()}
     shown = rows.get("masked", rows[next(reversed(rows))])
     return {
@@ -64,7 +62,7 @@ def bench_private(run: RunOptions, work: Workload, console: Console, only: Seque
         "model": run.model,
         "partition": "linear",
         "transport": "shm",
-        "device": run.device,
+        "device": run.worker.device,
         "threads": threads,
         "tokens": work.tokens,
         "decode_steps": work.steps,
@@ -81,36 +79,35 @@ def bench_private(run: RunOptions, work: Workload, console: Console, only: Seque
 
 
 def _open_modes(
-    run: RunOptions, work: Workload, wanted: Collection[str], stack: ExitStack, console: Console
+    run: RunConfig, work: Workload, wanted: Collection[str], stack: ExitStack, console: Console
 ) -> dict[str, Peer]:
     """What takes turns, by name. One worker serves every private mode, another deals."""
-    plain = replace(run, worker=None, partition="linear", dtype="auto", wire_dtype=None, compile=False)
 
     def field_worker() -> str:
-        started = LocalWorker(locate(run.model), device=run.device, dtype="field", threads=run.threads or cores())
+        threads = run.compute.threads or cores()
+        started = LocalWorker(locate(run.model), device=run.worker.device, dtype="field", threads=threads)
         return stack.enter_context(started).wait_ready()
 
-    def opened(options: RunOptions) -> LLM:
-        llm = stack.enter_context(open_llm(options))
-        announce(llm, console)
-        return llm
+    def model(options: RunConfig) -> LLM:
+        return stack.enter_context(opened(options, console))
 
-    bare = replace(plain, protection="open", dtype="bfloat16", guard=GuardConfig())
-    modes: dict[str, Peer] = {"open": Ours(opened(bare))}
+    bare = plain(run)
+    modes: dict[str, Peer] = {"open": Ours(model(replace(bare, compute=replace(bare.compute, dtype="bfloat16"))))}
     if wanted == {"open"}:
         return modes
-    verified = replace(plain, protection="verified", worker=field_worker(), guard=GuardConfig(checks=run.guard.checks))
+    guard, worker = GuardConfig(checks=run.guard.checks), WorkerConfig(field_worker())
+    verified = replace(bare, protection="verified", worker=worker, guard=guard)
     masked = with_pads(replace(verified, protection="masked"), work.tokens + work.steps)
     if "verified" in wanted:
-        modes["verified"] = Ours(opened(verified))
+        modes["verified"] = Ours(model(verified))
     if {"masked", "masked_drained"} & set(wanted):
-        with_tee = opened(masked)
+        with_tee = model(masked)
         both: dict[str, Peer] = {"masked": PadsReady(with_tee), "masked_drained": PadsDrained(with_tee)}
         modes |= {name: peer for name, peer in both.items() if name in wanted}
     if "masked_dealer" in wanted:
-        source = f"dealer={field_worker()}"
+        source = f"{DEALER}{field_worker()}"
         dealt = GuardConfig(run.guard.checks, pad_source=source, dealer_no_separation=True, pads_ahead=0)
-        modes["masked_dealer"] = Ours(opened(replace(masked, guard=dealt)))
+        modes["masked_dealer"] = Ours(model(replace(masked, guard=dealt)))
     return modes
 
 

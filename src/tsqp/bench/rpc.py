@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tsqp.api.arena import arena_for
 from tsqp.bench import echo
 from tsqp.bench.ceilings import ceilings, print_ceilings
 from tsqp.bench.child import Child
 from tsqp.bench.machine import cores, machine
+from tsqp.bench.names import TransportName
 from tsqp.bench.progress import watched
-from tsqp.cli.bench_options import TransportName
 from tsqp.errors import OptionError, ProtocolError
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
@@ -47,7 +48,10 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
     null_s: list[list[float]] = []
     full_s: list[float] = []
     copies_s: list[float] = []
-    with server(transport) as (address, pid), closing(connect(address)) as channel:
+    with (
+        server(transport) as (address, pid),
+        closing(connect(address, arena_bytes=arena_for(address, worker=pid))) as channel,
+    ):
         work = FullCall(channel, nbytes)
         for _ in range(min(calls, WARM_UP_CALLS)):
             null_call(channel)

@@ -10,20 +10,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
 from tsqp.bench.machine import cores, machine
+from tsqp.bench.names import PeerName, benchmarked
+from tsqp.bench.opened import opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
 from tsqp.bench.peer import Ours, Peer, TransformersPeer, choose_peer
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Measured, Workload
 from tsqp.checkpoint import locate
-from tsqp.cli.bench_options import PeerName, benchmarked
-from tsqp.cli.open_llm import open_llm
-from tsqp.cli.options import RunOptions
-from tsqp.cli.report import announce
 from tsqp.config.dtype import PlainDtype, float_dtype
 from tsqp.config.protection import PROTECTIONS, Protection
 from tsqp.trusted.stats import Stats
@@ -34,23 +32,22 @@ Phase = Literal["prefill", "decode"]
 
 
 def bench_split(
-    run: RunOptions, work: Workload, peer_name: PeerName | None, trace_file: Path | None, console: Console
+    run: RunConfig, work: Workload, peer_name: PeerName | None, trace_file: Path | None, console: Console
 ) -> dict[Phase, dict[str, Any]]:
     """Both phases, decode only where the workload has steps. Raises OptionError and every error of ``LLM``."""
     work.check()
     protection = PROTECTIONS[run.protection]
     if not protection.checked:  # a private mode has numbers of its own
-        run = replace(run, dtype=benchmarked(run.dtype))
+        run = replace(run, compute=replace(run.compute, dtype=benchmarked(run.compute.dtype)))
     run = with_pads(run, work.tokens + work.steps)
     peer_name = choose_peer(peer_name)
-    threads = run.threads or cores()
-    computed: PlainDtype = "int8" if protection.checked else benchmarked(run.dtype)
-    rates = ceilings(computed, run.device if run.worker is None else "cpu", threads)
+    threads = run.compute.threads or cores()
+    computed: PlainDtype = "int8" if protection.checked else benchmarked(run.compute.dtype)
+    rates = ceilings(computed, run.worker.device if run.worker.address is None else "cpu", threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
-        llm = stack.enter_context(open_llm(run))
-        announce(llm, console)
-        peer = _open_peer(peer_name, run, str(rates["device"]), stack)
+        llm = stack.enter_context(opened(run, console))
+        peer = _open_peer(peer_name, run, str(rates["device"]), stack, console)
         mode: Peer = PadsReady(llm) if protection.masked else Ours(llm)
         drained = PadsDrained(llm) if protection.masked else None
         ours, theirs, without_pads = Measured.empty(), Measured.empty(), Measured.empty()
@@ -83,15 +80,15 @@ def bench_split(
     }
 
 
-def _open_peer(name: PeerName, run: RunOptions, device: str, stack: ExitStack) -> Peer | None:
+def _open_peer(name: PeerName, run: RunConfig, device: str, stack: ExitStack, console: Console) -> Peer | None:
     """What the run is compared with; what it needs is closed with ``stack``."""
     if name == "none":
         return None
     if name == "ours":
-        plain = replace(run, worker=None, partition="linear", dtype="bfloat16", wire_dtype=None, compile=False)
-        plain = replace(plain, protection="open", guard=GuardConfig())
-        return Ours(stack.enter_context(open_llm(plain)))
-    return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.dtype))], device)
+        bare = plain(run)
+        bfloat16 = replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
+        return Ours(stack.enter_context(opened(bfloat16, console)))
+    return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.compute.dtype))], device)
 
 
 def _products(protection: Protection) -> int:
@@ -101,7 +98,7 @@ def _products(protection: Protection) -> int:
     return 4 if protection.masked else 2
 
 
-def _about(run: RunOptions, llm: LLM, work: Workload) -> dict[str, Any]:
+def _about(run: RunConfig, llm: LLM, work: Workload) -> dict[str, Any]:
     """What was run, as it really was."""
     plan, session = llm.plan, llm.session
     return {
@@ -112,7 +109,7 @@ def _about(run: RunOptions, llm: LLM, work: Workload) -> dict[str, Any]:
         "device": "cpu" if session is None else session.welcome.device,
         "dtype": plan.worker_dtype,
         "wire_dtype": plan.crossing,
-        "threads": run.threads or cores(),
+        "threads": run.compute.threads or cores(),
         "tokens": work.tokens,
         "decode_steps": work.steps,
         "runs": work.runs,
@@ -121,7 +118,7 @@ def _about(run: RunOptions, llm: LLM, work: Workload) -> dict[str, Any]:
     }
 
 
-def _pads(run: RunOptions, llm: LLM) -> dict[str, Any]:
+def _pads(run: RunConfig, llm: LLM) -> dict[str, Any]:
     """Who made the pads, and for how many tokens they were kept ready."""
     source = "tee" if llm.dealer is None else "dealer"
     return {"source": source, "ahead": pads_of(llm)[1].ahead, "memory_bytes": run.guard.pad_memory}

@@ -80,7 +80,14 @@ def audit(
 
 
 def run_audit(
-    text: str, modes: tuple[AuditedName, ...], *, model: str, device: str, dtype: str, threads: int, notes: Console
+    text: str,
+    modes: tuple[AuditedName, ...],
+    *,
+    model: str,
+    device: str,
+    dtype: AskedDtype,
+    threads: int,
+    notes: Console,
 ) -> list[ModeReport]:
     """Capture every mode, then attack every capture. Raises PromptError before anything is started."""
     from tsqp.audit.prompt import audit_prompt
@@ -104,32 +111,30 @@ def run_audit(
 
 
 def capture_run(
-    ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: str, threads: int
+    ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: AskedDtype, threads: int
 ) -> Captured:
     """All that was sent while a prompt was answered; ``masked`` takes its pads from a dealer that is started here."""
-    from tsqp.api.guard_config import DEALER, GuardConfig
+    from tsqp.api.config import DEALER, ComputeConfig, GuardConfig, WorkerConfig
     from tsqp.api.llm import LLM
     from tsqp.audit.capture import Capture, Captured
     from tsqp.launch.local import LocalWorker
     from tsqp.trusted.engine.sampling_params import SamplingParams
 
     protection = PROTECTIONS[mode]
-    captured = Captured(Capture(), Capture() if protection.masked else None)
     with ExitStack() as stack:
-        guard = None
-        if captured.dealer is not None:
+        captured, guard = Captured(Capture(), None), None
+        if protection.masked:
             own = stack.enter_context(LocalWorker(model, device="cpu", dtype="field", threads=threads))
-            guard = GuardConfig(pad_source=f"{DEALER}{own.wait_ready()}", dealer_no_separation=True)
+            captured = Captured(Capture(), Capture(), own.wait_ready())
+            guard = GuardConfig(pad_source=f"{DEALER}{captured.dealer_address}", dealer_no_separation=True)
         llm = stack.enter_context(
             LLM(
                 model,
                 protection=mode,
+                worker=WorkerConfig(device=device),
                 guard=guard,
-                device=device,
-                dtype="auto" if protection.checked else dtype,
-                threads=threads,
-                wrap_channel=captured.worker.wrap,
-                wrap_dealer=None if captured.dealer is None else captured.dealer.wrap,
+                compute=ComputeConfig(dtype="auto" if protection.checked else dtype, threads=threads),
+                connect=captured.connect,
             )
         )
         llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS))

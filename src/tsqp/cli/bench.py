@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
-from tsqp.cli.bench_options import BenchOptions, PeerName, TransportName
-from tsqp.cli.options import BenchRunOptions, Device, Model, RunOptions, Threads
+from tsqp.bench.names import PeerName, TransportName
+from tsqp.cli.bench_options import BenchOptions
+from tsqp.cli.options import BenchRunOptions, Device, Model, Threads
 from tsqp.config.dtype import DtypeName
 from tsqp.errors import OptionError
 
@@ -160,7 +161,8 @@ def private(
     from tsqp.bench.private import bench_private
     from tsqp.bench.workload import Workload
 
-    run = RunOptions(model, guard=GuardConfig(checks), device=device, threads=threads)
+    asked = WorkerConfig(device=device), GuardConfig(checks), ComputeConfig(threads=threads)
+    run = RunConfig(model, "masked", *asked)
     result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
     _finish(result, options, console, results)
 
@@ -181,7 +183,7 @@ def guard(
     from tsqp.bench.guard import bench_guard
     from tsqp.bench.workload import Workload
 
-    run = RunOptions(model, guard=GuardConfig(checks), threads=threads)
+    run = RunConfig(model, guard=GuardConfig(checks), compute=ComputeConfig(threads=threads))
     result = bench_guard(run, Workload(tokens, 0, options.runs), console)
     _finish(result, options, console, results)
 

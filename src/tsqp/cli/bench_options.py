@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
-
-from tsqp.config.dtype import AskedDtype, PlainDtype
-
-TransportName = Literal["mem", "ipc", "tcp", "shm"]
-# ours: linear in bfloat16, for what claims to be faster than that
-PeerName = Literal["transformers", "ours", "none"]
-
-
-def benchmarked(dtype: AskedDtype) -> PlainDtype:
-    """What a benchmark computes in: bfloat16, which the field compares, unless it is told otherwise."""
-    return "bfloat16" if dtype == "auto" else dtype
 
 
 @Parameter(name="*")

@@ -17,7 +17,7 @@ from tsqp.cli.bench import bench_app
 from tsqp.cli.evaluate import eval_app
 from tsqp.cli.help_groups import OUTPUT, TEXT
 from tsqp.cli.open_llm import open_llm
-from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, WorkerOptions, settle
+from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, settle
 from tsqp.cli.prompt_text import (
     AfterDashes,
     PromptArgument,
@@ -26,14 +26,14 @@ from tsqp.cli.prompt_text import (
     TemplateArgs,
     argument_text,
     prompt_text,
+    readable,
     template_args,
     warn_of_argument,
 )
+from tsqp.config.worker_options import arguments_of, parse_worker_options
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from tsqp.trusted.engine.sampling_params import SamplingParams
 
 app = App(
     name="tsqp",
@@ -73,7 +73,6 @@ def generate(
     """
     text = prompt_text(prompt, prompt_file, after_dashes)
     arguments = template_args(template_arg, raw=raw)
-    params = _sampling_params(sampling)
     check_output("--trace", output.trace)
     with open_llm(run) as llm:
         from tsqp.api.trace_file import write_trace
@@ -86,7 +85,7 @@ def generate(
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
         completion = None
-        for delta in llm.stream(text, params, raw=raw, **arguments):
+        for delta in llm.stream(text, readable(sampling), raw=raw, **arguments):
             if not output.json:
                 _write(delta.text)
             completion = delta.completion or completion
@@ -111,7 +110,6 @@ def chat(
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
     arguments = template_args(template_arg)
-    params = _sampling_params(sampling)
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
         from tsqp.cli.chat import converse
@@ -119,28 +117,20 @@ def chat(
 
         console = _stderr()
         announce(llm, console)
-        converse(llm, params, opening, arguments, console)
+        converse(llm, readable(sampling), opening, arguments, console)
         if stats:
             print_stats(llm, console)
 
 
-@app.command
-def worker(*, options: WorkerOptions = WorkerOptions()) -> None:
+@app.command(help_flags=(), version_flags=())
+def worker(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Serve the linear algebra of one model, until Ctrl-C."""
     from tsqp.launch.local import WORKER_COMMAND
 
-    command = [*WORKER_COMMAND, "--model", options.model, "--dtype", options.dtype]
-    command += ["--device", options.device]
-    for flag, value in (("--listen", options.listen), ("--threads", options.threads), ("--key", options.key)):
-        if value is not None:
-            command += [flag, str(value)]
-    for path in options.allow:
-        command += ["--allow", str(path)]
-    if options.insecure_plain_tcp:
-        command.append("--insecure-plain-tcp")
-    if options.compile:
-        command.append("--compile")
+    chosen = [*arguments_of(os.environ), *arguments]
+    parse_worker_options(chosen)  # refused here as any command's
     sys.stdout.flush()
+    command = [*WORKER_COMMAND, *chosen]
     os.execv(sys.executable, command)  # the worker replaces this process: one process, its own code only  # noqa: S606
 
 
@@ -236,13 +226,6 @@ def info(
         return
     for key, value in description.items():
         _write(f"{key:20} {value}\n")
-
-
-def _sampling_params(options: SamplingOptions) -> SamplingParams:
-    from tsqp.trusted.engine.sampling_params import SamplingParams
-
-    texts = tuple(argument_text(text, "--stop") for text in options.stop)
-    return SamplingParams(**{**vars(options), "stop": texts})
 
 
 def _stderr() -> Console:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
@@ -30,6 +30,7 @@ from tsqp.wire.transport.runtime_dir import runtime_directory
 
 State = Literal["ok", "note", "broken"]
 VERSIONS = ("tsqp", "torch", "pyzmq", "msgspec", "safetensors", "gguf", "tokenizers")
+PROBE_ARENA_BYTES = 1 << 20
 PROBE_DEADLINE_S = 5.0
 STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "red"}
 
@@ -111,7 +112,8 @@ def _accelerator() -> tuple[State, str]:
 
 def _transport(address: str) -> tuple[State, str]:
     """Really connects and moves one message."""
-    with closing(listen(address)) as listener, closing(connect(listener.address)) as channel:
+    arena_bytes = PROBE_ARENA_BYTES if address.startswith("shm:") else None
+    with closing(listen(address)) as listener, closing(connect(listener.address, arena_bytes=arena_bytes)) as channel:
         channel.send(Frames(b"?", (memoryview(b"probe"),)))
         arrival = listener.receive(PROBE_DEADLINE_S)
         if not isinstance(arrival, Arrival) or bytes(arrival.frames.tensors[0]) != b"probe":

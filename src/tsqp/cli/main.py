@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from tsqp.cli.commands import app
+from tsqp.cli.flags import explained
 from tsqp.cli.prompt_text import OPTION, unknown_option
 from tsqp.errors import InputError, TsqpError
 
@@ -85,4 +86,4 @@ def _explained(error: Exception) -> str:
     if isinstance(error, UnusedCliTokensError):
         count = len(error.unused_tokens or ())
         return f"too many arguments, by {count}: put quotes around a text that has spaces"
-    return str(error)
+    return explained(error) if isinstance(error, TsqpError) else str(error)

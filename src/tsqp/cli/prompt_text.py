@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from cyclopts import Parameter
 from tsqp.cli.help_groups import TEXT
 from tsqp.config.protection import PROTECTIONS
 from tsqp.errors import InputError, OptionError, PromptError
+from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.conversation import refuse_bad_name
 
 if TYPE_CHECKING:
@@ -78,6 +80,11 @@ def argument_text(argument: str, what: str = "the prompt") -> str:
         return os.fsencode(argument).decode()
     except UnicodeError:
         raise PromptError(f"{what} is not UTF-8 text") from None
+
+
+def readable(sampling: SamplingParams) -> SamplingParams:
+    """The same sampling with stop strings as the text that they are in UTF-8. Raises PromptError."""
+    return replace(sampling, stop=tuple(argument_text(text, "--stop") for text in sampling.stop))
 
 
 def template_args(given: Sequence[str], *, raw: bool = False) -> dict[str, object]:

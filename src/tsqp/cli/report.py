@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tsqp.api.answer import Completion
+from tsqp.api.describe import handshake_line
 from tsqp.api.llm import LLM
-from tsqp.api.pads import ahead_text
 from tsqp.api.trace_file import communication_share
 from tsqp.model.meter import CallKind, OperatorKind
 from tsqp.trusted.stats import CallStats, Stats, total
@@ -34,30 +34,10 @@ OPERATOR_TITLES: dict[OperatorKind, str] = {
 
 
 def announce(llm: LLM, console: Console) -> None:
-    """State what the handshake has shown: the device, the transport and the address in use; checks and pads."""
-    plan, session = llm.plan, llm.session
-    if session is None or plan.partition is None:
-        return
-    console.print(
-        f"partition {plan.partition.name}, {plan.dtype}, wire {plan.crossing}; worker on {session.welcome.device} in "
-        f"{session.welcome.dtype} over {session.channel.transport}, {session.channel.address}{_of_the_guard(llm)}",
-        style="dim",
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def _of_the_guard(llm: LLM) -> str:
-    """What a private mode adds to the line."""
-    if llm.guard is None or llm.session is None:
-        return ""
-    found = llm.guard.report()
-    checks = f"; a wrong product passes with probability 2^-{found['soundness_bits']:.0f}"
-    if llm.guard.filler is None:
-        return checks
-    source = "this process" if llm.dealer is None else f"the dealer {llm.dealer.address}"
-    ahead = ahead_text(llm.session.spec, llm.guard_options, llm.guard.filler.ahead)
-    return f"{checks}; pads by {source} for {ahead}"
+    """State what the handshake has shown."""
+    line = handshake_line(llm)
+    if line is not None:
+        console.print(line, style="dim", soft_wrap=True, markup=False)
 
 
 def as_json(llm: LLM, completion: Completion) -> dict[str, object]:

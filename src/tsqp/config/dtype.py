@@ -23,7 +23,6 @@ PLAIN_DTYPES: tuple[PlainDtype, ...] = get_args(PlainDtype)
 
 # What a user asks for: auto is float32 for weights that are stored so, bfloat16 for all others.
 AskedDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-AskedWorkerDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "field"]
 
 # What float payloads cross the line as: int8 is rows of 8-bit integers, each with one float32 scale.
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]

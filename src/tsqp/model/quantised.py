@@ -37,7 +37,8 @@ def load_quantised_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGrou
     if group.in_features > MAX_INNER:
         raise UnsupportedModel(
             f"{group_label(key)} has {group.in_features} inputs, 8-bit products at most {MAX_INNER}: "
-            "use --protection open in a float dtype"
+            "use protection open in a float dtype",
+            fields=("protection",),
         )
     wq = torch.empty(group.out_features, group.in_features, dtype=torch.int8)
     scales = torch.empty(group.out_features, dtype=torch.float32)

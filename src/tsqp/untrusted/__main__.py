@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsqp.config.dtype import COMPUTE_DTYPES, DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
+from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
+from tsqp.config.worker_options import parse_worker_options
 from tsqp.errors import InputError, OptionError, TsqpError
 from tsqp.untrusted.toolchain import check_compiler
 
@@ -27,42 +27,6 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 log = logging.getLogger("tsqp.worker")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise OptionError(message)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options of the worker. Raises OptionError."""
-    parser = _Parser(prog="tsqp worker", description="Serve the linear algebra of one model to trusted sides.")
-    parser.add_argument("--model", required=True, help="directory, .gguf file, Hub id, default, synthetic:NAME")
-    parser.add_argument(
-        "--listen",
-        metavar="ADDR",
-        help="shm:///path, ipc:///path or tcp://host:port [default: a fresh shm address]",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:n] [default: cpu]")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", *COMPUTE_DTYPES),
-        help="what it computes in; field: exact products for private modes [default: auto]",
-    )
-    parser.add_argument("--compile", action="store_true", help="compile the products; needs a C++ compiler")
-    parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
-    parser.add_argument("--key", type=Path, metavar="FILE", help="this worker's secret CURVE key, for tcp")
-    parser.add_argument("--allow", type=Path, metavar="FILE", action="append", help="a trusted side's public CURVE key")
-    parser.add_argument("--insecure-plain-tcp", action="store_true", help="allow tcp off loopback without keys")
-    parser.add_argument("--exit-with-stdin", action="store_true", help="stop at the end of standard input")
-    parser.add_argument("--debug", action="store_true", help="a traceback with every error")
-    options = parser.parse_args(arguments)
-    if options.threads is not None and options.threads < 1:
-        raise OptionError(f"--threads must be at least 1, not {options.threads}")
-    if options.compile and options.dtype == "field":
-        raise OptionError("--compile plays no part in --dtype field: leave it out")
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a worker. Returns the exit code: 0 stopped, 1 failed, 2 wrong options."""
     logging.basicConfig(stream=sys.stderr, format="tsqp worker: %(message)s", level=logging.INFO)
@@ -71,11 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
-        serve(parse(arguments))
+        serve(parse_worker_options(arguments))
     except TsqpError as error:
         if "--debug" in arguments:
             raise
-        print(f"tsqp worker: error: {error}", file=sys.stderr)  # noqa: T201
+        text = error.text(lambda field: f"--{field.replace('_', '-')}")
+        print(f"tsqp worker: error: {text}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
     return 0
 

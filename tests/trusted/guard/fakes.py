@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tests.trusted.guard.honest import HonestConnection
+from tsqp.api.config import ProtectionName
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.config.groups import GroupKey
@@ -27,7 +28,7 @@ OTHER: GroupKey = ("qkv", 1)
 HEAD: GroupKey = ("lm_head", None)
 SHAPES: dict[GroupKey, tuple[int, int]] = {KEY: (24, 40), OTHER: (24, 40), HEAD: (50, 40)}
 
-MODES = ("verified", "masked")
+MODES: tuple[ProtectionName, ...] = ("verified", "masked")
 
 
 def make_groups(

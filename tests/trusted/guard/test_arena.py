@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import StartWorker
+from tests.dialling import dialling
 from tests.trusted.guard.test_view import MODEL
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels, pads, pool
@@ -109,7 +110,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("protection", ["masked", "verified"])
-def test_the_arena_holds_no_secret(protection: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arena_holds_no_secret(
+    protection: ProtectionName, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, channels = record(monkeypatch), []
 
     def watch(channel: Channel) -> Any:
@@ -118,7 +121,7 @@ def test_the_arena_holds_no_secret(protection: str, start_worker: StartWorker, m
 
     address = start_worker(MODEL, "shm", dtype="field")
     options = GuardConfig(pads_ahead=0) if protection == "masked" else None
-    with LLM(MODEL, protection=protection, worker=address, guard=options, wrap_channel=watch) as llm:
+    with LLM(MODEL, protection=protection, worker=address, guard=options, connect=dialling(watch)) as llm:
         found.clear()  # of compiling the loops, on rows of zeros
         llm.generate([[3, 4, 5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
     (channel,) = channels

@@ -17,7 +17,7 @@ from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
 from tests.trusted.guard.test_transcript import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.assemble import build_private_engine
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import (
@@ -67,14 +67,7 @@ def dealt(
     deadline_s: float = 60.0,
 ) -> Iterator[Run]:
     """An engine at ``masked`` with a worker and a dealer; nothing is made ahead unless ``fill`` is called."""
-    plan = Plan.check(
-        protection="masked",
-        partition="linear",
-        dtype="float32",
-        wire_dtype=None,
-        prefill_chunk=2048,
-        deadline_s=deadline_s,
-    )
+    plan = Plan.of(RunConfig(MODEL, "masked", WorkerConfig(deadline_s=deadline_s), GuardConfig(pads_ahead=ahead)))
     with ExitStack() as stack:
         worker, address = stack.enter_context(serve(MODEL, transport=transport))
         dealer, dealer_address = stack.enter_context(serve(dealer_model, attack, at, transport))
@@ -87,7 +80,6 @@ def dealt(
         engine, session, guard = build_private_engine(
             open_checkpoint(MODEL),
             plan,
-            GuardConfig(pads_ahead=ahead),
             lambda: dial(address),
             lambda: dial(dealer_address),
             (),

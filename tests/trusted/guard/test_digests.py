@@ -12,7 +12,7 @@ from tests.families import tiny_model
 from tests.trusted.guard.altered import Altered
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
 from tsqp.api.assemble import build_private_engine
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
@@ -123,17 +123,15 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
     """Not even one whose fingerprint, which is of samples only, is right."""
     altered = Altered(open_checkpoint(MODEL), {"model.layers.1.mlp.down_proj.weight": last_raised})
     cheats = HostileWorker(WeightStore(altered, "float32", torch.device("cpu")))
-    plan = Plan.check(
-        protection="masked", partition="linear", dtype="float32", wire_dtype=None, prefill_chunk=64, deadline_s=60.0
-    )
-    plan = replace(plan, compiled_kernels=False)  # as in test_mutants.py
+    run = RunConfig(MODEL, worker=WorkerConfig(deadline_s=60.0), guard=GuardConfig(pads_ahead=0))
+    plan = Plan.of(run)  # no rule lets a user turn compiled kernels off here; test_mutants.py does
+    plan = replace(plan, run=replace(run, compute=ComputeConfig(prefill_chunk=64, compiled_kernels=False)))
     with serve(MODEL) as (honest, right), serving(cheats) as wrong:
         addresses = {"worker": right, "dealer": right, cheat: wrong}
         with pytest.raises(ModelMismatch, match=f"the {cheat} at .* another model"):
             build_private_engine(
                 open_checkpoint(MODEL),
                 plan,
-                GuardConfig(pads_ahead=0),
                 lambda: connect(addresses["worker"]),
                 lambda: connect(addresses["dealer"]),
                 (),

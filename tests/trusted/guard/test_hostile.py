@@ -28,8 +28,8 @@ from tests.trusted.guard.fakes import (
 )
 from tests.trusted.guard.honest import HonestConnection
 from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, NotHereError, edited, serve
-from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
+from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.modulus import P
 from tsqp.errors import (
     ChannelError,
@@ -99,7 +99,7 @@ def attack_a_run(
     expected: type[ChannelError],
     at: int,
     transport: str,
-    mode: str,
+    mode: ProtectionName,
     right_tokens: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -107,7 +107,7 @@ def attack_a_run(
     deadline_s = 0.5 if expected is DeadlineExceeded else 60.0
     with (
         serve(MODEL, attack, at, transport) as (worker, address),
-        LLM(MODEL, protection=mode, worker=address, deadline_s=deadline_s) as llm,
+        LLM(MODEL, protection=mode, worker=WorkerConfig(address, deadline_s=deadline_s)) as llm,
     ):
         tokens, _ = tokens_until_failure(llm, expected)
         assert worker.attacked is not None
@@ -124,13 +124,18 @@ def attack_a_run(
 @pytest.mark.parametrize("at", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_each_attack_is_named_before_any_token(
-    attack: str, at: int, transport: str, mode: str, honest_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+    attack: str,
+    at: int,
+    transport: str,
+    mode: ProtectionName,
+    honest_tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attack_a_run(*ATTACKS[attack], at, transport, mode, honest_tokens, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_later_call_raises_what_ended_the_session(mode: str) -> None:
+def test_every_later_call_raises_what_ended_the_session(mode: ProtectionName) -> None:
     attack, expected = ATTACKS["zeros"]
     with serve(MODEL, attack, 3) as (_, address), LLM(MODEL, protection=mode, worker=address) as llm:
         _, error = tokens_until_failure(llm, expected)
@@ -142,13 +147,15 @@ def test_every_later_call_raises_what_ended_the_session(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", ["mem", "ipc", "tcp"])
-def test_a_wrong_shape(transport: str, mode: str, honest_tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_shape(
+    transport: str, mode: ProtectionName, honest_tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     attack_a_run(hostile.short, ReplyShapeError, 3, transport, mode, honest_tokens, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transport", ["mem", "shm"])
-def test_what_was_sent_is_never_read_back(transport: str, mode: str, honest_tokens: list[int]) -> None:
+def test_what_was_sent_is_never_read_back(transport: str, mode: ProtectionName, honest_tokens: list[int]) -> None:
     with (
         serve(MODEL, hostile.overwritten_input, 4, transport) as (worker, address),
         LLM(MODEL, protection=mode, worker=address) as llm,
@@ -159,7 +166,9 @@ def test_what_was_sent_is_never_read_back(transport: str, mode: str, honest_toke
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_changes_after_the_bell_changes_nothing(
+    mode: ProtectionName, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over shm: the worker overwrites its product right after it was copied, and before it is checked."""
     products: list[memoryview] = []
 
@@ -187,13 +196,15 @@ def test_memory_that_changes_after_the_bell_changes_nothing(mode: str, monkeypat
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("at", [0, 1, 5, 14])
 @pytest.mark.parametrize("ahead", [0, 64], ids=["no pads ready", "pads ready"])
-def test_other_products_under_way_go_down_too(mode: str, at: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_products_under_way_go_down_too(
+    mode: ProtectionName, at: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With micro-batches several are, each with pads of its own."""
     blocks = record_blocks(monkeypatch)
     guard = GuardConfig(pads_ahead=ahead) if mode == "masked" else None
     with (
         serve(MODEL, edited(hostile.zeros), at) as (worker, address),
-        LLM(MODEL, protection=mode, worker=address, micro_batches=2, guard=guard) as llm,
+        LLM(MODEL, protection=mode, worker=address, guard=guard, compute=ComputeConfig(micro_batches=2)) as llm,
     ):
         if llm._guard is not None and llm._guard.filler is not None:
             llm._guard.filler.fill()
@@ -219,7 +230,7 @@ def tampered(weights: Weights, change: Callable[[Array], None]) -> HonestConnect
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_flipped_bit_of_a_thousand_is_found(mode: str) -> None:
+def test_every_flipped_bit_of_a_thousand_is_found(mode: ProtectionName) -> None:
     generator = np.random.default_rng(1)
     for trial in range(1024):
         groups, weights = make_groups({KEY: SHAPES[KEY]}, seed=trial)
@@ -243,7 +254,7 @@ def test_every_flipped_bit_of_a_thousand_is_found(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100])
-def test_every_row_is_checked(mode: str, rows: int) -> None:
+def test_every_row_is_checked(mode: ProtectionName, rows: int) -> None:
     for row in range(rows):
         groups, weights = make_groups()
         line = tampered(weights, partial(hostile.other_number, row=row, column=0))
@@ -254,7 +265,7 @@ def test_every_row_is_checked(mode: str, rows: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("column", range(24))
-def test_p_added_to_any_number_is_out_of_range(mode: str, column: int) -> None:
+def test_p_added_to_any_number_is_out_of_range(mode: ProtectionName, column: int) -> None:
     def tamper(y: Array) -> None:
         y[1, column] += np.uint32(P)
 
@@ -268,7 +279,7 @@ LOOPS = ("quantise_and_mask", "verify_and_unmask")
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("moment", ["before the copy", "after the copy", "after the check"])
-def test_a_reply_is_read_once(mode: str, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_is_read_once(mode: ProtectionName, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever changes it after the copy changes nothing, and before the copy is found out."""
     groups, weights = make_groups()
     replies: list[Array] = []
@@ -296,7 +307,7 @@ def test_a_reply_is_read_once(mode: str, moment: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_reply_that_never_stays_the_same_is_right_or_refused(mode: str) -> None:
+def test_a_reply_that_never_stays_the_same_is_right_or_refused(mode: ProtectionName) -> None:
     """A thread changes one number back and forth while the reply is copied, checked and rescaled."""
     groups, weights = make_groups({KEY: (2000, 16)})
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
@@ -330,7 +341,7 @@ def test_a_reply_that_never_stays_the_same_is_right_or_refused(mode: str) -> Non
 @pytest.mark.parametrize("loop", [0, 1], ids=["asking", "checking"])
 @pytest.mark.parametrize("skipped", [0, 3, -1])
 def test_a_row_without_a_verdict_is_refused(
-    mode: str, loop: int, skipped: int, monkeypatch: pytest.MonkeyPatch
+    mode: ProtectionName, loop: int, skipped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups, weights = make_groups()
     line = HonestConnection(weights)
@@ -352,7 +363,7 @@ def test_a_row_without_a_verdict_is_refused(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("x", [torch.zeros(3, 40), some_input(3)], ids=["zeros", "noise"])
-def test_after_close_nothing_passes(mode: str, x: torch.Tensor) -> None:
+def test_after_close_nothing_passes(mode: ProtectionName, x: torch.Tensor) -> None:
     """Neither a product that is under way, nor one asked for afterwards; not even that of zeros, which is zeros."""
     groups, weights = make_groups()
     linears = make_linears(mode, HonestConnection(weights), groups)
@@ -364,7 +375,7 @@ def test_after_close_nothing_passes(mode: str, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_after_a_failure_nothing_passes(mode: str) -> None:
+def test_after_a_failure_nothing_passes(mode: ProtectionName) -> None:
     """Other products that were under way are right, and are refused."""
     spoilt: list[int] = []
 
@@ -391,7 +402,7 @@ def test_after_a_failure_nothing_passes(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_activations_that_are_not_numbers_are_not_sent(mode: str, bad: float) -> None:
+def test_activations_that_are_not_numbers_are_not_sent(mode: ProtectionName, bad: float) -> None:
     groups, weights = make_groups()
     line = HonestConnection(weights)
     x = some_input(5)
@@ -403,7 +414,7 @@ def test_activations_that_are_not_numbers_are_not_sent(mode: str, bad: float) ->
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tamper", [hostile.zeros, hostile.add_p, hostile.flip_low_bit])
-def test_no_error_holds_a_number_of_the_data(mode: str, tamper: Callable[[Array], None]) -> None:
+def test_no_error_holds_a_number_of_the_data(mode: ProtectionName, tamper: Callable[[Array], None]) -> None:
     groups, weights = make_groups()
     linears = make_linears(mode, tampered(weights, tamper), groups)
     with pytest.raises(CheckFailed) as caught:
@@ -415,7 +426,7 @@ def test_no_error_holds_a_number_of_the_data(mode: str, tamper: Callable[[Array]
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 16, 40])
-def test_an_honest_product_is_the_formula(mode: str, rows: int) -> None:
+def test_an_honest_product_is_the_formula(mode: ProtectionName, rows: int) -> None:
     groups, weights = make_groups()
     linears = make_linears(mode, HonestConnection(weights), groups)
     for seed in range(3):

@@ -13,8 +13,8 @@ from tests.conftest import TRANSPORTS
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tests.trusted.guard.fakes import MODES
 from tests.trusted.guard.hostile import serve
-from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.row_threads import row_threads
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
@@ -106,7 +106,7 @@ def answers(engine: Engine) -> Answers:
 
 def private_answers(
     model: str,
-    mode: str,
+    mode: ProtectionName,
     address: str,
     *,
     prefill_chunk: int = 2048,
@@ -117,9 +117,8 @@ def private_answers(
         model,
         protection=mode,
         worker=address,
-        prefill_chunk=prefill_chunk,
-        micro_batches=micro_batches,
         guard=guard if mode == "masked" else None,
+        compute=ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches),
     ) as llm:
         if guard is not None and llm._guard is not None and llm._guard.filler is not None:
             llm._guard.filler.fill()

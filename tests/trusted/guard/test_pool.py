@@ -19,7 +19,7 @@ from tests.trusted.guard.fakes import HEAD, KEY, OTHER, Array, make_groups, make
 from tests.trusted.guard.honest import HonestConnection
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupKey, group_keys, linear_groups

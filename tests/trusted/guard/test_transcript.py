@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.dialling import dialling
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.api.llm import Prompt
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import group_keys
@@ -44,7 +45,9 @@ class Recorder:
         return frames
 
 
-def record(prompt: Prompt, params: SamplingParams | None = None, *, mode: str = "masked", ahead: int = 64) -> Recorder:
+def record(
+    prompt: Prompt, params: SamplingParams | None = None, *, mode: ProtectionName = "masked", ahead: int = 64
+) -> Recorder:
     """One answer, and all that it sent."""
     recorders: list[Recorder] = []
 
@@ -55,7 +58,7 @@ def record(prompt: Prompt, params: SamplingParams | None = None, *, mode: str = 
     guard = GuardConfig(pads_ahead=ahead) if mode == "masked" else None
     with (
         serve(MODEL) as (_, address),
-        LLM(MODEL, protection=mode, worker=address, guard=guard, wrap_channel=wrap) as llm,
+        LLM(MODEL, protection=mode, worker=address, guard=guard, connect=dialling(wrap)) as llm,
     ):
         completion = llm.generate([prompt], params or SamplingParams(max_tokens=STEPS), raw=True)[0]
     assert len(completion.token_ids) == STEPS

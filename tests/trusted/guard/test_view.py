@@ -15,7 +15,7 @@ from tests.conftest import StartWorker, fresh_address
 from tests.trusted.guard.honest import KEY, masked, small_weights
 from tests.trusted.guard.scan import WITHIN, shared_pads
 from tsqp import LLM, SamplingParams
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig
 from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.audit.capture import Capture, CapturedChannel
@@ -28,7 +28,6 @@ from tsqp.trusted.guard.pads import PadBlock, Ratchet
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
-from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 from tsqp.wire.transport import listen
 
@@ -41,10 +40,10 @@ LEAST_P = 1e-6
 ENOUGH = 10_000_000  # elements
 
 
-def open_llm(worker: str, capture: Capture, wrap: Callable[[Channel], Channel] | None = None) -> LLM:
+def open_llm(worker: str, capture: Capture, connect: Any = None) -> LLM:
     """A masked run whose messages are copied. Pads are made when they are needed, so that every path is taken."""
     options = GuardConfig(pads_ahead=0)
-    return LLM(MODEL, protection="masked", worker=worker, guard=options, wrap_channel=wrap or capture.wrap)
+    return LLM(MODEL, protection="masked", worker=worker, guard=options, connect=connect or capture.connect)
 
 
 def sent_rows(*captures: Capture) -> list[Array]:

@@ -15,7 +15,7 @@ from tests.trusted.guard.altered import Altered, with_element
 from tests.trusted.guard.fakes import make_groups
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
 from tsqp import LLM
-from tsqp.api.guard_config import GuardConfig
+from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.field import MAX_SMALL, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel
@@ -236,7 +236,7 @@ def test_it_is_the_same_each_time_and_with_a_dealer() -> None:
 
 
 @pytest.mark.parametrize("mode", ["verified", "masked"])
-def test_a_pinned_digest(mode: str) -> None:
+def test_a_pinned_digest(mode: ProtectionName) -> None:
     prompt = random_tokens(5)
     digest = load(open_checkpoint(MODEL)).digest
     with serve(MODEL) as (worker, address):
@@ -252,7 +252,7 @@ def test_a_pinned_digest(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["verified", "masked"])
 @pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.v_proj.weight", "lm_head.weight"])
-def test_a_worker_with_other_weights_is_refused_before_any_call(mode: str, tensor: str) -> None:
+def test_a_worker_with_other_weights_is_refused_before_any_call(mode: ProtectionName, tensor: str) -> None:
     """Even one whose fingerprint, which is of samples only, is right."""
     altered = Altered(open_checkpoint(MODEL), {tensor: with_element(0.01)})
     worker = HostileWorker(WeightStore(altered, "float32", torch.device("cpu")))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.families import random_tokens, tiny_model
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import PartitionName
 from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.quantise import quantise_rows
 from tsqp.arith.self_test import pick_kernel
@@ -100,7 +101,7 @@ def test_a_product_is_the_formula(
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=kernel_name)
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition: str) -> None:
+def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition: PartitionName) -> None:
     model = tiny_model("llama-biases")
     checkpoint = checkpoint_of("llama-biases")
     store, reference = (WeightStore(checkpoint, "float32", CPU, kernel=kernel) for _ in range(2))
@@ -117,10 +118,8 @@ def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition:
             LLM(
                 str(model.directory),
                 protection="open",
-                partition=partition,
                 worker=address,
-                dtype="int8",
-                prefill_chunk=19,
+                compute=ComputeConfig(partition=partition, dtype="int8", prefill_chunk=19),
             ) as llm,
         ):
             answers.append((llm.generate(PROMPT, GREEDY)[0].token_ids, llm.logits(PROMPT)))
@@ -132,18 +131,15 @@ def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition:
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_an_int8_wire_stays_close(partition: str) -> None:
+def test_an_int8_wire_stays_close(partition: PartitionName) -> None:
     model = tiny_model("qwen3")
     with (
         serving(WeightStore(checkpoint_of("qwen3"), "float32", CPU)) as address,
         LLM(
             str(model.directory),
             protection="open",
-            partition=partition,
             worker=address,
-            dtype="float32",
-            wire_dtype="int8",
-            prefill_chunk=19,
+            compute=ComputeConfig(partition=partition, dtype="float32", wire_dtype="int8", prefill_chunk=19),
         ) as llm,
     ):
         logits = llm.logits(PROMPT)
@@ -166,7 +162,7 @@ def test_sums_that_int32_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_int8_without_a_worker_is_refused() -> None:
     with pytest.raises(OptionError, match=r"int8.*local"):
-        LLM("synthetic:tiny", protection="local", dtype="int8")
+        LLM("synthetic:tiny", protection="local", compute=ComputeConfig(dtype="int8"))
 
 
 def test_one_worker_serves_floats_and_int8_to_those_who_ask() -> None:
@@ -175,7 +171,7 @@ def test_one_worker_serves_floats_and_int8_to_those_who_ask() -> None:
     computes = []
     with serving(store) as address:
         for dtype in ("float32", "int8", "int8", "float32"):
-            with LLM(directory, protection="open", worker=address, dtype=dtype) as llm:
+            with LLM(directory, protection="open", worker=address, compute=ComputeConfig(dtype=dtype)) as llm:
                 llm.generate(PROMPT, SamplingParams(max_tokens=2))
                 assert llm.session is not None
                 computes.append(llm.session.welcome.dtype)

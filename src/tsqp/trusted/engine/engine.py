@@ -152,6 +152,9 @@ class Generation:
         start = time.perf_counter()
         logits = self._engine.run(Batch(fresh, [one.cache for one in self._live]))
         if not torch.isfinite(logits).all():
-            raise NumericError("the logits are not numbers: broken weights, too narrow a --dtype or a broken worker")
+            raise NumericError(
+                "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
+                fields=("compute.dtype",),
+            )
         self._engine.stats.passed(start, time.perf_counter(), [len(tokens) for tokens in fresh], prefill=prefill)
         return logits

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from tsqp.errors import OptionError
 
 MAX_PENALTY = 100.0  # far beyond use: 1.0 to 1.3 are common
+
+
+def _says(text: str) -> dict[str, Any]:
+    """The help of a field, from which the command line makes a flag."""
+    return {"help": text, "heading": "sampling"}
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,22 @@ class SamplingParams:
     Raises OptionError for a value out of its range.
     """
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    max_tokens: int = field(default=256, metadata=_says("The most new tokens."))
+    temperature: float = field(default=0.0, metadata=_says("0 always takes the most likely token."))
+    top_k: int = field(default=0, metadata=_says("Choose among the k most likely tokens; 0 for all."))
+    top_p: float = field(
+        default=1.0, metadata=_says("Choose among the most likely tokens that make up this probability.")
+    )
+    min_p: float = field(default=0.0, metadata=_says("Leave out tokens less likely than this share of the likeliest."))
+    repetition_penalty: float = field(
+        default=1.0, metadata=_says("Above 1 makes tokens already in the text less likely.")
+    )
+    seed: int | None = field(default=None, metadata=_says("Makes sampling repeatable."))
+    stop: tuple[str, ...] = field(default=(), metadata=_says("A string that ends the answer; may be given again."))
+    stop_token_ids: tuple[int, ...] = field(
+        default=(), metadata=_says("The id of a token that ends the answer; may be given again.")
+    )
+    ignore_eos: bool = field(default=False, metadata=_says("Go on after the model's own end token."))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -53,4 +65,4 @@ class SamplingParams:
 
 def _require(name: str, value: object, what: str, holds: bool) -> None:
     if not holds:
-        raise OptionError(f"{name} must be {what}, not {value}")
+        raise OptionError(f"{name} must be {what}, not {value}", fields=(name,))

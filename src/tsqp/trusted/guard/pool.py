@@ -93,7 +93,10 @@ class PadPool:
             stock = self._stocks[key]
             missing = max(0, rows - self.ready(key))
             if missing and not self._wait:
-                raise PadsExhausted(f"{missing} of {rows} pads missing: use --warm-pads, --pads-ahead N, --pad-memory")
+                raise PadsExhausted(
+                    f"{missing} of {rows} pads missing: use guard.warm_pads, guard.pads_ahead, guard.pad_memory",
+                    fields=("guard.warm_pads", "guard.pads_ahead", "guard.pad_memory"),
+                )
             self.recent[key] = time.monotonic(), rows
             self.used += rows
             self.missed += missing

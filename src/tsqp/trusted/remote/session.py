@@ -221,7 +221,7 @@ class WorkerSession:
         digests = {group.name: group.digest for group in answer.groups}
         same_weights = self._digests is None or digests == self._digests
         if answer.fingerprint != hello.fingerprint or shapes != groups or not same_weights:
-            raise ModelMismatch(f"{where} holds another model: start it with the same --model as this side")
+            raise ModelMismatch(f"{where} holds another model: start it with the model of this side")
         if numeric_path(answer.dtype) != hello.path:  # to be fast, or private, or measured: never another run
             raise ModelMismatch(f"{where} computes in {answer.dtype}, the {hello.path} path was asked for: upgrade it")
         return answer

@@ -21,7 +21,8 @@ def resolve(address: Address, *, encrypted: bool, insecure_plain_tcp: bool) -> A
     if not (encrypted or stays_here or insecure_plain_tcp):
         raise AddressError(
             f"{address} leaves this machine, and plain TCP lets anyone on the way read and change everything; "
-            "give keys (tsqp keys), or accept that with --insecure-plain-tcp"
+            "give keys (tsqp keys), or accept that with insecure_plain_tcp",
+            fields=("insecure_plain_tcp",),
         )
     host = f"[{ip}]" if ip.version == 6 else str(ip)
     return Address("tcp", f"{host}:{address.port}")

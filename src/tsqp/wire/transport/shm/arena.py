@@ -42,7 +42,7 @@ class Arena:
         self._free_ended()
         offset = self._allocator.allocate(size)
         if offset is None or not self._segment.back(offset + size):
-            raise ArenaFull(self._describe_full(size, offset))
+            raise ArenaFull(self._describe_full(size, offset), fields=("arena_bytes",))
         # The array, not a view, is what every slice, cast and tensor made over it keeps alive.
         block = _block_type(size).from_buffer(self._memory, offset)
         self._alive[offset] = weakref.KeyedRef(block, self._ended.append, offset)
@@ -73,7 +73,7 @@ class Arena:
             )
         return (
             f"a tensor of {size} bytes does not fit into the arena of {self._segment.size} bytes, of which "
-            f"{self._allocator.taken_bytes} are in use: send fewer rows at a time, or connect with a larger one"
+            f"{self._allocator.taken_bytes} are in use: send fewer rows at a time, or choose more by arena_bytes"
         )
 
 

@@ -191,7 +191,11 @@ class ShmChannel(BaseChannel):
 
     def _opened(self, answer: Answer) -> None:
         if answer.control:
-            raise WorkerLost(f"{self.address}: the worker refused the shared memory: {answer.control[:200]!a}")
+            raise WorkerLost(
+                f"{self.address}: the worker refused the shared memory: {answer.control[:200]!a}; under a limit on "
+                "memory, choose fewer bytes by arena_bytes",
+                fields=("arena_bytes",),
+            )
         self._segment.remove_name()
 
     def _make_room(self, events: int) -> None:

@@ -49,7 +49,8 @@ class Segment:
         except OSError as error:
             self.close()
             raise AddressError(
-                f"cannot make an arena of {size} bytes: {error.strerror}; choose a smaller one"
+                f"cannot make an arena of {size} bytes: {error.strerror}; choose fewer by arena_bytes",
+                fields=("arena_bytes",),
             ) from None
         self._backed = size if kind == "memfd" else 0  # a memfd takes its pages from memory, not from a disk
 

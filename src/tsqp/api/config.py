@@ -1,0 +1,164 @@
+"""What a run can be asked to be: one field for each option, with its help. The command line makes its flags of these.
+
+A field's metadata: ``help``; ``variable``, whether ``TSQP_NAME`` gives it too; ``former``, the variable's older name;
+``heading``, where ``--help`` shows it; ``size``, for bytes that may be written as 512MB. Which values and which
+combinations are refused: ``rules.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from tsqp.config.dtype import AskedDtype, WireDtype
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+DEALER = "dealer="
+
+ProtectionName = Literal["masked", "verified", "open", "local"]
+PartitionName = Literal["op", "batched", "linear", "layer"]
+
+
+def _option(
+    heading: str,
+    default: Any,
+    text: str,
+    *,
+    variable: bool = True,
+    former: str | None = None,
+    size: bool = False,
+) -> Any:
+    metadata = {"heading": heading, "help": text, "variable": variable, "former": former, "size": size}
+    return field(default=default, metadata=metadata)
+
+
+def _documented(config: type[T]) -> type[T]:
+    """The same class, whose docstring has the help of each field."""
+    helps = (f"``{one.name}``: {one.metadata['help']}" for one in fields(config) if one.metadata)
+    config.__doc__ = "\n\n".join([str(config.__doc__), *helps])
+    return config
+
+
+_model = partial(_option, "model")
+_connection = partial(_option, "connection")
+_privacy = partial(_option, "privacy")
+_pads = partial(_option, "pads")
+
+
+@_documented
+@dataclass(frozen=True)
+class WorkerConfig:
+    """How the worker is reached, or started beside this process. Keys are files, see ``tsqp keys``."""
+
+    address: str | None = _connection(
+        None,
+        "A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started.",
+        former="LLAMA_IPC_PATH",
+    )
+    device: str = _model("cpu", "Where the worker computes: cpu or cuda[:n].", former="LLAMA_GPU_DEVICE")
+    compiled: bool = _model(
+        False, "The worker compiles its products by torch.compile; needs a C++ compiler.", variable=False
+    )
+    deadline_s: float = _connection(300.0, "The longest wait for one reply of the worker, in seconds.", variable=False)
+    arena_bytes: int | None = _connection(
+        None,
+        "The most memory shared with a worker or dealer over shm: bytes, or such as 512M or 2G; half of what limits "
+        "leave, at most 4GiB, when not given.",
+        size=True,
+    )
+    key: Path | None = _connection(None, "This side's secret key file, for a worker or a dealer by tcp.")
+    server_key: Path | None = _connection(None, "The worker's public key file, for tcp.")
+    insecure_plain_tcp: bool = _connection(
+        False, "Allow tcp off loopback without keys: anyone on the path can read it.", variable=False
+    )
+
+
+@_documented
+@dataclass(frozen=True)
+class GuardConfig:
+    """How products are checked and where pads come from. Everything but the first two is for ``masked`` only."""
+
+    checks: int = _privacy(2, "Check vectors: a cheat passes with probability 2^(-31·checks) (masked and verified).")
+    model_digest: str | None = _privacy(
+        None, "Refuse any model but the one with this digest (tsqp model info --digest) (masked and verified)."
+    )
+    pad_source: str = _pads(
+        "tee",
+        "Who multiplies pads by the weights: tee (this process) or dealer=ADDR (a second worker, of a party that does "
+        "not collude with the first one's); masked only, like all about pads.",
+    )
+    dealer_key: Path | None = _pads(None, "The dealer's public key file, for tcp (masked only).")
+    dealer_no_separation: bool = _pads(
+        False,
+        "Allow a dealer over shm, ipc or plain loopback: for tests, whoever runs the worker may read it (masked only).",
+    )
+    pads_ahead: int = _pads(256, "Tokens whose pads are kept ready, as memory allows (masked only).")
+    pad_memory: int = _pads(
+        1 << 30, "The most memory for pads: bytes, or such as 512MB or 2GB (masked only).", size=True
+    )
+    pads_empty: Literal["wait", "refuse"] = _pads(
+        "wait", "When pads are missing: make them and go on, or refuse the call (masked only)."
+    )
+    warm_pads: bool = _pads(False, "Fill the pool before the first call (masked only).")
+
+    @property
+    def dealer(self) -> str | None:
+        """The dealer's address."""
+        return dealer_address(self.pad_source)
+
+
+@_documented
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What is computed where, and in which numbers."""
+
+    partition: PartitionName = _model("linear", "Which operators run on the worker.")
+    dtype: AskedDtype = _model(
+        "auto",
+        "What both sides compute in, at open and local; auto: float32 for weights stored so, else bfloat16; int8: the "
+        "worker's linear layers, the rest in bfloat16.",
+        former="LLAMA_DTYPE",
+    )
+    wire_dtype: WireDtype | None = _model(
+        None, "What crosses the line, at open; what this side computes in when not given. int8 halves the traffic."
+    )
+    prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)
+    micro_batches: int = _model(
+        1, "Parts of a chunk that cross the layers in turn: one is computed here, the others there.", variable=False
+    )
+    compiled_kernels: bool = _model(True, "Element-wise operators compiled by numba, for bfloat16 and float32.")
+    kernel_cache: str = _model(
+        "auto", "Where compiled kernels are kept: a directory, off, or auto (the user's cache, none in a TEE)."
+    )
+    threads: int | None = _model(None, "CPU threads of each side; all cores when not given.")
+
+
+@_documented
+@dataclass(frozen=True)
+class RunConfig:
+    """A model and all that it is run with: what ``LLM`` takes, as one value."""
+
+    model: str = _model(
+        "default",
+        "A Hugging Face directory, a .gguf file, a Hub id, default, or synthetic:NAME.",
+        former="LLAMA_MODEL_PATH",
+    )
+    protection: ProtectionName = _privacy(
+        "masked",
+        "What the worker may learn and do: masked (it sees noise and cannot cheat), verified (it sees all and cannot "
+        "cheat), open (it sees everything and is believed) or local (there is none).",
+    )
+    worker: WorkerConfig = WorkerConfig()
+    guard: GuardConfig = GuardConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+def dealer_address(pad_source: str) -> str | None:
+    """The address in ``dealer=ADDR``, None for any other source."""
+    return pad_source.removeprefix(DEALER) if pad_source.startswith(DEALER) else None

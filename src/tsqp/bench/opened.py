@@ -1,0 +1,35 @@
+"""A model that is open for a benchmark: its mode is stated, and what the handshake has shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from tsqp.api.config import RunConfig
+from tsqp.api.describe import handshake_line, mode_lines
+from tsqp.api.llm import LLM
+from tsqp.api.plan import Plan
+from tsqp.bench.machine import cores
+
+
+def opened(run: RunConfig, console: Console) -> LLM:
+    """The model as ``run`` asks for it, on all cores unless it says how many. Raises every error of ``LLM``."""
+
+    def announce(plan: Plan) -> None:
+        for line, style in mode_lines(plan):
+            console.print(line, style=style, soft_wrap=True, markup=False)
+
+    compute = replace(run.compute, threads=run.compute.threads or cores())
+    llm = LLM.of(replace(run, compute=compute), announce=announce)
+    line = handshake_line(llm)
+    if line is not None:
+        console.print(line, style="dim", soft_wrap=True, markup=False)
+    return llm
+
+
+def plain(run: RunConfig) -> RunConfig:
+    """The same model, threads and device, at ``open`` with a worker of its own and nothing else asked for."""
+    device, threads = run.worker.device, run.compute.threads
+    bare = RunConfig(run.model, "open")
+    return replace(bare, worker=replace(bare.worker, device=device), compute=replace(bare.compute, threads=threads))
