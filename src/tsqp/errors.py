@@ -48,6 +48,8 @@ from typing import Literal
 
 Side = Literal["worker", "dealer"]
 
+MORE_PADS = ("guard.warm_pads", "guard.pads_ahead", "guard.pad_memory")  # the options that help where pads are missing
+
 
 class TsqpError(Exception):
     """Base of every exception this package raises on purpose.

@@ -72,7 +72,7 @@ def generate(
         The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
     """
     text = prompt_text(prompt, prompt_file, after_dashes)
-    arguments = template_args(template_arg, raw=raw)
+    arguments, sampling = template_args(template_arg, raw=raw), readable(sampling)
     check_output("--trace", output.trace)
     with open_llm(run) as llm:
         from tsqp.api.trace_file import write_trace
@@ -85,7 +85,7 @@ def generate(
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
         completion = None
-        for delta in llm.stream(text, readable(sampling), raw=raw, **arguments):
+        for delta in llm.stream(text, sampling, raw=raw, **arguments):
             if not output.json:
                 _write(delta.text)
             completion = delta.completion or completion
@@ -109,7 +109,7 @@ def chat(
     stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
-    arguments = template_args(template_arg)
+    arguments, sampling = template_args(template_arg), readable(sampling)
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
         from tsqp.cli.chat import converse
@@ -117,7 +117,7 @@ def chat(
 
         console = _stderr()
         announce(llm, console)
-        converse(llm, readable(sampling), opening, arguments, console)
+        converse(llm, sampling, opening, arguments, console)
         if stats:
             print_stats(llm, console)
 

@@ -21,7 +21,7 @@ import numpy as np
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
 from tsqp.config.groups import GroupKey
-from tsqp.errors import PadsExhausted, TsqpError
+from tsqp.errors import MORE_PADS, PadsExhausted, TsqpError
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pads import PadBlock, Ratchet, wipe
 from tsqp.trusted.guard.sources import PadSource
@@ -93,10 +93,7 @@ class PadPool:
             stock = self._stocks[key]
             missing = max(0, rows - self.ready(key))
             if missing and not self._wait:
-                raise PadsExhausted(
-                    f"{missing} of {rows} pads missing: use guard.warm_pads, guard.pads_ahead, guard.pad_memory",
-                    fields=("guard.warm_pads", "guard.pads_ahead", "guard.pad_memory"),
-                )
+                raise PadsExhausted(f"{missing} of {rows} pads missing: use {', '.join(MORE_PADS)}", fields=MORE_PADS)
             self.recent[key] = time.monotonic(), rows
             self.used += rows
             self.missed += missing

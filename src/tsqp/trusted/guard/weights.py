@@ -108,7 +108,6 @@ def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
         name = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
         raise UnsupportedModel(
             f"the weights of {name} leave {limit} levels for activations, private modes need {LEAST_LIMIT}: "
-            "use protection open or local",
-            fields=("protection",),
+            "use protection open or local"
         )
     return limit
