@@ -19,6 +19,8 @@ from tsqp.wire.transport.shm.packets import (
 )
 from tsqp.wire.transport.shm.segment import map_descriptor, map_file
 
+_NOTHING = memoryview(bytearray())
+
 
 class Connection:
     """One client. Its requests name places in its own arena only, so it can harm nobody else's."""
@@ -38,6 +40,8 @@ class Connection:
         if not packet:
             raise EOFError
         request = decode_request(packet)
+        if not request.tensors and not request.product.size and not request.product.offset:
+            return Arrival(self.peer, Frames(request.control), _NOTHING, request.sequence)
         if any(_overlap(request.product, region) for region in request.tensors):
             raise ProtocolError("a product in the place of its own input")
         tensors = tuple([self._cut(region) for region in request.tensors])

@@ -8,7 +8,7 @@ each side decodes one MessagePack frame for a message.
 from __future__ import annotations
 
 from struct import Struct
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -25,7 +25,7 @@ _REQUEST = Struct("<8Q")  # sequence number, tensors, offset and size of: first 
 _ANSWER = Struct("<Q")  # sequence number
 
 
-class Region(NamedTuple):
+class Region(msgspec.Struct, frozen=True, gc=False):
     """Bytes of the arena."""
 
     offset: int
@@ -33,6 +33,8 @@ class Region(NamedTuple):
 
 
 NO_BYTES = Region(0, 0)
+_LONGEST_REQUEST = _REQUEST.size + MAX_CONTROL_BYTES
+_LONGEST_ANSWER = _ANSWER.size + MAX_CONTROL_BYTES
 
 
 class Opening(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -42,7 +44,7 @@ class Opening(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     path: Annotated[str, Meta(max_length=MAX_CONTROL_BYTES)] | None
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True):
     """Trusted side: one message, where its tensors lie, and where the product of its reply belongs."""
 
     sequence: int
@@ -51,7 +53,7 @@ class Request(NamedTuple):
     product: Region = NO_BYTES
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """Worker: the product of request ``sequence`` is in its place. To an Opening: a reason if it is refused."""
 
     sequence: int
@@ -64,18 +66,30 @@ decode_opening: Decoder[Opening] = Decoder(Opening)
 
 def encode_request(request: Request) -> bytes:
     """The packet of a request with at most two tensors."""
-    first, second = (*request.tensors, NO_BYTES, NO_BYTES)[:MAX_TENSORS]
-    return _REQUEST.pack(request.sequence, len(request.tensors), *first, *second, *request.product) + request.control
+    tensors, product = request.tensors, request.product
+    if not tensors:
+        places = _REQUEST.pack(request.sequence, 0, 0, 0, 0, 0, product.offset, product.size)
+    else:
+        one, two = tensors[0], NO_BYTES if len(tensors) < MAX_TENSORS else tensors[1]
+        places = _REQUEST.pack(
+            request.sequence, len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size
+        )
+    return places + request.control
 
 
 def decode_request(packet: bytes) -> Request:
     """Raises ProtocolError. Whether the regions lie in the arena is for the caller to check."""
-    control = _control_after(_REQUEST, packet)
-    sequence, count, *numbers, offset, size = _REQUEST.unpack_from(packet)
-    if count > MAX_TENSORS or any(numbers[2 * count :]):
-        raise ProtocolError(f"a packet with places of more tensors than its {count}; the limit is {MAX_TENSORS}")
-    tensors = tuple([Region(numbers[2 * n], numbers[2 * n + 1]) for n in range(count)])
-    return Request(sequence, control, tensors, Region(offset, size))
+    if not _REQUEST.size <= len(packet) <= _LONGEST_REQUEST:
+        raise ProtocolError(f"a request of {len(packet)} bytes; it has {_REQUEST.size} to {_LONGEST_REQUEST}")
+    sequence, count, first, first_size, second, second_size, offset, size = _REQUEST.unpack_from(packet)
+    control, product = packet[_REQUEST.size :], Region(offset, size) if offset or size else NO_BYTES
+    if count == MAX_TENSORS:
+        return Request(sequence, control, (Region(first, first_size), Region(second, second_size)), product)
+    if count == 1 and not second and not second_size:
+        return Request(sequence, control, (Region(first, first_size),), product)
+    if not (count or first or first_size or second or second_size):
+        return Request(sequence, control, (), product)
+    raise ProtocolError(f"places of other tensors than a request's {count}; the limit is {MAX_TENSORS}")
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -85,14 +99,6 @@ def encode_answer(answer: Answer) -> bytes:
 
 def decode_answer(packet: bytes) -> Answer:
     """Raises ProtocolError."""
-    control = _control_after(_ANSWER, packet)
-    return Answer(*_ANSWER.unpack_from(packet), control)
-
-
-def _control_after(header: Struct, packet: bytes) -> bytes:
-    """The control frame. Raises ProtocolError for a packet of a size that none has."""
-    if not header.size <= len(packet) <= header.size + MAX_CONTROL_BYTES:
-        raise ProtocolError(
-            f"a packet of {len(packet)} bytes; it has {header.size} to {header.size + MAX_CONTROL_BYTES}"
-        )
-    return packet[header.size :]
+    if not _ANSWER.size <= len(packet) <= _LONGEST_ANSWER:
+        raise ProtocolError(f"an answer of {len(packet)} bytes; it has {_ANSWER.size} to {_LONGEST_ANSWER}")
+    return Answer(int.from_bytes(packet[: _ANSWER.size], "little"), packet[_ANSWER.size :])
