@@ -40,6 +40,7 @@ The text of each is one line: what is wrong, and what to do about it. It never h
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
 class TsqpError(Exception):
@@ -106,7 +107,22 @@ class PathRefused(TsqpError):
 
 
 class ChannelError(TsqpError):
-    """A failure of the line between the two sides."""
+    """A failure of the line between the two sides.
+
+    ``side``: who is at the other end, ``worker`` or ``dealer``. ``address``: where, in an error about that side itself;
+    then ``text`` is what that side did, without a subject. The message is made of the three.
+    """
+
+    def __init__(self, text: str, *, address: str | None = None) -> None:
+        super().__init__(text)
+        self.text = text
+        self.address = address
+        self.side: Literal["worker", "dealer"] = "worker"
+
+    def __str__(self) -> str:
+        if self.address is not None:
+            return f"{self.address}: the {self.side} {self.text}"
+        return self.text if self.side == "worker" else f"the {self.side}: {self.text}"
 
 
 class AddressError(ChannelError):

@@ -78,8 +78,8 @@ def _named() -> Iterator[None]:
     try:
         yield
     except ChannelError as error:
-        text = str(error).replace("the worker", "the dealer")
-        raise type(error)(text if "the dealer" in text else f"the dealer: {text}") from error
+        error.side = "dealer"
+        raise
 
 
 def _keys(options: GuardConfig, address: Address, security: ClientKeys | None) -> ClientKeys | None:

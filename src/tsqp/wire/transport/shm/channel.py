@@ -69,7 +69,7 @@ def connect_shm(
         try:
             socket.send_fds(line, [opening], [segment.fd] if segment.path is None else [])
         except OSError:
-            raise WorkerLost(f"{address}: the worker went away; start it again and connect anew") from None
+            raise WorkerLost("went away; start it again and connect anew", address=str(address)) from None
         return ShmChannel(address, max_frame_bytes, line, segment, spin_s, resources.pop_all())
 
 
@@ -193,7 +193,7 @@ class ShmChannel(BaseChannel):
 
     def _opened(self, answer: Answer) -> None:
         if answer.control:
-            raise WorkerLost(f"{self.address}: the worker refused the shared memory: {answer.control[:200]!a}")
+            raise WorkerLost(f"refused the shared memory: {answer.control[:200]!a}", address=self.address)
         self._segment.remove_name()
 
     def _make_room(self, events: int) -> None:
@@ -201,7 +201,7 @@ class ShmChannel(BaseChannel):
         deadline = Deadline(SEND_TIMEOUT_S)
         self._sleep(events, deadline)
         if deadline.passed:
-            raise DeadlineExceeded(f"{self.address}: the worker takes no more calls; it has stalled")
+            raise DeadlineExceeded("takes no more calls; it has stalled", address=self.address)
         frames = self._next_reply()
         if frames is not None:
             self._arrived.append(frames)
@@ -211,4 +211,4 @@ class ShmChannel(BaseChannel):
         self._poller.poll(deadline.remaining_ms)
 
     def _lost(self) -> WorkerLost:
-        return WorkerLost(f"{self.address}: the worker went away; start it again and connect anew")
+        return WorkerLost("went away; start it again and connect anew", address=self.address)
