@@ -1,4 +1,8 @@
-"""The worker: a loop that feeds messages to a pure answer function. It keeps nothing of a call once it is answered."""
+"""The worker: a loop that feeds messages to ``answer`` and sends what ``answer`` returns.
+
+The worker keeps an entry for each connection past its handshake. At the ``layer`` partition that entry holds KV caches
+and hidden states, which outlive a call; at the other partitions nothing of a call outlives its answer.
+"""
 
 from __future__ import annotations
 
