@@ -73,7 +73,7 @@ class TsqpError(Exception):
         self.address = address
         self.hint = hint
 
-    def text(self, name_of: Callable[[str], str]) -> str:
+    def explained(self, name_of: Callable[[str], str]) -> str:
         """The text, with the name that ``name_of`` gives to a field in the place of that field."""
         if not self.fields:
             return str(self)
@@ -141,7 +141,28 @@ class PathRefused(TsqpError):
 
 
 class ChannelError(TsqpError):
-    """A failure of the line between the two sides."""
+    """A failure of the line between the two sides.
+
+    ``side``: who is at the other end, ``worker`` or ``dealer``. ``address``: where, in an error about that side itself;
+    then ``text`` is what that side did, without a subject. The message is made of the three.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        fields: tuple[str, ...] = (),
+        side: Side = "worker",
+        address: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(text, fields=fields, side=side, address=address, hint=hint)
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.address is not None:
+            return f"{self.address}: the {self.side} {text}"
+        return text if self.side == "worker" else f"the {self.side}: {text}"
 
 
 class AddressError(ChannelError):

@@ -108,8 +108,9 @@ def test_a_dealer_that_is_lost_is_named(home: Home, start_worker: StartWorker) -
         guard = options(address, dealer_no_separation=True, pads_ahead=0)
         with LLM(MODEL, protection="masked", worker=start_worker(MODEL, dtype="field"), guard=guard) as llm:
             process.kill()
-            with pytest.raises(ChannelError, match=f"{address}: the dealer went away"):
+            with pytest.raises(ChannelError, match=f"{address}: the dealer went away") as caught:
                 llm.generate(PROMPT, FOUR)
+            assert (caught.value.side, caught.value.address) == ("dealer", address)
 
 
 @pytest.mark.slow
@@ -125,7 +126,10 @@ def test_over_tcp_with_keys(home: Home, keys: dict[str, KeyFiles]) -> None:
         assert (good.json["dealer"], good.json["dealer_separation"]) == (address, True)
         wrong = home.run(*run, "--dealer-key", keys["worker"].public, "--key", keys["me"].secret, stdin="hello")
         assert wrong.code == 1
-        assert f"{address}: the keys did not match; check both public keys and the dealer's list" in wrong.error
+        assert (
+            f"{address}: the dealer was not reached: the keys did not match; check both public keys and its list"
+            in wrong.error
+        )
 
 
 def test_no_separation_is_said(tsqp: Callable[..., Result], start_worker: StartWorker) -> None:

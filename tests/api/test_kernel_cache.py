@@ -38,7 +38,9 @@ def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_directory_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with pytest.raises(PathRefused, match=f"open to others.*chmod go-w {tmp_path} or choose another compute.kernel_cache"):
+    with pytest.raises(
+        PathRefused, match=f"open to others.*chmod go-w {tmp_path} or choose another compute.kernel_cache"
+    ):
         kernel_cache_directory(str(tmp_path))
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from tsqp.arith import field
 from tsqp.arith.digits import join, split
 from tsqp.arith.digits_torch import join_torch, split_torch
-from tsqp.arith.field import MAX_INNER, MAX_SMALL, Digits, FieldWeights
+from tsqp.arith.field import MAX_FIELD_TERMS, MAX_SMALL, Digits, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
 from tsqp.arith.self_test import is_exact
@@ -80,24 +80,24 @@ HIGHEST = 63 * 2**24 + 127 * (2**16 + 2**8 + 1)  # 127
 @pytest.mark.parametrize("value", [LOWEST, HIGHEST, 0, P - 1])
 def test_the_longest_sum_of_extreme_digits(kernel: DigitKernel, value: int) -> None:
     assert split_torch(torch.tensor([[LOWEST, HIGHEST]]), 4)[:3].flatten(1).tolist() == [[0, 255]] * 3
-    x = np.full((1, MAX_INNER), value, np.uint32)
-    w = np.stack([np.full(MAX_INNER, weight, np.int8) for weight in (127, -127)])
-    expected = [[value * weight * MAX_INNER % P for weight in (127, -127)]]
+    x = np.full((1, MAX_FIELD_TERMS), value, np.uint32)
+    w = np.stack([np.full(MAX_FIELD_TERMS, weight, np.int8) for weight in (127, -127)])
+    expected = [[value * weight * MAX_FIELD_TERMS % P for weight in (127, -127)]]
     assert product(x, w, kernel).tolist() == expected
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("value", [MAX_SMALL, -MAX_SMALL, -128 * 256 + 128])
 def test_the_longest_sum_of_two_extreme_digits(kernel: DigitKernel, value: int) -> None:
-    x = np.full((1, MAX_INNER), value, np.int16)
-    w = np.full((1, MAX_INNER), -127, np.int8)
-    assert product(x, w, kernel).tolist() == [[value * -127 * MAX_INNER % P]]
+    x = np.full((1, MAX_FIELD_TERMS), value, np.int16)
+    w = np.full((1, MAX_FIELD_TERMS), -127, np.int8)
+    assert product(x, w, kernel).tolist() == [[value * -127 * MAX_FIELD_TERMS % P]]
 
 
 def test_longer_sums_are_refused() -> None:
-    assert 128 * 127 * MAX_INNER < 2**31 <= 128 * 127 * (MAX_INNER + 1)
-    with pytest.raises(ValueError, match=str(MAX_INNER)):
-        FieldWeights.of(torch.empty(1, MAX_INNER + 1, dtype=torch.int8), BlockedKernel())
+    assert 128 * 127 * MAX_FIELD_TERMS < 2**31 <= 128 * 127 * (MAX_FIELD_TERMS + 1)
+    with pytest.raises(ValueError, match=str(MAX_FIELD_TERMS)):
+        FieldWeights.of(torch.empty(1, MAX_FIELD_TERMS + 1, dtype=torch.int8), BlockedKernel())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqp.arith.product import (
-    MAX_INNER,
+    MAX_INT8_TERMS,
     BlockedKernel,
     DigitKernel,
     OffsetKernel,
@@ -41,11 +41,11 @@ def test_against_int64(kernel: DigitKernel, sizes: tuple[int, int, int], seed: i
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sum_still_fits(kernel: DigitKernel, sign: int) -> None:
-    x = torch.full((1, MAX_INNER), 127, dtype=torch.int8)
-    w = torch.full((2, MAX_INNER), 127 * sign, dtype=torch.int8)
-    assert exact_product(kernel, x, w).tolist() == [[sign * 127 * 127 * MAX_INNER] * 2]
+    x = torch.full((1, MAX_INT8_TERMS), 127, dtype=torch.int8)
+    w = torch.full((2, MAX_INT8_TERMS), 127 * sign, dtype=torch.int8)
+    assert exact_product(kernel, x, w).tolist() == [[sign * 127 * 127 * MAX_INT8_TERMS] * 2]
     # The offset kernel adds 128 to x: the bound counts that.
-    assert (127 + 128) * 127 * MAX_INNER < 2**31 <= (127 + 128) * 127 * (MAX_INNER + 1)
+    assert (127 + 128) * 127 * MAX_INT8_TERMS < 2**31 <= (127 + 128) * 127 * (MAX_INT8_TERMS + 1)
 
 
 class Saturating(OffsetKernel):

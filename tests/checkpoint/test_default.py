@@ -156,7 +156,7 @@ def test_no_more_is_read_than_can_be_right(
     index: Index, pin: PinnedModel, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if what == "page":
-        monkeypatch.setattr("tsqp.checkpoint.download._PAGE_BYTES", 10)
+        monkeypatch.setattr("tsqp.checkpoint.download._MAX_HTML_BYTES", 10)
     else:
         index.content += bytes(1 << 20)
     with pytest.raises(FetchError, match="longer than it may be") as caught:

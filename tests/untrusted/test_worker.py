@@ -111,7 +111,7 @@ def test_a_failure_of_the_product_is_an_answer(
 
 
 def test_the_longest_silent_connection_is_forgotten_first(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(worker_module, "MAX_GREETED", 3)
     greet(worker)
     for number in range(20):
         greet(worker, peer=b"other %d" % number)

@@ -14,7 +14,15 @@ from typing import Any
 from tests.wire.links import WAIT_S
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.shm.channel import ShmChannel
-from tsqp.wire.transport.shm.packets import SHM_VERSION, Answer, Opening, Request, decode_request, encode_packet
+from tsqp.wire.transport.shm.packets import (
+    SHM_VERSION,
+    Answer,
+    Opening,
+    Request,
+    decode_request,
+    encode_answer,
+    encode_opening,
+)
 from tsqp.wire.transport.shm.segment import SEALS
 
 ARENA_BYTES = 1 << 20
@@ -34,7 +42,7 @@ class RawWorker:
         return decode_request(self.line.recv(8192))
 
     def answer(self, sequence: int, control: bytes = b"") -> None:
-        self.line.send(encode_packet(Answer(sequence, control)))
+        self.line.send(encode_answer(Answer(sequence, control)))
 
     def close(self) -> None:
         self.memory.close()
@@ -69,7 +77,7 @@ def raw_client(address: str) -> Iterator[socket.socket]:
 
 
 def opening(path: str | None = None, version: int = SHM_VERSION) -> bytes:
-    return encode_packet(Opening(version, path))
+    return encode_opening(Opening(version, path))
 
 
 def memfd(size: int = ARENA_BYTES, seals: int = SEALS) -> int:

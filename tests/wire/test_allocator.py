@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from tsqp.wire.transport.shm.allocator import LINE_BYTES, PAGE_BYTES, Allocator
+from tsqp.wire.transport.shm.allocator import CACHE_LINE_BYTES, PAGE_BYTES, Allocator
 
 TOTAL = 1 << 20
-SIZES = st.integers(1, 4 * LINE_BYTES) | st.integers(1, TOTAL // 3)
+SIZES = st.integers(1, 4 * CACHE_LINE_BYTES) | st.integers(1, TOTAL // 3)
 
 
 class Layout(RuleBasedStateMachine):
@@ -27,7 +27,7 @@ class Layout(RuleBasedStateMachine):
     def allocate(self, size: int) -> int | None:
         offset = self.allocator.allocate(size)
         if offset is not None:
-            assert offset % (PAGE_BYTES if size >= 65_536 else LINE_BYTES) == 0
+            assert offset % (PAGE_BYTES if size >= 65_536 else CACHE_LINE_BYTES) == 0
             assert offset + size <= TOTAL
             assert all(offset + size <= other or other + n <= offset for other, n in self.sizes.items())
             self.sizes[offset] = size
@@ -41,7 +41,7 @@ class Layout(RuleBasedStateMachine):
 
     @invariant()
     def what_is_taken_is_known(self) -> None:
-        rounded = sum(-(-size // LINE_BYTES) * LINE_BYTES for size in self.sizes.values())
+        rounded = sum(-(-size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES for size in self.sizes.values())
         assert self.allocator.taken_bytes == rounded
 
     def teardown(self) -> None:

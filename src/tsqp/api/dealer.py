@@ -89,6 +89,5 @@ def _named() -> Iterator[None]:
     try:
         yield
     except ChannelError as error:
-        text = str(error).replace("the worker", "the dealer")
-        named = text if "the dealer" in text else f"the dealer: {text}"
-        raise type(error)(named, fields=error.fields, side="dealer", address=error.address) from error
+        error.side = "dealer"
+        raise

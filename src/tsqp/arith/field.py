@@ -17,7 +17,7 @@ from tsqp.arith.product import DigitKernel
 from tsqp.arith.row_threads import row_threads
 
 MAX_SMALL = 127 * 256 + 127  # the largest number of two balanced digits
-MAX_INNER = 132_104  # 128 · 127 · 132,104 < 2³¹: no sum of products of digits leaves int32
+MAX_FIELD_TERMS = 132_104  # 128 · 127 · 132,104 < 2³¹: no sum of products of digits leaves int32
 
 Digits = Literal[2, 4]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,7 +28,7 @@ _LEAST_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class FieldWeights:
-    """One matrix to multiply by: ``wq`` int8 (N, K) on the CPU, K ≤ ``MAX_INNER``, and its kernel's offsets (N,)."""
+    """One matrix to multiply by: ``wq`` int8 (N, K) on the CPU, K ≤ ``MAX_FIELD_TERMS``; its kernel's offsets (N,)."""
 
     wq: torch.Tensor
     offsets: torch.Tensor
@@ -36,8 +36,8 @@ class FieldWeights:
 
     @classmethod
     def of(cls, wq: torch.Tensor, kernel: DigitKernel) -> FieldWeights:
-        if wq.shape[1] > MAX_INNER:
-            raise ValueError(f"sums of {wq.shape[1]} terms do not fit into 32 bits; the limit is {MAX_INNER}")
+        if wq.shape[1] > MAX_FIELD_TERMS:
+            raise ValueError(f"sums of {wq.shape[1]} terms do not fit into 32 bits; the limit is {MAX_FIELD_TERMS}")
         return cls(wq, kernel.offsets(wq), kernel)
 
     def product(self, x: torch.Tensor, digits: Digits, *, out: torch.Tensor) -> None:

@@ -13,13 +13,13 @@ import torch
 from tsqp.arith.loops import row_sums
 from tsqp.arith.row_threads import row_threads
 
-MAX_INNER = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
+MAX_INT8_TERMS = 66_311  # 255 · 127 · 66,311 < 2³¹: no sum of so many terms leaves int32, offset digits included
 BLOCK_TERMS = 1_024  # 128 · 127 · 1,024 < 2²⁴
 BLOCK_COLUMNS = 4_096  # bounds the float32 copy of a block of weights to 16 MB
 
 
 class DigitKernel:
-    """Products of digits x int8 (T, K) and w int8 (N, K), K ≤ ``MAX_INNER``.
+    """Products of digits x int8 (T, K) and w int8 (N, K), K ≤ ``MAX_INT8_TERMS``.
 
     ``accumulate(x, w) - offsets(w)`` is x·wᵀ, exactly: int32 (T, N). The offsets depend on w alone.
     """

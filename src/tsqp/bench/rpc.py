@@ -33,7 +33,7 @@ NULL = b"?"
 DEADLINE_S = 60.0
 WARM_UP_CALLS = 200
 FULL_CALLS = 20  # of each run, and as many local copies, in alternation
-IDLE_S = 1.0
+IDLE_SAMPLE_S = 1.0
 
 
 def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, console: Console) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _idle_share(pid: int | None) -> dict[str, float] | None:
     if pid is None:
         return None
     start, client, worker = time.perf_counter(), time.process_time(), _cpu_seconds(pid)
-    time.sleep(IDLE_S)
+    time.sleep(IDLE_SAMPLE_S)
     wall_s = time.perf_counter() - start
     return {"client": (time.process_time() - client) / wall_s, "worker": (_cpu_seconds(pid) - worker) / wall_s}
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 30
 _PYPI = "https://pypi.org/simple"
-_PAGE_BYTES = 4 << 20  # of one project's page; the largest projects have about one
+_MAX_HTML_BYTES = 4 << 20  # of one project's page; the largest projects have about one
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def download_from_index(project: str, file: PinnedFile, directory: Path, *, prog
     disk is full.
     """
     page_url = f"{index_url().rstrip('/')}/{project}/"
-    page = _retrieve(page_url, None, directory / "index.html", _PAGE_BYTES, progress=False)
+    page = _retrieve(page_url, None, directory / "index.html", _MAX_HTML_BYTES, progress=False)
     link = _find_link(page.read_text(encoding="utf-8", errors="replace"), file.name)
     page.unlink()
     if link is None:

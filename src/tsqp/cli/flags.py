@@ -60,7 +60,7 @@ def flag_of(name: str) -> str:
 
 def explained(error: TsqpError) -> str:
     """The text of an error, with flags for the options that it names."""
-    return error.text(flag_of)
+    return error.explained(flag_of)
 
 
 def parse_size(text: str, name: str) -> int:

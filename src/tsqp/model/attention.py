@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-BLOCK_ROWS = 128  # queries of one block: its scores, heads × 128 × keys, still fit the cache
+BLOCK_QUERIES = 128  # queries of one block: its scores, heads × 128 × keys, still fit the cache
 
 
 def first_visible(position: int, window: int | None) -> int:
@@ -93,8 +93,8 @@ def _attend_in_blocks(
     """Block by block of queries, with bfloat16 products over the keys that the block can see."""
     rows = q.shape[1]
     scaled = q * q.shape[2] ** -0.5
-    for start in range(0, rows, BLOCK_ROWS):
-        end = min(start + BLOCK_ROWS, rows)
+    for start in range(0, rows, BLOCK_QUERIES):
+        end = min(start + BLOCK_QUERIES, rows)
         low = max(first_key, first_visible(position + start, window)) - first_key
         high = position + end - first_key
         scores = score_product(scaled[:, start:end], k[:, low:high])  # (heads, block, keys seen)

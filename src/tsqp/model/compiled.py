@@ -23,7 +23,7 @@ _inline = partial(inline, fastmath=_FAST)
 
 _ONE = np.float32(1.0)
 _INFINITE = np.float32(np.inf)
-_HALF = np.uint32(0x7FFF)
+_BFLOAT16_HALF = np.uint32(0x7FFF)
 
 
 def _widen(bits: Any) -> Any:
@@ -51,7 +51,7 @@ def _narrow_as(value, like):  # type: ignore[no-untyped-def]
     def to_bfloat16(value, like):  # type: ignore[no-untyped-def]
         bits = np.float32(value).view(np.uint32)
         odd = (bits >> np.uint32(16)) & np.uint32(1)
-        return np.uint16(np.uint32(bits + _HALF + odd) >> np.uint32(16))
+        return np.uint16(np.uint32(bits + _BFLOAT16_HALF + odd) >> np.uint32(16))
 
     return to_bfloat16
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.arith.field import MAX_INNER
+from tsqp.arith.field import MAX_FIELD_TERMS
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, LinearGroup, linear_groups, part_tensor
@@ -34,9 +34,9 @@ def load_quantised_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGrou
     """
     name, layer = key
     group = linear_groups(checkpoint.spec)[name]
-    if group.in_features > MAX_INNER:
+    if group.in_features > MAX_FIELD_TERMS:
         raise UnsupportedModel(
-            f"{group_label(key)} has {group.in_features} inputs, 8-bit products at most {MAX_INNER}: "
+            f"{group_label(key)} has {group.in_features} inputs, 8-bit products at most {MAX_FIELD_TERMS}: "
             "use protection open in a float dtype",
             fields=("protection",),
         )

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TsqpError as error:
         if "--debug" in arguments:
             raise
-        text = error.text(lambda field: f"--{field.replace('_', '-')}")
+        text = error.explained(lambda field: f"--{field.replace('_', '-')}")
         print(f"tsqp worker: error: {text}", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
     return 0

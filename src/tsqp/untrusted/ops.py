@@ -1,4 +1,8 @@
-"""The products a worker computes: one pure function from a call and its payloads to the product's bytes."""
+"""The products of the float and int8 paths: from a call and its payloads to the bytes of its product.
+
+A product depends on the call, the payloads and the weights alone, except at the ``layer`` partition: there it also
+depends on the connection's ``LayerState``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The worker: a loop that feeds messages to a pure answer function. It keeps nothing of a call once it is answered."""
+"""The worker: a loop that feeds messages to ``answer`` and sends what ``answer`` returns.
+
+The worker keeps an entry for each connection past its handshake. At the ``layer`` partition that entry holds KV caches
+and hidden states, which outlive a call; at the other partitions nothing of a call outlives its answer.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, GroupShape, Hello, Refused, Welcome
 from tsqp.wire.payload import wire_format
 
-MAX_CONNECTIONS = 4096
+MAX_GREETED = 4096  # connections past the handshake
 MAX_STATEFUL_CONNECTIONS = 8  # with KV caches here; each is bounded too
 
 log = logging.getLogger("tsqp.worker")
@@ -66,7 +70,7 @@ class Worker:
             return self._refused(reason_of(error))
         self._connections.pop(peer, None)
         self._connections[peer] = operators(weights, hello)
-        if len(self._connections) > MAX_CONNECTIONS:  # ZeroMQ does not report ended connections
+        if len(self._connections) > MAX_GREETED:  # ZeroMQ does not report ended connections
             del self._connections[next(iter(self._connections))]
         return Welcome(PROTOCOL_VERSION, fingerprint, group_shapes(weights), str(weights.device), weights.compute)
 

@@ -283,7 +283,7 @@ def test_connections_of_several_paths_live_side_by_side(worker: Worker) -> None:
 
 
 def test_a_model_without_a_field_path_is_refused_and_floats_still_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised, "MAX_INNER", 63)
+    monkeypatch.setattr(quantised, "MAX_FIELD_TERMS", 63)
     worker = Worker(store())
     refused = greet(worker, FIELD)
     assert isinstance(refused, Refused)

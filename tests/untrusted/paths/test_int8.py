@@ -155,7 +155,7 @@ def test_weights_are_a_byte_each_and_the_embedding_is_kept_apart() -> None:
 
 
 def test_sums_that_int32_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "MAX_INNER", 63)
+    monkeypatch.setattr(int8, "MAX_INT8_TERMS", 63)
     with pytest.raises(UnsupportedModel, match="63 terms"):
         WorkerWeights.load(checkpoint_of("llama"), "int8", CPU)
 

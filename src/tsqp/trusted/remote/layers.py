@@ -68,7 +68,7 @@ class LayerDecoder:
         stats.forward_passes += 1
         return result
 
-    def _begin(self, begin: int, batch: Batch[RemoteCache]) -> PendingReply:
+    def _begin(self, begin: int, batch: Batch[RemoteCache]) -> PendingReply[torch.Tensor]:
         places = tuple(
             Place(cache.sequence, cache.length, len(tokens))
             for tokens, cache in zip(batch.tokens, batch.caches, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 import torch
@@ -21,6 +21,8 @@ from tsqp.wire.codec import decode_handshake, decode_reply, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, MultiplyPads, Product, Welcome
 from tsqp.wire.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
 from tsqp.wire.printable import printable
+
+T = TypeVar("T")
 
 
 class WorkerSession:
@@ -53,9 +55,7 @@ class WorkerSession:
         self._dtype = TORCH_DTYPES[dtype]
         self._deadline_s = deadline_s
         self._next_id = 0
-        self._waiting: set[int] = set()
-        self._arrived: dict[int, memoryview] = {}
-        self._busy_ns: dict[int, int] = {}
+        self._under_way: dict[int, PendingReply[Any]] = {}
         self._dead: ChannelError | None = None
         try:
             self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path))
@@ -89,7 +89,7 @@ class WorkerSession:
 
     def start(
         self, kind: CallKind, call: Call, tensors: Sequence[torch.Tensor], shape: tuple[int, ...]
-    ) -> PendingReply:
+    ) -> PendingReply[torch.Tensor]:
         """Send one call; ``shape`` is that of its product. Integer tensors go as they are, others as the wire dtype.
 
         Raises the session's first ChannelError when it is dead, WorkerLost, ProtocolError.
@@ -97,67 +97,67 @@ class WorkerSession:
         self._raise_if_dead()
         began = time.perf_counter()
         payloads = [self._payload(tensor) for tensor in tensors]
-        return PendingReply(self, self._send(kind, call, payloads, self._wire.size(shape), began), shape)
+        read = lambda payload: self._wire.read(payload, shape, self._dtype)  # noqa: E731
+        return self._send(PendingReply(self, kind, call, self._wire.size(shape), read, began), payloads)
 
-    def ask(self, kind: CallKind, call: Call, payload: memoryview, reply_bytes: int) -> PendingBytes:
+    def ask(self, kind: CallKind, call: Call, payload: memoryview, reply_bytes: int) -> PendingReply[memoryview]:
         """Send one call with one payload as it is; its product is ``reply_bytes`` of the worker's.
 
         Raises the session's first ChannelError when it is dead, WorkerLost, ProtocolError.
         """
         self._raise_if_dead()
-        return self._send(kind, call, [payload], reply_bytes, time.perf_counter())
+        began = time.perf_counter()
+        return self._send(PendingReply(self, kind, call, reply_bytes, lambda product: product, began), [payload])
 
     def fail(self, error: ChannelError) -> None:
         """End the session: every later call raises ``error``, or what has ended it before."""
         self._die(error)
 
-    def _send(
-        self, kind: CallKind, call: Call, payloads: Sequence[memoryview], reply_bytes: int, began: float
-    ) -> PendingBytes:
-        row = self.stats.calls[kind]
-        control = encode(call)
+    def _send(self, reply: PendingReply[T], payloads: Sequence[memoryview]) -> PendingReply[T]:
+        row = self.stats.calls[reply.kind]
+        control = encode(reply.call)
         serialised = time.perf_counter()
         try:
-            self.channel.send(Frames(control, payloads), reply_bytes)
+            self.channel.send(Frames(control, payloads), reply.reply_bytes)
         except ChannelError as error:
             self._die(error)
             raise
         sent = time.perf_counter()
-        self._waiting.add(call.id)
+        self._under_way[reply.call.id] = reply
         row.count += 1
-        row.held_s += sent - began
-        row.serialise_s += serialised - began
+        row.held_s += sent - reply.began
+        row.serialise_s += serialised - reply.began
         row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
-        self.stats.traced("line", "send", began, sent, id=call.id)
-        return PendingBytes(self, kind, call, reply_bytes, began)
+        self.stats.traced("line", "send", reply.began, sent, id=reply.call.id)
+        return reply
 
     def close(self) -> None:
         """End the session. Closing twice is allowed."""
         self._dead = self._dead or ChannelClosed(f"the session with the {self._role} was closed")
         self.channel.close()
 
-    def finish(self, reply: PendingReply) -> torch.Tensor:
+    def finish(self, reply: PendingReply[T]) -> T:
         """Wait for one reply and hand out its product. Raises any ChannelError, and ends the session with it.
 
         Over shm the product may lie in memory that the worker can still change: read each element once.
         """
-        payload = self.take(reply.bytes)
+        payload = self._take(reply)
         arrived = time.perf_counter()
-        product = self._wire.read(payload, reply.shape, self._dtype)
+        product = reply.read(payload)
         end = time.perf_counter()
-        row = self.stats.calls[reply.bytes.kind]
+        row = self.stats.calls[reply.kind]
         row.deserialise_s += end - arrived
         row.rpc_s += end - arrived
         row.held_s += end - arrived
         self.stats.traced("line", "take", arrived, end)
         return product
 
-    def take(self, reply: PendingBytes) -> memoryview:
-        """Wait for one reply; the bytes of its product, of the size asked for. See ``finish``."""
+    def _take(self, reply: PendingReply[T]) -> memoryview:
+        """Wait for one reply; the bytes of its product, of the size asked for."""
         self._raise_if_dead()
         waits = time.perf_counter()
         try:
-            payload = self._payload_of(reply.call.id)
+            payload = self._payload_of(reply)
             if payload.nbytes != reply.reply_bytes:
                 raise ReplyShapeError(reply.reply_bytes, payload.nbytes)
         except ChannelError as error:
@@ -169,7 +169,7 @@ class WorkerSession:
         row.held_s += arrived - waits
         row.bytes_received += payload.nbytes
         # Whatever the worker says, it cannot have computed for longer than the call was under way.
-        busy_s = min(self._busy_ns.pop(reply.call.id) * 1e-9, arrived - reply.began)
+        busy_s = min(reply.busy_ns * 1e-9, arrived - reply.began)
         row.worker_s += busy_s
         self.stats.traced("line", "wait", waits, arrived)
         self.stats.traced("call", call_name(reply.call), reply.began, arrived, busy_s=busy_s, **asdict(reply.call))
@@ -184,22 +184,24 @@ class WorkerSession:
         wire.write(tensor, place)
         return place
 
-    def _payload_of(self, call_id: int) -> memoryview:
-        """Receive until the reply to ``call_id`` is here; replies to other calls wait for their turn."""
+    def _payload_of(self, wanted: PendingReply[T]) -> memoryview:
+        """Receive until ``wanted`` is here; replies to other calls wait with those who asked for them."""
         end = time.monotonic() + self._deadline_s
-        while call_id not in self._arrived:
+        while wanted.payload is None:
             control, tensors = self.channel.receive(max(0.0, end - time.monotonic()))
             reply = decode_reply(control)
-            if reply.id not in self._waiting:
+            asked = self._under_way.get(reply.id)
+            if asked is None:
                 raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
             if not isinstance(reply, Done):
                 raise WorkerFailed(f"the {self._role} at {self.channel.address} failed: {printable(reply.reason)}")
             if len(tensors) > 1:
                 raise ProtocolError(f"a reply with {len(tensors)} payloads")
-            self._waiting.remove(reply.id)
-            self._arrived[reply.id] = tensors[0] if tensors else memoryview(b"")
-            self._busy_ns[reply.id] = reply.busy_ns
-        return self._arrived.pop(call_id)
+            del self._under_way[reply.id]
+            asked.payload = tensors[0] if tensors else memoryview(b"")
+            asked.busy_ns = reply.busy_ns
+        payload, wanted.payload = wanted.payload, None
+        return payload
 
     def _handshake(self, hello: Hello) -> Welcome:
         self.channel.send(Frames(encode(hello)))
@@ -235,30 +237,29 @@ class WorkerSession:
         self.channel.close()
 
 
-class PendingBytes:
-    """A call under way whose product is wanted as bytes."""
+class PendingReply(Generic[T]):
+    """A call under way, and its reply once it is here; see ``Pending``. ``read`` makes the product of its bytes."""
 
-    def __init__(self, session: WorkerSession, kind: CallKind, call: Call, reply_bytes: int, began: float) -> None:
+    def __init__(
+        self,
+        session: WorkerSession,
+        kind: CallKind,
+        call: Call,
+        reply_bytes: int,
+        read: Callable[[memoryview], T],
+        began: float,
+    ) -> None:
         self.kind: CallKind = kind
         self.call = call
         self.reply_bytes = reply_bytes
+        self.read = read
         self.began = began
+        self.payload: memoryview | None = None  # from its arrival until it is taken
+        self.busy_ns = 0
         self._session = session
 
-    def wait(self) -> memoryview:
-        """The product's bytes; over shm the worker can still change them. Raises any ChannelError."""
-        return self._session.take(self)
-
-
-class PendingReply:
-    """A call under way; see ``Pending``."""
-
-    def __init__(self, session: WorkerSession, reply: PendingBytes, shape: tuple[int, ...]) -> None:
-        self.bytes = reply
-        self.shape = shape
-        self._session = session
-
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> T:
+        """The product; over shm the worker can still change bytes. Raises any ChannelError. Called once."""
         return self._session.finish(self)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.arith.product import MAX_INNER, DigitKernel
+from tsqp.arith.product import MAX_INT8_TERMS, DigitKernel
 from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups
@@ -90,8 +90,10 @@ def load_int8_group(
 ) -> Int8Linear:
     """Read one group and quantise it on the CPU. Raises CorruptCheckpoint, UnsupportedModel."""
     terms = linear_groups(checkpoint.spec)[key[0]].in_features
-    if terms > MAX_INNER:
-        raise UnsupportedModel(f"int8 sums hold {MAX_INNER} terms, {group_label(key)} has {terms}: use a float dtype")
+    if terms > MAX_INT8_TERMS:
+        raise UnsupportedModel(
+            f"int8 sums hold {MAX_INT8_TERMS} terms, {group_label(key)} has {terms}: use a float dtype"
+        )
     read = load_quantised_group(checkpoint, key)
     wq = read.wq.to(device)
     bias = None if read.bias is None else read.bias.to(device)

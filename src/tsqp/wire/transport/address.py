@@ -15,7 +15,7 @@ Transport = Literal["mem", "ipc", "shm", "tcp"]
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108, the closing zero byte included
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MEMORY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TCP = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(?P<port>[0-9]{1,5})")
 _SHOWN = 200  # characters of a malformed address that an error repeats
 
@@ -82,7 +82,7 @@ def parse_address(text: str) -> Address:
 
 
 def _name(name: str, text: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not _MEMORY_NAME.fullmatch(name):
         raise _malformed(text, "a mem: name has 1 to 64 letters, digits, dots, dashes or underscores")
     return name
 

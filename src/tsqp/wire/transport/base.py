@@ -118,7 +118,7 @@ class BaseChannel(ABC):
     def _release(self) -> None: ...
 
     def _nothing_came(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"{self.address}: nothing came before the deadline; the worker may still be busy")
+        return DeadlineExceeded("sent nothing before the deadline; it may still be busy", address=self.address)
 
     def _die(self, why: str) -> None:
         if self._end is None:

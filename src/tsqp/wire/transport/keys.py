@@ -19,9 +19,9 @@ import zmq.auth
 from tsqp.errors import AddressError
 from tsqp.private_path import DIRECTORY_MODE, FILE_MODE, follow, make_directories, open_private, reach
 
-_KEY = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # 32 bytes in Z85
+_Z85_KEY = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # 32 bytes in Z85
 OTHER_FILE = "keep keys in a directory that you alone can write to"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_KEY_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def create_keys(directory: Path, name: str) -> KeyFiles:
 
     Never overwrites. Raises AddressError, and PathRefused where others could exchange the files.
     """
-    if not _NAME.fullmatch(name):
+    if not _KEY_NAME.fullmatch(name):
         raise AddressError(f"{name[:100]!a} cannot name a key; use letters, digits, dots, dashes and underscores")
     files = KeyFiles(directory / f"{name}.key", directory / f"{name}.key_secret")
     try:
@@ -116,6 +116,6 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
         raise AddressError(f"cannot read the key {path}: {error.strerror or 'no such file'}") from None
     except (ValueError, IndexError):
         raise AddressError(f"{path} is not a key file; make one with: tsqp keys") from None
-    if not all(_KEY.fullmatch(key) for key in (public, secret) if key is not None):
+    if not all(_Z85_KEY.fullmatch(key) for key in (public, secret) if key is not None):
         raise AddressError(f"{path} is damaged: a key in it does not have 40 characters of Z85")
     return public, secret

@@ -70,7 +70,7 @@ class MemoryChannel(BaseChannel):
         self._connection.listener.drop(self._connection)
 
     def _lost(self) -> WorkerLost:
-        return WorkerLost(f"{self.address}: the worker closed the connection")
+        return WorkerLost("closed the connection", address=self.address)
 
 
 class MemoryListener(BaseListener):

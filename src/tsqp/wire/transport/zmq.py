@@ -128,7 +128,7 @@ class ZmqChannel(BaseChannel):
             with suppress(zmq.Again):
                 return send_parts(self._socket, (), frames)
             if deadline.passed:
-                raise DeadlineExceeded(f"{self.address}: the worker takes no more calls; it has stalled")
+                raise DeadlineExceeded("takes no more calls; it has stalled", address=self.address)
             self._writable.poll(deadline.remaining_ms)
         raise self._lost()
 
@@ -159,7 +159,7 @@ class ZmqChannel(BaseChannel):
         return poller
 
     def _lost(self) -> WorkerLost:
-        return WorkerLost(f"{self.address}: the worker went away; start it again and connect anew")
+        return WorkerLost("went away; start it again and connect anew", address=self.address)
 
 
 class ZmqListener(BaseListener):
@@ -246,7 +246,7 @@ def _endpoint_to_reach(address: Address, *, encrypted: bool, insecure_plain_tcp:
         check_own_socket(address)
         return address
     if address.port == 0:
-        raise AddressError(f"{address}: port 0 can only be listened on; give the port that the worker printed")
+        raise AddressError(f"{address}: port 0 can only be listened on; give the port that was printed there")
     return tcp.resolve(address, encrypted=encrypted, insecure_plain_tcp=insecure_plain_tcp)
 
 
@@ -256,7 +256,9 @@ def _await_handshake(monitor: zmq.Socket[bytes], address: Address, deadline: Dea
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return
         if event & _HANDSHAKE_FAILED and encrypted:
-            raise WorkerUnreachable(f"{address}: the keys did not match; check both public keys and the worker's list")
+            raise WorkerUnreachable(
+                "was not reached: the keys did not match; check both public keys and its list", address=str(address)
+            )
         if event & _HANDSHAKE_FAILED:
             raise WorkerUnreachable(f"{address}: what answers is not a worker of this version, or it asks for keys")
         raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the address")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-LINE_BYTES = 64  # a cache line: neighbours never share one
+CACHE_LINE_BYTES = 64  # neighbours never share one
 PAGE_BYTES = 4096
 _PAGED_FROM_BYTES = 64 * 1024  # from this size on the waste does not matter
 
@@ -23,10 +23,10 @@ class Allocator:
 
     def allocate(self, size: int) -> int | None:
         """The offset of ``size`` > 0 bytes, aligned to a cache line, or to a page if large. None if nothing fits."""
-        alignment = PAGE_BYTES if size >= _PAGED_FROM_BYTES else LINE_BYTES
+        alignment = PAGE_BYTES if size >= _PAGED_FROM_BYTES else CACHE_LINE_BYTES
         for index, (first, end) in enumerate(self._gaps):
             offset = _round_up(first, alignment)
-            taken_end = offset + _round_up(size, LINE_BYTES)
+            taken_end = offset + _round_up(size, CACHE_LINE_BYTES)
             if taken_end <= end:
                 self._gaps[index : index + 1] = [gap for gap in ((first, offset), (taken_end, end)) if gap[0] < gap[1]]
                 self._ends[offset] = taken_end

@@ -9,10 +9,8 @@ from functools import lru_cache
 
 from tsqp.errors import ArenaFull
 from tsqp.wire.transport.shm.allocator import Allocator
-from tsqp.wire.transport.shm.packets import Region
+from tsqp.wire.transport.shm.packets import NO_BYTES, Region
 from tsqp.wire.transport.shm.segment import Segment
-
-_NOTHING = Region(0, 0)
 
 _Block = ctypes.Array[ctypes.c_ubyte]
 
@@ -38,7 +36,7 @@ class Arena:
     def reserve(self, size: int) -> tuple[memoryview, Region]:
         """``size`` bytes, taken until the view and everything made over it are gone. Raises ArenaFull."""
         if size == 0:
-            return memoryview(bytearray()), _NOTHING
+            return memoryview(bytearray()), NO_BYTES
         self._free_ended()
         offset = self._allocator.allocate(size)
         if offset is None or not self._segment.back(offset + size):
@@ -51,7 +49,7 @@ class Arena:
     def region_of(self, tensor: memoryview) -> Region | None:
         """Where a tensor lies in the arena; None if it lies elsewhere, or not all of it in here."""
         if not tensor.nbytes:
-            return _NOTHING
+            return NO_BYTES
         if tensor.readonly:
             return None
         offset = ctypes.addressof(ctypes.c_char.from_buffer(tensor)) - self._address

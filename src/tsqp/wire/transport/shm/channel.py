@@ -16,6 +16,7 @@ from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline
 from tsqp.wire.transport.shm.arena import Arena
 from tsqp.wire.transport.shm.packets import (
+    NO_BYTES,
     OPENING,
     PACKET_BYTES,
     SHM_VERSION,
@@ -24,7 +25,8 @@ from tsqp.wire.transport.shm.packets import (
     Region,
     Request,
     decode_answer,
-    encode_packet,
+    encode_opening,
+    encode_request,
 )
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
 from tsqp.wire.transport.shm.unix import dial
@@ -63,11 +65,11 @@ def connect_shm(
     with ExitStack() as resources:
         line = resources.enter_context(closing(dial(address, connect_timeout_s)))
         segment = resources.enter_context(closing(Segment(arena, arena_bytes)))
-        opening = encode_packet(Opening(SHM_VERSION, None if segment.path is None else str(segment.path)))
+        opening = encode_opening(Opening(SHM_VERSION, None if segment.path is None else str(segment.path)))
         try:
             socket.send_fds(line, [opening], [segment.fd] if segment.path is None else [])
         except OSError:
-            raise WorkerLost(f"{address}: the worker went away; start it again and connect anew") from None
+            raise WorkerLost("went away; start it again and connect anew", address=str(address)) from None
         return ShmChannel(address, max_frame_bytes, line, segment, spin_s, resources.pop_all())
 
 
@@ -111,8 +113,8 @@ class ShmChannel(BaseChannel):
         if tensors or reply_bytes:
             request, under_way = self._lay_out(sequence, frames, reply_bytes)
         else:
-            request, under_way = Request(sequence, control, (), None), _NO_MEMORY
-        packet = encode_packet(request)
+            request, under_way = Request(sequence, control), _NO_MEMORY
+        packet = encode_request(request)
         while not self._sent(packet):
             self._make_room(_EITHER)
         self._under_way[sequence] = under_way
@@ -148,9 +150,9 @@ class ShmChannel(BaseChannel):
         placed = [self._place(tensor) for tensor in frames.tensors]
         tensors, regions = tuple(view for view, _ in placed), tuple(region for _, region in placed)
         if not reply_bytes:
-            return Request(sequence, frames.control, regions, None), _UnderWay(tensors, ())
-        product, reply = self._arena.reserve(reply_bytes)
-        return Request(sequence, frames.control, regions, reply), _UnderWay(tensors, (product,))
+            return Request(sequence, frames.control, regions, NO_BYTES), _UnderWay(tensors, ())
+        product, place = self._arena.reserve(reply_bytes)
+        return Request(sequence, frames.control, regions, place), _UnderWay(tensors, (product,))
 
     def _place(self, tensor: memoryview) -> tuple[memoryview, Region]:
         region = self._arena.region_of(tensor)
@@ -192,9 +194,10 @@ class ShmChannel(BaseChannel):
     def _opened(self, answer: Answer) -> None:
         if answer.control:
             raise WorkerLost(
-                f"{self.address}: the worker refused the shared memory: {answer.control[:200]!a}; under a limit on "
-                "memory, choose fewer bytes by arena_bytes",
+                f"refused the shared memory: {answer.control[:200]!a}; under a limit on memory, choose fewer bytes by "
+                "arena_bytes",
                 fields=("arena_bytes",),
+                address=self.address,
             )
         self._segment.remove_name()
 
@@ -203,7 +206,7 @@ class ShmChannel(BaseChannel):
         deadline = Deadline(SEND_TIMEOUT_S)
         self._sleep(events, deadline)
         if deadline.passed:
-            raise DeadlineExceeded(f"{self.address}: the worker takes no more calls; it has stalled")
+            raise DeadlineExceeded("takes no more calls; it has stalled", address=self.address)
         frames = self._next_reply()
         if frames is not None:
             self._arrived.append(frames)
@@ -213,4 +216,4 @@ class ShmChannel(BaseChannel):
         self._poller.poll(deadline.remaining_ms)
 
     def _lost(self) -> WorkerLost:
-        return WorkerLost(f"{self.address}: the worker went away; start it again and connect anew")
+        return WorkerLost("went away; start it again and connect anew", address=self.address)

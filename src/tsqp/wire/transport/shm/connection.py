@@ -15,11 +15,11 @@ from tsqp.wire.transport.shm.packets import (
     Region,
     decode_opening,
     decode_request,
-    encode_packet,
+    encode_answer,
 )
 from tsqp.wire.transport.shm.segment import map_descriptor, map_file
 
-_NO_PRODUCT = memoryview(bytearray())
+_NOTHING = memoryview(bytearray())
 
 
 class Connection:
@@ -40,18 +40,16 @@ class Connection:
         if not packet:
             raise EOFError
         request = decode_request(packet)
-        if not request.tensors and request.reply is None:
-            return Arrival(self.peer, Frames(request.control), _NO_PRODUCT, request.sequence)
-        tensors = tuple([self._cut(region) for region in request.tensors])
-        if request.reply is None:
-            return Arrival(self.peer, Frames(request.control, tensors), _NO_PRODUCT, request.sequence)
-        if any(_overlap(request.reply, region) for region in request.tensors):
+        if not request.tensors and not request.product.size and not request.product.offset:
+            return Arrival(self.peer, Frames(request.control), _NOTHING, request.sequence)
+        if any(_overlap(request.product, region) for region in request.tensors):
             raise ProtocolError("a product in the place of its own input")
-        return Arrival(self.peer, Frames(request.control, tensors), self._cut(request.reply), request.sequence)
+        tensors = tuple([self._cut(region) for region in request.tensors])
+        return Arrival(self.peer, Frames(request.control, tensors), self._cut(request.product), request.sequence)
 
     def answer(self, sequence: int, control: bytes) -> None:
         """Say that a request is answered. Raises OSError where that is not possible at once."""
-        self.line.send(encode_packet(Answer(sequence, control)))
+        self.line.send(encode_answer(Answer(sequence, control)))
 
     def close(self) -> None:
         """Let go of socket and arena; the mapping goes with the last tensor in it."""

@@ -17,8 +17,8 @@ from tsqp.wire.transport.shm.channel import SPIN_S
 from tsqp.wire.transport.shm.connection import Connection
 from tsqp.wire.transport.shm.unix import is_own_process, listen_at
 
-MAX_CONNECTIONS = 256  # each maps an arena; one more is closed as soon as it comes
-_TURN = 32  # messages of one busy connection before the others, and a request to stop, are looked at
+MAX_ARENAS = 256  # each maps an arena; one more is closed as soon as it comes
+_MESSAGES_IN_A_ROW = 32  # messages of one busy connection before the others, and a request to stop, are looked at
 
 
 def listen_shm(
@@ -57,7 +57,7 @@ class ShmListener(BaseListener):
         self._ready: deque[Connection] = deque()
         self._departed: deque[Departure] = deque()
         self._last: Connection | None = None  # the one answered last: the likeliest to speak next
-        self._turn = _TURN
+        self._left_in_a_row = _MESSAGES_IN_A_ROW
         self._accepted = 0
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         resources.callback(os.close, self._stop)
@@ -73,8 +73,8 @@ class ShmListener(BaseListener):
     def receive(self, timeout_s: float | None) -> Arrival | Departure | None:
         """See Listener.receive."""
         self._check_open()
-        self._turn -= 1
-        if not self._turn:
+        self._left_in_a_row -= 1
+        if not self._left_in_a_row:
             self._look(0.0)
         event = self._next_event()
         return self._await_event(Deadline(timeout_s)) if event is None else event
@@ -148,7 +148,7 @@ class ShmListener(BaseListener):
 
     def _look(self, timeout_s: float) -> bool:
         """Sleep until something is here; whether anything was."""
-        self._turn = _TURN
+        self._left_in_a_row = _MESSAGES_IN_A_ROW
         happened = self._epoll.poll(timeout_s)
         for fd, _ in happened:
             if fd in self._by_fd:
@@ -164,7 +164,7 @@ class ShmListener(BaseListener):
             line, _ = self._line.accept()
         except OSError:
             return  # it left before it was let in
-        if len(self._connections) >= MAX_CONNECTIONS or not is_own_process(line):
+        if len(self._connections) >= MAX_ARENAS or not is_own_process(line):
             line.close()
             return
         line.setblocking(False)

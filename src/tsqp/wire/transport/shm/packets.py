@@ -1,59 +1,104 @@
 """The packets of a shared-memory connection: where the tensors of a message lie, and its control frame.
 
 The trusted side says where everything is. A worker's packet has no length, offset or shape: it names the request that
-it answers, and nothing else.
+it answers, and nothing else. A packet is whole numbers at fixed places and then the control frame as it is, so that
+each side decodes one MessagePack frame for a message.
 """
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from tsqp.errors import ProtocolError
 from tsqp.wire.channel import MAX_TENSORS
 from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder
 
-SHM_VERSION = 1
+SHM_VERSION = 2
 OPENING = 0  # the sequence number of a connection's first packet
-PACKET_BYTES = 2 * MAX_CONTROL_BYTES  # more than any packet has; a longer one is cut here, and is not valid then
+PACKET_BYTES = 2 * MAX_CONTROL_BYTES  # more than any packet has; a longer one is cut here, and is refused then
 
-Sequence = Annotated[int, Meta(ge=0, lt=2**62)]
-Extent = Annotated[int, Meta(ge=0, lt=2**62)]
-Control = Annotated[bytes, Meta(max_length=MAX_CONTROL_BYTES)]
+_REQUEST = Struct("<8Q")  # sequence number, tensors, offset and size of: first tensor, second tensor, product
+_ANSWER = Struct("<Q")  # sequence number
 
 
-class Region(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Region(msgspec.Struct, frozen=True, gc=False):
     """Bytes of the arena."""
 
-    offset: Extent
-    size: Extent
+    offset: int
+    size: int
+
+
+NO_BYTES = Region(0, 0)
+_LONGEST_REQUEST = _REQUEST.size + MAX_CONTROL_BYTES
+_LONGEST_ANSWER = _ANSWER.size + MAX_CONTROL_BYTES
 
 
 class Opening(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Trusted side, first on a connection. The arena is the descriptor sent with it, or the file at ``path``."""
 
-    version: Extent
+    version: Annotated[int, Meta(ge=0, lt=2**62)]
     path: Annotated[str, Meta(max_length=MAX_CONTROL_BYTES)] | None
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Request(msgspec.Struct, frozen=True):
     """Trusted side: one message, where its tensors lie, and where the product of its reply belongs."""
 
-    sequence: Sequence
-    control: Control
-    tensors: Annotated[tuple[Region, ...], Meta(max_length=MAX_TENSORS)]
-    reply: Region | None
+    sequence: int
+    control: bytes
+    tensors: tuple[Region, ...] = ()
+    product: Region = NO_BYTES
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """Worker: the product of request ``sequence`` is in its place. To an Opening: a reason if it is refused."""
 
-    sequence: Sequence
-    control: Control
+    sequence: int
+    control: bytes
 
 
-encode_packet = msgspec.msgpack.Encoder().encode
+encode_opening = msgspec.msgpack.Encoder().encode
 decode_opening: Decoder[Opening] = Decoder(Opening)
-decode_request: Decoder[Request] = Decoder(Request, PACKET_BYTES)
-decode_answer: Decoder[Answer] = Decoder(Answer, PACKET_BYTES)
+
+
+def encode_request(request: Request) -> bytes:
+    """The packet of a request with at most two tensors."""
+    tensors, product = request.tensors, request.product
+    if not tensors:
+        places = _REQUEST.pack(request.sequence, 0, 0, 0, 0, 0, product.offset, product.size)
+    else:
+        one, two = tensors[0], NO_BYTES if len(tensors) < MAX_TENSORS else tensors[1]
+        places = _REQUEST.pack(
+            request.sequence, len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size
+        )
+    return places + request.control
+
+
+def decode_request(packet: bytes) -> Request:
+    """Raises ProtocolError. Whether the regions lie in the arena is for the caller to check."""
+    if not _REQUEST.size <= len(packet) <= _LONGEST_REQUEST:
+        raise ProtocolError(f"a request of {len(packet)} bytes; it has {_REQUEST.size} to {_LONGEST_REQUEST}")
+    sequence, count, first, first_size, second, second_size, offset, size = _REQUEST.unpack_from(packet)
+    control, product = packet[_REQUEST.size :], Region(offset, size) if offset or size else NO_BYTES
+    if count == MAX_TENSORS:
+        return Request(sequence, control, (Region(first, first_size), Region(second, second_size)), product)
+    if count == 1 and not second and not second_size:
+        return Request(sequence, control, (Region(first, first_size),), product)
+    if not (count or first or first_size or second or second_size):
+        return Request(sequence, control, (), product)
+    raise ProtocolError(f"places of other tensors than a request's {count}; the limit is {MAX_TENSORS}")
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """The packet of an answer."""
+    return _ANSWER.pack(answer.sequence) + answer.control
+
+
+def decode_answer(packet: bytes) -> Answer:
+    """Raises ProtocolError."""
+    if not _ANSWER.size <= len(packet) <= _LONGEST_ANSWER:
+        raise ProtocolError(f"an answer of {len(packet)} bytes; it has {_ANSWER.size} to {_LONGEST_ANSWER}")
+    return Answer(int.from_bytes(packet[: _ANSWER.size], "little"), packet[_ANSWER.size :])

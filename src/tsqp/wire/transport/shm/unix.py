@@ -30,7 +30,7 @@ def dial(address: Address, timeout_s: float) -> socket.socket:
             raise WorkerUnreachable(f"{address}: no worker answered in time; check that it runs") from None
         except OSError as error:
             if error.errno == errno.EPROTOTYPE:
-                raise WorkerUnreachable(f"{address}: the worker there has another transport; try ipc://") from None
+                raise WorkerUnreachable("has another transport; try ipc://", address=str(address)) from None
             raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the path") from None
         if not is_own_process(line):
             raise AddressError(f"{address}: the process that listens there belongs to another user; it is not used")
