@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import StartWorker
 from tests.dialling import dialling
-from tests.trusted.guard.test_view import MODEL
+from tests.trusted.guard.runs import MODEL
 from tsqp import LLM, SamplingParams
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.expand import expand

@@ -14,7 +14,7 @@ from tests.families import random_tokens, tiny_model
 from tests.trusted.guard import hostile
 from tests.trusted.guard.fakes import record_blocks, secrets_of
 from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
-from tests.trusted.guard.test_transcript import Recorder
+from tests.trusted.guard.recorder import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.assemble import build_private_engine
 from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig

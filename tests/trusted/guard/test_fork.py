@@ -10,7 +10,7 @@ import os
 import torch
 torch.set_num_threads(2)
 from tests.trusted.guard.scan import shared_pads
-from tests.trusted.guard.test_view import FEW, MODEL, PROMPT, open_llm, sent_rows, worker_that_can_go
+from tests.trusted.guard.runs import FEW, MODEL, PROMPT, open_llm, sent_rows, worker_that_can_go
 from tsqp.audit.capture import Capture
 from tsqp.errors import InputError, PadReused
 capture = Capture()

@@ -7,42 +7,19 @@ import pytest
 from tests.dialling import dialling
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.hostile import serve
+from tests.trusted.guard.recorder import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.api.llm import Prompt
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import group_keys
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.channel import Channel
 from tsqp.wire.codec import decode_reply, decode_to_worker
 from tsqp.wire.messages import Done, Hello, Product
 
 MODEL = str(tiny_model("llama-biases").directory)
 PROMPT = random_tokens(20)
 STEPS = 6
-
-Sent = tuple[bytes, tuple[int, ...], int]  # control frame, sizes of payloads, size of the product asked for
-
-
-class Recorder:
-    """A channel that notes what goes over it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self.sent: list[Sent] = []
-        self.payloads: list[bytes] = []
-        self.received: list[tuple[bytes, tuple[int, ...]]] = []
-        self.transport, self.address = channel.transport, channel.address
-        self.reserve, self.close = channel.reserve, channel.close
-        self._channel = channel
-
-    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
-        self.sent.append((frames.control, tuple(t.nbytes for t in frames.tensors), reply_bytes))
-        self.payloads += [bytes(tensor) for tensor in frames.tensors]
-        self._channel.send(frames, reply_bytes)
-
-    def receive(self, deadline_s: float) -> Frames:
-        frames = self._channel.receive(deadline_s)
-        self.received.append((bytes(frames.control), tuple(t.nbytes for t in frames.tensors)))
-        return frames
 
 
 def record(
