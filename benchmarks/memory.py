@@ -32,12 +32,12 @@ def main() -> None:
     add_dirty_ok(parser)
     options = parser.parse_args()
     check_tree(options)
-    spec = open_checkpoint(options.model).spec
+    config = open_checkpoint(options.model).config
     prompt = torch.randint(0, 256, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     threads = len(os.sched_getaffinity(0))
     with LLM(options.model, protection="open", compute=ComputeConfig(dtype="bfloat16", threads=threads)) as llm:
         llm.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
-    embedding = spec.vocab_size * spec.hidden_size * 2
+    embedding = config.vocab_size * config.hidden_size * 2
     peak = peak_resident_bytes()
     result = {
         "benchmark": "memory",

@@ -13,20 +13,20 @@ MODEL = str(tiny_model("llama").directory)
 
 
 def test_a_pool_that_memory_shrinks_says_so() -> None:
-    spec = open_checkpoint(MODEL).spec
-    options = GuardConfig(pads_ahead=64, pad_memory=pool_bytes(spec, 32))
-    given, needed = (pool_bytes(spec, tokens) for tokens in (32, 64))
-    assert ahead_text(spec, options, 32) == f"32 of 64 tokens ahead: pads may take {given} bytes of {needed}"
-    assert ahead_text(spec, GuardConfig(pads_ahead=60), 64) == "64 tokens ahead"
+    config = open_checkpoint(MODEL).config
+    options = GuardConfig(pads_ahead=64, pad_memory=pool_bytes(config, 32))
+    given, needed = (pool_bytes(config, tokens) for tokens in (32, 64))
+    assert ahead_text(config, options, 32) == f"32 of 64 tokens ahead: pads may take {given} bytes of {needed}"
+    assert ahead_text(config, GuardConfig(pads_ahead=60), 64) == "64 tokens ahead"
 
 
 def test_the_memory_of_pads_is_what_the_filler_counts() -> None:
-    spec = open_checkpoint(MODEL).spec
+    config = open_checkpoint(MODEL).config
     for tokens in (1, 16, 17, 100):
-        enough = pool_bytes(spec, tokens)
-        wanted = targets(spec, tokens, enough)
-        assert wanted == targets(spec, tokens, 1 << 62)
-        assert targets(spec, tokens, enough - 1) != wanted
+        enough = pool_bytes(config, tokens)
+        wanted = targets(config, tokens, enough)
+        assert wanted == targets(config, tokens, 1 << 62)
+        assert targets(config, tokens, enough - 1) != wanted
         layer_blocks = -(-tokens // 16)
-        assert enough >= 16 * layer_blocks * row_bytes(spec, answer=False)
-    assert row_bytes(spec, answer=True) - row_bytes(spec, answer=False) == 4 * spec.vocab_size
+        assert enough >= 16 * layer_blocks * row_bytes(config, answer=False)
+    assert row_bytes(config, answer=True) - row_bytes(config, answer=False) == 4 * config.vocab_size

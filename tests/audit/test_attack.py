@@ -38,7 +38,7 @@ def open_view(family: str) -> View:
         directory, protection="open", compute=ComputeConfig(dtype="float32", threads=1), connect=capture.connect
     ) as llm:
         llm.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
-    return View(capture, checkpoint_of(family).spec)
+    return View(capture, checkpoint_of(family).config)
 
 
 def product_view(family: str, *, masked: bool) -> View:
@@ -47,18 +47,18 @@ def product_view(family: str, *, masked: bool) -> View:
     capture = Capture()
     capture.record(Frames(encode(Hello(PROTOCOL_VERSION, "0" * 64, "float32", "field"))))
     pads = np.random.Generator(np.random.PCG64(7))
-    for layer in range(checkpoint.spec.num_layers):
+    for layer in range(checkpoint.config.num_layers):
         x = in_clear.rows(("qkv", layer)).numpy()
         xq = np.rint(x / (np.abs(x).max(axis=1, keepdims=True) / 32_639)).astype(np.int64)
         words = ((xq + pads.integers(0, P, xq.shape)) % P).astype("<u4") if masked else xq.astype("<i2")
         call = Product(layer, "qkv", layer, len(x), 4 if masked else 2)
         capture.record(Frames(encode(call), [memoryview(words.tobytes())]))
-    return View(capture, checkpoint.spec)
+    return View(capture, checkpoint.config)
 
 
 def attacks(family: str) -> list[Attack]:
     checkpoint = checkpoint_of(family)
-    model = PublicModel(checkpoint, attack_depth(checkpoint.spec))
+    model = PublicModel(checkpoint, attack_depth(checkpoint.config))
     assert model.depth == 1
     return [VocabularyMatch(model), SequentialInversion(model, PROMPT[:PREFIX], [1, 2, 3])]
 
@@ -93,12 +93,12 @@ def test_masked_rows_are_no_more_than_noise() -> None:
 
 
 def test_a_dealer_reads_pads() -> None:
-    spec = checkpoint_of("llama").spec
+    config = checkpoint_of("llama").config
     capture = Capture()
     capture.record(Frames(encode(Hello(PROTOCOL_VERSION, "0" * 64, "float32", "field"))))
     keys = bytes(range(64))
     capture.record(Frames(encode(MultiplyPads(1, "qkv", 0, 2)), [memoryview(keys)]))
-    view = View(capture, spec)
+    view = View(capture, config)
     pads = np.empty((BLOCK_ROWS, 64), np.uint32)
     expand(AesKeyStream(keys[32:]), pads)
     rows = view.rows(("qkv", 0))

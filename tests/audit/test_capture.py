@@ -85,7 +85,7 @@ def test_a_run_over_shared_memory_is_captured_whole() -> None:
     assert isinstance(hello.message, Hello)
     assert len(rest) == calls
     assert capture.bytes_seen == sent + len(encode(hello.message))
-    view = View(capture, open_checkpoint(str(model.directory)).spec)
+    view = View(capture, open_checkpoint(str(model.directory)).config)
     assert view.calls == calls
     assert view.rows(("down", 1)).shape == (9 + 2, 96)
     assert view.rows(("lm_head", None)).shape == (3, 64)

@@ -93,25 +93,25 @@ def test_pipeline(tsqp: Command, tmp_path: Path) -> None:
 def test_origin(tsqp: Command, tmp_path: Path) -> None:
     plot = tmp_path / "origin.png"
     result = tsqp("bench", "origin", "--model", TINY, "--tokens", 24, *QUICK, "--plot", plot).json
-    spec = open_checkpoint(TINY).spec
+    config = open_checkpoint(TINY).config
     origin = result["origin"]
-    sent, received = origin_traffic(spec, 24)
-    assert origin["calls"] == origin_calls(spec) == 6 * spec.num_layers + 2
+    sent, received = origin_traffic(config, 24)
+    assert origin["calls"] == origin_calls(config) == 6 * config.num_layers + 2
     # The tensors, and for each call a message around them of at most 200 bytes.
     assert sent < origin["bytes_sent"] <= sent + 200 * origin["calls"]
     assert received < origin["bytes_received"] <= received + 200 * origin["calls"]
     assert result["speedup"] == pytest.approx(origin["seconds"] / result["best"]["seconds"])
-    assert result["best"]["calls"] == result["best_float32"]["calls"] == 4 * spec.num_layers + 1
+    assert result["best"]["calls"] == result["best_float32"]["calls"] == 4 * config.num_layers + 1
     assert is_measured(result)
     assert is_picture(plot)
 
 
 def test_the_origin_at_the_1b_shape_moves_what_its_reports_say() -> None:
-    spec = SHAPES["llama-3.2-1b"]
-    sent, received = origin_traffic(spec, 1024)
+    config = SHAPES["llama-3.2-1b"]
+    sent, received = origin_traffic(config, 1024)
     assert sent / MIB == pytest.approx(3328, rel=0.01)
     assert received / MIB == pytest.approx(3657, rel=0.01)
-    assert origin_calls(spec) == 98
+    assert origin_calls(config) == 98
 
 
 def test_the_origin_computes_the_model() -> None:

@@ -110,12 +110,12 @@ def test_guard_counts_each_part(tsqp: Command, tmp_path: Path) -> None:
     run = ("bench", "guard", "-m", TINY, "--tokens", 20, "--results", tmp_path, "--plot", plot)
     done = tsqp(*run, *QUICK)
     assert done.code == 0, done.err
-    result, spec = done.json, open_checkpoint(TINY).spec
+    result, config = done.json, open_checkpoint(TINY).config
     assert result["mask_s"] > 0
     assert result["seconds"] == result["with_expansion_s"] > 0
     dots = result["check_dots_s"]
     assert dots.keys() == {"qkv", "o", "gate_up", "down", "lm_head"}
-    layers = spec.num_layers * sum(seconds for name, seconds in dots.items() if name != "lm_head")
+    layers = config.num_layers * sum(seconds for name, seconds in dots.items() if name != "lm_head")
     assert result["check_dots_s_per_prefill"] == pytest.approx(layers + dots["lm_head"])
     share = result["check_dots_s_per_prefill"] / result["masked_prefill_s"]
     assert result["check_share_of_prefill"] == pytest.approx(share)
@@ -123,7 +123,7 @@ def test_guard_counts_each_part(tsqp: Command, tmp_path: Path) -> None:
     for product in result["field_product"].values():
         assert product["ratio"] == pytest.approx(product["field_s"] / product["bfloat16_s"])
     sizes = result["pad_row_bytes"]
-    assert sizes["decode"] - sizes["prefill"] == 4 * spec.vocab_size
+    assert sizes["decode"] - sizes["prefill"] == 4 * config.vocab_size
     assert is_measured(result)
     assert is_picture(plot)
     assert json.loads((tmp_path / "guard-tiny.json").read_text()) == result
@@ -133,9 +133,9 @@ def test_a_pads_row_at_the_1b_shape_is_as_large_as_the_design_says() -> None:
     from tsqp.api.pads import row_bytes
     from tsqp.checkpoint.synthetic import SHAPES
 
-    spec = SHAPES["llama-3.2-1b"]
-    assert row_bytes(spec, answer=False) == pytest.approx(1.5e6, rel=0.01)
-    assert row_bytes(spec, answer=True) == pytest.approx(2.0e6, rel=0.02)
+    config = SHAPES["llama-3.2-1b"]
+    assert row_bytes(config, answer=False) == pytest.approx(1.5e6, rel=0.01)
+    assert row_bytes(config, answer=True) == pytest.approx(2.0e6, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_run_finds_its_pads_and_the_other_finds_none(start_worker: StartWorker
 def test_room_for_pads_is_made_for_masked_alone() -> None:
     roomy = with_pads(RunConfig(TINY, guard=GuardConfig(pad_memory=1)), 1000).guard
     assert roomy.pads_ahead == 1000
-    assert roomy.pad_memory == pool_bytes(open_checkpoint(TINY).spec, 1000)
+    assert roomy.pad_memory == pool_bytes(open_checkpoint(TINY).config, 1000)
     assert with_pads(RunConfig(TINY, "verified"), 1000) == RunConfig(TINY, "verified")
     with (
         LLM(TINY, protection="local", compute=ComputeConfig(dtype="float32")) as llm,

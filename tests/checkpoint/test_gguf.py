@@ -10,8 +10,8 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, llama3_factors
-from tsqp.checkpoint.hf_config import spec_from_config
+from tsqp.checkpoint.gguf_config import ROPE_FACTORS, llama3_factors
+from tsqp.checkpoint.hf_config import parse_config
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
@@ -35,7 +35,7 @@ def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtyp
     path = tmp_path / "model.gguf"
     write_gguf(path, model, arch=family)
     checkpoint = open_checkpoint(str(path))
-    assert checkpoint.spec == spec_from_config(model.config.to_dict())
+    assert checkpoint.config == parse_config(model.config.to_dict())
     for name, expected in model.state_dict().items():
         got = checkpoint.tensor(name)
         assert got.dtype == (dtype if got.ndim == 2 else torch.float32)  # vectors are float32 in every GGUF
@@ -56,13 +56,13 @@ def test_quantised_blocks_become_the_float32_they_stand_for(tmp_path: Path, kind
 def test_mistral_under_the_name_of_llama(tmp_path: Path) -> None:
     model = make_model("mistral", sliding_window=9)
     write_gguf(tmp_path / "m.gguf", model, metadata={"attention.sliding_window": 9})
-    assert open_checkpoint(str(tmp_path / "m.gguf")).spec == spec_from_config(model.config.to_dict())
+    assert open_checkpoint(str(tmp_path / "m.gguf")).config == parse_config(model.config.to_dict())
 
 
 def test_linear_rope(tmp_path: Path) -> None:
     model = make_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0})
     write_gguf(tmp_path / "m.gguf", model, metadata={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
-    assert open_checkpoint(str(tmp_path / "m.gguf")).spec.rope == RopeConfig(5000.0, "linear", 4.0)
+    assert open_checkpoint(str(tmp_path / "m.gguf")).config.rope == RopeConfig(5000.0, "linear", 4.0)
 
 
 def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_llama3_rope_is_read_from_its_factors(tmp_path: Path, factor: float) -> 
     factors = (plain / scaled).numpy()
     np.testing.assert_allclose(llama3_factors(rope, 64), factors, rtol=1e-5)
     write_gguf(tmp_path / "m.gguf", model, extra_tensors={ROPE_FACTORS: factors})
-    assert open_checkpoint(str(tmp_path / "m.gguf")).spec == spec_from_config(model.config.to_dict())
+    assert open_checkpoint(str(tmp_path / "m.gguf")).config == parse_config(model.config.to_dict())
 
 
 def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=ROPE_FACTORS):
         open_checkpoint(str(tmp_path / "m.gguf"))
     write_gguf(tmp_path / "ones.gguf", model, extra_tensors={ROPE_FACTORS: np.ones(32, dtype=np.float32)})
-    assert open_checkpoint(str(tmp_path / "ones.gguf")).spec.rope == RopeConfig(500_000.0)
+    assert open_checkpoint(str(tmp_path / "ones.gguf")).config.rope == RopeConfig(500_000.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])

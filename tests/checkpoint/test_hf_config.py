@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from tsqp.checkpoint.hf_config import config_from_spec, spec_from_config
+from tsqp.checkpoint.hf_config import hf_config_of, parse_config
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
@@ -48,30 +48,30 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def _transformers_view(config: PreTrainedConfig) -> dict[str, Any]:
+def _transformers_view(given: PreTrainedConfig) -> dict[str, Any]:
     """What transformers makes of it, in the terms of a ModelConfig."""
-    family = config.model_type
-    layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    family = given.model_type
+    layers = given.num_hidden_layers
+    window = getattr(given, "sliding_window", None)
     windows = [window] * layers if family == "mistral" else [None] * layers
     if family.startswith("qwen"):
-        windows = [window if kind == "sliding_attention" else None for kind in config.layer_types]
-    attention_bias = getattr(config, "attention_bias", False)
+        windows = [window if kind == "sliding_attention" else None for kind in given.layer_types]
+    attention_bias = getattr(given, "attention_bias", False)
     return {
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "max_positions": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        "num_kv_heads": given.num_key_value_heads,
+        "head_dim": getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads,
+        "max_positions": given.max_position_embeddings,
+        "rms_norm_eps": given.rms_norm_eps,
         "windows": tuple(windows),
         "qkv_bias": family == "qwen2" or attention_bias,
         "o_bias": attention_bias,
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "tied_embeddings": config.tie_word_embeddings,
+        "mlp_bias": getattr(given, "mlp_bias", False),
+        "tied_embeddings": given.tie_word_embeddings,
     }
 
 
-def _rope_view(config: PreTrainedConfig) -> RopeConfig:
-    rope = config.rope_parameters
+def _rope_view(given: PreTrainedConfig) -> RopeConfig:
+    rope = given.rope_parameters
     if rope["rope_type"] == "llama3":
         original = rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -81,14 +81,14 @@ def _rope_view(config: PreTrainedConfig) -> RopeConfig:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_reads_what_transformers_reads(variant: dict[str, Any]) -> None:
-    config = {**REQUIRED, **variant}
-    spec = spec_from_config(config)
-    theirs = AutoConfig.for_model(**{**config, "rope_scaling": dict(config.get("rope_scaling") or {}) or None})
-    assert {key: getattr(spec, key) for key in _transformers_view(theirs)} == _transformers_view(theirs)
-    assert spec.rope == _rope_view(theirs)
+    given = {**REQUIRED, **variant}
+    config = parse_config(given)
+    theirs = AutoConfig.for_model(**{**given, "rope_scaling": dict(given.get("rope_scaling") or {}) or None})
+    assert {key: getattr(config, key) for key in _transformers_view(theirs)} == _transformers_view(theirs)
+    assert config.rope == _rope_view(theirs)
     # transformers' own spelling, and ours
-    assert spec_from_config(theirs.to_dict()) == spec
-    assert spec_from_config(config_from_spec(spec, "float32")) == spec
+    assert parse_config(theirs.to_dict()) == config
+    assert parse_config(hf_config_of(config, "float32")) == config
 
 
 def test_window_counts_the_position_itself() -> None:
@@ -119,7 +119,7 @@ def test_window_counts_the_position_itself() -> None:
 )
 def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModel, match=named):
-        spec_from_config({"model_type": "llama", **REQUIRED, **change})
+        parse_config({"model_type": "llama", **REQUIRED, **change})
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
 )
 def test_names_the_bad_key(change: dict[str, Any], named: str) -> None:
     with pytest.raises(CorruptCheckpoint, match=named):
-        spec_from_config({"model_type": "llama", **REQUIRED, **change})
+        parse_config({"model_type": "llama", **REQUIRED, **change})

@@ -48,7 +48,7 @@ def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtyp
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert (tmp_path / "sharded" / INDEX_FILE).exists()
     single, sharded = open_checkpoint(str(tmp_path / "single")), open_checkpoint(str(tmp_path / "sharded"))
-    assert single.spec == sharded.spec
+    assert single.config == sharded.config
     for name, expected in model.state_dict().items():  # lists a tied head too
         for checkpoint in (single, sharded):
             got = checkpoint.tensor(name)
@@ -68,11 +68,11 @@ def test_fingerprint_tells_weights_apart(tiny: Path) -> None:
 
 def test_a_stored_head_that_differs_is_no_tied_head(tiny: Path) -> None:
     _edit(tiny / "config.json", tie_word_embeddings=True)
-    assert not open_checkpoint(str(tiny)).spec.tied_embeddings
+    assert not open_checkpoint(str(tiny)).config.tied_embeddings
     tensors = load_file(tiny / SINGLE_FILE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tiny / SINGLE_FILE)
-    assert open_checkpoint(str(tiny)).spec.tied_embeddings
+    assert open_checkpoint(str(tiny)).config.tied_embeddings
 
 
 def test_rotary_frequencies_of_older_exports_are_ignored(tiny: Path) -> None:
@@ -108,7 +108,7 @@ def test_garbage_config(tiny: Path, content: str) -> None:
         ("model.layers.3.mlp.up_proj.weight", torch.ones(48, 32), UnsupportedModel),
     ],
 )
-def test_stored_tensors_must_be_those_of_the_spec(
+def test_stored_tensors_must_be_those_of_the_config(
     tiny: Path, name: str, tensor: torch.Tensor | None, error: type[Exception]
 ) -> None:
     tensors = load_file(tiny / SINGLE_FILE)

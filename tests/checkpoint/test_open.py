@@ -63,7 +63,7 @@ def test_hub_snapshot_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert open_checkpoint("org/name").spec.num_layers == 3
+    assert open_checkpoint("org/name").config.num_layers == 3
     assert asked[0][0] == "org/name"
     assert not any("bin" in pattern for pattern in asked[0][1])
     (tmp_path / "org" / "name").mkdir(parents=True)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.hf_config import config_from_spec
+from tsqp.checkpoint.hf_config import hf_config_of
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.config.model import RopeConfig
@@ -19,10 +19,10 @@ from .makers import TEXTS
 
 def test_tiny_is_a_whole_model_of_transformers() -> None:
     checkpoint = open_checkpoint("synthetic:tiny")
-    config = AutoConfig.for_model(**config_from_spec(checkpoint.spec, "float32"))
-    model = AutoModelForCausalLM.from_config(config)
+    given = AutoConfig.for_model(**hf_config_of(checkpoint.config, "float32"))
+    model = AutoModelForCausalLM.from_config(given)
     names = [name for name in model.state_dict() if name != "lm_head.weight"]
-    assert sorted(names) == sorted(tensor_shapes(checkpoint.spec))
+    assert sorted(names) == sorted(tensor_shapes(checkpoint.config))
     model.load_state_dict({name: checkpoint.tensor(name) for name in names}, strict=False)
     logits = model(torch.arange(10)[None]).logits
     assert logits.isfinite().all()
@@ -58,10 +58,15 @@ def test_fingerprints() -> None:
 
 
 def test_known_shapes() -> None:
-    spec = SHAPES["llama-3.2-1b"]
-    assert (spec.hidden_size, spec.intermediate_size, spec.num_layers, spec.vocab_size) == (2048, 8192, 16, 128_256)
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tied_embeddings) == (32, 8, 64, True)
-    assert spec.rope == RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    config = SHAPES["llama-3.2-1b"]
+    assert (config.hidden_size, config.intermediate_size, config.num_layers, config.vocab_size) == (
+        2048,
+        8192,
+        16,
+        128_256,
+    )
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.tied_embeddings) == (32, 8, 64, True)
+    assert config.rope == RopeConfig(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)
 
 
 def test_one_tensor_is_made_alone_and_fast() -> None:

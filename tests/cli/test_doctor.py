@@ -101,8 +101,8 @@ def test_a_model_is_described(tsqp: Command) -> None:
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])
 def test_parameters_are_counted(family: str) -> None:
     model = tiny_model(family)
-    spec = open_checkpoint(str(model.directory)).spec
-    assert parameters(spec) == sum(p.numel() for p in model.oracle.parameters())
+    config = open_checkpoint(str(model.directory)).config
+    assert parameters(config) == sum(p.numel() for p in model.oracle.parameters())
 
 
 def test_nothing_to_fetch(tsqp: Command) -> None:

@@ -188,7 +188,7 @@ def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) ->
         assert told[-1].ready == told[-1].wanted > 0
         assert told == sorted(told)
         assert llm.session is not None
-        assert {(filling.tokens, filling.size) for filling in told} == {(32, pool_bytes(llm.session.spec, 32))}
+        assert {(filling.tokens, filling.size) for filling in told} == {(32, pool_bytes(llm.session.config, 32))}
         assert llm.stats.as_dict()["pads_ready"] == 32
         llm.generate(random_tokens(20), SamplingParams(max_tokens=4))
         stats = llm.stats.as_dict()
@@ -204,7 +204,7 @@ def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) ->
 
 def test_a_pool_that_memory_shrinks_is_announced(tsqp: Command, start_worker: StartWorker) -> None:
     worker = start_worker(MODEL, "ipc", dtype="field")
-    memory = pool_bytes(open_checkpoint(MODEL).spec, 32)
+    memory = pool_bytes(open_checkpoint(MODEL).config, 32)
     pads = ("--pads-ahead", 64, "--pad-memory", memory, "--warm-pads")
     result = tsqp("generate", "hello", *RUN, "-n", 1, "--worker", worker, *pads)
     assert result.code == 0, result.err

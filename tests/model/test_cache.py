@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tsqp.checkpoint import open_checkpoint
 from tsqp.model.cache import GROW_ROWS, KVCache
 
-SPEC = open_checkpoint("synthetic:tiny").spec
+CONFIG = open_checkpoint("synthetic:tiny").config
 
 
 def write(cache: KVCache, layer: int, first: int, end: int) -> None:
@@ -24,28 +24,28 @@ def write(cache: KVCache, layer: int, first: int, end: int) -> None:
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
 def test_what_was_written_stays(steps: list[int]) -> None:
-    cache, length = KVCache(SPEC, torch.float32), 0
+    cache, length = KVCache(CONFIG, torch.float32), 0
     for step in steps:
-        for layer in range(SPEC.num_layers):
+        for layer in range(CONFIG.num_layers):
             write(cache, layer, length, length + step)
         length += step
-    for layer in range(SPEC.num_layers):
+    for layer in range(CONFIG.num_layers):
         keys, values = cache.view(layer, 0, length)
-        assert keys.shape == values.shape == (SPEC.num_kv_heads, length, SPEC.head_dim)
+        assert keys.shape == values.shape == (CONFIG.num_kv_heads, length, CONFIG.head_dim)
         expected = torch.arange(length, dtype=torch.float32)[None, :, None] + 10_000 * layer
         assert (keys == expected).all()
         assert (values == -expected).all()
 
 
 def test_a_view_is_the_memory_itself() -> None:
-    cache = KVCache(SPEC, torch.float32)
+    cache = KVCache(CONFIG, torch.float32)
     write(cache, 0, 0, 4)
     cache.view(0, 1, 3)[0].fill_(7)
     assert cache.view(0, 0, 4)[0][0, :, 0].tolist() == [0, 7, 7, 3]
 
 
 def test_one_layer_does_not_grow_another() -> None:
-    cache = KVCache(SPEC, torch.float32)
+    cache = KVCache(CONFIG, torch.float32)
     write(cache, 0, 0, 4)
     assert cache.view(1, 0, 4)[0].shape[1] == 0
 
@@ -54,7 +54,7 @@ def test_one_layer_does_not_grow_another() -> None:
 def test_growth_is_by_doubling_and_ends_at_the_context(needed: int) -> None:
     """Decode is one row at a time: without room ahead every token would copy the whole cache."""
     context = 1_000
-    cache = KVCache(replace(SPEC, max_positions=context), torch.float32)
+    cache = KVCache(replace(CONFIG, max_positions=context), torch.float32)
     capacity = cache.reserve(0, needed)[0].shape[1]
     assert capacity == max(needed, min(needed + GROW_ROWS, context))
     grown = cache.reserve(0, capacity + 1)[0].shape[1]
@@ -63,7 +63,7 @@ def test_growth_is_by_doubling_and_ends_at_the_context(needed: int) -> None:
 
 
 def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:
-    cache = KVCache(SPEC, torch.float32)
+    cache = KVCache(CONFIG, torch.float32)
     cache.reserve(0, 50)
     assert cache.length == 0
     cache.advance(3)

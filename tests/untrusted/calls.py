@@ -11,7 +11,7 @@ from tsqp.wire.codec import decode_handshake, decode_reply, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, Hello, Message, Refused, Welcome
 
 CHECKPOINT = open_checkpoint("synthetic:tiny")
-SPEC = CHECKPOINT.spec
+CONFIG = CHECKPOINT.config
 HELLO = Hello(PROTOCOL_VERSION, CHECKPOINT.fingerprint(), "float32")
 PEER = b"a client"
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
-from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, arrival
+from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, arrival
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
@@ -36,23 +36,23 @@ def whole_pass(state: LayerState, begin: Begin) -> torch.Tensor:
     """A pass in one chunk: its logits."""
     with torch.inference_mode():
         state.begin(begin, tokens(sum(place.rows for place in begin.places)))
-        for layer in range(SPEC.num_layers):
+        for layer in range(CONFIG.num_layers):
             state.layer(Layer(0, begin.id, layer, 0))
         return state.finish(Finish(0, begin.id, False))
 
 
 def test_a_sequence_goes_on_where_it_was() -> None:
     state = LayerState(WEIGHTS)
-    assert whole_pass(state, Begin(1, (Place(5, 0, 3), Place(6, 0, 1)), 64)).shape == (2, SPEC.vocab_size)
-    assert whole_pass(state, Begin(2, (Place(5, 3, 1),), 64)).shape == (1, SPEC.vocab_size)
+    assert whole_pass(state, Begin(1, (Place(5, 0, 3), Place(6, 0, 1)), 64)).shape == (2, CONFIG.vocab_size)
+    assert whole_pass(state, Begin(2, (Place(5, 3, 1),), 64)).shape == (1, CONFIG.vocab_size)
 
 
 BAD: dict[str, Sequence[Message]] = {
     "a position that is not the next": [Begin(1, (Place(1, 7, 1),), 8)],
     "a sequence twice": [Begin(1, (Place(1, 0, 1), Place(1, 0, 1)), 8)],
-    "longer than the context": [Begin(1, (Place(1, 0, SPEC.max_positions + 1),), 8)],
+    "longer than the context": [Begin(1, (Place(1, 0, CONFIG.max_positions + 1),), 8)],
     "no such pass": [Layer(2, 9, 0, 0)],
-    "no such layer": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, SPEC.num_layers, 0)],
+    "no such layer": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, CONFIG.num_layers, 0)],
     "no such chunk": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, 0, 1)],
     "no pass to finish": [Finish(1, 3, False)],
     "finished twice": [Begin(1, (Place(1, 0, 2),), 8), Finish(2, 1, False), Finish(3, 1, False)],
@@ -75,7 +75,7 @@ def test_bad_calls_fail_and_the_connection_goes_on(name: str) -> None:
 
 
 def test_the_caches_of_a_connection_are_bounded() -> None:
-    one_position = 2 * 2 * SPEC.num_layers * SPEC.kv_size * 4
+    one_position = 2 * 2 * CONFIG.num_layers * CONFIG.kv_size * 4
     state = LayerState(WEIGHTS, max_cache_bytes=10 * one_position)
     whole_pass(state, Begin(1, (Place(1, 0, 8),), 8))
     with pytest.raises(ProtocolError, match="KV caches"):
@@ -157,8 +157,10 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
 ) -> None:
     """A worker with room for three answers gives thirty, one after another, if it is told which are over."""
     directory = str(tiny_model("llama").directory)
-    spec = open_checkpoint(directory).spec
-    room = 3 * 2 * (5 + 2) * 2 * spec.num_layers * spec.kv_size * 4  # a cache may be twice as large as its positions
+    config = open_checkpoint(directory).config
+    room = (
+        3 * 2 * (5 + 2) * 2 * config.num_layers * config.kv_size * 4
+    )  # a cache may be twice as large as its positions
     monkeypatch.setattr("tsqp.untrusted.ops.LayerState", partial(LayerState, max_cache_bytes=room))
 
     def answer_thirty() -> None:

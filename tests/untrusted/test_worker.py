@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, answer, arrival, greet
+from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
 from tsqp.untrusted import ops
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.store import WeightStore
@@ -32,10 +32,10 @@ def worker() -> Worker:
     return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
 
 
-X = torch.zeros(2, SPEC.hidden_size)
+X = torch.zeros(2, CONFIG.hidden_size)
 GOOD = Linear(7, "qkv", 0, None, 2)
 BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor]]] = {
-    "a layer that is not there": (Linear(1, "qkv", SPEC.num_layers, None, 2), [X]),
+    "a layer that is not there": (Linear(1, "qkv", CONFIG.num_layers, None, 2), [X]),
     "no layer": (Linear(1, "qkv", None, None, 2), [X]),
     "a layer for the head": (Linear(1, "lm_head", 0, None, 2), [X]),
     "a part that is not there": (Linear(1, "qkv", 0, 3, 2), [X]),
@@ -43,10 +43,10 @@ BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor]]] = {
     "fewer rows than sent": (Linear(1, "qkv", 0, None, 1), [X]),
     "no payload": (Linear(1, "qkv", 0, None, 2), []),
     "two payloads": (Linear(1, "qkv", 0, None, 2), [X, X]),
-    "a token outside of the vocabulary": (Embed(1, 1), [torch.tensor([SPEC.vocab_size], dtype=torch.int32)]),
+    "a token outside of the vocabulary": (Embed(1, 1), [torch.tensor([CONFIG.vocab_size], dtype=torch.int32)]),
     "a negative token": (Embed(1, 1), [torch.tensor([-1], dtype=torch.int32)]),
     "tokens of another size": (Embed(1, 1), [torch.tensor([1], dtype=torch.int64)]),
-    "scores without keys": (AttentionScores(1, 1, 1), [torch.zeros(SPEC.num_heads, 1, SPEC.head_dim)]),
+    "scores without keys": (AttentionScores(1, 1, 1), [torch.zeros(CONFIG.num_heads, 1, CONFIG.head_dim)]),
     "a mix of other sizes": (AttentionValues(1, 2, 2), [X, X]),
 }
 

@@ -1,4 +1,4 @@
-"""Just enough of ZMTP 3.0 (rfc.zeromq.org/spec/23) to be a peer that breaks its rules, byte by byte."""
+"""Just enough of ZMTP 3.0 (rfc.zeromq.org/config/23) to be a peer that breaks its rules, byte by byte."""
 
 from __future__ import annotations
 

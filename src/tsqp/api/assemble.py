@@ -49,11 +49,11 @@ class Placement:
 def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
     """Everything on the trusted side."""
     dtype = TORCH_DTYPES[plan.dtype]
-    weights = {key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.spec)}
+    weights = {key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.config)}
     linears = LocalLinears(weights, stats)
-    tied = checkpoint.spec.tied_embeddings
+    tied = checkpoint.config.tied_embeddings
     table = weights["lm_head", None].weight if tied else _embedding_table(checkpoint, dtype)
-    attention = LocalAttention(checkpoint.spec.windows, stats)
+    attention = LocalAttention(checkpoint.config.windows, stats)
     placement = Placement(LocalEmbedding(table, stats), linears, attention)
     return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats)
 
@@ -73,7 +73,7 @@ def build_split_engine(
     table = None if partition.remote_embedding else _embedding_table(checkpoint, TORCH_DTYPES[plan.dtype])
     session = WorkerSession(
         dial(),
-        checkpoint.spec,
+        checkpoint.config,
         checkpoint.fingerprint(),
         wire_dtype=plan.wire_dtype,
         dtype=plan.dtype,
@@ -86,7 +86,7 @@ def build_split_engine(
     placement = Placement(
         OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
         OpenLinears(session, split=partition.split_groups),
-        OpenAttention(session) if partition.remote_attention else LocalAttention(checkpoint.spec.windows, stats),
+        OpenAttention(session) if partition.remote_attention else LocalAttention(checkpoint.config.windows, stats),
     )
     return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
 
@@ -114,7 +114,7 @@ def build_private_engine(
             opened.callback(group.forget)
         guard, worker = _open_guard(checkpoint, plan, model, dial, dial_dealer, stats, opened)
         embedding = LocalEmbedding(table, stats, torch.float32)
-        attention = LocalAttention(checkpoint.spec.windows, stats)
+        attention = LocalAttention(checkpoint.config.windows, stats)
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
         opened.pop_all()
@@ -138,7 +138,7 @@ def _open_guard(
     def session(dial_one: Callable[[], Channel], counted: Stats, role: Literal["worker", "dealer"]) -> WorkerSession:
         one = WorkerSession(
             dial_one(),
-            checkpoint.spec,
+            checkpoint.config,
             checkpoint.fingerprint(),
             wire_dtype="float32",
             dtype="float32",
@@ -160,7 +160,7 @@ def _open_guard(
             dealer = session(dial_dealer, Stats(), "dealer")
         source = LocalPadSource() if dealer is None else DealerPadSource(dealer)
         pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
-        filler = PadFiller(pool, targets(checkpoint.spec, options.pads_ahead, options.pad_memory))
+        filler = PadFiller(pool, targets(checkpoint.config, options.pads_ahead, options.pad_memory))
         linears = MaskedLinears(worker, model.groups, pool)
     guard = Guard(linears, options.checks, model.digest, filler, dealer)
     opened.callback(guard.close)
@@ -182,7 +182,7 @@ def _decoder(
 ) -> Decoder:
     dtype = TORCH_DTYPES[plan.dtype]
     layers = DecoderLayers(
-        checkpoint.spec,
+        checkpoint.config,
         norms or Norms.load(checkpoint, dtype),
         placement.linears,
         placement.attention,

@@ -46,15 +46,15 @@ def _of_the_guard(llm: LLM) -> str:
     if llm.guard.filler is None:
         return checks
     source = "this process" if llm.dealer is None else f"the dealer {llm.dealer.address}"
-    ahead = ahead_text(llm.session.spec, llm.plan.run.guard, llm.guard.filler.ahead)
+    ahead = ahead_text(llm.session.config, llm.plan.run.guard, llm.guard.filler.ahead)
     return f"{checks}; pads by {source} for {ahead}"
 
 
-def ahead_text(spec: ModelConfig, guard: GuardConfig, ahead: int) -> str:
+def ahead_text(config: ModelConfig, guard: GuardConfig, ahead: int) -> str:
     """Tokens whose pads are kept ready; where memory allows fewer than were asked for, that too."""
     if ahead >= guard.pads_ahead:
         return f"{ahead} tokens ahead"
     from tsqp.api.pads import pool_bytes
 
-    needed = pool_bytes(spec, guard.pads_ahead)
+    needed = pool_bytes(config, guard.pads_ahead)
     return f"{ahead} of {guard.pads_ahead} tokens ahead: pads may take {guard.pad_memory} bytes of {needed}"

@@ -100,7 +100,7 @@ class LLM:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
 
-                    fill(self._guard.filler, checkpoint.spec, pads_progress)
+                    fill(self._guard.filler, checkpoint.config, pads_progress)
                 self._guard.filler.start()
             self._resources = stack.pop_all()
 
@@ -136,7 +136,7 @@ class LLM:
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool
 
-        check_pool(checkpoint.spec, self.plan.run.guard)
+        check_pool(checkpoint.config, self.plan.run.guard)
 
     def _prepare_torch(self) -> None:
         """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""

@@ -28,30 +28,30 @@ FillingProgress = Callable[[Filling], None]
 FIELDS = ("guard.pads_empty", "guard.pads_ahead", "guard.pad_memory")  # that errors about an empty pool name
 
 
-def row_bytes(spec: ModelConfig, *, answer: bool) -> int:
+def row_bytes(config: ModelConfig, *, answer: bool) -> int:
     """Memory of what is ready for one token: of a prompt, or of an answer, which needs the LM head too."""
-    groups = linear_groups(spec)
+    groups = linear_groups(config)
     head = groups.pop("lm_head")
     layer = sum(group.out_features for group in groups.values())
-    return 4 * (spec.num_layers * layer + (head.out_features if answer else 0))
+    return 4 * (config.num_layers * layer + (head.out_features if answer else 0))
 
 
-def pool_bytes(spec: ModelConfig, tokens: int) -> int:
+def pool_bytes(config: ModelConfig, tokens: int) -> int:
     """Memory of a pool that holds pads for ``tokens`` tokens."""
     from tsqp.arith.expand import BLOCK_ROWS
     from tsqp.trusted.filler import held_bytes
 
-    return held_bytes(spec, -(-tokens // BLOCK_ROWS))
+    return held_bytes(config, -(-tokens // BLOCK_ROWS))
 
 
-def check_pool(spec: ModelConfig, options: GuardConfig) -> None:
+def check_pool(config: ModelConfig, options: GuardConfig) -> None:
     """Raises OptionError for a pool that stays empty in a run that does not wait for pads."""
     from tsqp.trusted.filler import targets
 
-    if options.pads_empty == "refuse" and not any(targets(spec, options.pads_ahead, options.pad_memory).values()):
+    if options.pads_empty == "refuse" and not any(targets(config, options.pads_ahead, options.pad_memory).values()):
         raise OptionError(
             f"guard.pads_empty is refuse, and the pool can hold no pads: give 1 or more as guard.pads_ahead and "
-            f"{pool_bytes(spec, 1)} or more as guard.pad_memory, or choose wait",
+            f"{pool_bytes(config, 1)} or more as guard.pad_memory, or choose wait",
             fields=FIELDS,
         )
 
@@ -66,10 +66,10 @@ def check_prompts(tokens: int, options: GuardConfig, filler: PadFiller) -> None:
         )
 
 
-def fill(filler: PadFiller, spec: ModelConfig, progress: FillingProgress | None) -> None:
+def fill(filler: PadFiller, config: ModelConfig, progress: FillingProgress | None) -> None:
     """Fill the pool now, and report it from the first block to the last. Raises every error of the pads' source."""
     tokens, wanted = filler.ahead, sum(filler.blocks.values())
-    size = pool_bytes(spec, tokens)
+    size = pool_bytes(config, tokens)
 
     def report(ready: int, wanted: int) -> None:
         if progress is not None:

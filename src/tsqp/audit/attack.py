@@ -78,12 +78,12 @@ class SequentialInversion:
         return tokens
 
 
-def attack_depth(spec: ModelConfig) -> int:
+def attack_depth(config: ModelConfig) -> int:
     """A deeper layer whose table can be made in the time of an audit."""
-    weights = sum(group.in_features * group.out_features for group in linear_groups(spec).values())
-    layer = weights - spec.hidden_size * spec.vocab_size  # without the LM head
-    affordable = int(TABLE_PRODUCTS / (layer * spec.vocab_size))
-    return min(max(1, affordable), MAX_DEPTH, spec.num_layers - 1)
+    weights = sum(group.in_features * group.out_features for group in linear_groups(config).values())
+    layer = weights - config.hidden_size * config.vocab_size  # without the LM head
+    affordable = int(TABLE_PRODUCTS / (layer * config.vocab_size))
+    return min(max(1, affordable), MAX_DEPTH, config.num_layers - 1)
 
 
 def noise_rows(rows: int, columns: int) -> torch.Tensor:

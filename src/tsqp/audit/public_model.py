@@ -29,16 +29,16 @@ class PublicModel:
     """Layers 0 to ``depth`` - 1 in float32, for one text that is known so far and any number of ways to go on."""
 
     def __init__(self, checkpoint: Checkpoint, depth: int) -> None:
-        self.spec = checkpoint.spec
+        self.config = checkpoint.config
         self.depth = depth
         self._embedding = checkpoint.tensor(EMBEDDING)
         self._norms = Norms.load(checkpoint, torch.float32)
-        self._rotary = Rotary(self.spec.rope, self.spec.head_dim, torch.float32)
+        self._rotary = Rotary(self.config.rope, self.config.head_dim, torch.float32)
         keys = [(name, layer) for layer in range(depth) for name in LAYER_GROUPS]
         linears = LocalLinears({key: load_group(checkpoint, key, torch.float32) for key in keys}, Stats())
         kernels = pick_kernels(torch.float32, compiled=False)
-        nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.spec.windows)
-        self._block = DecoderLayers(self.spec, self._norms, linears, nothing, kernels, Stats())
+        nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.config.windows)
+        self._block = DecoderLayers(self.config, self._norms, linears, nothing, kernels, Stats())
 
     def first_inputs(self) -> torch.Tensor:
         """What each token of the vocabulary is at the input of layer 0, of length 1: (vocab_size, hidden_size)."""
@@ -51,7 +51,7 @@ class PublicModel:
 
     def read(self, tokens: torch.Tensor) -> KVCache:
         """The context of a text, int64 (T,)."""
-        context = KVCache(self.spec, torch.float32)
+        context = KVCache(self.config, torch.float32)
         if len(tokens):
             self._through(context, tokens, torch.arange(len(tokens)), torch.ones(len(tokens), len(tokens)).tril())
             context.advance(len(tokens))
@@ -80,7 +80,7 @@ class PublicModel:
         hidden = self._embedding[tokens].float()
         span = SequenceRows(context, context.length, 0, len(tokens), last=True)
         keys = torch.cat((torch.arange(context.length), positions))
-        block = replace(self._block, attention=_Visible(visible, positions, keys, self.spec.windows))
+        block = replace(self._block, attention=_Visible(visible, positions, keys, self.config.windows))
         tables = self._rotary.tables(positions)
         for layer in range(self.depth):
             run(block.steps(layer, hidden, Chunk(0, (span,)), tables))
@@ -88,11 +88,11 @@ class PublicModel:
 
     def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """As layer ``layer`` hands it to its first product, of length 1."""
-        return F.normalize(rms_norm(hidden, self._norms.layers[layer].attention, self.spec.rms_norm_eps), dim=1)
+        return F.normalize(rms_norm(hidden, self._norms.layers[layer].attention, self.config.rms_norm_eps), dim=1)
 
     def _vocabulary(self) -> Iterator[torch.Tensor]:
-        for first in range(0, self.spec.vocab_size, BLOCK_TOKENS):
-            yield torch.arange(first, min(first + BLOCK_TOKENS, self.spec.vocab_size))
+        for first in range(0, self.config.vocab_size, BLOCK_TOKENS):
+            yield torch.arange(first, min(first + BLOCK_TOKENS, self.config.vocab_size))
 
 
 class _Visible:

@@ -86,16 +86,16 @@ class Attacker:
     """Somebody with the public checkpoint and all attacks, who knows the chat template but not the prompt."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: AuditPrompt) -> None:
-        self._spec = checkpoint.spec
+        self._config = checkpoint.config
         self._tokenizer = tokenizer
         self._prompt = prompt
-        model = PublicModel(checkpoint, attack_depth(checkpoint.spec))
+        model = PublicModel(checkpoint, attack_depth(checkpoint.config))
         likely = tokenizer.encode(LIKELY_TEXT)
         self._attacks: tuple[Attack, ...] = (
             VocabularyMatch(model),
             SequentialInversion(model, prompt.prefix, likely),
         )
-        noise = noise_rows(len(prompt.user_ids), self._spec.hidden_size)
+        noise = noise_rows(len(prompt.user_ids), self._config.hidden_size)
         self._of_noise = [self._fraction(attack.recover(noise)) for attack in self._attacks]
 
     def report(self, protection: str, captured: Captured) -> ModeReport:
@@ -105,7 +105,7 @@ class Attacker:
 
     def examine(self, capture: Capture) -> Exposure:
         """Run every attack and the test of uniformity on what one receiver saw."""
-        view = View(capture, self._spec)
+        view = View(capture, self._config)
         recoveries = (
             self._recovery(attack, view.rows(("qkv", attack.layer)), of_noise)
             for attack, of_noise in zip(self._attacks, self._of_noise, strict=True)

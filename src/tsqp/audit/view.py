@@ -33,12 +33,12 @@ class WordRows:
 class View:
     """What one receiver, the worker or a dealer, has seen."""
 
-    def __init__(self, capture: Capture, spec: ModelConfig) -> None:
+    def __init__(self, capture: Capture, config: ModelConfig) -> None:
         self.bytes_seen = capture.bytes_seen
         self.calls = sum(isinstance(seen.message, Linear | Product | MultiplyPads) for seen in capture.messages)
         self.keys = sum(seen.message.blocks for seen in capture.messages if isinstance(seen.message, MultiplyPads))
         self._seen = capture.messages
-        self._groups = linear_groups(spec)
+        self._groups = linear_groups(config)
         hello = next(seen.message for seen in capture.messages if isinstance(seen.message, Hello))
         self._wire: WireDtype = hello.wire_dtype
 

@@ -82,11 +82,11 @@ def _gemm(dtype_name: str, device: torch.device) -> tuple[float, float, int]:
         )
 
 
-def limits(spec: ModelConfig, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
+def limits(config: ModelConfig, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
     """Seconds that the linear layers alone need at these rates: prefill of ``tokens``, decode of one token."""
-    groups = linear_groups(spec)
+    groups = linear_groups(config)
     head = groups.pop("lm_head")
-    layers = spec.num_layers * sum(group.in_features * group.out_features for group in groups.values())
+    layers = config.num_layers * sum(group.in_features * group.out_features for group in groups.values())
     once = head.in_features * head.out_features
     item_bytes = 1 if rates["dtype"] == "int8" else TORCH_DTYPES[rates["dtype"]].itemsize
     return {
@@ -97,7 +97,7 @@ def limits(spec: ModelConfig, tokens: int, rates: dict[str, Any]) -> dict[str, f
 
 def model_limits(model: str, tokens: int, rates: dict[str, Any]) -> dict[str, float]:
     """The same for a checkpoint."""
-    return limits(open_checkpoint(model).spec, tokens, rates)
+    return limits(open_checkpoint(model).config, tokens, rates)
 
 
 def fastest_seconds(work: Callable[[], object]) -> float:

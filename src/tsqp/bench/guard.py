@@ -46,11 +46,11 @@ def bench_guard(run: RunConfig, work: Workload, console: Console) -> dict[str, A
     rates = ceilings("bfloat16", threads=threads)
     print_ceilings(rates, console)
     torch.set_num_threads(threads)
-    spec = open_checkpoint(locate(run.model)).spec
+    config = open_checkpoint(locate(run.model)).config
     with torch.inference_mode():
-        masking = _masking(spec, work, run.guard.checks)
-        checks = _checks(spec, work, run.guard.checks)
-        products = {f"rows_{rows}": _products(spec, rows, work.runs) for rows in sorted({1, work.tokens})}
+        masking = _masking(config, work, run.guard.checks)
+        checks = _checks(config, work, run.guard.checks)
+        products = {f"rows_{rows}": _products(config, rows, work.runs) for rows in sorted({1, work.tokens})}
     prefill_s = _masked_prefill(run, work, console)
     return {
         "benchmark": "guard",
@@ -62,11 +62,11 @@ def bench_guard(run: RunConfig, work: Workload, console: Console) -> dict[str, A
         **masking,
         "checks": run.guard.checks,
         "check_dots_s": checks,
-        "check_dots_s_per_prefill": _per_prefill(spec, checks),
+        "check_dots_s_per_prefill": _per_prefill(config, checks),
         "masked_prefill_s": prefill_s,
-        "check_share_of_prefill": _per_prefill(spec, checks) / prefill_s,
+        "check_share_of_prefill": _per_prefill(config, checks) / prefill_s,
         "field_product": products,
-        "pad_row_bytes": {"prefill": row_bytes(spec, answer=False), "decode": row_bytes(spec, answer=True)},
+        "pad_row_bytes": {"prefill": row_bytes(config, answer=False), "decode": row_bytes(config, answer=True)},
         "ceilings": rates,
         "machine": machine(),
     }
@@ -122,9 +122,9 @@ class OpenedPool(PadPool):
         return super().take(key, rows) if opened is None else opened
 
 
-def _masking(spec: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
+def _masking(config: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Quantise, mask and x'·Ws of (tokens, hidden), with pads that are expanded already and with their expansion."""
-    shape = linear_groups(spec)["qkv"]
+    shape = linear_groups(config)["qkv"]
     wq, kernel = _digits(shape.out_features, shape.in_features), pick_kernel(torch.device("cpu"))
     group = GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, kernel, checks=vectors, keep_weights=False)
     pool = OpenedPool({KEY: group}, LocalPadSource(), wait=True)
@@ -140,12 +140,12 @@ def _masking(spec: ModelConfig, work: Workload, vectors: int) -> dict[str, float
     }
 
 
-def _checks(spec: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
+def _checks(config: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Seconds of one call's dot products, x'·Ws and y'·s, for each group; the LM head has one row."""
     return {
         name: _dots(work.tokens if name != "lm_head" else 1, group.in_features, vectors, work.runs)
         + _dots(work.tokens if name != "lm_head" else 1, group.out_features, vectors, work.runs)
-        for name, group in linear_groups(spec).items()
+        for name, group in linear_groups(config).items()
     }
 
 
@@ -155,14 +155,14 @@ def _dots(rows: int, width: int, vectors: int, runs: int) -> float:
     return median_seconds(lambda: row_threads().run(project, rows, values, check_vectors, out, least=2), runs)
 
 
-def _per_prefill(spec: ModelConfig, checks: dict[str, float]) -> float:
+def _per_prefill(config: ModelConfig, checks: dict[str, float]) -> float:
     layers = sum(seconds for name, seconds in checks.items() if name != "lm_head")
-    return spec.num_layers * layers + checks["lm_head"]
+    return config.num_layers * layers + checks["lm_head"]
 
 
-def _products(spec: ModelConfig, rows: int, runs: int) -> dict[str, float]:
+def _products(config: ModelConfig, rows: int, runs: int) -> dict[str, float]:
     """x'·Wqᵀ mod p of the widest group beside the same product in bfloat16, which both read their weights anew."""
-    shape = linear_groups(spec)["gate_up"]
+    shape = linear_groups(config)["gate_up"]
     size = shape.out_features * shape.in_features
     copies = max(1, WEIGHTS_BYTES // size) if rows == 1 else 1
     kernel = pick_kernel(torch.device("cpu"))

@@ -44,21 +44,21 @@ from tsqp.wire.transport import new_ipc_address
 MIB = 2**20
 
 
-def origin_calls(spec: ModelConfig) -> int:
+def origin_calls(config: ModelConfig) -> int:
     """Calls of one pass."""
-    return 6 * spec.num_layers + 2
+    return 6 * config.num_layers + 2
 
 
-def origin_traffic(spec: ModelConfig, tokens: int) -> tuple[int, int]:
+def origin_traffic(config: ModelConfig, tokens: int) -> tuple[int, int]:
     """Bytes of the tensors sent and received in one pass over ``tokens``, without the messages around them."""
-    hidden, inner, heads = tokens * spec.hidden_size, tokens * spec.intermediate_size, tokens * spec.q_size
-    scores = spec.num_heads * tokens * tokens
+    hidden, inner, heads = tokens * config.hidden_size, tokens * config.intermediate_size, tokens * config.q_size
+    scores = config.num_heads * tokens * tokens
     sent = hidden + 2 * heads + (scores + heads) + heads + hidden + inner
-    received = (heads + 2 * tokens * spec.kv_size) + scores + heads + hidden + 2 * inner + hidden
+    received = (heads + 2 * tokens * config.kv_size) + scores + heads + hidden + 2 * inner + hidden
     token_ids_bytes = 8 * tokens
     return (
-        4 * (spec.num_layers * sent + spec.hidden_size) + token_ids_bytes,
-        4 * (spec.num_layers * received + hidden + spec.vocab_size),
+        4 * (config.num_layers * sent + config.hidden_size) + token_ids_bytes,
+        4 * (config.num_layers * received + hidden + config.vocab_size),
     )
 
 
@@ -67,11 +67,11 @@ class OriginClient:
 
     def __init__(self, model: str, path: str) -> None:
         checkpoint = open_checkpoint(model)
-        self.spec = checkpoint.spec
+        self.config = checkpoint.config
         names = ("input_layernorm", "post_attention_layernorm")
         self._norms = [
             [checkpoint.tensor(f"model.layers.{layer}.{name}.weight").float() for name in names]
-            for layer in range(self.spec.num_layers)
+            for layer in range(self.config.num_layers)
         ]
         self._final_norm = checkpoint.tensor("model.norm.weight").float()
         self._context = zmq.Context()
@@ -93,12 +93,12 @@ class OriginClient:
         self, tokens: list[int], watch: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers
     ) -> torch.Tensor:
         """Logits (vocab_size,) after the last token. ``watch`` is handed the layers, to show how far it is."""
-        spec = self.spec
+        config = self.config
         with torch.inference_mode():
             hidden = self._call("embedding", x=torch.tensor(tokens))  # (T, hidden)
-            angles = torch.outer(torch.arange(len(tokens)).float(), inverse_frequencies(spec.rope, spec.head_dim))
+            angles = torch.outer(torch.arange(len(tokens)).float(), inverse_frequencies(config.rope, config.head_dim))
             angles = torch.cat((angles, angles), dim=-1)  # (T, D)
-            for layer in watch(range(spec.num_layers)):
+            for layer in watch(range(config.num_layers)):
                 hidden = hidden + self._attention(layer, self._norm(hidden, self._norms[layer][0]), angles)
                 gate_up = self._call("gate_up", layer=layer, x=self._norm(hidden, self._norms[layer][1]))
                 gate, up = gate_up.chunk(2, dim=-1)
@@ -107,20 +107,20 @@ class OriginClient:
             return self._call("lm_head", layer=None, x=last)[0]
 
     def _attention(self, layer: int, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        spec = self.spec
+        config = self.config
         qkv = self._call("qkv", layer=layer, x=x)
-        q, k, v = qkv.split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
-        q = _rotated(q.view(len(x), spec.num_heads, spec.head_dim).transpose(0, 1), angles)  # (H, T, D)
-        k = _rotated(k.view(len(x), spec.num_kv_heads, spec.head_dim).transpose(0, 1), angles)
-        v = v.view(len(x), spec.num_kv_heads, spec.head_dim).transpose(0, 1)
-        share = spec.num_heads // spec.num_kv_heads
+        q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        q = _rotated(q.view(len(x), config.num_heads, config.head_dim).transpose(0, 1), angles)  # (H, T, D)
+        k = _rotated(k.view(len(x), config.num_kv_heads, config.head_dim).transpose(0, 1), angles)
+        v = v.view(len(x), config.num_kv_heads, config.head_dim).transpose(0, 1)
+        share = config.num_heads // config.num_kv_heads
         k, v = k.repeat_interleave(share, dim=0), v.repeat_interleave(share, dim=0)
-        scores = self._call("matmul", a=q, b=k.transpose(1, 2)) / math.sqrt(spec.head_dim)  # (H, T, T), no mask
+        scores = self._call("matmul", a=q, b=k.transpose(1, 2)) / math.sqrt(config.head_dim)  # (H, T, T), no mask
         mixed = self._call("matmul", a=scores.softmax(dim=-1), b=v)
-        return self._call("o", layer=layer, x=mixed.transpose(0, 1).reshape(len(x), spec.q_size))
+        return self._call("o", layer=layer, x=mixed.transpose(0, 1).reshape(len(x), config.q_size))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.spec.rms_norm_eps))
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps))
 
     def _call(self, op: str, **fields: Any) -> torch.Tensor:
         began = time.perf_counter()
@@ -147,7 +147,7 @@ def bench_origin(model: str, work: Workload, threads: int | None, console: Conso
     rates = {dtype: ceilings(dtype, "cpu", threads) for dtype in ("float32", "bfloat16")}
     for rate in rates.values():
         print_ceilings(rate, console)
-    spec = open_checkpoint(locate(model)).spec
+    config = open_checkpoint(locate(model)).config
     origin = _run_origin(model, work, threads, console)
     float32, bfloat16 = (_run_ours(model, work, dtype, threads, console) for dtype in ("float32", "bfloat16"))
     rates = {dtype: higher(rate, ceilings(dtype, "cpu", threads)) for dtype, rate in rates.items()}
@@ -157,9 +157,9 @@ def bench_origin(model: str, work: Workload, threads: int | None, console: Conso
         "tokens": work.tokens,
         "threads": threads,
         "runs": work.runs,
-        "origin": {**origin, "limit_seconds": limits(spec, work.tokens, rates["float32"])["prefill"]},
-        "best": {**bfloat16, "limit_seconds": limits(spec, work.tokens, rates["bfloat16"])["prefill"]},
-        "best_float32": {**float32, "limit_seconds": limits(spec, work.tokens, rates["float32"])["prefill"]},
+        "origin": {**origin, "limit_seconds": limits(config, work.tokens, rates["float32"])["prefill"]},
+        "best": {**bfloat16, "limit_seconds": limits(config, work.tokens, rates["bfloat16"])["prefill"]},
+        "best_float32": {**float32, "limit_seconds": limits(config, work.tokens, rates["float32"])["prefill"]},
         "speedup": origin["seconds"] / bfloat16["seconds"],
         "speedup_float32": origin["seconds"] / float32["seconds"],
         "ceilings": rates,

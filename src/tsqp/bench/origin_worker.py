@@ -27,7 +27,7 @@ class OriginWorker:
     def __init__(self, model: str) -> None:
         checkpoint = open_checkpoint(model)
         self._embedding = checkpoint.tensor("model.embed_tokens.weight").float()
-        self._groups = {key: load_group(checkpoint, key, torch.float32) for key in group_keys(checkpoint.spec)}
+        self._groups = {key: load_group(checkpoint, key, torch.float32) for key in group_keys(checkpoint.config)}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The product that a request asks for."""

@@ -26,7 +26,7 @@ def with_pads(run: RunConfig, tokens: int) -> RunConfig:
     if not PROTECTIONS[run.protection].masked:
         return run
     ahead = max(run.guard.pads_ahead, tokens)
-    memory = max(run.guard.pad_memory, pool_bytes(open_checkpoint(locate(run.model)).spec, ahead))
+    memory = max(run.guard.pad_memory, pool_bytes(open_checkpoint(locate(run.model)).config, ahead))
     return replace(run, guard=replace(run.guard, pads_ahead=ahead, pad_memory=memory))
 
 

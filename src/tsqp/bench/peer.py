@@ -14,7 +14,7 @@ from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import synchronize
 from tsqp.bench.names import PeerName
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.hf_config import config_from_spec
+from tsqp.checkpoint.hf_config import hf_config_of
 from tsqp.checkpoint.shapes import tensor_shapes
 from tsqp.errors import CorruptCheckpoint, OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -62,17 +62,17 @@ class TransformersPeer:
         self.name = f"transformers {version('transformers')}"
         self._device = torch.device(device)
         checkpoint = open_checkpoint(model)
-        fields = config_from_spec(checkpoint.spec, "float32")
+        fields = hf_config_of(checkpoint.config, "float32")
         del fields["torch_dtype"]
         models: Any = AutoModelForCausalLM
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        theirs = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
-            peer = models.from_config(config, dtype=dtype)
-        weights = {name: checkpoint.tensor(name).to(self._device, dtype) for name in tensor_shapes(checkpoint.spec)}
+            peer = models.from_config(theirs, dtype=dtype)
+        weights = {name: checkpoint.tensor(name).to(self._device, dtype) for name in tensor_shapes(checkpoint.config)}
         peer.load_state_dict(weights, strict=False, assign=True)
         peer.tie_weights()
         # Built on the meta device, its frequency table has no values yet.
-        peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(self._device)
+        peer.model.rotary_emb = type(peer.model.rotary_emb)(theirs).to(self._device)
         left = [name for name, parameter in peer.named_parameters() if parameter.is_meta]
         if left:
             raise CorruptCheckpoint(f"the peer lacks weights: {left[0]}")

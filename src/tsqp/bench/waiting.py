@@ -26,7 +26,7 @@ class WaitingWorker:
     """Answers with zeros, ``wait_s`` seconds after it took a call."""
 
     def __init__(self, checkpoint: Checkpoint, wait_s: float) -> None:
-        self._groups = linear_groups(checkpoint.spec)
+        self._groups = linear_groups(checkpoint.config)
         self._fingerprint = checkpoint.fingerprint()
         self._wait_s = wait_s
         self._wire_dtypes: dict[bytes, WireDtype] = {}

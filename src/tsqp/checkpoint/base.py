@@ -38,9 +38,9 @@ class Checkpoint(ABC):
     Q and K rows in the half-rotation order of transformers.
     """
 
-    def __init__(self, spec: ModelConfig, where: str) -> None:
-        self.spec = spec
-        self.shapes = tensor_shapes(spec)  # of every tensor, by name
+    def __init__(self, config: ModelConfig, where: str) -> None:
+        self.config = config
+        self.shapes = tensor_shapes(config)  # of every tensor, by name
         self._where = where
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Checkpoint(ABC):
 
         A tied LM head is the embedding. Raises CorruptCheckpoint when the model has no such tensor.
         """
-        if name == LM_HEAD and self.spec.tied_embeddings:
+        if name == LM_HEAD and self.config.tied_embeddings:
             name = EMBEDDING
         if name not in self.shapes:
             raise CorruptCheckpoint(f"{self._where}: this model has no tensor {name}")
@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """64 hex digits over the spec and over samples of every tensor's bytes.
+        """64 hex digits over the config and over samples of every tensor's bytes.
 
         Finds the wrong checkpoint by mistake; it is not proof against one who forges it. One file or many shards give
         the same; another file format or dtype gives another.

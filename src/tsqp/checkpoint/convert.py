@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tsqp.checkpoint.base import TextFormat
 from tsqp.checkpoint.gguf import GgufCheckpoint
-from tsqp.checkpoint.hf_config import config_from_spec
+from tsqp.checkpoint.hf_config import hf_config_of
 from tsqp.checkpoint.hf_text import token_id
 from tsqp.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
 from tsqp.checkpoint.shapes import tensor_shapes
@@ -64,7 +64,7 @@ def _write_weights(checkpoint: GgufCheckpoint, directory: Path, shard_bytes: int
     dtypes: dict[str, str] = {}
     parts: list[list[str]] = []
     held = total = 0
-    names = list(tensor_shapes(checkpoint.spec))
+    names = list(tensor_shapes(checkpoint.config))
     for name in names:
         tensor = checkpoint.tensor(name).contiguous()
         size = tensor.numel() * tensor.element_size()
@@ -108,14 +108,14 @@ def _part_path(directory: Path, number: int) -> Path:
 
 def _write_settings(checkpoint: GgufCheckpoint, directory: Path, dtype: str) -> None:
     text = checkpoint.text_format()
-    config = config_from_spec(checkpoint.spec, dtype) | _special_ids(text)
-    _write_json(directory / "config.json", config)
+    written = hf_config_of(checkpoint.config, dtype) | _special_ids(text)
+    _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", _special_ids(text))
     (directory / "tokenizer.json").write_text(text.tokenizer_json, encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": checkpoint.spec.max_positions,
+        "model_max_length": checkpoint.config.max_positions,
         **text.special_tokens,
     }
     _write_json(directory / "tokenizer_config.json", settings)

@@ -31,17 +31,17 @@ class RawTensor:
     data: NDArray[np.uint8]
 
 
-def spec_json(spec: ModelConfig) -> bytes:
-    """The canonical JSON of a spec."""
-    return json.dumps(asdict(spec), sort_keys=True, separators=(",", ":")).encode()
+def config_json(config: ModelConfig) -> bytes:
+    """The canonical JSON of a config."""
+    return json.dumps(asdict(config), sort_keys=True, separators=(",", ":")).encode()
 
 
-def fingerprint(spec: ModelConfig, tensors: Iterable[RawTensor]) -> str:
-    """SHA-256 as 64 hex digits over the spec and, by name, over each tensor's dtype, shape and samples.
+def fingerprint(config: ModelConfig, tensors: Iterable[RawTensor]) -> str:
+    """SHA-256 as 64 hex digits over the config and, by name, over each tensor's dtype, shape and samples.
 
     The samples are 4 KiB from the beginning, the middle and the end. How tensors are spread over files plays no part.
     """
-    digest = hashlib.sha256(spec_json(spec))
+    digest = hashlib.sha256(config_json(config))
     for tensor in sorted(tensors, key=lambda t: t.name):
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         size = len(tensor.data)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
+from tsqp.checkpoint.gguf_config import ROPE_FACTORS, config_from_gguf
 from tsqp.checkpoint.gguf_file import GgufFile
-from tsqp.checkpoint.gguf_spec import ROPE_FACTORS, spec_from_gguf
 from tsqp.checkpoint.shapes import EMBEDDING, FINAL_NORM, LM_HEAD, check_stored_shapes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.file = GgufFile(path)
-        super().__init__(spec_from_gguf(self.file), str(path))
+        super().__init__(config_from_gguf(self.file), str(path))
         self._gguf_names = {hf: gguf_name(hf) for hf in self.shapes}
         expected = {self._gguf_names[hf]: shape for hf, shape in self.shapes.items()}
         check_stored_shapes(expected, self.file.shapes(), {ROPE_FACTORS}, str(path))
@@ -48,16 +48,16 @@ class GgufCheckpoint(Checkpoint):
         tensor = self.file.tensor(self._gguf_names[name])
         if self._rows_are_interleaved:
             if "self_attn.q_proj" in name:
-                return _to_half_rotation(tensor, self.spec.num_heads)
+                return _to_half_rotation(tensor, self.config.num_heads)
             if "self_attn.k_proj" in name:
-                return _to_half_rotation(tensor, self.spec.num_kv_heads)
+                return _to_half_rotation(tensor, self.config.num_kv_heads)
         return tensor
 
     def fingerprint(self) -> str:
         """Over the bytes of this file, so it differs from that of the same model in another format."""
         file, names = self.file, self._gguf_names
         return fingerprint(
-            self.spec,
+            self.config,
             (RawTensor(hf, file.dtype(name), self.shapes[hf], file.raw(name)) for hf, name in names.items()),
         )
 

@@ -89,20 +89,20 @@ class _Keys:
         return value
 
 
-def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The shape that a ``config.json`` describes; ``where`` names it in errors.
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for a missing or invalid key.
     """
-    architecture = _architecture(config, where)
-    _refuse_what_changes_the_computation(config, where)
-    keys, defaults = _Keys(config, where), _DEFAULTS[architecture]
+    architecture = _architecture(given, where)
+    _refuse_what_changes_the_computation(given, where)
+    keys, defaults = _Keys(given, where), _DEFAULTS[architecture]
     hidden_size = keys.size("hidden_size")
     num_layers = check_layers(keys.size("num_hidden_layers"), where)
     num_heads = keys.size("num_attention_heads")
-    default_kv_heads = num_heads if "num_key_value_heads" in config else defaults.num_kv_heads or num_heads
+    default_kv_heads = num_heads if "num_key_value_heads" in given else defaults.num_kv_heads or num_heads
     num_kv_heads = keys.size("num_key_value_heads", default_kv_heads)
-    default_head_dim = hidden_size // num_heads if "head_dim" in config else defaults.head_dim
+    default_head_dim = hidden_size // num_heads if "head_dim" in given else defaults.head_dim
     head_dim = keys.size("head_dim", default_head_dim or hidden_size // num_heads or None)
     if num_heads % num_kv_heads:
         raise CorruptCheckpoint(f"{where}: {num_heads} attention heads do not divide among {num_kv_heads} KV heads")
@@ -121,8 +121,8 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
         vocab_size=keys.size("vocab_size"),
         max_positions=max_positions,
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=_rope(config, max_positions, where),
-        windows=_windows(architecture, config, keys, num_layers, where),
+        rope=_rope(given, max_positions, where),
+        windows=_windows(architecture, given, keys, num_layers, where),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -131,42 +131,42 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     )
 
 
-def config_from_spec(spec: ModelConfig, dtype: str) -> dict[str, Any]:
-    """A ``config.json`` that both ``spec_from_config`` and transformers read back as ``spec``."""
-    config: dict[str, Any] = {
-        "architectures": [CAUSAL_LM_CLASSES[spec.architecture]],
-        "model_type": spec.architecture,
+def hf_config_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """A ``config.json`` that both ``parse_config`` and transformers read back as ``config``."""
+    given: dict[str, Any] = {
+        "architectures": [CAUSAL_LM_CLASSES[config.architecture]],
+        "model_type": config.architecture,
         "hidden_act": "silu",
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_positions,
-        "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta": spec.rope.theta,
-        "rope_scaling": _rope_scaling(spec.rope),
-        "tie_word_embeddings": spec.tied_embeddings,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_scaling(config.rope),
+        "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": dtype,
     }
-    if spec.architecture in ("llama", "qwen3"):
-        config["attention_bias"] = spec.o_bias
-    if spec.architecture == "llama":
-        config["mlp_bias"] = spec.mlp_bias
-    window = next((w for w in spec.windows if w is not None), None)
-    if spec.architecture == "mistral":
-        config["sliding_window"] = window
-    elif spec.architecture != "llama":
-        config["use_sliding_window"] = window is not None
-        config["sliding_window"] = window
-        config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in spec.windows]
-    return config
+    if config.architecture in ("llama", "qwen3"):
+        given["attention_bias"] = config.o_bias
+    if config.architecture == "llama":
+        given["mlp_bias"] = config.mlp_bias
+    window = next((w for w in config.windows if w is not None), None)
+    if config.architecture == "mistral":
+        given["sliding_window"] = window
+    elif config.architecture != "llama":
+        given["use_sliding_window"] = window is not None
+        given["sliding_window"] = window
+        given["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    return given
 
 
-def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    model_type = config.get("model_type")
+def _architecture(given: Mapping[str, Any], where: str) -> Architecture:
+    model_type = given.get("model_type")
     if not isinstance(model_type, str):
         raise CorruptCheckpoint(f"{where} has no model_type")
     for architecture in ARCHITECTURES:
@@ -177,12 +177,12 @@ def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
     )
 
 
-def _refuse_what_changes_the_computation(config: Mapping[str, Any], where: str) -> None:
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
+def _refuse_what_changes_the_computation(given: Mapping[str, Any], where: str) -> None:
+    if given.get("quantization_config"):
+        quantization = given["quantization_config"]
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
         raise UnsupportedModel(f"{where}: quantization_config ({method}) is not implemented; use the original weights")
-    activation = config.get("hidden_act", "silu")
+    activation = given.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):  # two names of one function
         raise UnsupportedModel(f"{where}: hidden_act {activation!r} is not implemented; only silu is")
 
@@ -202,16 +202,16 @@ def _biases(architecture: Architecture, keys: _Keys) -> tuple[bool, bool, bool]:
             return attention, attention, False
 
 
-def _rope(config: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
+def _rope(given: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
     # The order of transformers 5: a rope_scaling that is not empty wins over rope_parameters.
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parameters = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise CorruptCheckpoint(f"{where}: the rope parameters must be an object, not {parameters!r}")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModel(f"{where}: rope_parameters per layer type are not implemented")
-    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+    if parameters.get("partial_rotary_factor", given.get("partial_rotary_factor")) not in (None, 1):
         raise UnsupportedModel(f"{where}: a partial_rotary_factor other than 1 is not implemented")
-    theta = _Keys({"rope_theta": parameters.get("rope_theta", config.get("rope_theta"))}, where)
+    theta = _Keys({"rope_theta": parameters.get("rope_theta", given.get("rope_theta"))}, where)
     theta_value = theta.number("rope_theta", 10_000.0)
     keys = _Keys(parameters, f"{where} (rope)")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -246,7 +246,7 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _windows(
-    architecture: Architecture, config: Mapping[str, Any], keys: _Keys, num_layers: int, where: str
+    architecture: Architecture, given: Mapping[str, Any], keys: _Keys, num_layers: int, where: str
 ) -> tuple[int | None, ...]:
     """The window of every layer. Llama has none, mistral one for all, qwen2 and qwen3 choose by layer."""
     if architecture == "llama":
@@ -256,10 +256,10 @@ def _windows(
         return (window,) * num_layers
     if not keys.flag("use_sliding_window"):
         window = None
-    layer_types = config.get("layer_types")
+    layer_types = given.get("layer_types")
     if layer_types is None:
         # Zero is allowed here: then every layer slides.
-        first = config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+        first = given.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise CorruptCheckpoint(f"{where}: max_window_layers must be a whole number, not {first!r}")
         return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
-from tsqp.checkpoint.hf_config import spec_from_config
+from tsqp.checkpoint.hf_config import parse_config
 from tsqp.checkpoint.hf_text import read_text_format
 from tsqp.checkpoint.json_object import read_json_object
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes, tensor_shapes
@@ -36,13 +36,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         config_path = directory / "config.json"
         if not config_path.is_file():
             raise CheckpointNotFound(f"{directory} has no config.json: it is not a Hugging Face model directory")
-        spec = spec_from_config(read_json_object(config_path), str(config_path))
+        config = parse_config(read_json_object(config_path), str(config_path))
         self._files = {path: _open_safetensors(path) for path in _weight_files(directory)}
         self._file_of = {tensor: path for path, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
-        self._check_headers(spec)
-        if spec.tied_embeddings and self._has_its_own_head():
-            spec = replace(spec, tied_embeddings=False)
-        super().__init__(spec, str(directory))
+        self._check_headers(config)
+        if config.tied_embeddings and self._has_its_own_head():
+            config = replace(config, tied_embeddings=False)
+        super().__init__(config, str(directory))
 
     def _read(self, name: str) -> torch.Tensor:
         """In the file's dtype, memory-mapped."""
@@ -54,7 +54,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return tensor
 
     def fingerprint(self) -> str:
-        return fingerprint(self.spec, (self._raw(name) for name in self.shapes))
+        return fingerprint(self.config, (self._raw(name) for name in self.shapes))
 
     def text_format(self) -> TextFormat:
         return read_text_format(self.directory)
@@ -74,9 +74,9 @@ class HuggingFaceCheckpoint(Checkpoint):
 
         return not torch.equal(self._read(LM_HEAD), self._read(EMBEDDING))
 
-    def _check_headers(self, spec: ModelConfig) -> None:
-        """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the spec asks for."""
-        shapes = tensor_shapes(spec)
+    def _check_headers(self, config: ModelConfig) -> None:
+        """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the config asks for."""
+        shapes = tensor_shapes(config)
         stored: dict[str, tuple[int, ...]] = {}
         for name, path in self._file_of.items():
             header = self._files[path].get_slice(name)
@@ -87,7 +87,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 )
         # Older exports store the rotary frequencies, and some store a tied head a second time.
         ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-        if spec.tied_embeddings:
+        if config.tied_embeddings:
             ignored.add(LM_HEAD)
             if stored.get(LM_HEAD, stored.get(EMBEDDING)) != stored.get(EMBEDDING):
                 raise CorruptCheckpoint(

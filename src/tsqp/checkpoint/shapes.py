@@ -14,20 +14,20 @@ FINAL_NORM = "model.norm.weight"
 MAX_LAYERS = 1024  # the largest models have some 130; a damaged number must not keep anyone busy
 
 
-def tensor_shapes(spec: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model by its Hugging Face name, matrices as (out, in); no LM head when it is tied."""
-    hidden = (spec.hidden_size,)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size), FINAL_NORM: hidden}
-    if not spec.tied_embeddings:
-        shapes[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
-    groups = [linear_groups(spec)[name] for name in LAYER_GROUPS]
-    for layer in range(spec.num_layers):
+    hidden = (config.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size), FINAL_NORM: hidden}
+    if not config.tied_embeddings:
+        shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
+    groups = [linear_groups(config)[name] for name in LAYER_GROUPS]
+    for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = hidden
         shapes[f"{prefix}.post_attention_layernorm.weight"] = hidden
-        if spec.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (spec.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (spec.head_dim,)
+        if config.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
         for group in groups:
             for part, rows in group.parts:
                 shapes[part_tensor(layer, part, "weight")] = (rows, group.in_features)
@@ -46,7 +46,7 @@ def check_layers(count: int, where: str) -> int:
 def check_stored_shapes(
     expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], ignored: Collection[str], where: str
 ) -> None:
-    """Hold what a file stores against what the spec asks for, tensor by tensor.
+    """Hold what a file stores against what the config asks for, tensor by tensor.
 
     A tensor too many is refused as well: whoever stored it meant it to take part in the computation.
 

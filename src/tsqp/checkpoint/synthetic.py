@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
-from tsqp.checkpoint.fingerprint import spec_json
+from tsqp.checkpoint.fingerprint import config_json
 from tsqp.config.model import ModelConfig, RopeConfig
 from tsqp.errors import CheckpointNotFound
 
@@ -129,7 +129,7 @@ class SyntheticCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         made_from = f"synthetic {GENERATOR_VERSION} {self._shape_name} ".encode()
-        return hashlib.sha256(made_from + spec_json(self.spec)).hexdigest()
+        return hashlib.sha256(made_from + config_json(self.config)).hexdigest()
 
     def text_format(self) -> TextFormat:
         """Bytes as tokens: ids 0 to 255. Larger ids decode to nothing, and nothing ends a generation."""

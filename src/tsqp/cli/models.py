@@ -41,25 +41,25 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
     Raises CheckpointError.
     """
     checkpoint = open_checkpoint(model)
-    spec = checkpoint.spec
+    config = checkpoint.config
     return {
         "model": model,
-        "architecture": spec.architecture,
-        "parameters": parameters(spec),
-        "layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.num_heads,
-        "kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "context": spec.max_positions,
-        "rope": spec.rope.kind,
-        "sliding_window": next((window for window in spec.windows if window is not None), None),
-        "tied_embeddings": spec.tied_embeddings,
+        "architecture": config.architecture,
+        "parameters": parameters(config),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context": config.max_positions,
+        "rope": config.rope.kind,
+        "sliding_window": next((window for window in config.windows if window is not None), None),
+        "tied_embeddings": config.tied_embeddings,
         "fingerprint": checkpoint.fingerprint(),
         **({"model_digest": _digest(checkpoint)} if digest else {}),
-        "calls_per_pass": {name: partition.calls_per_pass(spec.num_layers) for name, partition in PARTITIONS.items()},
+        "calls_per_pass": {name: partition.calls_per_pass(config.num_layers) for name, partition in PARTITIONS.items()},
     }
 
 
@@ -74,11 +74,11 @@ def _digest(checkpoint: Checkpoint) -> str:
     return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False).digest
 
 
-def parameters(spec: ModelConfig) -> int:
+def parameters(config: ModelConfig) -> int:
     """The number of weights, norms included, a tied embedding once."""
-    groups = linear_groups(spec)
+    groups = linear_groups(config)
     weights = {name: group.out_features * (group.in_features + group.bias) for name, group in groups.items()}
     head = weights.pop("lm_head")
-    norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
-    embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
-    return spec.num_layers * (sum(weights.values()) + norms) + spec.hidden_size + head + embedding
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    embedding = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size
+    return config.num_layers * (sum(weights.values()) + norms) + config.hidden_size + head + embedding

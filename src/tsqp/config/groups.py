@@ -37,21 +37,21 @@ class LinearGroup:
         return start, start + self.parts[part][1]
 
 
-def linear_groups(spec: ModelConfig) -> dict[GroupName, LinearGroup]:
+def linear_groups(config: ModelConfig) -> dict[GroupName, LinearGroup]:
     """The five linear groups of a model, by name."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.q_size, spec.kv_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.q_size, config.kv_size
     groups = (
         LinearGroup(
             "qkv",
             hidden,
             (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
-            spec.qkv_bias,
+            config.qkv_bias,
         ),
-        LinearGroup("o", q, (("self_attn.o_proj", hidden),), spec.o_bias),
-        LinearGroup("gate_up", hidden, (("mlp.gate_proj", inner), ("mlp.up_proj", inner)), spec.mlp_bias),
-        LinearGroup("down", inner, (("mlp.down_proj", hidden),), spec.mlp_bias),
-        LinearGroup("lm_head", hidden, (("lm_head", spec.vocab_size),), False),
+        LinearGroup("o", q, (("self_attn.o_proj", hidden),), config.o_bias),
+        LinearGroup("gate_up", hidden, (("mlp.gate_proj", inner), ("mlp.up_proj", inner)), config.mlp_bias),
+        LinearGroup("down", inner, (("mlp.down_proj", hidden),), config.mlp_bias),
+        LinearGroup("lm_head", hidden, (("lm_head", config.vocab_size),), False),
     )
     return {group.name: group for group in groups}
 
@@ -61,7 +61,7 @@ def part_tensor(layer: int | None, part: str, kind: str) -> str:
     return f"{part}.{kind}" if layer is None else f"model.layers.{layer}.{part}.{kind}"
 
 
-def group_keys(spec: ModelConfig) -> list[GroupKey]:
+def group_keys(config: ModelConfig) -> list[GroupKey]:
     """Every linear group of a model, layer by layer, the LM head last."""
-    keys: list[GroupKey] = [(name, layer) for layer in range(spec.num_layers) for name in LAYER_GROUPS]
+    keys: list[GroupKey] = [(name, layer) for layer in range(config.num_layers) for name in LAYER_GROUPS]
     return [*keys, ("lm_head", None)]

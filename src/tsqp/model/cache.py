@@ -27,12 +27,12 @@ class KVCache(Positions):
     then calls ``advance``.
     """
 
-    def __init__(self, spec: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self._max_positions = spec.max_positions
-        empty = torch.empty(spec.num_kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
-        self._keys = [empty] * spec.num_layers
-        self._values = [empty] * spec.num_layers
+        self._max_positions = config.max_positions
+        empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self._keys = [empty] * config.num_layers
+        self._values = [empty] * config.num_layers
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""

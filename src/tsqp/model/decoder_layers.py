@@ -47,7 +47,7 @@ class Norms:
 
         def layer(index: int) -> LayerNorms:
             name = f"layers.{index}"
-            qk = checkpoint.spec.qk_norm
+            qk = checkpoint.config.qk_norm
             return LayerNorms(
                 attention=weight(f"{name}.input_layernorm"),
                 mlp=weight(f"{name}.post_attention_layernorm"),
@@ -55,14 +55,14 @@ class Norms:
                 k=weight(f"{name}.self_attn.k_norm") if qk else None,
             )
 
-        return cls(tuple(layer(index) for index in range(checkpoint.spec.num_layers)), weight("norm"))
+        return cls(tuple(layer(index) for index in range(checkpoint.config.num_layers)), weight("norm"))
 
 
 @dataclass(frozen=True)
 class DecoderLayers:
     """The layers of one model: the same code for each, its weights by index."""
 
-    spec: ModelConfig
+    config: ModelConfig
     norms: Norms
     linears: Linears
     attention: Attention
@@ -74,7 +74,7 @@ class DecoderLayers:
 
         Appends to the caches of the chunk's sequences at the positions of their rows.
         """
-        norms, eps, rows = self.norms.layers[layer], self.spec.rms_norm_eps, chunk.rows
+        norms, eps, rows = self.norms.layers[layer], self.config.rms_norm_eps, chunk.rows
         x = self.linears.input(("qkv", layer), rows)
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, norms.attention, eps, x)
@@ -99,13 +99,13 @@ class DecoderLayers:
         self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables, mixed: torch.Tensor
     ) -> Steps[None]:
         """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
-        spec, (cos, sin) = self.spec, tables
+        config, (cos, sin) = self.config, tables
         queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
-        values = qkv[:, spec.q_size + spec.kv_size :].view(-1, spec.num_kv_heads, spec.head_dim)
+        values = qkv[:, config.q_size + config.kv_size :].view(-1, config.num_kv_heads, config.head_dim)
         rotated = []
         for span in chunk.spans:  # all keys before any attention, which may have to wait for products
             at = span.slice
-            q = qkv.new_empty(spec.num_heads, span.rows, spec.head_dim)
+            q = qkv.new_empty(config.num_heads, span.rows, config.head_dim)
             with self.meter.operator("rotary"):
                 k, v = span.cache.reserve(layer, span.end)
                 self.kernels.rotate(queries[at], query_column, cos[at], sin[at], q, 0)
@@ -113,22 +113,22 @@ class DecoderLayers:
             v[:, span.position : span.end] = values[at].transpose(0, 1)
             rotated.append(q)
         for span, q in zip(chunk.spans, rotated, strict=True):
-            out = mixed[span.slice].view(span.rows, spec.num_heads, spec.head_dim)
+            out = mixed[span.slice].view(span.rows, config.num_heads, config.head_dim)
             yield from self.attention.steps(layer, q, span, out)
 
     def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
         """Rows that hold the queries, and their first column there; the same of the keys. Normed where they are."""
-        spec, norms = self.spec, self.norms.layers[layer]
+        config, norms = self.config, self.norms.layers[layer]
         if norms.q is None or norms.k is None:
-            return qkv, 0, qkv, spec.q_size
-        queries = self._norm_heads(qkv[:, : spec.q_size], norms.q)
-        keys = self._norm_heads(qkv[:, spec.q_size : spec.q_size + spec.kv_size], norms.k)
+            return qkv, 0, qkv, config.q_size
+        queries = self._norm_heads(qkv[:, : config.q_size], norms.q)
+        keys = self._norm_heads(qkv[:, config.q_size : config.q_size + config.kv_size], norms.k)
         return queries, 0, keys, 0
 
     def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,)."""
         with self.meter.operator("rms_norm"):
-            rows = heads.reshape(-1, self.spec.head_dim)  # (T·n, D)
+            rows = heads.reshape(-1, self.config.head_dim)  # (T·n, D)
             normed = torch.empty_like(rows)
-            self.kernels.rms_norm(rows, weight, self.spec.rms_norm_eps, normed)
+            self.kernels.rms_norm(rows, weight, self.config.rms_norm_eps, normed)
             return normed.view(heads.shape)

@@ -51,7 +51,7 @@ def load_groups(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[GroupKey, LinearWeights]:
     """Read every group of a checkpoint. Raises CorruptCheckpoint."""
-    return {key: load_group(checkpoint, key, dtype, device) for key in group_keys(checkpoint.spec)}
+    return {key: load_group(checkpoint, key, dtype, device) for key in group_keys(checkpoint.config)}
 
 
 def load_group(
@@ -59,7 +59,7 @@ def load_group(
 ) -> LinearWeights:
     """Read one group from a checkpoint. Raises CorruptCheckpoint when a matrix is missing or misshapen."""
     name, layer = key
-    group = linear_groups(checkpoint.spec)[name]
+    group = linear_groups(checkpoint.config)[name]
     weight = _concatenated(checkpoint, group, layer, "weight", dtype, device)
     bias = _concatenated(checkpoint, group, layer, "bias", dtype, device) if group.bias else None
     return LinearWeights(group, weight, bias)

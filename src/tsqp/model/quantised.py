@@ -33,7 +33,7 @@ def load_quantised_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGrou
     Raises CorruptCheckpoint; UnsupportedModel for weights that are not finite, or sums that int32 cannot hold.
     """
     name, layer = key
-    group = linear_groups(checkpoint.spec)[name]
+    group = linear_groups(checkpoint.config)[name]
     if group.in_features > MAX_FIELD_TERMS:
         raise UnsupportedModel(
             f"{group_label(key)} has {group.in_features} inputs, 8-bit products at most {MAX_FIELD_TERMS}: "

@@ -20,20 +20,20 @@ HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one f
 IDLE_S = 0.05  # without a call for so long, the cores are free
 
 
-def targets(spec: ModelConfig, ahead: int, memory: int) -> dict[GroupKey, int]:
+def targets(config: ModelConfig, ahead: int, memory: int) -> dict[GroupKey, int]:
     """Blocks to keep ready of each group: pads for at most ``ahead`` tokens, and at most ``memory`` bytes."""
     wanted = range(-(-ahead // BLOCK_ROWS) + 1)
-    return _blocks(spec, bisect_right(wanted, memory, key=lambda count: held_bytes(spec, count)) - 1)
+    return _blocks(config, bisect_right(wanted, memory, key=lambda count: held_bytes(config, count)) - 1)
 
 
-def held_bytes(spec: ModelConfig, count: int) -> int:
+def held_bytes(config: ModelConfig, count: int) -> int:
     """Memory of a pool that keeps ``count`` blocks of each group of the layers."""
-    groups = linear_groups(spec)
-    return sum(blocks * block_bytes(groups[key[0]].out_features) for key, blocks in _blocks(spec, count).items())
+    groups = linear_groups(config)
+    return sum(blocks * block_bytes(groups[key[0]].out_features) for key, blocks in _blocks(config, count).items())
 
 
-def _blocks(spec: ModelConfig, count: int) -> dict[GroupKey, int]:
-    return {key: min(count, HEAD_ROWS // BLOCK_ROWS) if key[1] is None else count for key in group_keys(spec)}
+def _blocks(config: ModelConfig, count: int) -> dict[GroupKey, int]:
+    return {key: min(count, HEAD_ROWS // BLOCK_ROWS) if key[1] is None else count for key in group_keys(config)}
 
 
 def block_bytes(out_features: int) -> int:

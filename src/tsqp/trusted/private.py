@@ -89,7 +89,7 @@ def load_private_model(
     digests = GroupDigests()
     whole = ModelDigest(checkpoint)
     groups: dict[GroupKey, GuardedGroup] = {}
-    for key in group_keys(checkpoint.spec):
+    for key in group_keys(checkpoint.config):
         loaded = load_quantised_group(checkpoint, key)
         digests.add(key, loaded.wq)
         whole.add(f"{key} scales", loaded.scales)
@@ -109,7 +109,7 @@ class ModelDigest:
     """SHA-256 over all that this side loads: shape, tokenizer, chat template, every tensor with its name and type."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        said = {"spec": asdict(checkpoint.spec), "text": asdict(checkpoint.text_format())}
+        said = {"spec": asdict(checkpoint.config), "text": asdict(checkpoint.text_format())}
         self._hash = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
 
     def add(self, name: str, tensor: torch.Tensor | None) -> None:

@@ -41,17 +41,17 @@ class LayerState:
     """The state of one connection at the ``layer`` partition; none before its first pass."""
 
     def __init__(self, weights: WorkerWeights, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
-        spec, dtype, device = weights.spec, weights.dtype, weights.device
+        config, dtype, device = weights.config, weights.dtype, weights.device
         self._weights = weights
         self._max_cache_bytes = max_cache_bytes
         self._caches: dict[int, KVCache] = {}
         self._passes: dict[int, _Pass] = {}
-        self._rotary = Rotary(spec.rope, spec.head_dim, dtype, device)
+        self._rotary = Rotary(config.rope, config.head_dim, dtype, device)
         self._block = DecoderLayers(
-            spec,
+            config,
             weights.norms,
             LocalLinears(weights.groups, Unmetered()),
-            LocalAttention(spec.windows, Unmetered()),
+            LocalAttention(config.windows, Unmetered()),
             pick_kernels(dtype, device),
             Unmetered(),
         )
@@ -75,7 +75,7 @@ class LayerState:
     def layer(self, call: Layer) -> None:
         """One chunk through one layer. Raises ProtocolError."""
         under_way = self._pass(call.begin)
-        if call.layer >= self._weights.spec.num_layers or call.chunk >= len(under_way.chunks):
+        if call.layer >= self._weights.config.num_layers or call.chunk >= len(under_way.chunks):
             raise ProtocolError(f"there is no layer {call.layer} or no chunk {call.chunk}")
         chunk = under_way.chunks[call.chunk]
         run(self._block.steps(call.layer, under_way.hidden[chunk.slice], chunk, under_way.tables[call.chunk]))
@@ -90,7 +90,7 @@ class LayerState:
             last = [chunk.offset + row for chunk in under_way.chunks for row in chunk.last_rows()]
             hidden = hidden[last]
         final = torch.empty_like(hidden)
-        self._block.kernels.rms_norm(hidden, self._weights.norms.final, self._weights.spec.rms_norm_eps, final)
+        self._block.kernels.rms_norm(hidden, self._weights.norms.final, self._weights.config.rms_norm_eps, final)
         return self._weights.groups["lm_head", None].product(final)
 
     def rows_of(self, call: Finish) -> int:
@@ -108,7 +108,7 @@ class LayerState:
         """The cache of a sequence, which must hold just the positions before ``position``."""
         cache = self._caches.get(sequence)
         if cache is None:
-            cache = KVCache(self._weights.spec, self._weights.dtype, self._weights.device)
+            cache = KVCache(self._weights.config, self._weights.dtype, self._weights.device)
         if cache.length != position:
             raise ProtocolError(f"sequence {sequence} has {cache.length} positions here, not {position}")
         self._caches[sequence] = cache
@@ -116,11 +116,11 @@ class LayerState:
 
     def _check_room(self, call: Begin) -> None:
         """Before anything is allocated. A cache has up to twice the room that its positions need."""
-        spec = self._weights.spec
-        if any(place.position + place.rows > spec.max_positions for place in call.places):
-            raise ProtocolError(f"a sequence is longer than the context of {spec.max_positions}")
+        config = self._weights.config
+        if any(place.position + place.rows > config.max_positions for place in call.places):
+            raise ProtocolError(f"a sequence is longer than the context of {config.max_positions}")
         places = {place.sequence: place.position + place.rows for place in call.places}
         positions = sum((places | {n: c.length for n, c in self._caches.items() if n not in places}).values())
-        needed = 2 * positions * 2 * spec.num_layers * spec.kv_size * self._weights.dtype.itemsize
+        needed = 2 * positions * 2 * config.num_layers * config.kv_size * self._weights.dtype.itemsize
         if needed > self._max_cache_bytes:
             raise ProtocolError(f"the KV caches need {needed} bytes; a connection may have {self._max_cache_bytes}")

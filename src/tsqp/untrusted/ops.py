@@ -73,7 +73,7 @@ class Operators:
                     self._layers.layer(call)
                     return None
                 case Finish():
-                    self._place(None, (self._layers.rows_of(call), self._weights.spec.vocab_size))  # its size, first
+                    self._place(None, (self._layers.rows_of(call), self._weights.config.vocab_size))  # its size, first
                     product = self._layers.finish(call)
                 case Product() | MultiplyPads():
                     raise ProtocolError("products mod p are of the field path, and this connection asked for another")
@@ -97,26 +97,26 @@ class Operators:
     def _tokens(self, payload: memoryview, rows: int) -> torch.Tensor:
         """int32 token ids (rows,), all of the vocabulary."""
         tokens = bytes_tensor(payload, torch.int32, (rows,))
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._weights.spec.vocab_size:
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._weights.config.vocab_size:
             raise ProtocolError("a token id is outside of the vocabulary")
         return tokens
 
     def _scores(self, call: AttentionScores, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
         q, k = exactly(2, payloads)
-        spec = self._weights.spec
+        config = self._weights.config
         return score_product(
-            self._floats(q, (spec.num_heads, call.rows, spec.head_dim)),
-            self._floats(k, (spec.num_kv_heads, call.keys, spec.head_dim)),
-            out=self._place(out, (spec.num_heads, call.rows, call.keys)),
+            self._floats(q, (config.num_heads, call.rows, config.head_dim)),
+            self._floats(k, (config.num_kv_heads, call.keys, config.head_dim)),
+            out=self._place(out, (config.num_heads, call.rows, call.keys)),
         )
 
     def _mix(self, call: AttentionValues, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
         p, v = exactly(2, payloads)
-        spec = self._weights.spec
+        config = self._weights.config
         return value_product(
-            self._floats(p, (spec.num_heads, call.rows, call.keys)),
-            self._floats(v, (spec.num_kv_heads, call.keys, spec.head_dim)),
-            out=self._place(out, (spec.num_heads, call.rows, spec.head_dim)),
+            self._floats(p, (config.num_heads, call.rows, call.keys)),
+            self._floats(v, (config.num_kv_heads, call.keys, config.head_dim)),
+            out=self._place(out, (config.num_heads, call.rows, config.head_dim)),
         )
 
     def _floats(self, payload: memoryview, shape: tuple[int, ...]) -> torch.Tensor:

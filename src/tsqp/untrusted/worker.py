@@ -111,7 +111,7 @@ def group_shapes(weights: PathWeights) -> tuple[GroupShape, ...]:
     digests = weights.digests if isinstance(weights, FieldWorkerWeights) else {}
     return tuple(
         GroupShape(group.name, group.in_features, group.out_features, digests.get(group.name))
-        for group in linear_groups(weights.spec).values()
+        for group in linear_groups(weights.config).values()
     )
 
 

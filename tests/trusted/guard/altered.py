@@ -14,7 +14,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Altered(Checkpoint):
-    """``changes``: what happens to a tensor when it is read, by its name; ``text``, ``spec``: fields of those."""
+    """``changes``: what happens to a tensor when it is read, by its name; ``text``, ``config``: fields of those."""
 
     def __init__(
         self,
@@ -22,9 +22,9 @@ class Altered(Checkpoint):
         changes: Mapping[str, Change] | None = None,
         *,
         text: Mapping[str, Any] | None = None,
-        **spec: Any,
+        **config: Any,
     ) -> None:
-        super().__init__(replace(original.spec, **spec), "an altered model")
+        super().__init__(replace(original.config, **config), "an altered model")
         self._text = dict(text or {})
         self._original = original
         self._changes = dict(changes or {})

@@ -82,14 +82,14 @@ def test_every_number_of_the_configuration_is_in_it(name: str) -> None:
     checkpoint = open_checkpoint(MODEL)
     same = Altered(checkpoint)
     other = Altered(checkpoint)
-    other.spec = replace(other.spec, **{name: another(getattr(other.spec, name))})
+    other.config = replace(other.config, **{name: another(getattr(other.config, name))})
     assert ModelDigest(other).hexdigest({}) != ModelDigest(same).hexdigest({})
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RopeConfig)])
 def test_every_number_of_the_rotary_embedding_is_in_it(name: str) -> None:
     checkpoint = open_checkpoint(MODEL)
-    rope = replace(checkpoint.spec.rope, **{name: another(getattr(checkpoint.spec.rope, name))})
+    rope = replace(checkpoint.config.rope, **{name: another(getattr(checkpoint.config.rope, name))})
     assert digest(Altered(checkpoint, rope=rope)) != digest(Altered(checkpoint))
 
 

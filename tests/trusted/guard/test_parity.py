@@ -77,10 +77,10 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
     checkpoint, stats = open_checkpoint(model), Stats()
     norms = Norms.load(checkpoint, torch.float32)
     block = DecoderLayers(
-        checkpoint.spec,
+        checkpoint.config,
         norms,
         IntegerLinears(checkpoint),
-        LocalAttention(checkpoint.spec.windows, stats),
+        LocalAttention(checkpoint.config.windows, stats),
         pick_kernels(torch.float32, compiled=True),
         stats,
     )

@@ -32,7 +32,7 @@ from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
 MODEL = str(tiny_model("llama").directory)
-SPEC = open_checkpoint(MODEL).spec
+CONFIG = open_checkpoint(MODEL).config
 BLOCKS: dict[GroupKey, int] = {KEY: 3, OTHER: 3, HEAD: 1}
 
 
@@ -74,14 +74,14 @@ def filler_of(pool: PadPool, blocks: dict[GroupKey, int] = BLOCKS) -> Iterator[P
 
 
 def bytes_of(blocks: dict[GroupKey, int]) -> int:
-    groups = linear_groups(SPEC)
+    groups = linear_groups(CONFIG)
     return sum(count * (16 * 4 * groups[key[0]].out_features + KEY_BYTES) for key, count in blocks.items())
 
 
 @given(ahead=st.integers(0, 2000), memory=st.integers(0, 4_000_000))
 def test_targets_fit_into_memory_and_are_the_most_that_does(ahead: int, memory: int) -> None:
-    blocks = targets(SPEC, ahead, memory)
-    assert list(blocks) == group_keys(SPEC)
+    blocks = targets(CONFIG, ahead, memory)
+    assert list(blocks) == group_keys(CONFIG)
     assert bytes_of(blocks) <= memory
     tokens = {count * BLOCK_ROWS for key, count in blocks.items() if key[1] is not None}
     assert len(tokens) == 1

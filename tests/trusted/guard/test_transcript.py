@@ -92,7 +92,7 @@ def test_a_call_is_its_id_group_layer_rows_and_digits() -> None:
     assert isinstance(hello, Hello)
     assert Hello.__struct_fields__ == ("version", "fingerprint", "wire_dtype", "path")
     assert Product.__struct_fields__ == ("id", "group", "layer", "rows", "digits")
-    groups = group_keys(open_checkpoint(MODEL).spec)
+    groups = group_keys(open_checkpoint(MODEL).config)
     rows = [len(PROMPT)] * 8 + [1] * (1 + 9 * (STEPS - 1))  # the LM head is asked for the last row only
     for number, call in enumerate(calls):
         name, layer = groups[number % len(groups)]

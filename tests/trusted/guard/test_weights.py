@@ -91,7 +91,7 @@ class Constant(Checkpoint):
     """All weights 1, made when they are read: with so many columns their norm is too large."""
 
     def __init__(self, intermediate_size: int) -> None:
-        small = replace(open_checkpoint(MODEL).spec, num_layers=1, hidden_size=8, num_heads=4, num_kv_heads=2)
+        small = replace(open_checkpoint(MODEL).config, num_layers=1, hidden_size=8, num_heads=4, num_kv_heads=2)
         super().__init__(replace(small, head_dim=2, intermediate_size=intermediate_size, mlp_bias=False), "constant")
 
     def _read(self, name: str) -> torch.Tensor:

@@ -26,9 +26,9 @@ from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, GroupShape, Hello, Linear, Refused, Welcome
 
 CHECKPOINT = open_checkpoint("synthetic:tiny")
-SPEC = CHECKPOINT.spec
+CONFIG = CHECKPOINT.config
 FINGERPRINT = CHECKPOINT.fingerprint()
-GROUPS = tuple(GroupShape(g.name, g.in_features, g.out_features) for g in linear_groups(SPEC).values())
+GROUPS = tuple(GroupShape(g.name, g.in_features, g.out_features) for g in linear_groups(CONFIG).values())
 WELCOME = Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "float32")
 
 Answer = Callable[[Linear], Frames]
@@ -65,7 +65,7 @@ class ScriptedChannel:
 
 def open_session(channel: ScriptedChannel) -> WorkerSession:
     return WorkerSession(
-        channel, SPEC, FINGERPRINT, wire_dtype="float32", dtype="float32", stats=Stats(), deadline_s=1.0
+        channel, CONFIG, FINGERPRINT, wire_dtype="float32", dtype="float32", stats=Stats(), deadline_s=1.0
     )
 
 
@@ -74,7 +74,7 @@ def payload(elements: int) -> tuple[memoryview]:
 
 
 def right(call: Linear) -> Frames:
-    group = linear_groups(SPEC)[call.group]
+    group = linear_groups(CONFIG)[call.group]
     return Frames(encode(Done(call.id)), payload(call.rows * group.out_features))
 
 
@@ -99,7 +99,7 @@ def test_a_hostile_reply_ends_the_session(name: str) -> None:
     channel = ScriptedChannel(Frames(encode(WELCOME)), answer)
     session = open_session(channel)
     linears = OpenLinears(session, split=False)
-    x = torch.zeros(2, SPEC.hidden_size)
+    x = torch.zeros(2, CONFIG.hidden_size)
     with pytest.raises(expected) as first:
         linears.start(("qkv", 0), x).wait()
     assert "\x1b" not in str(first.value)  # a worker's words cannot drive the user's terminal
@@ -115,7 +115,7 @@ def test_a_worker_may_lie_about_its_time_without_effect(busy_ns: int) -> None:
 
     session = open_session(ScriptedChannel(Frames(encode(WELCOME)), boastful))
     trace = session.stats.trace = Trace()
-    product = OpenLinears(session, split=False).start(("qkv", 0), torch.zeros(2, SPEC.hidden_size)).wait()
+    product = OpenLinears(session, split=False).start(("qkv", 0), torch.zeros(2, CONFIG.hidden_size)).wait()
     assert not product.any()
     row = session.stats.calls["linear"]
     assert 0.0 <= row.worker_s <= row.rpc_s  # cut to the time that the call was under way
@@ -130,13 +130,13 @@ def test_replies_may_come_in_another_order() -> None:
             return self._replies.pop()
 
     def numbered(call: Linear) -> Frames:
-        group = linear_groups(SPEC)[call.group]
+        group = linear_groups(CONFIG)[call.group]
         data = torch.full((call.rows, group.out_features), float(call.id))
         return Frames(encode(Done(call.id)), (data.numpy().data.cast("B"),))
 
     session = open_session(Reversed(Frames(encode(WELCOME)), numbered))
     linears = OpenLinears(session, split=False)
-    pending = [linears.start(("qkv", 0), torch.zeros(1, SPEC.hidden_size)) for _ in range(3)]
+    pending = [linears.start(("qkv", 0), torch.zeros(1, CONFIG.hidden_size)) for _ in range(3)]
     assert [float(p.wait()[0, 0]) for p in pending] == [1.0, 2.0, 3.0]
 
 
@@ -149,12 +149,12 @@ BAD_GREETINGS: dict[str, tuple[Frames, type[ChannelError], str]] = {
     "another fingerprint": (
         Frames(encode(Welcome(PROTOCOL_VERSION, "0" * 64, GROUPS, "cpu", "float32"))),
         ModelMismatch,
-        "--model",
+        "holds another model",
     ),
     "other shapes": (
         Frames(encode(Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS[:-1], "cpu", "float32"))),
         ModelMismatch,
-        "--model",
+        "holds another model",
     ),
     "another path": (
         Frames(encode(Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "int8"))),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import StartWorker
-from tests.untrusted.calls import CHECKPOINT, HELLO, PEER, SPEC, answer, arrival, greet
+from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, PEER, answer, arrival, greet
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P
@@ -60,7 +60,7 @@ KERNELS = [
 ]
 KEYS: list[GroupKey] = [("qkv", 0), ("down", 1), ("lm_head", None)]
 FIELD = Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field")
-HIDDEN = SPEC.hidden_size
+HIDDEN = CONFIG.hidden_size
 
 
 def store(kernel: DigitKernel | None = None) -> WeightStore:
@@ -104,7 +104,7 @@ def product_of(worker: Worker, message: Message, payload: torch.Tensor) -> torch
 def test_products_are_those_of_int64(kernel: DigitKernel, key: GroupKey, rows: int) -> None:
     worker = Worker(store(kernel))
     greet(worker, FIELD)
-    group = linear_groups(SPEC)[key[0]]
+    group = linear_groups(CONFIG)[key[0]]
     x = canonical(rows, group.in_features)
     got = product_of(worker, Product(1, *key, rows, 4), x)
     assert torch.equal(got.long(), (reference(x, key) % P).flatten())
@@ -143,7 +143,7 @@ def test_over_every_transport(transport: str, start_worker: StartWorker) -> None
     address = start_worker("synthetic:tiny", transport, dtype="field")
     session = WorkerSession(
         connect(address),
-        SPEC,
+        CONFIG,
         HELLO.fingerprint,
         wire_dtype="float32",
         dtype="float32",
@@ -154,7 +154,7 @@ def test_over_every_transport(transport: str, start_worker: StartWorker) -> None
     x = canonical(5, HIDDEN)
     place = session.reserve(x.nbytes)
     place[:] = tensor_bytes(x)
-    size = 5 * linear_groups(SPEC)["gate_up"].out_features * 4
+    size = 5 * linear_groups(CONFIG)["gate_up"].out_features * 4
     reply = session.ask("linear", Product(session.next_id(), "gate_up", 1, 5, 4), place, size).wait()
     got = torch.frombuffer(bytearray(reply), dtype=torch.int32)
     assert torch.equal(got.long(), (reference(x, ("gate_up", 1)) % P).flatten())
@@ -167,7 +167,7 @@ ONE_KEY = torch.zeros(32, dtype=torch.uint8)
 GOOD = Product(7, "qkv", 0, 2, 4)
 TOKENS = torch.zeros(1, dtype=torch.int32)
 BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor], str]] = {
-    "a layer that is not there": (Product(1, "qkv", SPEC.num_layers, 2, 4), [X4], "no group"),
+    "a layer that is not there": (Product(1, "qkv", CONFIG.num_layers, 2, 4), [X4], "no group"),
     "no layer": (Product(1, "qkv", None, 2, 4), [X4], "no group"),
     "a layer for the head": (Product(1, "lm_head", 0, 2, 4), [X4], "no group"),
     "more rows than sent": (Product(1, "qkv", 0, 3, 4), [X4], "bytes"),
@@ -178,7 +178,7 @@ BAD_CALLS: dict[str, tuple[Message, list[torch.Tensor], str]] = {
     "no payload": (Product(1, "qkv", 0, 2, 4), [], "payloads"),
     "two payloads": (Product(1, "qkv", 0, 2, 4), [X4, X4], "payloads"),
     "an enormous product": (Product(1, "qkv", 0, 2**31 - 1, 4), [X4], "bytes"),
-    "pads in a layer that is not there": (MultiplyPads(1, "qkv", SPEC.num_layers, 1), [ONE_KEY], "no group"),
+    "pads in a layer that is not there": (MultiplyPads(1, "qkv", CONFIG.num_layers, 1), [ONE_KEY], "no group"),
     "pads without keys": (MultiplyPads(1, "qkv", 0, 1), [], "payloads"),
     "half a key": (MultiplyPads(1, "qkv", 0, 1), [ONE_KEY[:16]], "bytes"),
     "a key too few": (MultiplyPads(1, "qkv", 0, 2), [ONE_KEY], "bytes"),
@@ -229,7 +229,7 @@ def test_numbers_out_of_range_harm_nobody(kernel: DigitKernel, byte: int, digits
     greet(worker, FIELD)
     x = torch.full((2, HIDDEN * digits), byte, dtype=torch.uint8)  # as many bytes a number as it has digits
     got = product_of(worker, Product(1, "qkv", 0, 2, digits), x)  # type: ignore[arg-type]
-    assert len(got) == 2 * linear_groups(SPEC)["qkv"].out_features
+    assert len(got) == 2 * linear_groups(CONFIG)["qkv"].out_features
     good = canonical(2, HIDDEN)
     got = product_of(worker, GOOD, good)
     assert torch.equal(got.long(), (reference(good, ("qkv", 0)) % P).flatten())
@@ -296,8 +296,8 @@ def test_digests_are_hashes_of_all_layers_in_order() -> None:
     welcome = greet(Worker(store()), FIELD)
     assert isinstance(welcome, Welcome)
     expected = {}
-    for name, group in linear_groups(SPEC).items():
-        layers = [None] if name == "lm_head" else range(SPEC.num_layers)
+    for name, group in linear_groups(CONFIG).items():
+        layers = [None] if name == "lm_head" else range(CONFIG.num_layers)
         whole = b"".join(
             quantise_rows(CHECKPOINT.tensor(part_tensor(layer, part, "weight"))).values.numpy().tobytes()
             for layer in layers
@@ -349,13 +349,13 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
 
 COMPILED = """
 import torch
-from tests.untrusted.calls import CHECKPOINT, HELLO, SPEC, answer, greet
+from tests.untrusted.calls import CHECKPOINT, HELLO, CONFIG, answer, greet
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Hello, MultiplyPads, Product
 from tsqp.arith import digits, field as product
 torch.set_num_threads(1)
-HIDDEN, ONE_KEY = SPEC.hidden_size, torch.zeros(32, dtype=torch.uint8)
+HIDDEN, ONE_KEY = CONFIG.hidden_size, torch.zeros(32, dtype=torch.uint8)
 worker = Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
 greet(worker, Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field"))
 loops = [digits.split, digits.join, digits.clear_top_bits]

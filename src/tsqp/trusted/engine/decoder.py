@@ -30,18 +30,18 @@ class Decoder:
         micro_batches: int,
         stats: Stats,
     ) -> None:
-        self.spec = layers.spec
+        self.config = layers.config
         self._layers = layers
         self._embedding = embedding
         self._dtype = dtype
-        self._rotary = Rotary(self.spec.rope, self.spec.head_dim, dtype)
+        self._rotary = Rotary(self.config.rope, self.config.head_dim, dtype)
         self._max_rows = max_rows
         self._micro_batches = micro_batches
         self._stats = stats
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self.spec, self._dtype)
+        return KVCache(self.config, self._dtype)
 
     def forward(self, batch: Batch[KVCache]) -> Steps[torch.Tensor]:
         """Logits, float32 (sequences, vocab_size), of each sequence's last row; of all T rows for ``every_row``.
@@ -60,7 +60,7 @@ class Decoder:
         last = torch.cat(wanted)
         final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
-            self._layers.kernels.rms_norm(last, self._layers.norms.final, self.spec.rms_norm_eps, final)
+            self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)
         logits = yield self._layers.linears.start(("lm_head", None), final)
         batch.advance()
         self._stats.forward_passes += 1
@@ -69,5 +69,5 @@ class Decoder:
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):
             tables = self._rotary.tables(chunk.positions())
-        for layer in range(self.spec.num_layers):
+        for layer in range(self.config.num_layers):
             yield from self._layers.steps(layer, hidden, chunk, tables)

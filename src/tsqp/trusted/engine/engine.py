@@ -36,7 +36,7 @@ class PassDecoder(Protocol):
     """What the engine needs of a decoder; sequences are known by caches that the decoder makes."""
 
     @property
-    def spec(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig: ...
 
     def new_cache(self) -> Any: ...
 
@@ -79,8 +79,8 @@ class Engine:
     _process: int = field(default_factory=os.getpid)
 
     @property
-    def spec(self) -> ModelConfig:
-        return self.decoder.spec
+    def config(self) -> ModelConfig:
+        return self.decoder.config
 
     def busy(self) -> bool:
         """Whether a forward pass is under way."""
@@ -90,13 +90,13 @@ class Engine:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
         if not prompt:
             raise PromptError("the prompt is empty: give at least one token of text")
-        if len(prompt) >= self.spec.max_positions:
+        if len(prompt) >= self.config.max_positions:
             raise PromptError(
-                f"the prompt has {len(prompt)} tokens; this model's context holds {self.spec.max_positions}, "
+                f"the prompt has {len(prompt)} tokens; this model's context holds {self.config.max_positions}, "
                 "the answer included: shorten the prompt"
             )
-        if not all(0 <= token < self.spec.vocab_size for token in prompt):
-            raise PromptError(f"a token id is outside of the vocabulary of {self.spec.vocab_size}")
+        if not all(0 <= token < self.config.vocab_size for token in prompt):
+            raise PromptError(f"a token id is outside of the vocabulary of {self.config.vocab_size}")
 
     def logits(self, prompt: Tokens) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
@@ -138,7 +138,7 @@ class Generation:
         while self._live:
             for sequence, logits in zip(self._live, self._forward(prefill=prefill), strict=True):
                 engine.stats.new_tokens += 1
-                yield sequence.extend(logits, engine.eos_token_ids, engine.spec.max_positions)
+                yield sequence.extend(logits, engine.eos_token_ids, engine.config.max_positions)
             self._live = [one for one in self._live if not one.finished and one.index not in self._stopped]
             prefill = False
 

@@ -19,17 +19,17 @@ class OpenAttention:
         self._session = session
 
     def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
-        spec, session = self._session.spec, self._session
-        window = spec.windows[layer]
+        config, session = self._session.config, self._session
+        window = config.windows[layer]
         first = first_visible(span.position, window)
         k, v = span.cache.view(layer, first, span.end)
         rows, keys = q.shape[1], k.shape[1]
         call = AttentionScores(session.next_id(), rows, keys)
-        scaled = q * spec.head_dim**-0.5  # before the product, so that float16 scores stay finite
-        scores = yield session.start("matmul", call, [scaled, k], (spec.num_heads, rows, keys))
+        scaled = q * config.head_dim**-0.5  # before the product, so that float16 scores stay finite
+        scores = yield session.start("matmul", call, [scaled, k], (config.num_heads, rows, keys))
         with session.stats.operator("softmax"):
             mask = causal_mask(span.position, rows, first, keys, window)
             probabilities = masked_softmax(scores, mask)
         mix = AttentionValues(session.next_id(), rows, keys)
-        mixed = yield session.start("matmul", mix, [probabilities, v], (spec.num_heads, rows, spec.head_dim))
+        mixed = yield session.start("matmul", mix, [probabilities, v], (config.num_heads, rows, config.head_dim))
         out.copy_(mixed.transpose(0, 1))

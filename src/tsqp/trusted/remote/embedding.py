@@ -18,5 +18,5 @@ class OpenEmbedding:
     def start(self, tokens: torch.Tensor) -> Pending:
         rows = tokens.shape[0]
         call = Embed(self._session.next_id(), rows)
-        shape = (rows, self._session.spec.hidden_size)
+        shape = (rows, self._session.config.hidden_size)
         return Private(self._session.start("embedding", call, [tokens.to(torch.int32)], shape))

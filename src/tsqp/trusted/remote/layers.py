@@ -32,7 +32,7 @@ class LayerDecoder:
     """The forward pass as the worker's layers do it."""
 
     def __init__(self, session: WorkerSession, *, max_rows: int) -> None:
-        self.spec = session.spec
+        self.config = session.config
         self._session = session
         self._max_rows = max_rows
         self._sequences = 0
@@ -49,17 +49,17 @@ class LayerDecoder:
         """Logits, float32: see ``Decoder.forward``. Raises ChannelError; the worker's caches are lost with it."""
         if len(batch.tokens) > MAX_PLACES:
             raise InputError(f"{len(batch.tokens)} prompts at once; at partition layer the most is {MAX_PLACES}")
-        session, spec, stats = self._session, self.spec, self._session.stats
+        session, config, stats = self._session, self.config, self._session.stats
         begin = session.next_id()
         chunks = list(batch.chunks(self._max_rows))
         calls = [self._begin(begin, batch)]
         for chunk in range(len(chunks)):
-            for layer in range(spec.num_layers):
+            for layer in range(config.num_layers):
                 call = Layer(session.next_id(), begin, layer, chunk)
                 calls.append(session.start("layer", call, [], (0,)))
         rows = sum(len(tokens) for tokens in batch.tokens) if batch.every_row else len(batch.tokens)
         finish = Finish(session.next_id(), begin, batch.every_row)
-        logits = session.start("lm_head", finish, [], (rows, spec.vocab_size))
+        logits = session.start("lm_head", finish, [], (rows, config.vocab_size))
         for under_way in calls:  # noqa: UP028  (resumed with each result, which a list would not take)
             yield under_way
         result = (yield logits).float()

@@ -19,7 +19,7 @@ class OpenLinears:
 
     def __init__(self, session: WorkerSession, *, split: bool) -> None:
         self._session = session
-        self._groups = linear_groups(session.spec)
+        self._groups = linear_groups(session.config)
         self._split = split
 
     def input(self, key: GroupKey, rows: int) -> torch.Tensor:

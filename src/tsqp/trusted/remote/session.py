@@ -35,7 +35,7 @@ class WorkerSession:
     def __init__(
         self,
         channel: Channel,
-        spec: ModelConfig,
+        config: ModelConfig,
         fingerprint: str,
         *,
         wire_dtype: WireDtype,
@@ -47,7 +47,7 @@ class WorkerSession:
         role: Literal["worker", "dealer"] = "worker",
     ) -> None:
         self.channel = channel
-        self.spec = spec
+        self.config = config
         self.stats = stats
         self._digests = digests
         self._role = role
@@ -217,7 +217,8 @@ class WorkerSession:
         if not isinstance(answer, Welcome):
             raise ModelMismatch(f"{where} refused: {printable(answer.reason)}")
         groups = tuple(
-            GroupShape(group.name, group.in_features, group.out_features) for group in linear_groups(self.spec).values()
+            GroupShape(group.name, group.in_features, group.out_features)
+            for group in linear_groups(self.config).values()
         )
         shapes = tuple(msgspec.structs.replace(group, digest=None) for group in answer.groups)
         digests = {group.name: group.digest for group in answer.groups}

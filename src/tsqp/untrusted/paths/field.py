@@ -37,7 +37,7 @@ BOTH_DIGITS: tuple[Digits, ...] = (2, 4)
 class FieldWorkerWeights:
     """8-bit weights of every group on one device, and the digests that a client compares with its own."""
 
-    spec: ModelConfig
+    config: ModelConfig
     device: torch.device
     groups: Mapping[GroupKey, FieldWeights]
     digests: Mapping[GroupName, str]
@@ -56,12 +56,12 @@ class FieldWorkerWeights:
         on_device = FieldWeights if device.type == "cpu" else DeviceFieldWeights
         digests = GroupDigests()
         groups = {}
-        for key in group_keys(checkpoint.spec):
+        for key in group_keys(checkpoint.config):
             wq = load_quantised_group(checkpoint, key).wq
             digests.add(key, wq)
             groups[key] = on_device.of(wq.to(device), kernel)
         compile_loops()
-        return cls(checkpoint.spec, device, groups, digests.hexdigests())
+        return cls(checkpoint.config, device, groups, digests.hexdigests())
 
 
 def compile_loops() -> None:

@@ -27,7 +27,7 @@ class WorkerWeights:
     ``embedding`` is (vocab_size, hidden_size).
     """
 
-    spec: ModelConfig
+    config: ModelConfig
     compute: PlainDtype
     dtype: torch.dtype
     device: torch.device
@@ -49,7 +49,7 @@ class WorkerWeights:
 
         Raises CheckpointError.
         """
-        spec = checkpoint.spec
+        config = checkpoint.config
         dtype = TORCH_DTYPES[float_dtype(compute)]
         groups: Mapping[GroupKey, LinearProduct]
         if compute == "int8":
@@ -57,10 +57,10 @@ class WorkerWeights:
             embedding = None
         else:
             groups = floats = load_groups(checkpoint, dtype, device)
-            embedding = floats["lm_head", None].weight if spec.tied_embeddings else None
+            embedding = floats["lm_head", None].weight if config.tied_embeddings else None
         if embedding is None:
             embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
         if compiler is not None:
             groups = compiler.compiled(groups)
         norms = Norms.load(checkpoint, dtype, device)
-        return cls(spec, compute, dtype, device, groups, embedding, norms)
+        return cls(config, compute, dtype, device, groups, embedding, norms)

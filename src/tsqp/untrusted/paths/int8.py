@@ -82,14 +82,14 @@ def load_int8_groups(
     checkpoint: Checkpoint, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
 ) -> dict[GroupKey, Int8Linear]:
     """Read every group and quantise it. Raises CorruptCheckpoint, UnsupportedModel."""
-    return {key: load_int8_group(checkpoint, key, kernel, dtype, device) for key in group_keys(checkpoint.spec)}
+    return {key: load_int8_group(checkpoint, key, kernel, dtype, device) for key in group_keys(checkpoint.config)}
 
 
 def load_int8_group(
     checkpoint: Checkpoint, key: GroupKey, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
 ) -> Int8Linear:
     """Read one group and quantise it on the CPU. Raises CorruptCheckpoint, UnsupportedModel."""
-    terms = linear_groups(checkpoint.spec)[key[0]].in_features
+    terms = linear_groups(checkpoint.config)[key[0]].in_features
     if terms > MAX_INT8_TERMS:
         raise UnsupportedModel(
             f"int8 sums hold {MAX_INT8_TERMS} terms, {group_label(key)} has {terms}: use a float dtype"

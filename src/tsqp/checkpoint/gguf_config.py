@@ -16,7 +16,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def spec_from_gguf(file: GgufFile) -> ModelConfig:
+def config_from_gguf(file: GgufFile) -> ModelConfig:
     """The shape that a GGUF file describes.
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for missing metadata.
