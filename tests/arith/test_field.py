@@ -9,21 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.arith.kernels import KERNELS
 from tsqp.arith import field
 from tsqp.arith.digits import join, split
 from tsqp.arith.digits_torch import join_torch, split_torch
 from tsqp.arith.field import MAX_FIELD_TERMS, MAX_SMALL, Digits, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
-from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
-from tsqp.arith.self_test import is_exact
+from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.tensor_cores import DeviceFieldWeights
 
-CPU = torch.device("cpu")
-SATURATES = pytest.mark.skipif(not is_exact(OffsetKernel(), CPU), reason="this processor's _int_mm saturates")
-KERNELS = [
-    pytest.param(BlockedKernel(), id="blocked"),
-    pytest.param(OffsetKernel(), id="offset", marks=SATURATES),
-]
 EXTREMES = [0, 1, 127, 128, MAX_CENTRED, MAX_CENTRED + 1, P - 128, P - 1]
 CANONICAL = st.one_of(st.sampled_from(EXTREMES), st.integers(0, P - 1))
 SMALL = st.one_of(st.sampled_from([0, 127, 128, MAX_SMALL, -MAX_SMALL]), st.integers(-MAX_SMALL, MAX_SMALL))

@@ -11,17 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.arith.kernels import CPU, KERNELS
 from tsqp.arith.product import (
     MAX_INT8_TERMS,
     BlockedKernel,
     DigitKernel,
     OffsetKernel,
-    exact_product,
 )
-from tsqp.arith.self_test import is_exact, pick_kernel
+from tsqp.arith.self_test import exact_product, is_exact
 
-CPU = torch.device("cpu")
-KERNELS: list[DigitKernel] = [BlockedKernel(), pick_kernel(CPU)]
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 2100), st.integers(1, 50))
 
 
@@ -30,7 +28,7 @@ def digits(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(SIZES, st.integers(0, 2**31))
 def test_against_int64(kernel: DigitKernel, sizes: tuple[int, int, int], seed: int) -> None:
     rows, inner, columns = sizes
@@ -38,7 +36,7 @@ def test_against_int64(kernel: DigitKernel, sizes: tuple[int, int, int], seed: i
     assert torch.equal(exact_product(kernel, x, w).long(), x.long() @ w.long().t())
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sum_still_fits(kernel: DigitKernel, sign: int) -> None:
     x = torch.full((1, MAX_INT8_TERMS), 127, dtype=torch.int8)

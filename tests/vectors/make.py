@@ -18,9 +18,8 @@ from tsqp.arith.digits_torch import join_torch, split_torch
 from tsqp.arith.expand import AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL, Digits, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
-from tsqp.arith.product import exact_product
 from tsqp.arith.quantise import quantise_rows
-from tsqp.arith.self_test import pick_kernel
+from tsqp.arith.self_test import exact_product, pick_kernel
 
 FILE = Path(__file__).with_name("guard.json")
 LEAST_SCALE = np.float32(2.0**-126)

@@ -14,7 +14,7 @@ import torch
 
 from tsqp.arith.digits import join, split
 from tsqp.arith.product import DigitKernel
-from tsqp.arith.row_threads import row_threads
+from tsqp.arith.row_threads import least_rows, row_threads
 
 MAX_SMALL = 127 * 256 + 127  # the largest number of two balanced digits
 MAX_FIELD_TERMS = 132_104  # 128 · 127 · 132,104 < 2³¹: no sum of products of digits leaves int32
@@ -45,25 +45,23 @@ class FieldWeights:
 
         4 digits: x (T, K) is like ``out``. 2 digits: x is int16, of at most ``MAX_SMALL``.
         """
+        digits_of_x = self._split(x, digits)
+        if digits * len(x) <= self.kernel.few:
+            return self.kernel.product_mod_p(digits_of_x, self.wq, self.offsets, out)
         columns = max(_LEAST_COLUMNS, _SUMS // (digits * len(x)))
-        digits_of_x = self._split(x, digits).flatten(0, 1)
         for first in range(0, len(self.wq), columns):
             own = slice(first, first + columns)
-            sums = self.kernel.accumulate_unsigned(digits_of_x, self.wq[own]).view(digits, len(x), -1)
+            sums = self.kernel.accumulate_unsigned(digits_of_x.flatten(0, 1), self.wq[own]).view(digits, len(x), -1)
             self._join(sums, self.offsets[own], out[:, own])
+        return None
 
     def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
         """Every digit of x, plus 128: uint8 (digits, T, K)."""
         out = torch.empty(digits, *x.shape, dtype=torch.uint8)
         values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
-        row_threads().run(split, len(x), values, out.numpy(), least=_least_rows(x))
+        row_threads().run(split, len(x), values, out.numpy(), least=least_rows(x.shape[1]))
         return out
 
     def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         arrays = (sums.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        row_threads().run(join, len(out), *arrays, least=_least_rows(out))
-
-
-def _least_rows(x: torch.Tensor) -> int:
-    """Rows from which on a pass over ``x`` is worth a second thread."""
-    return max(2, (1 << 17) // x.shape[1])
+        row_threads().run(join, len(out), *arrays, least=least_rows(out.shape[1]))

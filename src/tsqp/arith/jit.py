@@ -23,6 +23,7 @@ SOURCES = (
     "arith/modulus.py",
     "arith/digits.py",
     "arith/loops.py",
+    "arith/vnni.py",
     "model/compiled.py",
     "trusted/guard/kernels.py",
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from tsqp.arith.digits_torch import join_torch
 from tsqp.arith.loops import row_sums
 from tsqp.arith.row_threads import row_threads
 
@@ -21,8 +22,11 @@ BLOCK_COLUMNS = 4_096  # bounds the float32 copy of a block of weights to 16 MB
 class DigitKernel:
     """Products of digits x int8 (T, K) and w int8 (N, K), K ≤ ``MAX_INT8_TERMS``.
 
-    ``accumulate(x, w) - offsets(w)`` is x·wᵀ, exactly: int32 (T, N). The offsets depend on w alone.
+    ``accumulate(x, w) - offsets(w)`` is x·wᵀ, exactly: int32 (T, N). The offsets depend on w alone. Sums may
+    wrap around: the difference is right modulo 2³² for any K.
     """
+
+    few = 0  # rows of digits up to which ``product_mod_p`` is faster than its steps one by one
 
     def offsets(self, w: torch.Tensor) -> torch.Tensor:
         """int32 (N,), to be computed once for weights that stay."""
@@ -35,6 +39,13 @@ class DigitKernel:
     def accumulate_unsigned(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """The same for digits that come as x + 128, uint8 (T, K)."""
         return self.accumulate((x ^ 128).view(torch.int8), w)  # flipping the top bit takes 128 away
+
+    def product_mod_p(self, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        """Digits + 128 of numbers, uint8 (digits, T, K), the lowest first, times w, into out, int32 (T, N) mod p.
+
+        K ≤ ``field.MAX_INNER``; ``offsets`` are ``offsets(w)``. Here from its steps, as others may do it in one.
+        """
+        out.copy_(join_torch(self.accumulate_unsigned(x.flatten(0, 1), w).view(len(x), *out.shape), offsets))
 
 
 class OffsetKernel(DigitKernel):
@@ -65,8 +76,3 @@ class BlockedKernel(DigitKernel):
                 partial = terms @ w[n : n + BLOCK_COLUMNS, k : k + BLOCK_TERMS].float().t()
                 total[:, n : n + BLOCK_COLUMNS] += partial.to(torch.int32)
         return total
-
-
-def exact_product(kernel: DigitKernel, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x·wᵀ for digits x int8 (T, K) and w int8 (N, K): int32 (T, N)."""
-    return kernel.accumulate(x, w) - kernel.offsets(w)

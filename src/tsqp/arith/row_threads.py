@@ -34,3 +34,8 @@ class RowThreads:
 def row_threads() -> RowThreads:
     """One for the process, made when it is first needed."""
     return RowThreads()
+
+
+def least_rows(width: int) -> int:
+    """Rows of so many elements from which on one pass over them is worth a second thread."""
+    return max(2, (1 << 17) // max(1, width))

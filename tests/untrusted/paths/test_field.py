@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.arith.kernels import CPU, KERNELS
 from tests.conftest import StartWorker
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, PEER, answer, arrival, greet
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P
-from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
+from tsqp.arith.product import DigitKernel
 from tsqp.arith.quantise import quantise_rows
-from tsqp.arith.self_test import is_exact
 from tsqp.config.groups import GROUP_NAMES, GroupKey, GroupName, linear_groups, part_tensor
 from tsqp.errors import UnsupportedModel
 from tsqp.model import quantised
@@ -52,12 +52,6 @@ from tsqp.wire.messages import (
 from tsqp.wire.payload import tensor_bytes
 from tsqp.wire.transport import connect
 
-CPU = torch.device("cpu")
-SATURATES = pytest.mark.skipif(not is_exact(OffsetKernel(), CPU), reason="this processor's _int_mm saturates")
-KERNELS = [
-    pytest.param(BlockedKernel(), id="blocked"),
-    pytest.param(OffsetKernel(), id="offset", marks=SATURATES),
-]
 KEYS: list[GroupKey] = [("qkv", 0), ("down", 1), ("lm_head", None)]
 FIELD = Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field")
 HIDDEN = CONFIG.hidden_size
@@ -353,12 +347,12 @@ from tests.untrusted.calls import CHECKPOINT, HELLO, CONFIG, answer, greet
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Hello, MultiplyPads, Product
-from tsqp.arith import digits, field as product
+from tsqp.arith import digits, field as product, vnni
 torch.set_num_threads(1)
 HIDDEN, ONE_KEY = CONFIG.hidden_size, torch.zeros(32, dtype=torch.uint8)
 worker = Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
 greet(worker, Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field"))
-loops = [digits.split, digits.join, digits.clear_top_bits]
+loops = [digits.split, digits.join, digits.clear_top_bits, vnni.sums_of_few, vnni.product_of_few, vnni._sums]
 def compiled(): return [len(loop.signatures) for loop in loops]
 before = compiled()
 for least in (1024, 16):  # the second: products in several blocks of columns

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.arith.kernels import CPU, KERNELS
 from tests.families import random_tokens, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import PartitionName
-from tsqp.arith.product import BlockedKernel, DigitKernel
+from tsqp.arith.product import DigitKernel
 from tsqp.arith.quantise import quantise_rows
-from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey
@@ -31,17 +31,11 @@ from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen
 
-CPU = torch.device("cpu")
-KERNELS: list[DigitKernel] = [BlockedKernel(), pick_kernel(CPU)]
 PROMPT = random_tokens(50)
 GREEDY = SamplingParams(max_tokens=24)
 BIASES: GroupKey = ("qkv", 1)
 
 _numbers = count()
-
-
-def kernel_name(kernel: object) -> str:
-    return type(kernel).__name__
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def checkpoint_of(family: str) -> Checkpoint:
     return open_checkpoint(str(tiny_model(family).directory))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=kernel_name)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("part", [None, 0, 2])
 def test_a_product_is_the_formula(
@@ -99,7 +93,7 @@ def test_a_product_is_the_formula(
     assert torch.equal(place, expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=kernel_name)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition: PartitionName) -> None:
     model = tiny_model("llama-biases")

@@ -60,16 +60,19 @@ class FieldWorkerWeights:
             wq = load_quantised_group(checkpoint, key).wq
             digests.add(key, wq)
             groups[key] = on_device.of(wq.to(device), kernel)
-        compile_loops()
+        compile_loops(kernel)
         return cls(checkpoint.config, device, groups, digests.hexdigests())
 
 
-def compile_loops() -> None:
+def compile_loops(kernel: DigitKernel) -> None:
     """Have numba compile every loop that calls need, by small products and a small expansion on the CPU."""
-    weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any kernel
+    wq = torch.ones(8, 8, dtype=torch.int8)
+    weights = FieldWeights.of(wq, BlockedKernel())  # the loops are those of any kernel, but for what it does at once
     for digits in BOTH_DIGITS:
         x = torch.zeros(2, 8, dtype=_input_dtype(digits))
         weights.product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
+        if kernel.few:
+            FieldWeights.of(wq, kernel).product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
         # Wide products are written in blocks of columns, which numba compiles apart: rows that do not follow closely.
         weights.product(x, digits, out=torch.empty(2, 16, dtype=torch.int32)[:, :8])
     expand(AesKeyStream(bytes(KEY_BYTES)), np.empty((1, 8), np.uint32))

@@ -1,0 +1,144 @@
+"""Exact products of few rows: how fast they read their weights, beside the machine and beside ``_int_mm``.
+
+    python -m benchmarks.few_rows [--model synthetic:llama-3.2-1b] [--rows 1 2 4 8 16] [--runs 7]
+
+For each linear group of the model, 256 MB of weights are read once by each way in turn: ``read`` (their sum, which no
+product can outrun by much), ``picked`` (the kernel that the self-test chose on this machine) and ``int_mm``
+(``OffsetKernel``). x has 4 digits (masked rows and pads), 2 digits (verified rows) or 1 (int8). Medians count; the best
+run is beside it, since other processes may use the cores. Both ways must give equal products, or there is no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as in a worker, which shares its cores
+
+import numpy as np
+import torch
+
+from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
+from tsqp.arith.field import MAX_SMALL, FieldWeights
+from tsqp.arith.jit import kernel
+from tsqp.arith.modulus import P
+from tsqp.arith.product import DigitKernel, OffsetKernel
+from tsqp.arith.row_threads import row_threads
+from tsqp.arith.self_test import pick_kernel
+from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings
+from tsqp.checkpoint import open_checkpoint
+from tsqp.config.groups import GroupName, linear_groups
+
+GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
+
+
+@kernel
+def read(words, out, first, end):  # type: ignore[no-untyped-def]
+    """Sums of rows of int64: out (N,)."""
+    for row in range(first, end):
+        total = np.int64(0)
+        for j in range(words.shape[1]):
+            total += words[row, j]
+        out[row] = total
+
+
+def one_product(weights: FieldWeights, how: DigitKernel, x: torch.Tensor, digits: int) -> torch.Tensor:
+    """int32 (T, N): mod p of uint32 or int16 rows by their digits, or sums of int8 rows."""
+    if digits == 1:
+        return how.accumulate(x, weights.wq)
+    out = torch.empty(len(x), len(weights.wq), dtype=torch.int32)
+    FieldWeights(weights.wq, weights.offsets, how).product(x, 4 if digits == 4 else 2, out=out)
+    return out
+
+
+def rows_of(rows: int, width: int, digits: int) -> torch.Tensor:
+    """Random rows as each number of digits wants them."""
+    if digits == 4:
+        return torch.randint(0, P, (rows, width)).int()
+    if digits == 2:
+        return torch.randint(-MAX_SMALL, MAX_SMALL + 1, (rows, width)).short()
+    return torch.randint(-127, 128, (rows, width), dtype=torch.int8)
+
+
+def timed(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each way, in turn, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(runs + 1):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def measure(group: GroupName, copies: list[FieldWeights], rows: int, digits: int, runs: int) -> dict[str, Any]:
+    """One shape: GB/s of weights by each way. Raises SystemExit where the ways differ."""
+    (columns, width), picked, int_mm = copies[0].wq.shape, pick_kernel(torch.device("cpu")), OffsetKernel()
+    x, sums = rows_of(rows, width, digits), np.empty(columns, np.int64)
+    words = [weights.wq.numpy().view(np.int64) for weights in copies]
+    if not torch.equal(one_product(copies[0], picked, x, digits), one_product(copies[0], int_mm, x, digits)):
+        raise SystemExit(f"{group}: {rows} rows of {digits} digits: the products differ")
+
+    def read_all() -> None:
+        for one in words:
+            row_threads().run(read, columns, one, sums, least=2)
+
+    ways: dict[str, Callable[[], object]] = {
+        "read": read_all,
+        "picked": lambda: [one_product(weights, picked, x, digits) for weights in copies],
+        "int_mm": lambda: [one_product(weights, int_mm, x, digits) for weights in copies],
+    }
+    result: dict[str, Any] = {"group": group, "rows": rows, "digits": digits, "n": columns, "k": width}
+    size = columns * width * len(copies) / 1e9
+    for name, seconds in timed(ways, runs).items():
+        result[f"{name}_gb_per_s"] = size / statistics.median(seconds)
+        result[f"{name}_best_gb_per_s"] = size / min(seconds)
+    return result
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="synthetic:llama-3.2-1b")
+    parser.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--digits", type=int, nargs="+", default=[4, 2, 1], choices=[1, 2, 4])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULTS / "few-rows.json")
+    add_dirty_ok(parser)
+    options = parser.parse_args()
+    check_tree(options)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    load, before, products = os.getloadavg()[0], ceilings("bfloat16"), []
+    for group in options.groups:
+        shape = linear_groups(open_checkpoint(options.model).config)[group]
+        wq = torch.randint(-127, 128, (shape.out_features, shape.in_features), dtype=torch.int8)
+        copies = [FieldWeights.of(wq.clone(), OffsetKernel()) for _ in range(max(1, WEIGHTS_BYTES // wq.numel()))]
+        for digits in options.digits:
+            for rows in options.rows:
+                one = measure(group, copies, rows, digits, options.runs)
+                rates = ", ".join(f"{name} {one[f'{name}_gb_per_s']:.1f}" for name in ("read", "picked", "int_mm"))
+                print(f"{group}, {rows} rows of {digits} digits, GB/s: {rates}", flush=True)
+                products.append(one)
+    result = {
+        "benchmark": "few_rows",
+        "model": options.model,
+        "threads": torch.get_num_threads(),
+        "runs": options.runs,
+        "kernel": type(pick_kernel(torch.device("cpu"))).__name__,
+        "products": products,
+        "load_before": load,
+        "ceilings": before,
+        "machine": machine(),
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Few rows of digits times 8-bit weights, in loops of the instruction ``vpdpbusd``: ``few_rows.py`` uses them.
+
+The instruction multiplies 64 (or 32) unsigned by signed bytes and adds each four products to one of 16 (or 8) sums in
+int32. Sums wrap around and never saturate, so they are right modulo 2³² whatever K. Weights are loaded once for four
+rows of digits, which one row of numbers mod p is, and what leaves the registers are numbers mod p.
+
+Digits are bytes d + 128, as in ``digits.py``: offsets 128 · (sum of a row of weights) are taken away, modulo 2³² too.
+The processor is asked whether it has the instruction only because a process ends at one that is not there: whether
+products are exact is for ``self_test.py`` to say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from tsqp.arith.jit import kernel
+from tsqp.arith.modulus import P
+
+
+def features() -> set[str]:
+    """What the processor can do that loops are compiled for, by LLVM's names."""
+    _, _, named = cpu_target.target_context.codegen().magic_tuple()
+    return {name[1:] for name in named.split(",") if name.startswith("+")}
+
+
+def vector_bytes(has: set[str]) -> int:
+    """Bytes that one ``vpdpbusd`` takes; 0 where there is none."""
+    if has >= {"avx512vnni", "avx512bw"}:
+        return 64
+    return 32 if "avxvnni" in has or has >= {"avx512vnni", "avx512vl"} else 0
+
+
+VECTOR = vector_bytes(features())
+X_ROWS = 4  # rows of digits at once
+W_ROWS = 4 if VECTOR == 64 else 2  # and of weights: with their X_ROWS · W_ROWS sums they fit into the registers
+
+_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
+_P = np.int64(P)
+_SHIFT = np.int64(31)
+_MULTIPLE = np.int64(P << 26)  # of p, larger than any sum below: makes it positive
+
+
+def _typed_tile(_context: Any, x: Any, first_x: Any, w: Any, first_w: Any, sums: Any) -> Any:
+    """Rows of x uint8 (M, K) from ``first_x`` on times rows of w int8 (N, K) from ``first_w`` on, over whole vectors of
+    K: int32 into sums (X_ROWS, W_ROWS). The last row stands for those beyond it, so that nothing else is read.
+    """
+    expected = ((x, types.uint8), (w, types.int8), (sums, types.int32))
+    if VECTOR == 0 or any(array.layout != "C" or array.dtype != dtype for array, dtype in expected):
+        raise TypeError("this loop needs vpdpbusd, and contiguous arrays of bytes")
+    return types.void(x, types.int64, w, types.int64, sums), _emit_tile
+
+
+_tile: Any = intrinsic(_typed_tile)
+
+
+def _emit_tile(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    lanes = ir.VectorType(_I32, VECTOR // 4)
+    x, w, sums = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 2, 4))
+    inner = cgutils.unpack_tuple(b, x.shape)[1]
+    dot = _function(b, lanes, [lanes] * 3, f"llvm.x86.avx512.vpdpbusd.{VECTOR * 8}")
+    totals = [cgutils.alloca_once_value(b, ir.Constant(lanes, None)) for _ in range(X_ROWS * W_ROWS)]
+    x_rows = _row_starts(b, x, args[1], X_ROWS)
+    w_rows = _row_starts(b, w, args[3], W_ROWS)
+
+    with cgutils.for_range(b, b.udiv(inner, _I64(VECTOR))) as loop:
+        at = b.mul(loop.index, _I64(VECTOR))
+        weights = [_load(b, row, at, lanes) for row in w_rows]
+        with b.if_then(b.icmp_signed("==", args[1], _I64(0))):  # once for each row of weights
+            _prefetch(b, w_rows, b.add(at, b.mul(inner, _I64(W_ROWS))))
+        for i, row in enumerate(x_rows):
+            digits = _load(b, row, at, lanes)
+            for total, weight in zip(totals[i * W_ROWS :], weights, strict=False):
+                b.store(b.call(dot, [b.load(total), digits, weight]), total)
+
+    vectors = [b.load(total) for total in totals]
+    while len(vectors) > 1:  # as many vectors as lanes: in the end one vector, and each lane the sum of one
+        vectors = [_neighbours_added(b, *vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+    b.store(vectors[0], b.bitcast(sums.data, lanes.as_pointer()), align=4)
+    return context.get_dummy_value()
+
+
+def _row_starts(b: ir.IRBuilder, matrix: Any, first: Any, count: int) -> list[Any]:
+    """Where ``count`` rows from ``first`` on begin: none beyond the last."""
+    rows, width = cgutils.unpack_tuple(b, matrix.shape)
+    last = b.sub(rows, _I64(1))
+    wanted = [b.add(first, _I64(i)) for i in range(count)]
+    return [b.gep(matrix.data, [b.mul(b.select(b.icmp_signed("<", row, last), row, last), width)]) for row in wanted]
+
+
+def _load(b: ir.IRBuilder, row: Any, at: Any, lanes: Any) -> Any:
+    return b.load(b.bitcast(b.gep(row, [at]), lanes.as_pointer()), align=1)
+
+
+def _prefetch(b: ir.IRBuilder, rows: list[Any], at: Any) -> None:
+    """Ask for the rows that come next, into the second cache: short rows end before the processor would guess them.
+
+    Safe beyond the end of the matrix: a prefetch reads nothing that a program sees, and raises no fault.
+    """
+    ask = _function(b, ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32], "llvm.prefetch.p0")
+    for row in rows:
+        b.call(ask, [b.gep(row, [at]), _I32(0), _I32(2), _I32(1)])  # to read; level 2; data
+
+
+def _neighbours_added(b: ir.IRBuilder, left: Any, right: Any) -> Any:
+    """Each two neighbouring lanes of both vectors, added."""
+    kind = ir.VectorType(_I32, VECTOR // 4)
+    even, odd = (ir.Constant(kind, list(range(i, VECTOR // 2, 2))) for i in (0, 1))
+    return b.add(b.shuffle_vector(left, right, even), b.shuffle_vector(left, right, odd))
+
+
+def _function(b: ir.IRBuilder, result: Any, arguments: list[Any], name: str) -> Any:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
+
+
+@kernel
+def _sums(x, first_x, w, first_w, sums):  # type: ignore[no-untyped-def]
+    """``_tile`` over all of K: what comes after the last whole vector, term by term."""
+    _tile(x, first_x, w, first_w, sums)
+    for k in range(x.shape[1] - x.shape[1] % VECTOR, x.shape[1]):
+        for i in range(X_ROWS):
+            digit = np.int32(x[min(first_x + i, x.shape[0] - 1), k])
+            for j in range(W_ROWS):
+                sums[i, j] += np.int32(digit * np.int32(w[min(first_w + j, w.shape[0] - 1), k]))
+
+
+@kernel
+def sums_of_few(x, w, out, first, end):  # type: ignore[no-untyped-def]
+    """x uint8 (M, K), w int8 (N, K): x·wᵀ modulo 2³² into columns ``first`` to ``end`` of out int32 (M, N)."""
+    sums = np.empty((X_ROWS, W_ROWS), np.int32)
+    for n in range(first, end, W_ROWS):
+        for m in range(0, x.shape[0], X_ROWS):
+            _sums(x, m, w, n, sums)
+            for i in range(min(X_ROWS, x.shape[0] - m)):
+                for j in range(min(W_ROWS, end - n)):
+                    out[m + i, n + j] = sums[i, j]
+
+
+@kernel
+def product_of_few(x, w, offsets, out, first, end):  # type: ignore[no-untyped-def]
+    """Digits x uint8 (digits · T, K), the lowest first, times w int8 (N, K), less offsets int32 (N,), weighted by 256ᵐ,
+    mod p: into columns ``first`` to ``end`` of out uint32 (T, N).
+    """
+    rows = out.shape[0]
+    tiles = np.empty((x.shape[0] // X_ROWS + 1, X_ROWS, W_ROWS), np.int32)
+    sums = tiles.reshape(-1, W_ROWS)
+    for n in range(first, end, W_ROWS):
+        for m in range(0, x.shape[0], X_ROWS):
+            _sums(x, m, w, n, tiles[m // X_ROWS])
+        for row in range(rows):
+            for j in range(min(W_ROWS, end - n)):
+                total = _MULTIPLE
+                for m in range(x.shape[0] // rows):
+                    exact = np.int32(sums[m * rows + row, j] - offsets[n + j])  # in int32: both may have wrapped around
+                    total += np.int64(exact) << np.int64(8 * m)
+                value = (total & _P) + (total >> _SHIFT)  # was below 2⁵⁸
+                value = (value & _P) + (value >> _SHIFT)  # at most p
+                out[row, n + j] = np.uint32(0) if value == _P else np.uint32(value)
