@@ -76,13 +76,13 @@ def test_products_mod_p_are_those_of_integers(
 @pytest.mark.parametrize("byte", [0, 255])
 def test_the_longest_sums_of_extreme_digits(kernel: DigitKernel, byte: int) -> None:
     """At both bounds sums of d + 128 have wrapped around, or are about to; less the offsets they are right."""
-    w = np.stack([np.full(field.MAX_INNER, weight, np.int8) for weight in (127, -127)])
+    w = np.stack([np.full(field.MAX_FIELD_TERMS, weight, np.int8) for weight in (127, -127)])
     assert mod_p(kernel, np.full((4, 1, len(w[0])), byte, np.uint8), w) == exact_mod_p(
         np.full((4, 1, 1), byte, np.uint8), w[:, :1].astype(object) * len(w[0])
     )
-    w = w[:, : product.MAX_INNER].copy()
-    true = [(byte - 128) * weight * product.MAX_INNER for weight in (127, -127)]
-    assert sums(kernel, np.full((2, product.MAX_INNER), byte, np.uint8), w) == [[true, true], [true, true]]
+    w = w[:, : product.MAX_INT8_TERMS].copy()
+    true = [(byte - 128) * weight * product.MAX_INT8_TERMS for weight in (127, -127)]
+    assert sums(kernel, np.full((2, product.MAX_INT8_TERMS), byte, np.uint8), w) == [[true, true], [true, true]]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -43,7 +43,7 @@ class DigitKernel:
     def product_mod_p(self, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
         """Digits + 128 of numbers, uint8 (digits, T, K), the lowest first, times w, into out, int32 (T, N) mod p.
 
-        K ≤ ``field.MAX_INNER``; ``offsets`` are ``offsets(w)``. Here from its steps, as others may do it in one.
+        K ≤ ``field.MAX_FIELD_TERMS``; ``offsets`` are ``offsets(w)``. Here from its steps, as others may do it in one.
         """
         out.copy_(join_torch(self.accumulate_unsigned(x.flatten(0, 1), w).view(len(x), *out.shape), offsets))
 
