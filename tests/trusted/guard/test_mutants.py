@@ -433,7 +433,7 @@ MUTANTS = [
     mutant(
         "the shape is in no digest",
         digests("test_every_number_of_the_configuration_is_in_it"),
-        ("trusted/private.py", "ModelDigest.__init__", call_of("asdict", "spec"), expression("None")),
+        ("trusted/private.py", "ModelDigest.__init__", call_of("asdict", "config"), expression("None")),
     ),
     mutant(
         "norms are in no digest",
