@@ -170,6 +170,15 @@ def test_a_refusal_is_shown_without_its_control_characters(private_dir: Path) ->
         assert len(str(caught.value)) < 500
 
 
+def test_what_a_worker_said_before_it_left_is_told(private_dir: Path) -> None:
+    """Also by a call that is sent after that: the packet cannot be sent, but the refusal is there to be read."""
+    with raw_worker(private_dir) as (worker, channel):
+        worker.line.send(encode_answer(Answer(OPENING, b"no memory")))
+        worker.line.close()
+        with pytest.raises(WorkerLost, match="refused the shared memory: b'no memory'"):
+            channel.send(Frames(b"call"), 8)
+
+
 def test_a_worker_that_reads_nothing_is_noticed(private_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tsqp.wire.transport.shm.channel.SEND_TIMEOUT_S", 0.05)
 

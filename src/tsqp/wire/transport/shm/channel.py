@@ -169,6 +169,8 @@ class ShmChannel(BaseChannel):
         except BlockingIOError:
             return False
         except OSError:
+            for _ in range(MAX_UNDER_WAY):  # what the worker said before it left tells why it left
+                self._next_reply()
             raise self._lost() from None
         return True
 
