@@ -55,6 +55,7 @@ def answer(home: Home, locale: str, *arguments: str | bytes | Path, stdin: bytes
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_prompt_is_the_same_wherever_it_comes_from(home: Home, model: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "é.txt"
     prompt.write_text(TEXT, encoding="utf-8")
@@ -83,12 +84,14 @@ def test_an_encoding_that_was_asked_for_is_kept(home: Home, model: Path) -> None
     assert b"?" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_conversation_is_the_same(home: Home, model: Path) -> None:
     asked = ("chat", "--model", model, *SAMPLED, "--system", TEXT.encode())
     outputs = [answer(home, locale, *asked, stdin=f"{TEXT}\n".encode()) for locale in LOCALES]
     assert outputs[0] == outputs[1] != answer(home, "ascii", *asked, stdin=b"e\n")
 
 
+@pytest.mark.slow
 def test_a_stop_string_is_found(home: Home, model: Path) -> None:
     asked = ("generate", "a", "--model", model, *SAMPLED)
     whole = answer(home, "utf-8", *asked).decode().rstrip("\n")
