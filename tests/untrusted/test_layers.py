@@ -41,6 +41,10 @@ def whole_pass(state: LayerState, begin: Begin) -> torch.Tensor:
         return state.finish(Finish(0, begin.id, False))
 
 
+def at_layer(directory: str, worker: str) -> LLM:
+    return LLM(directory, protection="open", worker=worker, compute=ComputeConfig(partition="layer", dtype="float32"))
+
+
 def test_a_sequence_goes_on_where_it_was() -> None:
     state = LayerState(WEIGHTS)
     assert whole_pass(state, Begin(1, (Place(5, 0, 3), Place(6, 0, 1)), 64)).shape == (2, CONFIG.vocab_size)
@@ -126,12 +130,7 @@ def test_state_goes_with_the_connection(
 
     monkeypatch.setattr(Worker, "__init__", watched_init)
     directory = str(tiny_model("llama").directory)
-    with LLM(
-        directory,
-        protection="open",
-        worker=start_worker(directory, transport),
-        compute=ComputeConfig(partition="layer", dtype="float32"),
-    ) as llm:
+    with at_layer(directory, start_worker(directory, transport)) as llm:
         llm.generate(random_tokens(5), SamplingParams(max_tokens=2))
         gone.clear()
     assert gone.wait(10)
@@ -139,12 +138,7 @@ def test_state_goes_with_the_connection(
 
 def test_traffic_is_token_ids_and_one_row_of_logits(start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(
-        directory,
-        protection="open",
-        worker=start_worker(directory),
-        compute=ComputeConfig(partition="layer", dtype="float32"),
-    ) as llm:
+    with at_layer(directory, start_worker(directory)) as llm:
         llm.generate(random_tokens(100), SamplingParams(max_tokens=1))
         stats = llm.stats.as_dict()
     calls = 2 + 2
@@ -158,18 +152,12 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
     """A worker with room for three answers gives thirty, one after another, if it is told which are over."""
     directory = str(tiny_model("llama").directory)
     config = open_checkpoint(directory).config
-    room = (
-        3 * 2 * (5 + 2) * 2 * config.num_layers * config.kv_size * 4
-    )  # a cache may be twice as large as its positions
+    # Three sequences of 5 + 2 positions, keys and values in float32; a cache may be twice as large as its positions.
+    room = 3 * 2 * (5 + 2) * 2 * config.num_layers * config.kv_size * 4
     monkeypatch.setattr("tsqp.untrusted.ops.LayerState", partial(LayerState, max_cache_bytes=room))
 
     def answer_thirty() -> None:
-        with LLM(
-            directory,
-            protection="open",
-            worker=start_worker(directory),
-            compute=ComputeConfig(partition="layer", dtype="float32"),
-        ) as llm:
+        with at_layer(directory, start_worker(directory)) as llm:
             for seed in range(30):  # each prompt is a sequence of its own, let go when it is answered
                 llm.generate(random_tokens(5, seed), SamplingParams(max_tokens=2))
 
@@ -181,12 +169,7 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
 
 def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatch, start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(
-        directory,
-        protection="open",
-        worker=start_worker(directory),
-        compute=ComputeConfig(partition="layer", dtype="float32"),
-    ) as llm:
+    with at_layer(directory, start_worker(directory)) as llm:
         stream = llm.stream(random_tokens(5), SamplingParams(max_tokens=20))
         next(stream)
         monkeypatch.setattr(
@@ -198,12 +181,7 @@ def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatc
 
 def test_too_many_prompts_at_once_are_refused_before_anything_is_sent(start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
-    with LLM(
-        directory,
-        protection="open",
-        worker=start_worker(directory),
-        compute=ComputeConfig(partition="layer", dtype="float32"),
-    ) as llm:
+    with at_layer(directory, start_worker(directory)) as llm:
         with pytest.raises(InputError, match="65 prompts"):
             llm.generate([[1]] * 65)
         assert len(llm.generate([[1]] * 64, SamplingParams(max_tokens=2))) == 64
