@@ -15,6 +15,7 @@ from tsqp.config.dtype import numeric_path
 from tsqp.config.groups import group_keys
 from tsqp.config.partition import Partition
 from tsqp.errors import ModelMismatch
+from tsqp.model.block_attention import BlockAttention
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
@@ -114,7 +115,8 @@ def build_private_engine(
             opened.callback(group.forget)
         guard, worker = _open_guard(checkpoint, plan, model, dial, dial_dealer, stats, opened)
         embedding = LocalEmbedding(table, stats, torch.float32)
-        attention = LocalAttention(checkpoint.config.windows, stats)
+        attention = BlockAttention(checkpoint.config.windows, stats)
+        attention.compile(TORCH_DTYPES[plan.kv_dtype])
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
         opened.pop_all()
@@ -180,19 +182,20 @@ def _check_pin(pinned: str | None, digest: str) -> None:
 def _decoder(
     checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats, norms: Norms | None = None
 ) -> Decoder:
-    dtype = TORCH_DTYPES[plan.dtype]
+    dtype, cache_dtype = TORCH_DTYPES[plan.dtype], TORCH_DTYPES[plan.kv_dtype]
     layers = DecoderLayers(
         checkpoint.config,
         norms or Norms.load(checkpoint, dtype),
         placement.linears,
         placement.attention,
-        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels),
+        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels, cache_dtype=cache_dtype),
         stats,
     )
     return Decoder(
         layers,
         placement.embedding,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         max_rows=plan.run.compute.prefill_chunk,
         micro_batches=plan.run.compute.micro_batches,
         stats=stats,

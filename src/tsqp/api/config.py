@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tsqp.config.dtype import AskedDtype, WireDtype
+from tsqp.config.dtype import AskedDtype, PrivateKVDtype, WireDtype
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -127,6 +127,11 @@ class ComputeConfig:
     )
     wire_dtype: WireDtype | None = _model(
         None, "What crosses the line, at open; what this side computes in when not given. int8 halves the traffic."
+    )
+    kv_dtype: PrivateKVDtype | None = _model(
+        None,
+        "What this side keeps keys and values as, in masked and verified: bfloat16 when not given, or float32. "
+        "Elsewhere they are in what is computed in.",
     )
     prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)
     micro_batches: int = _model(

@@ -16,7 +16,8 @@ class Plan:
     """What was asked for, checked: a run never differs from its plan.
 
     ``run``: as it was asked for. ``partition`` is None at ``local``, where nothing is split. ``dtype`` is what this
-    side computes in, ``worker_dtype`` what the worker is asked to, ``wire_dtype`` what floats cross the line as.
+    side computes in, ``worker_dtype`` what the worker is asked to, ``wire_dtype`` what floats cross the line as,
+    ``kv_dtype`` what this side keeps keys and values as.
     """
 
     run: RunConfig
@@ -25,6 +26,7 @@ class Plan:
     dtype: DtypeName
     worker_dtype: ComputeDtype
     wire_dtype: WireDtype
+    kv_dtype: DtypeName
 
     @property
     def crossing(self) -> str | None:
@@ -38,6 +40,7 @@ class Plan:
     @classmethod
     def of(cls, run: RunConfig, stored: DtypeName = "bfloat16") -> Plan:
         """``dtype`` may be ``auto``: ``stored``, except in the private modes, which compute in float32 on this side.
+        ``kv_dtype``: bfloat16 in the private modes unless told otherwise; elsewhere it is the compute dtype.
 
         Raises OptionError and AddressError for what ``rules`` refuse.
         """
@@ -53,4 +56,5 @@ class Plan:
             dtype=here,
             worker_dtype=compute,
             wire_dtype=run.compute.wire_dtype or here,
+            kv_dtype=run.compute.kv_dtype or ("bfloat16" if protection.checked else here),
         )

@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from tsqp.api.config import ComputeConfig, GuardConfig, PartitionName, RunConfig, WorkerConfig, dealer_address
-from tsqp.config.dtype import WIRE_DTYPES, AskedDtype
+from tsqp.config.dtype import PRIVATE_KV_DTYPES, WIRE_DTYPES, AskedDtype
 from tsqp.config.protection import PROTECTIONS, Protection
 from tsqp.errors import OptionError
 
@@ -109,6 +109,7 @@ VALUES = {
     "compute.partition": one_of(get_args(PartitionName)),
     "compute.dtype": one_of(get_args(AskedDtype)),
     "compute.wire_dtype": Value(", ".join(WIRE_DTYPES), lambda dtype: dtype is None or dtype in WIRE_DTYPES),
+    "compute.kv_dtype": Value(", ".join(PRIVATE_KV_DTYPES), lambda dtype: dtype is None or dtype in PRIVATE_KV_DTYPES),
     "compute.prefill_chunk": at_least(1, "tokens"),
     "compute.micro_batches": at_least(1, "parts"),
     "compute.threads": Value("1 or more", lambda threads: threads is None or threads >= 1),
@@ -137,6 +138,11 @@ UNUSED = (
         "protection {mode} uses no worker",
         (*names_of("worker"), "compute.partition", "compute.wire_dtype", *names_of("guard")),
         lambda of: not of.split,
+    ),
+    Unused(
+        "protection {mode} keeps keys and values in what it computes in",
+        ("compute.kv_dtype",),
+        lambda of: not _checked(of),
     ),
     Unused("protection {mode} checks no products", names_of("guard"), lambda of: of.split and not _checked(of)),
     Unused("protection {mode} uses partition linear", ("compute.partition",), _checked, ("linear",), private=True),

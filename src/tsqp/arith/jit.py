@@ -25,6 +25,7 @@ SOURCES = (
     "arith/loops.py",
     "arith/vnni.py",
     "model/compiled.py",
+    "model/compiled_attention.py",
     "trusted/guard/kernels.py",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -105,7 +105,10 @@ class _Visible:
         self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
         self._windows = windows
 
-    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(
+        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
+    ) -> Steps[None]:
+        (span,) = spans
         k, v = span.cache.view(layer, 0, span.end)
         window = self._windows[layer]
         mask = self._visible if window is None else self._visible & (self._distance < window)

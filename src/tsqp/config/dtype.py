@@ -30,6 +30,11 @@ WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 SCALE_BYTES = 4
 
 
+# What the private modes can keep keys and values as; elsewhere that is what the rest is computed in.
+PrivateKVDtype = Literal["bfloat16", "float32"]
+PRIVATE_KV_DTYPES: tuple[PrivateKVDtype, ...] = get_args(PrivateKVDtype)
+
+
 def payload_bytes(wire: WireDtype, shape: tuple[int, ...]) -> int:
     """The size of a float payload: it follows from the tensor's shape, so a receiver knows it before it looks."""
     elements = math.prod(shape)

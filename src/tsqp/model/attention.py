@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-BLOCK_QUERIES = 128  # queries of one block: its scores, heads × 128 × keys, still fit the cache
+from tsqp.model.cache import BLOCK_QUERIES
 
 
 def first_visible(position: int, window: int | None) -> int:
@@ -54,7 +54,7 @@ def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Te
     """A decode step sees every key; the heads of a group share their keys as rows of one product."""
     heads, _, head_dim = q.shape
     kv_heads = k.shape[0]
-    grouped = q.view(1, kv_heads, heads // kv_heads, head_dim)
+    grouped = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
     out.copy_(F.scaled_dot_product_attention(grouped, k[None], v[None]).view(1, heads, head_dim))
 
 

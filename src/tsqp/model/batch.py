@@ -37,6 +37,14 @@ class SequenceRows(Generic[C]):
     def slice(self) -> slice:
         return slice(self.first, self.first + self.rows)
 
+    @property
+    def alone(self) -> bool:
+        """Whether its row is the only new position of its sequence in this pass, as in a decode step.
+
+        A row that a chunk or a micro-batch has cut off from others of its sequence is not.
+        """
+        return self.rows == 1 and self.last and self.position == self.cache.length
+
 
 @dataclass(frozen=True)
 class Chunk(Generic[C]):

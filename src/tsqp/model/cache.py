@@ -7,6 +7,7 @@ import torch
 from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
+BLOCK_QUERIES = 128  # capacities are multiples of it: attention may read whole blocks of keys
 
 
 class Positions:
@@ -23,12 +24,15 @@ class Positions:
 class KVCache(Positions):
     """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by doubling.
 
+    What was never written is zero, so that a block that reaches past the end holds finite numbers.
+
     ``length`` is the number of positions that every layer holds; a forward pass reserves and fills layer by layer and
     then calls ``advance``.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
+        self.dtype = dtype
         self._max_positions = config.max_positions
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self._keys = [empty] * config.num_layers
@@ -49,6 +53,7 @@ class KVCache(Positions):
         if needed <= capacity:
             return old
         capacity = min(max(needed + GROW_ROWS, 2 * capacity), max(needed, self._max_positions))
-        new = old.new_empty(old.shape[0], capacity, old.shape[2])
+        capacity = -(-capacity // BLOCK_QUERIES) * BLOCK_QUERIES
+        new = old.new_zeros(old.shape[0], capacity, old.shape[2])
         new[:, : old.shape[1]] = old
         return new

@@ -120,7 +120,10 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
 
 @_kernel
 def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-untyped-def]
-    """x (T, width) with heads from ``column`` on, cos and sin (T, d), out (heads, capacity, d) from ``position`` on."""
+    """x (T, width) with heads from ``column`` on, cos and sin (T, d), out (heads, capacity, d) from ``position`` on.
+
+    out may be of another type, as a cache is that holds bfloat16 of float32.
+    """
     half = out.shape[2] // 2
     for row in range(first, end):
         for head in range(out.shape[0]):
@@ -129,8 +132,10 @@ def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-u
             for j in range(half):
                 low, high = _widen(x[row, low_column + j]), _widen(x[row, high_column + j])
                 c, s = cos[row, j], sin[row, j]
-                out[head, position + row, j] = _narrow(_round(low * _widen(c), c) - _round(high * _widen(s), s), c)
+                out[head, position + row, j] = _narrow(
+                    _round(low * _widen(c), c) - _round(high * _widen(s), s), out[head, position + row, j]
+                )
                 c, s = cos[row, half + j], sin[row, half + j]
                 out[head, position + row, half + j] = _narrow(
-                    _round(high * _widen(c), c) + _round(low * _widen(s), s), c
+                    _round(high * _widen(c), c) + _round(low * _widen(s), s), out[head, position + row, half + j]
                 )

@@ -102,19 +102,16 @@ class DecoderLayers:
         config, (cos, sin) = self.config, tables
         queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
         values = qkv[:, config.q_size + config.kv_size :].view(-1, config.num_kv_heads, config.head_dim)
-        rotated = []
-        for span in chunk.spans:  # all keys before any attention, which may have to wait for products
-            at = span.slice
-            q = qkv.new_empty(config.num_heads, span.rows, config.head_dim)
-            with self.meter.operator("rotary"):
+        q = qkv.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=chunk.spans[0].cache.dtype)
+        with self.meter.operator("rotary"):
+            self.kernels.rotate(queries, query_column, cos, sin, q, 0)
+            for span in chunk.spans:  # all keys before any attention, which may have to wait for products
+                at = span.slice
                 k, v = span.cache.reserve(layer, span.end)
-                self.kernels.rotate(queries[at], query_column, cos[at], sin[at], q, 0)
                 self.kernels.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
-            v[:, span.position : span.end] = values[at].transpose(0, 1)
-            rotated.append(q)
-        for span, q in zip(chunk.spans, rotated, strict=True):
-            out = mixed[span.slice].view(span.rows, config.num_heads, config.head_dim)
-            yield from self.attention.steps(layer, q, span, out)
+                v[:, span.position : span.end] = values[at].transpose(0, 1)
+        out = mixed.view(chunk.rows, config.num_heads, config.head_dim)
+        yield from self.attention.steps(layer, q, chunk.spans, out)
 
     def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
         """Rows that hold the queries, and their first column there; the same of the keys. Normed where they are."""

@@ -42,7 +42,8 @@ class Kernels(Protocol):
     ) -> None:
         """``out[:, position:]`` = heads of ``x`` rotated by their positions' tables, cos and sin (T, head_dim).
 
-        x (T, width) holds the heads one after another from ``column`` on; out (heads, ≥ position + T, head_dim).
+        x (T, width) holds the heads one after another from ``column`` on; out (heads, ≥ position + T, head_dim), which
+        may be of a dtype of its own.
         """
 
 
@@ -111,20 +112,29 @@ def bits(tensor: torch.Tensor) -> Any:
     return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
 
 
-def pick_kernels(dtype: torch.dtype, device: str | torch.device = "cpu", *, compiled: bool = True) -> Kernels:
-    """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's."""
+def pick_kernels(
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    *,
+    compiled: bool = True,
+    cache_dtype: torch.dtype | None = None,
+) -> Kernels:
+    """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's.
+
+    ``cache_dtype`` is what rotated keys are kept as, ``dtype`` unless told otherwise.
+    """
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
-        return _compiled_kernels(dtype)
+        return _compiled_kernels(dtype, cache_dtype or dtype)
     return TorchKernels()
 
 
 @cache
-def _compiled_kernels(dtype: torch.dtype) -> CompiledKernels:
+def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledKernels:
     """Kernels whose loops are compiled for ``dtype``: each has done one row, so that no forward pass waits for it."""
     kernels = CompiledKernels()
     row, out, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 2), (1, 2), (2,)))
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
-    kernels.rotate(row, 0, row, row, out.view(1, 1, 2), 0)
+    kernels.rotate(row, 0, row, row, out.view(1, 1, 2).to(cache_dtype), 0)
     return kernels

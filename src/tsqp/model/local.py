@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,14 @@ class LocalAttention:
         self._windows = windows
         self._meter = meter
 
-    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(
+        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
+    ) -> Steps[None]:
         window = self._windows[layer]
-        first = first_visible(span.position, window)
-        k, v = span.cache.view(layer, first, span.end)
         with self._meter.operator("softmax"):
-            attend(q, k, v, span.position, first, window, out)
+            for span in spans:
+                first = first_visible(span.position, window)
+                k, v = span.cache.view(layer, first, span.end)
+                attend(q[:, span.slice], k, v, span.position, first, window, out[span.slice])
         return
         yield  # a generator that hands out no products

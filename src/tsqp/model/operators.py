@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -34,7 +35,12 @@ class Embedding(Protocol):
 
 
 class Attention(Protocol):
-    """Causal attention of one sequence's rows over its cache."""
+    """Causal attention of the rows of a chunk, each over the cache of its sequence."""
 
-    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
-        """q (heads, T, head_dim) of the span's rows to out (T, heads, head_dim); the cache already holds their keys."""
+    def steps(
+        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
+    ) -> Steps[None]:
+        """q (heads, T, head_dim) of the chunk's rows to out (T, heads, head_dim); the caches already hold their keys.
+
+        q has the dtype of the caches.
+        """

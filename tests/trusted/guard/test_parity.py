@@ -20,10 +20,11 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.default import fetch_default
 from tsqp.config.groups import GroupKey
+from tsqp.model.block_attention import BlockAttention
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import LinearWeights, load_groups
-from tsqp.model.local import LocalAttention, LocalEmbedding
+from tsqp.model.local import LocalEmbedding
 from tsqp.model.pending import Deferred, Pending
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
@@ -80,8 +81,8 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
         checkpoint.config,
         norms,
         IntegerLinears(checkpoint),
-        LocalAttention(checkpoint.config.windows, stats),
-        pick_kernels(torch.float32, compiled=True),
+        BlockAttention(checkpoint.config.windows, stats),
+        pick_kernels(torch.float32, compiled=True, cache_dtype=torch.bfloat16),
         stats,
     )
     table = checkpoint.tensor("model.embed_tokens.weight").float()
@@ -89,6 +90,7 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
         block,
         LocalEmbedding(table, stats),
         dtype=torch.float32,
+        cache_dtype=torch.bfloat16,
         max_rows=prefill_chunk,
         micro_batches=micro_batches,
         stats=stats,

@@ -26,6 +26,7 @@ class Decoder:
         embedding: Embedding,
         *,
         dtype: torch.dtype,
+        cache_dtype: torch.dtype,
         max_rows: int,
         micro_batches: int,
         stats: Stats,
@@ -33,7 +34,7 @@ class Decoder:
         self.config = layers.config
         self._layers = layers
         self._embedding = embedding
-        self._dtype = dtype
+        self._cache_dtype = cache_dtype
         self._rotary = Rotary(self.config.rope, self.config.head_dim, dtype)
         self._max_rows = max_rows
         self._micro_batches = micro_batches
@@ -41,7 +42,7 @@ class Decoder:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return KVCache(self.config, self._dtype)
+        return KVCache(self.config, self._cache_dtype)
 
     def forward(self, batch: Batch[KVCache]) -> Steps[torch.Tensor]:
         """Logits, float32 (sequences, vocab_size), of each sequence's last row; of all T rows for ``every_row``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tsqp.model.attention import causal_mask, first_visible, masked_softmax
@@ -18,7 +20,13 @@ class OpenAttention:
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
 
-    def steps(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
+    def steps(
+        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
+    ) -> Steps[None]:
+        for span in spans:
+            yield from self._of_one(layer, q[:, span.slice], span, out[span.slice])
+
+    def _of_one(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         config, session = self._session.config, self._session
         window = config.windows[layer]
         first = first_visible(span.position, window)

@@ -1,0 +1,135 @@
+"""Attention of the private modes: the old way (torch, float32 caches) and the new (blocks, bfloat16), in alternation.
+
+    python -m benchmarks.attention [--threads N] [--runs N]
+
+Writes benchmarks/results/attention.json and prints the same as a table. One layer of the Llama-3.2-1B shape. A prefill
+counts the FLOP of the pairs of query and key that see each other; a decode step the bytes of the keys and values that
+it reads, in caches that together are larger than the last-level cache, as those of a model's layers are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
+from tsqp.bench.ceilings import ceilings, higher
+from tsqp.bench.machine import cores
+from tsqp.checkpoint import open_checkpoint
+from tsqp.config.model import ModelConfig
+from tsqp.model.batch import SequenceRows
+from tsqp.model.block_attention import BlockAttention
+from tsqp.model.cache import KVCache
+from tsqp.model.local import LocalAttention
+from tsqp.model.meter import Unmetered
+from tsqp.model.operators import Attention
+from tsqp.model.pending import run
+
+PREFILLS = [(0, 1024), (3072, 1024)]  # first position, rows
+STEPS = [(1, 1024), (1, 8192), (16, 256), (16, 1024)]  # sequences, context
+COLD_BYTES = 128 * 2**20
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
+    add_dirty_ok(parser)
+    options = parser.parse_args()
+    check_tree(options)
+    torch.set_num_threads(options.threads)
+    config = open_checkpoint("synthetic:llama-3.2-1b").config
+    before = ceilings("bfloat16", threads=options.threads)
+    cases = [_prefill(config, position, rows, options.runs) for position, rows in PREFILLS]
+    cases += [_steps(config, sequences, context, options.runs) for sequences, context in STEPS]
+    rates = higher(before, ceilings("bfloat16", threads=options.threads))
+    console = Console()
+    table = Table(title="attention of one layer, Llama-3.2-1B shape", title_justify="left")
+    for column in ("case", "old ms", "new ms", "old / new", "new, of the limit"):
+        table.add_column(column)
+    for case in cases:
+        unit = "flop_per_s" if "flop_per_s" in case["new"] else "bytes_per_s"
+        limit = rates["gemm_flop_per_s" if unit == "flop_per_s" else "weight_read_bytes_per_s"]
+        case["of_limit"] = case["new"][unit] / limit
+        old, new = case["old"]["ms"], case["new"]["ms"]
+        rate = f"{case['new'][unit] / 1e9:.1f} G{'FLOP' if unit == 'flop_per_s' else 'B'}/s, {case['of_limit']:.0%}"
+        table.add_row(case["case"], f"{old:.3f}", f"{new:.3f}", f"{old / new:.1f}", rate)
+    console.print(table)
+    whole = {"benchmark": "attention", "runs": options.runs, "cases": cases, "ceilings": rates, "machine": machine()}
+    options.output.write_text(json.dumps(whole, indent=2) + "\n")
+    console.print(f"written to {options.output}")
+
+
+def _prefill(config: ModelConfig, position: int, rows: int, runs: int) -> dict[str, Any]:
+    """``rows`` queries from ``position`` on, one sequence."""
+    seconds = _alternating({name: _work(config, name, 1, position, rows, 1) for name in ("old", "new")}, runs)
+    pairs = sum(range(position + 1, position + rows + 1))
+    flop = 4 * pairs * config.num_heads * config.head_dim
+    return {"case": f"prefill of {rows} rows from position {position}"} | {
+        name: {"ms": 1e3 * value, "flop_per_s": flop / value} for name, value in seconds.items()
+    }
+
+
+def _steps(config: ModelConfig, sequences: int, context: int, runs: int) -> dict[str, Any]:
+    """One row for each sequence, over ``context`` keys."""
+    elements = 2 * sequences * context * config.kv_size
+    layers = max(1, COLD_BYTES // (2 * elements))
+    works = {name: _work(config, name, sequences, context - 1, 1, layers) for name in ("old", "new")}
+    seconds = {name: value / layers for name, value in _alternating(works, runs).items()}
+    return {"case": f"{sequences} decode steps at {context} keys", "layers": layers} | {
+        name: {"ms": 1e3 * value, "bytes_per_s": elements * (4 if name == "old" else 2) / value}
+        for name, value in seconds.items()
+    }
+
+
+def _work(config: ModelConfig, name: str, sequences: int, position: int, rows: int, layers: int) -> Callable[[], None]:
+    """Attention of ``layers`` layers, one after another, in float32 or in bfloat16."""
+    config = replace(config, windows=(None,) * layers, num_layers=layers)
+    dtype = torch.float32 if name == "old" else torch.bfloat16
+    attention: Attention
+    attention = (LocalAttention if name == "old" else BlockAttention)(config.windows, Unmetered())
+    caches = [KVCache(config, dtype) for _ in range(sequences)]
+    for cache in caches:
+        for layer in range(layers):
+            for held in cache.reserve(layer, position + rows):
+                held.normal_()
+        cache.advance(position)
+    spans = [SequenceRows(cache, position, i * rows, rows, last=True) for i, cache in enumerate(caches)]
+    q = torch.randn(config.num_heads, sequences * rows, config.head_dim).to(dtype)
+    out = torch.empty(sequences * rows, config.num_heads, config.head_dim)
+
+    def work() -> None:
+        for layer in range(layers):
+            run(attention.steps(layer, q, spans, out))
+
+    return work
+
+
+def _alternating(works: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
+    """The median seconds of each, one after another in each round."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    with torch.inference_mode():
+        for work in works.values():
+            work()
+        for _ in range(runs):
+            for name, work in works.items():
+                start = time.perf_counter()
+                work()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Attention in blocks: near a float64 reference, and the same bits whatever crosses the layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqp.arith.row_threads import RowThreads
+from tsqp.checkpoint import open_checkpoint
+from tsqp.model.attention import causal_mask
+from tsqp.model.batch import Batch
+from tsqp.model.block_attention import BLOCK_KEYS, BlockAttention
+from tsqp.model.cache import BLOCK_QUERIES, KVCache
+from tsqp.model.compiled_attention import PART_KEYS
+from tsqp.model.meter import Unmetered
+from tsqp.model.pending import run
+
+SHAPES = [(4, 2, 16), (3, 1, 64), (2, 2, 8)]
+DTYPES = [torch.bfloat16, torch.float32]
+EDGES = [1, 2, 63, 64, 65, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300, BLOCK_KEYS - 1, BLOCK_KEYS + 1]
+LENGTHS = st.sampled_from(EDGES) | st.integers(1, 700)
+WINDOWS = st.sampled_from([None, None, 1, 7, 100, 600])
+
+
+@dataclass
+class Rows:
+    """Queries (heads, n, d), keys and values (kv_heads, n, d) of one sequence, in the dtype of its cache."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def sequence(length: int, shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Rows:
+    heads, kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(n, length, head_dim, generator=generator) for n in (heads, kv_heads, kv_heads))
+    return Rows((q * 2).to(dtype), k.to(dtype), v.to(dtype))
+
+
+def reference(one: Rows, window: int | None) -> torch.Tensor:
+    """Softmax(Q·Kᵀ/√d + mask)·V in float64: (n, heads, head_dim)."""
+    q, k, v = one.q.double(), one.k.double(), one.v.double()
+    k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
+    scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
+    length = q.shape[1]
+    scores.masked_fill_(~causal_mask(0, length, 0, length, window), float("-inf"))
+    return (torch.softmax(scores, -1) @ v).transpose(0, 1)
+
+
+@contextmanager
+def threads(count: int, attention: BlockAttention) -> Iterator[None]:
+    """Both kinds of threads that attention uses: torch's own, and those of compiled loops."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    attention._threads = RowThreads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def outputs(
+    sequences: Sequence[Rows],
+    passes: Sequence[Sequence[int]],
+    window: int | None,
+    *,
+    max_rows: int = 10_000,
+    parts: int = 1,
+    count: int = 1,
+) -> list[torch.Tensor]:
+    """Attention of every row, (n, heads, d) for each sequence.
+
+    ``passes`` has the new rows of each sequence in each forward pass, 0 for one that does not take part.
+    """
+    heads, _, head_dim = sequences[0].q.shape
+    dtype = sequences[0].q.dtype
+    config = replace(
+        open_checkpoint("synthetic:tiny").config,
+        num_heads=heads,
+        num_kv_heads=len(sequences[0].k),
+        head_dim=head_dim,
+        windows=(window,),
+        num_layers=1,
+    )
+    attention = BlockAttention(config.windows, Unmetered())
+    caches = [KVCache(config, dtype) for _ in sequences]
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    with threads(count, attention):
+        for rows in passes:
+            present = [index for index, n in enumerate(rows) if n]
+            batch = Batch([[0] * rows[index] for index in present], [caches[index] for index in present])
+            for chunk in batch.chunks(max_rows):
+                for part in chunk.split(parts):
+                    q = torch.empty(heads, part.rows, head_dim, dtype=dtype)
+                    for span in part.spans:
+                        one = sequences[next(i for i in present if caches[i] is span.cache)]
+                        at = slice(span.position, span.end)
+                        keys, values = span.cache.reserve(0, span.end)
+                        keys[:, at], values[:, at] = one.k[:, at], one.v[:, at]
+                        q[:, span.slice] = one.q[:, at]
+                    out = torch.empty(part.rows, heads, head_dim)
+                    run(attention.steps(0, q, part.spans, out))
+                    for span in part.spans:
+                        found[next(i for i in present if caches[i] is span.cache)].append(out[span.slice])
+            batch.advance()
+    return [torch.cat(rows) for rows in found]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(length=LENGTHS, steps=st.integers(0, 3), window=WINDOWS, shape=st.sampled_from(SHAPES), seed=st.integers(0, 99))
+def test_prefill_and_decode_are_the_formula(
+    dtype: torch.dtype, length: int, steps: int, window: int | None, shape: tuple[int, int, int], seed: int
+) -> None:
+    one = sequence(length + steps, shape, dtype, seed)
+    (ours,) = outputs([one], [(length,), *[(1,)] * steps], window)
+    tolerance = 3e-6 if dtype == torch.float32 else 4e-2  # scores are rounded to bfloat16
+    torch.testing.assert_close(ours.double(), reference(one, window), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize("length", [PART_KEYS - 1, PART_KEYS, PART_KEYS + 1, 2 * PART_KEYS + 77])
+def test_a_decode_step_over_several_parts_is_the_formula(dtype: torch.dtype, window: int | None, length: int) -> None:
+    """Its products are float32 whatever the cache holds."""
+    one = sequence(length, (4, 2, 16), dtype, 1)
+    (ours,) = outputs([one], [(length - 1,), (1,)], window)
+    torch.testing.assert_close(ours[-1].double(), reference(one, window)[-1], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), window=WINDOWS, shape=st.sampled_from(SHAPES), seed=st.integers(0, 99))
+def test_a_sequence_has_the_same_bits_alone_and_in_any_company(
+    dtype: torch.dtype, data: st.DataObject, window: int | None, shape: tuple[int, int, int], seed: int
+) -> None:
+    """Any batch, any chunk size, any number of micro-batches, one thread or two; a prompt, then decode steps."""
+    lengths = data.draw(st.lists(LENGTHS, min_size=1, max_size=4), "lengths")
+    steps = data.draw(st.integers(0, 3), "steps")
+    sequences = [sequence(n + steps, shape, dtype, seed + i) for i, n in enumerate(lengths)]
+    alone = [outputs([one], [(n,), *[(1,)] * steps], window)[0] for one, n in zip(sequences, lengths, strict=True)]
+    together = outputs(
+        sequences,
+        [lengths, *[[1] * len(lengths)] * steps],
+        window,
+        max_rows=data.draw(st.sampled_from([1, 3, 64, 100, 128, 129, 10_000]), "max_rows"),
+        parts=data.draw(st.integers(1, 3), "parts"),
+        count=data.draw(st.sampled_from([1, 2]), "threads"),
+    )
+    for ours, other in zip(alone, together, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20, deadline=None)
+@given(
+    edges=st.lists(st.integers(2, 300), min_size=1, max_size=4),
+    window=WINDOWS,
+    shape=st.sampled_from(SHAPES),
+    seed=st.integers(0, 99),
+)
+def test_a_prompt_may_come_in_several_passes(
+    dtype: torch.dtype, edges: list[int], window: int | None, shape: tuple[int, int, int], seed: int
+) -> None:
+    """As where its beginning is in a cache already. A pass of one row alone is a decode step, which sums otherwise."""
+    one = sequence(sum(edges), shape, dtype, seed)
+    (whole,) = outputs([one], [(sum(edges),)], window)
+    (pieces,) = outputs([one], [(n,) for n in edges], window)
+    assert torch.equal(whole, pieces)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prefill_and_a_step_may_share_a_chunk(dtype: torch.dtype) -> None:
+    old, new = sequence(201, (4, 2, 16), dtype, 1), sequence(150, (4, 2, 16), dtype, 2)
+    mixed = outputs([old, new], [(200, 0), (1, 150)], None)
+    assert torch.equal(mixed[0], outputs([old], [(200,), (1,)], None)[0])
+    assert torch.equal(mixed[1], outputs([new], [(150,)], None)[0])
