@@ -39,6 +39,7 @@ BAD_VALUES: list[tuple[str, Any, str | None]] = [
     ("compute.partition", "diagonal", None),
     ("compute.dtype", "int4", None),
     ("compute.wire_dtype", "int4", None),
+    ("compute.kv_dtype", "int4", None),
     ("compute.prefill_chunk", 0, "0"),
     ("compute.micro_batches", 0, "0"),
     ("compute.threads", 0, "0"),
@@ -67,12 +68,17 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "compute.partition": ("op", ("op",)),
     "compute.dtype": ("bfloat16", ("bfloat16",)),
     "compute.wire_dtype": ("float32", ("float32",)),
+    "compute.kv_dtype": ("float32", ("float32",)),
     "compute.compiled_kernels": (False, ()),
 }
 
 # Runs in which each rule of UNUSED applies, by what the rule says.
 OCCASIONS: dict[str, list[tuple[RunConfig, tuple[str, ...]]]] = {
     "protection {mode} uses no worker": [(RunConfig(protection="local"), ())],
+    "protection {mode} keeps keys and values in what it computes in": [
+        (RunConfig(protection="open"), ()),
+        (RunConfig(protection="local"), ()),
+    ],
     "protection {mode} checks no products": [(RunConfig(protection="open"), ())],
     "protection {mode} has no pads": [(RunConfig(protection="verified"), ())],
     "pads come from this process, not from a dealer": [(RunConfig(), ())],

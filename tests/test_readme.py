@@ -43,7 +43,6 @@ def test_the_results_are_those_of_the_files(path: Path) -> None:
     assert with_table(text_of(path), LANGUAGES[path]) == text_of(path)
 
 
-@pytest.mark.xfail(strict=True, reason="results of 2026-11-21 are from trees with changes, and are measured again")
 def test_the_results_are_those_of_commits() -> None:
     assert readme.unnamed_results() == []
 

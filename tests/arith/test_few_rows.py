@@ -18,6 +18,7 @@ from tests.arith.kernels import CPU, KERNELS, NO_VNNI, SATURATES
 from tsqp.arith import field, product, self_test, vnni
 from tsqp.arith.digits_torch import join_torch
 from tsqp.arith.few_rows import FewRowsKernel
+from tsqp.arith.many_rows import ManyRowsKernel
 from tsqp.arith.modulus import P
 from tsqp.arith.product import DigitKernel, OffsetKernel
 from tsqp.arith.self_test import is_exact, pick_kernel
@@ -194,6 +195,7 @@ def test_the_self_test_finds_saturation(kernel: DigitKernel, monkeypatch: pytest
     assert is_exact(FewRowsKernel(), CPU)
     assert not is_exact(kernel, CPU)
     monkeypatch.setattr(self_test, "FewRowsKernel", type(kernel))
+    monkeypatch.setattr(ManyRowsKernel, "supported", lambda: False)
     assert type(pick_kernel.__wrapped__(CPU)) is OffsetKernel
 
 
@@ -203,7 +205,7 @@ from tsqp.arith import vnni
 from tsqp.arith.self_test import is_exact, pick_kernel
 kernel = pick_kernel(torch.device("cpu"))
 print(vnni.VECTOR, type(kernel).__name__, is_exact(kernel, torch.device("cpu")))
-if type(kernel).__name__ == "FewRowsKernel":
+if type(kernel).__name__ in ("FewRowsKernel", "ManyRowsKernel"):
     (assembly,) = vnni._sums.inspect_asm().values()
     assert "vpdpbusd" in assembly and ("zmm" in assembly) == (vnni.VECTOR == 64)
 """
@@ -221,7 +223,8 @@ def picked(**variables: str) -> list[str]:
 @NO_VNNI
 @SATURATES
 def test_few_rows_are_picked_where_they_are_exact() -> None:
-    assert picked() == [str(vnni.VECTOR), "FewRowsKernel", "True"]
+    best = ManyRowsKernel if ManyRowsKernel.supported() else FewRowsKernel
+    assert picked() == [str(vnni.VECTOR), best.__name__, "True"]
 
 
 @SATURATES

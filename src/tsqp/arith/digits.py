@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from tsqp.arith.jit import kernel
+from tsqp.arith.jit import inline, kernel
 from tsqp.arith.modulus import MAX_CENTRED, P
 
 _P = np.int64(P)
 _HALF = np.int64(MAX_CENTRED)
 _OFFSET = np.int64(0x80808080)  # 128 for each digit: the bytes of v + offset are the balanced digits of v, plus 128
 _SHIFT = np.int64(31)
-_MULTIPLE = np.int64(P << 26)  # of p, larger than any sum below: makes it positive
+MULTIPLE = np.int64(P << 26)  # of p, larger than any weighted sum of digits' products: makes it positive
+
+
+@inline
+def reduced(total):  # type: ignore[no-untyped-def]
+    """int64 from 0 to 2⁵⁸ mod p: uint32. A word of 31 bits and what is above it weigh the same."""
+    value = (total & _P) + (total >> _SHIFT)
+    value = (value & _P) + (value >> _SHIFT)  # at most p
+    return np.uint32(0) if value == _P else np.uint32(value)
 
 
 @kernel
@@ -34,15 +42,13 @@ def join(sums, offsets, out, first, end):  # type: ignore[no-untyped-def]
     """Sums int32 (digits, T, N) less offsets (N,), weighted by 256ᵐ, mod p: out uint32 (T, N)."""
     total = np.empty(out.shape[1], np.int64)
     for row in range(first, end):
-        total[:] = _MULTIPLE
+        total[:] = MULTIPLE
         for m in range(sums.shape[0]):
             shift = np.int64(8 * m)
             for j in range(out.shape[1]):  # in int32: sum and offset may both have wrapped around
                 total[j] += np.int64(np.int32(sums[m, row, j] - offsets[j])) << shift
         for j in range(out.shape[1]):
-            value = (total[j] & _P) + (total[j] >> _SHIFT)  # was below 2⁵⁸
-            value = (value & _P) + (value >> _SHIFT)  # at most p
-            out[row, j] = np.uint32(0) if value == _P else np.uint32(value)
+            out[row, j] = reduced(total[j])
 
 
 @kernel

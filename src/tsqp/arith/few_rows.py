@@ -22,6 +22,9 @@ class FewRowsKernel(OffsetKernel):
 
     few = FEW if VECTOR == 64 and "amx-int8" not in features() else FEW_OTHERWISE
 
+    def at_once(self, rows: int) -> bool:
+        return rows <= self.few
+
     @staticmethod
     def supported() -> bool:
         return VECTOR > 0

@@ -46,7 +46,7 @@ class FieldWeights:
         4 digits: x (T, K) is like ``out``. 2 digits: x is int16, of at most ``MAX_SMALL``.
         """
         digits_of_x = self._split(x, digits)
-        if digits * len(x) <= self.kernel.few:
+        if self.kernel.at_once(digits * len(x)):
             return self.kernel.product_mod_p(digits_of_x, self.wq, self.offsets, out)
         columns = max(_LEAST_COLUMNS, _SUMS // (digits * len(x)))
         for first in range(0, len(self.wq), columns):

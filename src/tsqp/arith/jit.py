@@ -24,6 +24,7 @@ SOURCES = (
     "arith/digits.py",
     "arith/loops.py",
     "arith/vnni.py",
+    "arith/amx.py",
     "model/compiled.py",
     "model/compiled_attention.py",
     "trusted/guard/kernels.py",

@@ -26,7 +26,9 @@ class DigitKernel:
     wrap around: the difference is right modulo 2³² for any K.
     """
 
-    few = 0  # rows of digits up to which ``product_mod_p`` is faster than its steps one by one
+    def at_once(self, rows: int) -> bool:
+        """Whether ``product_mod_p`` is faster than its steps one by one, for so many rows of digits in all."""
+        return False
 
     def offsets(self, w: torch.Tensor) -> torch.Tensor:
         """int32 (N,), to be computed once for weights that stay."""

@@ -14,12 +14,12 @@ class RowThreads:
     """As many threads as torch uses. Work is a function that releases the interpreter lock, as compiled kernels do."""
 
     def __init__(self) -> None:
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="tsqp-rows")
+        self.threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="tsqp-rows")
 
     def run(self, work: Callable[..., Any], rows: int, *arguments: Any, least: int) -> None:
         """``work(*arguments, first, end)`` over all rows in equal parts; fewer than ``least`` stay on this thread."""
-        parts = min(self._threads, rows) if rows >= least else 1  # waking another thread takes longer than little work
+        parts = min(self.threads, rows) if rows >= least else 1  # waking another thread takes longer than little work
         edges = [rows * part // parts for part in range(parts + 1)]
         others = [self._pool.submit(work, *arguments, edges[i], edges[i + 1]) for i in range(1, parts)]
         try:

@@ -11,6 +11,7 @@ import torch
 from numba.core.errors import NumbaError
 
 from tsqp.arith.few_rows import FewRowsKernel
+from tsqp.arith.many_rows import ManyRowsKernel
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel, DigitKernel, OffsetKernel
 
@@ -27,11 +28,11 @@ def fast_kernels(device: torch.device) -> list[DigitKernel]:
         from tsqp.arith.tensor_cores import TensorCoreKernel
 
         return [TensorCoreKernel()]
-    return [FewRowsKernel(), OffsetKernel()] if FewRowsKernel.supported() else [OffsetKernel()]
+    return [kind() for kind in (ManyRowsKernel, FewRowsKernel) if kind.supported()] + [OffsetKernel()]
 
 
 def is_exact(kernel: DigitKernel, device: torch.device) -> bool:
-    """Whether products of random digits are those of int64 arithmetic, for one row, few and many, and mod p for few.
+    """Whether products of random digits are those of int64 arithmetic, and mod p: for one row, few and many.
 
     Compiles the kernel's loops, so that no product waits for that.
     """
@@ -58,8 +59,8 @@ def _exact_sums(kernel: DigitKernel, device: torch.device, w: torch.Tensor, gene
 
 
 def _exact_mod_p(kernel: DigitKernel, device: torch.device, w: torch.Tensor, generator: torch.Generator) -> bool:
-    for digits, rows in ((4, 1), (2, 3)):
-        if digits * rows > kernel.few:
+    for digits, rows in ((4, 1), (2, 3), (4, 35), (2, 65)):
+        if not kernel.at_once(digits * rows):
             continue  # such products are made of sums
         x = torch.randint(0, 256, (digits, rows, w.shape[1]), dtype=torch.uint8, generator=generator)
         numbers = torch.stack([(x[m].long() - 128) << 8 * m for m in range(digits)]).sum(dim=0)

@@ -20,8 +20,8 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from tsqp.arith.digits import MULTIPLE, reduced
 from tsqp.arith.jit import kernel
-from tsqp.arith.modulus import P
 
 
 def features() -> set[str]:
@@ -42,9 +42,6 @@ X_ROWS = 4  # rows of digits at once
 W_ROWS = 4 if VECTOR == 64 else 2  # and of weights: with their X_ROWS · W_ROWS sums they fit into the registers
 
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-_P = np.int64(P)
-_SHIFT = np.int64(31)
-_MULTIPLE = np.int64(P << 26)  # of p, larger than any sum below: makes it positive
 
 
 def _typed_tile(_context: Any, x: Any, first_x: Any, w: Any, first_w: Any, sums: Any) -> Any:
@@ -155,10 +152,8 @@ def product_of_few(x, w, offsets, out, first, end):  # type: ignore[no-untyped-d
             _sums(x, m, w, n, tiles[m // X_ROWS])
         for row in range(rows):
             for j in range(min(W_ROWS, end - n)):
-                total = _MULTIPLE
+                total = MULTIPLE
                 for m in range(x.shape[0] // rows):
                     exact = np.int32(sums[m * rows + row, j] - offsets[n + j])  # in int32: both may have wrapped around
                     total += np.int64(exact) << np.int64(8 * m)
-                value = (total & _P) + (total >> _SHIFT)  # was below 2⁵⁸
-                value = (value & _P) + (value >> _SHIFT)  # at most p
-                out[row, n + j] = np.uint32(0) if value == _P else np.uint32(value)
+                out[row, n + j] = reduced(total)

@@ -26,7 +26,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 @intrinsic
 def _pointer(typing: Any, address: Any, like: Any) -> Any:
     """An address, int64, as a pointer to elements of the type of the array ``like``."""
-    target = types.CPointer(like.dtype)  # type: ignore[no-untyped-call]
+    target = types.CPointer(like.dtype)
 
     def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(target))

@@ -11,6 +11,7 @@ from tests.families import FAMILIES, random_tokens, tiny_model
 from tests.trusted.guard.fakes import MODES
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM
+from tsqp.api.config import ComputeConfig, ProtectionName
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.batch import Batch
 from tsqp.trusted.engine.engine import Engine
@@ -31,13 +32,14 @@ def logits(engine: Engine, chosen: Sequence[int]) -> list[torch.Tensor]:
     return [torch.cat(own) for own in found]
 
 
-def opened(model: str, mode: str, address: str, prefill_chunk: int, micro_batches: int) -> LLM:
-    return LLM(model, protection=mode, worker=address, prefill_chunk=prefill_chunk, micro_batches=micro_batches)
+def opened(model: str, mode: ProtectionName, address: str, prefill_chunk: int, micro_batches: int) -> LLM:
+    schedule = ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches)
+    return LLM(model, protection=mode, worker=address, compute=schedule)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_alone_and_in_any_batch_and_schedule(family: str, mode: str) -> None:
+def test_alone_and_in_any_batch_and_schedule(family: str, mode: ProtectionName) -> None:
     model = str(tiny_model(family).directory)
     with serve(model) as (_, address):
         with opened(model, mode, address, 2048, 1) as llm:
@@ -49,7 +51,7 @@ def test_alone_and_in_any_batch_and_schedule(family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_on_any_number_of_threads(mode: str) -> None:
+def test_on_any_number_of_threads(mode: ProtectionName) -> None:
     model = str(tiny_model("llama").directory)
     found = []
     with serve(model) as (_, address):

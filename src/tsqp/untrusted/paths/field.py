@@ -71,7 +71,7 @@ def compile_loops(kernel: DigitKernel) -> None:
     for digits in BOTH_DIGITS:
         x = torch.zeros(2, 8, dtype=_input_dtype(digits))
         weights.product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
-        if kernel.few:
+        if kernel.at_once(len(x) * digits):
             FieldWeights.of(wq, kernel).product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
         # Wide products are written in blocks of columns, which numba compiles apart: rows that do not follow closely.
         weights.product(x, digits, out=torch.empty(2, 16, dtype=torch.int32)[:, :8])
