@@ -24,9 +24,9 @@ from rich.table import Table
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp.bench.ceilings import ceilings, higher
-from tsqp.bench.machine import cores
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.model import ModelConfig
+from tsqp.cores import cores
 from tsqp.model.batch import SequenceRows
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.cache import KVCache

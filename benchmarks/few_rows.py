@@ -34,6 +34,7 @@ from tsqp.arith.self_test import pick_kernel
 from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupName, linear_groups
+from tsqp.cores import cores
 
 GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
 
@@ -114,7 +115,7 @@ def main() -> None:
     add_dirty_ok(parser)
     options = parser.parse_args()
     check_tree(options)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     load, before, products = os.getloadavg()[0], ceilings("bfloat16"), []
     for group in options.groups:
         shape = linear_groups(open_checkpoint(options.model).config)[group]

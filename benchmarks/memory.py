@@ -21,6 +21,7 @@ import torch
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
+from tsqp.cores import cores
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     check_tree(options)
     config = open_checkpoint(options.model).config
     prompt = torch.randint(0, 256, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     with LLM(options.model, protection="open", compute=ComputeConfig(dtype="bfloat16", threads=threads)) as llm:
         llm.generate(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
     embedding = config.vocab_size * config.hidden_size * 2

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, ComputeConfig
-from tsqp.bench.machine import cores
 from tsqp.bench.progress import watched
 from tsqp.cli.evaluate import measure
+from tsqp.cores import cores
 
 PROSE = Path(__file__).parents[1] / "tests" / "data" / "prose.txt"
 WINDOW, STRIDE = 1024, 512

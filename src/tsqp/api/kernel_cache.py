@@ -27,5 +27,5 @@ def kernel_cache_directory(choice: str) -> Path | None:
     try:
         return private_directory(Path(choice) / cache_name(), "choose another compute.kernel_cache, or off")
     except PathRefused as refused:
-        refused.fields = ("compute.kernel_cache",)
-        raise
+        fields = ("compute.kernel_cache",)
+        raise PathRefused(refused.path, refused.problem, refused.remedy, unsafe=refused.unsafe, fields=fields) from None

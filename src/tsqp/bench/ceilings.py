@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from tsqp.bench.machine import cores
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import linear_groups
 from tsqp.config.model import ModelConfig
+from tsqp.cores import cores
 from tsqp.wire.payload import TORCH_DTYPES
 
 OUT, IN, ROWS = 8192, 2048, 1024  # the gate matrix of the 1B shape, and a prompt's rows

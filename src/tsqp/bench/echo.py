@@ -7,12 +7,12 @@ transport wants it. A message without a tensor gets an answer without one.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import closing
 
 import torch
 
+from tsqp.cores import cores
 from tsqp.wire.channel import Arrival, Frames, Listener
 from tsqp.wire.transport import listen
 
@@ -41,7 +41,7 @@ def _words(payload: memoryview) -> torch.Tensor:
 
 def main() -> None:
     """Listen, say where, answer until standard input ends."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     with closing(listen(sys.argv[1], watch_fd=sys.stdin.fileno())) as listener:
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
         serve(listener)

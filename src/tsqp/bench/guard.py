@@ -20,7 +20,7 @@ from tsqp.arith.field import FieldWeights
 from tsqp.arith.row_threads import row_threads
 from tsqp.arith.self_test import pick_kernel
 from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings, print_ceilings
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.opened import opened
 from tsqp.bench.pads import PadsReady, with_pads
 from tsqp.bench.progress import watched
@@ -28,6 +28,7 @@ from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.groups import GroupKey, linear_groups
 from tsqp.config.model import ModelConfig
+from tsqp.cores import cores
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard.kernels import project
 from tsqp.trusted.guard.linears import MaskedLinears

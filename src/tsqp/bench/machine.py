@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tsqp.bench import tree
+from tsqp.cores import cores
 
 
 def machine() -> dict[str, str | int]:
@@ -23,11 +23,6 @@ def machine() -> dict[str, str | int]:
         "commit": tree.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _processor() -> str:

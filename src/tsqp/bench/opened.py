@@ -10,7 +10,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.describe import handshake_line, mode_lines
 from tsqp.api.llm import LLM
 from tsqp.api.plan import Plan
-from tsqp.bench.machine import cores
+from tsqp.cores import cores
 
 
 def opened(run: RunConfig, console: Console) -> LLM:

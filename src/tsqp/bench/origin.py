@@ -29,13 +29,14 @@ from tsqp.api.config import ComputeConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, limits, print_ceilings
 from tsqp.bench.child import Child
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.origin_wire import pack, unpack
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.dtype import DtypeName
 from tsqp.config.model import ModelConfig
+from tsqp.cores import cores
 from tsqp.model.rotary import inverse_frequencies
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import total

@@ -18,13 +18,14 @@ from tsqp.api.config import ComputeConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, print_ceilings
 from tsqp.bench.child import Child
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.names import TransportName
 from tsqp.bench.progress import watched
 from tsqp.bench.rpc import fresh_address
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
 from tsqp.config.dtype import PlainDtype
+from tsqp.cores import cores
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 

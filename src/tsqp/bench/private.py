@@ -13,13 +13,14 @@ from rich.console import Console
 from tsqp.api.config import DEALER, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.opened import opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, with_pads
 from tsqp.bench.peer import Ours, Peer
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Measured, Workload
 from tsqp.checkpoint import locate
+from tsqp.cores import cores
 from tsqp.errors import OptionError
 from tsqp.launch.local import LocalWorker
 

@@ -22,9 +22,10 @@ from tsqp.api.arena import arena_for
 from tsqp.bench import echo
 from tsqp.bench.ceilings import ceilings, print_ceilings
 from tsqp.bench.child import Child
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.names import TransportName
 from tsqp.bench.progress import watched
+from tsqp.cores import cores
 from tsqp.errors import OptionError, ProtocolError
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address

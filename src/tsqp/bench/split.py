@@ -14,7 +14,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
-from tsqp.bench.machine import cores, machine
+from tsqp.bench.machine import machine
 from tsqp.bench.names import PeerName, benchmarked
 from tsqp.bench.opened import opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
@@ -24,6 +24,7 @@ from tsqp.bench.workload import Measured, Workload
 from tsqp.checkpoint import locate
 from tsqp.config.dtype import PlainDtype, float_dtype
 from tsqp.config.protection import PROTECTIONS, Protection
+from tsqp.cores import cores
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.trace import Trace
 from tsqp.wire.payload import TORCH_DTYPES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +13,7 @@ from tsqp.cli.options import Device, Model, Threads
 from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
 from tsqp.config.dtype import AskedDtype
 from tsqp.config.protection import PROTECTIONS
+from tsqp.cores import cores
 from tsqp.errors import OptionError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def audit(
     if dtype != "auto" and protection not in (None, "open"):
         raise OptionError(f"protection {protection} computes in integers of its own: leave out --dtype")
     text = prompt_text(prompt, prompt_file, after_dashes)
-    count = len(os.sched_getaffinity(0)) if threads is None else threads
+    count = cores() if threads is None else threads
     notes = Console(stderr=True)
     modes = MODES if protection is None else (protection,)
     warn_of_argument(prompt, modes[-1], notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from contextlib import closing
@@ -22,6 +21,7 @@ from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.default import default_directory
 from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.cores import cores
 from tsqp.tee.detection import detect_tee
 from tsqp.tee.hardening import hardening_state
 from tsqp.wire.channel import Arrival, Frames
@@ -129,7 +129,7 @@ def _default_model() -> tuple[State, str]:
 
 
 def _processor() -> tuple[State, str]:
-    count = len(os.sched_getaffinity(0))
+    count = cores()
     flags = _cpu_flags()
     fast = [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni") if name in flags]
     return "ok", f"{count} cores; {', '.join(fast) if fast else 'no low-precision instructions'}"

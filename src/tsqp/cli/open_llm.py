@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tsqp.api.config import RunConfig
 from tsqp.api.describe import mode_lines
+from tsqp.cores import cores
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM
@@ -22,7 +22,7 @@ def open_llm(run: RunConfig) -> LLM:
     from tsqp.cli.pads_bar import pads_bar
 
     threads = run.compute.threads
-    compute = replace(run.compute, threads=len(os.sched_getaffinity(0)) if threads is None else threads)
+    compute = replace(run.compute, threads=cores() if threads is None else threads)
     with pads_bar(Console(stderr=True)) as progress:
         return LLM.of(replace(run, compute=compute), announce=_state_mode, pads_progress=progress)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import signal
 import sys
 from contextlib import closing
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.config.worker_options import parse_worker_options
+from tsqp.cores import cores
 from tsqp.errors import InputError, OptionError, TsqpError
 from tsqp.untrusted.toolchain import check_compiler
 
@@ -66,7 +66,7 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
 
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(options.threads or cores())
     device = pick_device(options.device)
     compiler = Compiler() if options.compile else None
     place = locate(options.model)
