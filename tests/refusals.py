@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
+from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.rules import CONFLICTS, UNUSED, Conflict, Unused
 from tsqp.wire.transport.keys import create_keys
 
@@ -133,7 +133,6 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
-        (RunConfig(protection="local", compute=ComputeConfig(dtype="int8")), ("--dtype", "int8")),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (
             RunConfig(protection="open", worker=WorkerConfig(AWAY, server_key=theirs)),

@@ -7,7 +7,7 @@ import pytest
 from tests.fresh_interpreter import loaded, modules_after
 
 WORKER = """
-import tsqp.untrusted.__main__, tsqp.untrusted.worker, tsqp.untrusted.paths.floats, tsqp.untrusted.backends.device
+import tsqp.untrusted.__main__, tsqp.untrusted.worker, tsqp.untrusted.paths.plain, tsqp.untrusted.backends.device
 import tsqp.wire.transport, tsqp.checkpoint
 """
 

@@ -40,7 +40,6 @@ def test_a_standing_int8_worker_over_ipc(home: Home) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--dtype", "int8", "--protection", "local"), ("int8", "local")),
         (("--compile", "--protection", "local"), ("--compile", "local")),
         (("--compile", *OPEN, "--worker", "ipc:///tmp/nobody.sock"), ("--compile",)),
         (("--dtype", "int4"), ("int4",)),

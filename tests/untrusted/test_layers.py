@@ -15,17 +15,17 @@ from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, arrival
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
+from tsqp.model.weights import ModelWeights
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
 from tsqp.untrusted.layers import LayerState
-from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import decode_reply
 from tsqp.wire.messages import Begin, Done, Failed, Finish, Layer, Message, Place
 
 STORE = WeightStore(CHECKPOINT, "float32", torch.device("cpu"))
-WEIGHTS = cast(WorkerWeights, STORE.prepare("float"))
+WEIGHTS = cast(ModelWeights, STORE.prepare("float"))
 
 
 def tokens(count: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
     config = open_checkpoint(directory).config
     # Three sequences of 5 + 2 positions, keys and values in float32; a cache may be twice as large as its positions.
     room = 3 * 2 * (5 + 2) * 2 * config.num_layers * config.kv_size * 4
-    monkeypatch.setattr("tsqp.untrusted.ops.LayerState", partial(LayerState, max_cache_bytes=room))
+    monkeypatch.setattr("tsqp.untrusted.paths.plain.LayerState", partial(LayerState, max_cache_bytes=room))
 
     def answer_thirty() -> None:
         with at_layer(directory, start_worker(directory)) as llm:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
-from tsqp.untrusted import ops
 from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.paths import plain
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import encode
@@ -86,7 +86,7 @@ def test_a_product_that_no_reply_can_carry_is_refused_before_it_is_computed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     greet(worker)
-    monkeypatch.setattr(ops, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(plain, "MAX_FRAME_BYTES", 1000)
     reply = answer(worker, GOOD, X)
     assert isinstance(reply, Failed)
     assert "limit" in reply.reason
@@ -102,7 +102,7 @@ def test_a_failure_of_the_product_is_an_answer(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops.Operators, "__call__", fail)
+        patch.setattr(plain.Operators, "__call__", fail)
         reply = answer(worker, GOOD, X)
     assert isinstance(reply, Failed)
     assert reply.reason

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from tsqp.api.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.config.dtype import numeric_path
-from tsqp.config.groups import group_keys
+from tsqp.config.dtype import PlainDtype, numeric_path
 from tsqp.config.partition import Partition
 from tsqp.errors import ModelMismatch
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
-from tsqp.model.linear import load_group
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.operators import Attention, Embedding, Linears
+from tsqp.model.weights import ModelWeights
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.filler import PadFiller, targets
@@ -49,14 +48,10 @@ class Placement:
 
 def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
     """Everything on the trusted side."""
-    dtype = TORCH_DTYPES[plan.dtype]
-    weights = {key: load_group(checkpoint, key, dtype) for key in group_keys(checkpoint.config)}
-    linears = LocalLinears(weights, stats)
-    tied = checkpoint.config.tied_embeddings
-    table = weights["lm_head", None].weight if tied else _embedding_table(checkpoint, dtype)
+    weights = ModelWeights.load(checkpoint, cast(PlainDtype, plan.linear_dtype), torch.device("cpu"))
     attention = LocalAttention(checkpoint.config.windows, stats)
-    placement = Placement(LocalEmbedding(table, stats), linears, attention)
-    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats)
+    placement = Placement(LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats), attention)
+    return Engine(_decoder(checkpoint, plan, placement, stats, weights.norms), eos_token_ids, stats)
 
 
 def build_split_engine(
@@ -80,7 +75,7 @@ def build_split_engine(
         dtype=plan.dtype,
         stats=stats,
         deadline_s=plan.run.worker.deadline_s,
-        path=numeric_path(plan.worker_dtype),
+        path=numeric_path(plan.linear_dtype),
     )
     if partition.whole_layers:
         return Engine(LayerDecoder(session, max_rows=plan.run.compute.prefill_chunk), eos_token_ids, stats), session

@@ -121,8 +121,8 @@ class ComputeConfig:
     partition: PartitionName = _model("linear", "Which operators run on the worker.")
     dtype: AskedDtype = _model(
         "auto",
-        "What both sides compute in, at open and local; auto: float32 for weights stored so, else bfloat16; int8: the "
-        "worker's linear layers, the rest in bfloat16.",
+        "What both sides compute in, at open and local; auto: float32 for weights stored so, else bfloat16; int8: "
+        "linear layers, the rest in bfloat16.",
         former="LLAMA_DTYPE",
     )
     wire_dtype: WireDtype | None = _model(

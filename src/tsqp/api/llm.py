@@ -117,7 +117,7 @@ class LLM:
         return LocalWorker(
             place,
             device=run.worker.device,
-            dtype=self.plan.worker_dtype,
+            dtype=self.plan.linear_dtype,
             threads=run.compute.threads,
             compiled=run.worker.compiled,
         )

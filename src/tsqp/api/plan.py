@@ -16,15 +16,15 @@ class Plan:
     """What was asked for, checked: a run never differs from its plan.
 
     ``run``: as it was asked for. ``partition`` is None at ``local``, where nothing is split. ``dtype`` is what this
-    side computes in, ``worker_dtype`` what the worker is asked to, ``wire_dtype`` what floats cross the line as,
-    ``kv_dtype`` what this side keeps keys and values as.
+    side computes in, ``linear_dtype`` what linear layers are computed in, on whichever side has them, ``wire_dtype``
+    what floats cross the line as, ``kv_dtype`` what this side keeps keys and values as.
     """
 
     run: RunConfig
     protection: Protection
     partition: Partition | None
     dtype: DtypeName
-    worker_dtype: ComputeDtype
+    linear_dtype: ComputeDtype
     wire_dtype: WireDtype
     kv_dtype: DtypeName
 
@@ -54,7 +54,7 @@ class Plan:
             protection=protection,
             partition=PARTITIONS[run.compute.partition] if protection.uses_worker else None,
             dtype=here,
-            worker_dtype=compute,
+            linear_dtype=compute,
             wire_dtype=run.compute.wire_dtype or here,
             kv_dtype=run.compute.kv_dtype or ("bfloat16" if protection.checked else here),
         )

@@ -183,11 +183,6 @@ UNUSED = (
 
 CONFLICTS = (
     Conflict(
-        "compute.dtype int8 is a worker's, and protection local has none: choose bfloat16",
-        ("compute.dtype",),
-        lambda run: run.compute.dtype == "int8" and not PROTECTIONS[run.protection].uses_worker,
-    ),
-    Conflict(
         "guard.warm_pads fills a pool that 0 of guard.pads_ahead keeps empty: leave out one of them",
         ("guard.warm_pads", "guard.pads_ahead"),
         lambda run: run.guard.warm_pads and not run.guard.pads_ahead,

@@ -108,7 +108,7 @@ def _about(run: RunConfig, llm: LLM, work: Workload) -> dict[str, Any]:
         "partition": None if plan.partition is None else plan.partition.name,
         "transport": None if session is None else session.channel.transport,
         "device": "cpu" if session is None else session.welcome.device,
-        "dtype": plan.worker_dtype,
+        "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,
         "threads": run.compute.threads or cores(),
         "tokens": work.tokens,

@@ -84,7 +84,7 @@ def measure(llm: LLM, text: str, *, tokens: int | None, window: int, stride: int
         "protection": plan.protection.name,
         "partition": None if plan.partition is None else plan.partition.name,
         "transport": None if session is None else session.channel.transport,
-        "dtype": plan.worker_dtype,
+        "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
     }

@@ -51,7 +51,7 @@ def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
         "partition": None if plan.partition is None else plan.partition.name,
         "transport": None if session is None else session.channel.transport,
         "address": None if session is None else session.channel.address,
-        "dtype": plan.worker_dtype,
+        "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
         **_pad_maker(llm),

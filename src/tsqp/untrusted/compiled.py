@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from tsqp.checkpoint.cache import cache_directory, code_directory
 from tsqp.config.groups import GroupKey, LinearGroup
 from tsqp.errors import OptionError
+from tsqp.model.int8 import Int8Linear, product_in_one
 from tsqp.model.linear import LinearProduct, LinearWeights
-from tsqp.untrusted.paths.int8 import Int8Linear, product_in_one
 
 Product = Callable[..., None]
 

@@ -20,7 +20,7 @@ from tsqp.model.local import LocalAttention, LocalLinears
 from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
 from tsqp.model.rotary import Rotary
-from tsqp.untrusted.paths.floats import WorkerWeights
+from tsqp.model.weights import ModelWeights
 from tsqp.wire.messages import Begin, Finish, Layer
 
 MAX_PASSES = 4
@@ -40,7 +40,7 @@ class _Pass:
 class LayerState:
     """The state of one connection at the ``layer`` partition; none before its first pass."""
 
-    def __init__(self, weights: WorkerWeights, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
+    def __init__(self, weights: ModelWeights, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
         config, dtype, device = weights.config, weights.dtype, weights.device
         self._weights = weights
         self._max_cache_bytes = max_cache_bytes

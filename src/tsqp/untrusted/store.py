@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tsqp.arith.product import DigitKernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import DtypeName, NumericPath, PlainDtype
+from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.compiled import Compiler
 from tsqp.untrusted.paths.field import FieldWorkerWeights
-from tsqp.untrusted.paths.floats import WorkerWeights
 
-PathWeights = WorkerWeights | FieldWorkerWeights
+PathWeights = ModelWeights | FieldWorkerWeights
 
 
 class WeightStore:
@@ -44,4 +46,7 @@ class WeightStore:
         if path == "field":
             return FieldWorkerWeights.load(self._checkpoint, self._device, kernel=self._kernel)
         compute: PlainDtype = self._dtype if path == "float" else path
-        return WorkerWeights.load(self._checkpoint, compute, self._device, kernel=self._kernel, compiler=self._compiler)
+        weights = ModelWeights.load(self._checkpoint, compute, self._device, kernel=self._kernel)
+        if self._compiler is None:
+            return weights
+        return replace(weights, groups=self._compiler.compiled(weights.groups))

@@ -11,8 +11,8 @@ import time
 
 from tsqp.config.groups import linear_groups
 from tsqp.errors import ProtocolError, TsqpError
-from tsqp.untrusted.ops import Operators
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
+from tsqp.untrusted.paths.plain import Operators
 from tsqp.untrusted.store import PathWeights, WeightStore
 from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode

@@ -22,11 +22,11 @@ from tsqp.config.groups import GROUP_NAMES, GroupKey, GroupName, linear_groups, 
 from tsqp.errors import UnsupportedModel
 from tsqp.model import quantised
 from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.model.weights import ModelWeights
 from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.untrusted.paths import field
 from tsqp.untrusted.paths.field import FieldWorkerWeights
-from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.codec import decode_reply
@@ -242,7 +242,7 @@ def test_other_paths_refuse_the_calls_of_this_one(path: str) -> None:
 
 def test_a_path_is_prepared_when_it_is_first_asked_for_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
-    for kind in (WorkerWeights, FieldWorkerWeights):
+    for kind in (ModelWeights, FieldWorkerWeights):
         load = kind.load
 
         def counted(*arguments: object, load: object = load, **options: object) -> object:

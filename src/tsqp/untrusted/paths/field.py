@@ -23,7 +23,7 @@ from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import ProtocolError
 from tsqp.model.quantised import GroupDigests, load_quantised_group
-from tsqp.untrusted.ops import exactly
+from tsqp.untrusted.paths.plain import exactly
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import Call, MultiplyPads, Product
 from tsqp.wire.payload import bytes_tensor, tensor_bytes

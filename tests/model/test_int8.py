@@ -1,4 +1,4 @@
-"""int8 on the worker: its linear layers are the integer formula, with either kernel, and the model stays itself."""
+"""int8 on either side: its linear layers are the integer formula, with either kernel, and the model stays itself."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey
 from tsqp.config.partition import PARTITIONS
-from tsqp.errors import OptionError, UnsupportedModel
+from tsqp.errors import UnsupportedModel
+from tsqp.model import int8
+from tsqp.model.int8 import Int8Linear, load_int8_group
 from tsqp.model.linear import LinearProduct, LinearWeights, load_group
-from tsqp.untrusted.paths import int8
-from tsqp.untrusted.paths.floats import WorkerWeights
-from tsqp.untrusted.paths.int8 import Int8Linear, load_int8_group
+from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_the_reference_model(kernel: DigitKernel, partition:
     checkpoint = checkpoint_of("llama-biases")
     store, reference = (WeightStore(checkpoint, "float32", CPU, kernel=kernel) for _ in range(2))
     weights = store.prepare("int8")
-    assert isinstance(weights, WorkerWeights)
+    assert isinstance(weights, ModelWeights)
     groups: dict[GroupKey, LinearProduct] = {
         key: Reference(load_group(checkpoint, key, torch.float32)) for key in weights.groups
     }
@@ -142,7 +142,7 @@ def test_an_int8_wire_stays_close(partition: PartitionName) -> None:
 
 
 def test_weights_are_a_byte_each_and_the_embedding_is_kept_apart() -> None:
-    weights = WorkerWeights.load(checkpoint_of("llama-tied"), "int8", CPU)
+    weights = ModelWeights.load(checkpoint_of("llama-tied"), "int8", CPU)
     head = weights.groups["lm_head", None]
     assert isinstance(head, Int8Linear)
     assert (head.wq.dtype, weights.embedding.dtype, weights.compute) == (torch.int8, torch.bfloat16, "int8")
@@ -151,12 +151,22 @@ def test_weights_are_a_byte_each_and_the_embedding_is_kept_apart() -> None:
 def test_sums_that_int32_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "MAX_INT8_TERMS", 63)
     with pytest.raises(UnsupportedModel, match="63 terms"):
-        WorkerWeights.load(checkpoint_of("llama"), "int8", CPU)
+        ModelWeights.load(checkpoint_of("llama"), "int8", CPU)
 
 
-def test_int8_without_a_worker_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"int8.*local"):
-        LLM("synthetic:tiny", protection="local", compute=ComputeConfig(dtype="int8"))
+@pytest.mark.parametrize("family", ["llama-biases", "llama-tied"])
+def test_local_computes_what_a_worker_and_this_side_do_together(family: str) -> None:
+    """The same formula in one process, so the same logits to the last bit; and no worker."""
+    directory, compute = str(tiny_model(family).directory), ComputeConfig(dtype="int8", prefill_chunk=19)
+    with (
+        serving(WeightStore(checkpoint_of(family), "float32", CPU)) as address,
+        LLM(directory, protection="open", worker=address, compute=compute) as llm,
+    ):
+        expected, tokens = llm.logits(PROMPT), llm.generate(PROMPT, GREEDY)[0].token_ids
+    with LLM(directory, protection="local", compute=compute) as llm:
+        assert llm.session is None
+        assert torch.equal(llm.logits(PROMPT), expected)
+        assert llm.generate(PROMPT, GREEDY)[0].token_ids == tokens
 
 
 def test_one_worker_serves_floats_and_int8_to_those_who_ask() -> None:
@@ -189,4 +199,4 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
 
     monkeypatch.setattr(checkpoint, "tensor", broken)
     with pytest.raises(UnsupportedModel, match=r"group gate_up of layer 1 .*finite"):
-        WorkerWeights.load(checkpoint, "int8", CPU)
+        ModelWeights.load(checkpoint, "int8", CPU)

@@ -1,4 +1,4 @@
-"""What a worker holds: every linear group of a model on its device, and the embedding table. Public data only."""
+"""A whole model in floats or int8, on whichever side computes all of it or its linear layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from tsqp.config.dtype import PlainDtype, float_dtype
 from tsqp.config.groups import GroupKey
 from tsqp.config.model import ModelConfig
 from tsqp.model.decoder_layers import Norms
+from tsqp.model.int8 import load_int8_groups
 from tsqp.model.linear import LinearProduct, load_groups
-from tsqp.untrusted.compiled import Compiler
-from tsqp.untrusted.paths.int8 import load_int8_groups
 from tsqp.wire.payload import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
-class WorkerWeights:
+class ModelWeights:
     """Weights on one device. ``compute`` is what linear layers are computed in; everything else is in ``dtype``.
 
     ``embedding`` is (vocab_size, hidden_size).
@@ -43,8 +42,7 @@ class WorkerWeights:
         device: torch.device,
         *,
         kernel: DigitKernel | None = None,
-        compiler: Compiler | None = None,
-    ) -> WorkerWeights:
+    ) -> ModelWeights:
         """Read a checkpoint onto a device; ``kernel`` for int8 is chosen by a self-test unless given.
 
         Raises CheckpointError.
@@ -59,8 +57,7 @@ class WorkerWeights:
             groups = floats = load_groups(checkpoint, dtype, device)
             embedding = floats["lm_head", None].weight if config.tied_embeddings else None
         if embedding is None:
-            embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
-        if compiler is not None:
-            groups = compiler.compiled(groups)
+            # A copy: what is mapped from a file, others may change.
+            embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype, copy=True)
         norms = Norms.load(checkpoint, dtype, device)
         return cls(config, compute, dtype, device, groups, embedding, norms)

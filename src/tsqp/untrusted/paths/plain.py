@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from tsqp.errors import ProtocolError
 from tsqp.model.attention import score_product, value_product
+from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.layers import LayerState
-from tsqp.untrusted.paths.floats import WorkerWeights
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import (
     AttentionScores,
@@ -35,7 +35,7 @@ from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
 class Operators:
     """Computes the calls of one connection; float payloads are in the ``wire`` format both ways."""
 
-    def __init__(self, weights: WorkerWeights, wire: WireFormat) -> None:
+    def __init__(self, weights: ModelWeights, wire: WireFormat) -> None:
         self._weights = weights
         self._wire = wire
 
