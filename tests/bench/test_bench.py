@@ -129,6 +129,7 @@ def test_the_origin_computes_the_model() -> None:
         torch.testing.assert_close(logits, llm.logits([7])[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import readme
     from benchmarks.words import CHINESE, ENGLISH

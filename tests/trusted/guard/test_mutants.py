@@ -21,6 +21,8 @@ import pytest
 
 import tsqp
 
+pytestmark = pytest.mark.slow  # a minute in all: each mutant is a process that runs a part of the guard's tests
+
 HERE = Path(__file__).parent
 ROOT = next(folder for folder in HERE.parents if (folder / "pyproject.toml").is_file())
 CORE, LIVES, DIGESTS = "test_core.py", "test_lives.py", "test_digests.py"
