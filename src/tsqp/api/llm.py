@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from tsqp.api.pads import Filling
     from tsqp.checkpoint.base import Checkpoint
+    from tsqp.config.model import ModelConfig
     from tsqp.trusted.engine.engine import Engine
     from tsqp.trusted.private import Guard
     from tsqp.trusted.remote.session import WorkerSession
@@ -172,6 +173,16 @@ class LLM:
         )
         stack.callback(self._session.close)
         return engine
+
+    @property
+    def engine(self) -> Engine:
+        """What runs forward passes: for benchmarks, which look at one pass at a time."""
+        return self._engine
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self._engine.config
 
     @property
     def session(self) -> WorkerSession | None:

@@ -24,6 +24,8 @@ def table(result: Result) -> Table:
             return _private_table(result)
         case "guard":
             return _guard_table(result)
+        case "offload":
+            return _offload_table(result)
         case "pipeline":
             return _comparison_table(result, _pipeline_title(result), 1.0, "s")
         case "decode":
@@ -43,6 +45,8 @@ def chart(result: Result) -> Chart:
             return _private_chart(result)
         case "guard":
             return _guard_chart(result)
+        case "offload":
+            return _offload_chart(result)
         case "pipeline":
             return Chart(_pipeline_title(result), [_comparison_panel(result, "one prefill", 1.0, "seconds")])
         case "decode":
@@ -201,6 +205,34 @@ def _guard_table(result: Result) -> Table:
 def _guard_chart(result: Result) -> Chart:
     bars = [Bar(title, milliseconds) for title, milliseconds in _guard_times(result).items()]
     return Chart(_what(result), [Panel("the guard", "milliseconds", bars)])
+
+
+def _offload_table(result: Result) -> Table:
+    """Times of a pass in milliseconds, and what the split gains."""
+    found = _table("what the split saves the trusted side", ("whole", "split", "limit", "pads", "gain", "with pads"))
+    for row in result["cases"]:
+        whole = f"{row['local_s'] * 1e3:.4g}, {row['local_int8_s'] * 1e3:.4g}"
+        times = (f"{row[f'{key}_s'] * 1e3:.4g}" for key in ("trusted", "limit", "pads"))
+        gains = (f"{row[key]:.3g}, {row[f'{key}_int8']:.3g}" for key in ("gain", "gain_tee"))
+        found.add_row(row["name"], whole, *times, *gains)
+    found.caption = (
+        "milliseconds of a pass on the trusted side. whole: local in bfloat16, in int8; split: masked, pads ready, "
+        "without the worker's kernels; pads: making them; gain: whole over split"
+    )
+    return found
+
+
+def _offload_chart(result: Result) -> Chart:
+    """How often what is left on the trusted side fits into the whole model there."""
+    panels = []
+    for key, title in (("gain", "pads ready"), ("gain_tee", "with the trusted side making its own pads")):
+        bars = [
+            Bar(f"{row['name']}, over {peer}", row[f"{key}{suffix}"], colour)
+            for row in result["cases"]
+            for peer, suffix, colour in (("bfloat16", "", OURS), ("int8", "_int8", PEER))
+        ]
+        panels.append(Panel(title, "whole model there / what is left there (below 1 the split costs)", bars))
+    return Chart(f"What the split saves the trusted side, {result['machine']['cpu']}", panels)
 
 
 def _what(result: Result) -> str:

@@ -188,6 +188,25 @@ def guard(
     _finish(result, options, console, results)
 
 
+@bench_app.command
+def offload(
+    *,
+    case: Annotated[
+        tuple[str, ...], Parameter(help="Measure this case, such as decode-1b, and not all; may be given again.")
+    ] = (),
+    steps: Annotated[int, Parameter(help="Decode steps of one run.")] = 8,
+    threads: Threads = None,
+    results: Results = None,
+    dirty_ok: DirtyOk = False,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure whether the split pays: the whole model on the trusted side over what masked leaves there."""
+    console = _prepare(options, results, dirty_ok=dirty_ok)
+    from tsqp.bench.offload import Effort, bench_offload, chosen
+
+    _finish(bench_offload(chosen(case), Effort(options.runs, steps, threads), console), options, console, results)
+
+
 @bench_app.command(name="all")
 def everything(
     *,
@@ -251,7 +270,8 @@ def _finish(result: dict[str, Any], options: BenchOptions, console: Console, res
         console.print(f"drawn into {options.plot}", highlight=False, soft_wrap=True)
     if results is not None:
         part = f"-{'-'.join(result['modes'])}" if len(result.get("modes", MODES)) < len(MODES) else ""
-        save(result, results, f"{result['benchmark']}-{file_name(result['model'])}{part}", console)
+        model = f"-{file_name(result['model'])}" if "model" in result else ""
+        save(result, results, f"{result['benchmark']}{model}{part}", console)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

@@ -72,7 +72,7 @@ def honest_tokens() -> list[int]:
 
 
 def tokens_until_failure(llm: LLM, expected: type[ChannelError]) -> tuple[list[int], ChannelError]:
-    generation = iter(llm._engine.generate([PROMPT], SamplingParams(max_tokens=STEPS)))
+    generation = iter(llm.engine.generate([PROMPT], SamplingParams(max_tokens=STEPS)))
     tokens: list[int] = []
     with pytest.raises(expected) as caught:
         tokens.extend(new.token for new in generation)  # keeps those before the exception

@@ -124,7 +124,7 @@ def private_answers(
     ) as llm:
         if guard is not None and llm._guard is not None and llm._guard.filler is not None:
             llm._guard.filler.fill()
-        return answers(llm._engine)
+        return answers(llm.engine)
 
 
 def assert_same(ours: Answers, expected: Answers) -> None:

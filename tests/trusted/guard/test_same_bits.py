@@ -43,10 +43,10 @@ def test_alone_and_in_any_batch_and_schedule(family: str, mode: ProtectionName) 
     model = str(tiny_model(family).directory)
     with serve(model) as (_, address):
         with opened(model, mode, address, 2048, 1) as llm:
-            alone = [logits(llm._engine, [index])[0] for index in range(len(PROMPTS))]
+            alone = [logits(llm.engine, [index])[0] for index in range(len(PROMPTS))]
         for chunk, parts in ((2048, 1), (2048, 3), (7, 1), (130, 2)):
             with opened(model, mode, address, chunk, parts) as llm:
-                for ours, expected in zip(logits(llm._engine, range(len(PROMPTS))), alone, strict=True):
+                for ours, expected in zip(logits(llm.engine, range(len(PROMPTS))), alone, strict=True):
                     assert torch.equal(ours, expected), (chunk, parts)
 
 
@@ -60,7 +60,7 @@ def test_on_any_number_of_threads(mode: ProtectionName) -> None:
             row_threads.cache_clear()
             try:
                 with opened(model, mode, address, 2048, 1) as llm:
-                    found.append(torch.cat(logits(llm._engine, range(len(PROMPTS)))))
+                    found.append(torch.cat(logits(llm.engine, range(len(PROMPTS)))))
             finally:
                 torch.set_num_threads(1)
                 row_threads.cache_clear()

@@ -1,0 +1,263 @@
+"""``bench offload``: does the split pay? What the whole model takes on the trusted side, over what is left there.
+
+A case is one prefill, or decode steps after a context. Each is measured in three ways on the same threads: the whole
+model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready. Of a masked pass the trusted side's
+own time is what the pass takes but for the worker's kernels, as if the worker were infinitely fast: with the worker
+on the same cores no other part can be told apart. Making pads is measured apart, since it happens ahead of time.
+
+Decode begins with caches of random keys and values: what a step takes does not depend on them, and the prompts of
+sixteen long sequences would take longer than everything else here.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig
+from tsqp.api.llm import LLM
+from tsqp.api.pads import pool_bytes
+from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.bench.ceilings import ceilings, higher, print_ceilings
+from tsqp.bench.machine import machine
+from tsqp.bench.opened import opened
+from tsqp.bench.pads import drain, fill, pads_of
+from tsqp.bench.progress import watched
+from tsqp.checkpoint import locate, open_checkpoint
+from tsqp.config.groups import linear_groups
+from tsqp.config.model import ModelConfig
+from tsqp.cores import cores
+from tsqp.errors import OptionError
+from tsqp.model.batch import Batch
+from tsqp.model.cache import KVCache
+from tsqp.trusted.guard.pool import MAKE_BLOCKS
+from tsqp.trusted.stats import total
+
+MODELS = {"1b": "synthetic:llama-3.2-1b", "8b": "synthetic:llama-3.1-8b", "default": "default"}
+LOCAL, LOCAL_INT8, MASKED = "local", "local_int8", "masked"  # the ways, and the names of their times
+TOGETHER = {"8b": ((LOCAL,), (LOCAL_INT8,), (MASKED,))}  # what takes turns: of such a model memory holds one
+ALL_TOGETHER = ((LOCAL, LOCAL_INT8, MASKED),)
+KV_BYTES = 2  # of a key or a value in bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """``rows`` new tokens of each of ``sequences``, after ``context`` tokens; ``model`` is a key of MODELS."""
+
+    name: str
+    model: str
+    sequences: int
+    rows: int
+    context: int
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a decode step."""
+        return self.rows == 1
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of one pass, which each take a pad in every group of the layers."""
+        return self.sequences * self.rows
+
+
+CASES = (
+    Case("prefill-1b-1024", "1b", 1, 1024, 0),
+    Case("prefill-1b-4096", "1b", 1, 4096, 0),
+    Case("decode-1b", "1b", 1, 1, 1024),
+    Case("decode-1b-16", "1b", 16, 1, 1024),
+    Case("decode-1b-8192", "1b", 1, 1, 8192),
+    Case("prefill-8b-256", "8b", 1, 256, 0),
+    Case("decode-8b", "8b", 1, 1, 1024),
+    Case("prefill-default-1024", "default", 1, 1024, 0),
+    Case("prefill-default-4096", "default", 1, 4096, 0),
+    Case("decode-default", "default", 1, 1, 1024),
+    Case("decode-default-16", "default", 16, 1, 1024),
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """``runs`` passes of a prefill; of decode ``runs`` times ``steps``. One more of each warms up."""
+
+    runs: int
+    steps: int
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Raises OptionError."""
+        for name, value in (("runs", self.runs), ("steps", self.steps)):
+            if value < 1:
+                raise OptionError(f"--{name} must be at least 1, not {value}")
+
+
+def chosen(names: Sequence[str]) -> tuple[Case, ...]:
+    """The cases asked for, all when none was. Raises OptionError."""
+    unknown = sorted(set(names) - {case.name for case in CASES})
+    if unknown:
+        raise OptionError(f"unknown case '{unknown[0]}': use {', '.join(case.name for case in CASES)}")
+    return tuple(case for case in CASES if not names or case.name in names)
+
+
+def bench_offload(cases: Sequence[Case], effort: Effort, console: Console) -> dict[str, Any]:
+    """The cases, model by model. Raises OptionError and every error of ``LLM``."""
+    effort.check()
+    threads = effort.threads or cores()
+    rates = ceilings("bfloat16", "cpu", threads)
+    print_ceilings(rates, console)
+    rows: dict[str, dict[str, Any]] = {}
+    for model, place in MODELS.items():
+        own = [case for case in cases if case.model == model]
+        if own:
+            config = open_checkpoint(locate(place)).config
+            times = _measured(own, TOGETHER.get(model, ALL_TOGETHER), effort, console)
+            rows |= {case.name: _row(case, config, times[case.name]) for case in own}
+    rates = higher(rates, ceilings("bfloat16", "cpu", threads))
+    for case in cases:
+        row = rows[case.name]
+        row["limit_s"] = row["guard_bytes"] / rates["weight_read_bytes_per_s"]
+        row["limit_s"] += row["attention_flop"] / rates["gemm_flop_per_s"]
+    return {
+        "benchmark": "offload",
+        "runs": effort.runs,
+        "decode_steps": effort.steps,
+        "threads": threads,
+        "cases": [rows[case.name] for case in cases],
+        "ceilings": rates,
+        "machine": machine(),
+    }
+
+
+Times = dict[str, list[float]]  # seconds of every pass, by figure
+
+
+def _measured(
+    cases: Sequence[Case], turns: Iterable[Iterable[str]], effort: Effort, console: Console
+) -> Mapping[str, Times]:
+    """The times of each case; the ways of one turn are open together and run in alternation."""
+    found: Mapping[str, Times] = {case.name: defaultdict(list) for case in cases}
+    room = max(case.tokens for case in cases)
+    for ways in turns:
+        with ExitStack() as stack:
+            opened_ways = {way: stack.enter_context(_open(way, cases[0], room, effort, console)) for way in ways}
+            for case in cases:
+                for warm in watched(range(-1, effort.runs), console, case.name):
+                    for way, llm in opened_ways.items():
+                        times = _passes(way, llm, case, effort.steps if case.decodes else 1)
+                        for figure, seconds in times.items() if warm >= 0 else ():
+                            found[case.name][figure] += seconds
+            if MASKED in opened_ways:
+                for row_s in (_pad_row_seconds(opened_ways[MASKED]) for _ in range(effort.runs)):
+                    for case in cases:
+                        found[case.name]["pads"].append(_pads_seconds(opened_ways[MASKED].config, case, row_s))
+        gc.collect()  # weights are gigabytes, and the next ones come
+    return found
+
+
+def _open(way: str, case: Case, room: int, effort: Effort, console: Console) -> LLM:
+    """A model in one of the ways; for ``masked`` the pool has room for ``room`` tokens."""
+    run = RunConfig(MODELS[case.model], "local", compute=ComputeConfig(threads=effort.threads, dtype="bfloat16"))
+    if way == LOCAL_INT8:
+        run = replace(run, compute=replace(run.compute, dtype="int8"))
+    if way == MASKED:
+        memory = pool_bytes(open_checkpoint(locate(run.model)).config, room)
+        guard = GuardConfig(pads_ahead=room, pad_memory=memory)
+        run = replace(run, protection="masked", guard=guard, compute=ComputeConfig(threads=effort.threads))
+    return opened(run, console)
+
+
+def _passes(way: str, llm: LLM, case: Case, steps: int) -> Times:
+    """The times of ``steps`` passes over new caches; of ``masked`` also what is left without the worker's kernels."""
+    engine, stats = llm.engine, llm.stats
+    caches = [_filled(engine.decoder.new_cache(), llm.config, case.context) for _ in range(case.sequences)]
+    tokens = [[7] * case.rows for _ in range(case.sequences)]
+    times: Times = {way: []} if way != MASKED else {way: [], "trusted": []}
+    for _ in range(steps):
+        if way == MASKED:
+            fill(*pads_of(llm))  # then its thread is idle until so much is used that a call would wait
+        stats.reset()
+        start = time.perf_counter()
+        engine.run(Batch(tokens, caches))
+        seconds = time.perf_counter() - start
+        times[way].append(seconds)
+        if way == MASKED:
+            times["trusted"].append(seconds - total(stats.calls.values()).worker_s)
+    return times
+
+
+def _filled(cache: KVCache, config: ModelConfig, positions: int) -> KVCache:
+    """A cache that holds so many random keys and values."""
+    if positions:
+        for layer in range(config.num_layers):
+            for held in cache.reserve(layer, positions):
+                held[:, :positions].normal_()
+        cache.advance(positions)
+    return cache
+
+
+def _pad_row_seconds(llm: LLM) -> dict[str, float]:
+    """Making the pads of one row of each group, as the filler does in idle time: many rows at once, each checked."""
+    pool, _ = pads_of(llm)
+    found: dict[str, float] = {}
+    for name in linear_groups(llm.config):
+        start = time.perf_counter()
+        pool.make((name, None if name == "lm_head" else 0), MAKE_BLOCKS)
+        found[name] = (time.perf_counter() - start) / (MAKE_BLOCKS * BLOCK_ROWS)
+    drain(pool)
+    return found
+
+
+def _pads_seconds(config: ModelConfig, case: Case, row_s: Mapping[str, float]) -> float:
+    """The pads of one pass: a row of each group of the layers for every token, one of the head for every sequence."""
+    layers = config.num_layers * sum(seconds for name, seconds in row_s.items() if name != "lm_head")
+    return case.tokens * layers + case.sequences * row_s["lm_head"]
+
+
+def _row(case: Case, config: ModelConfig, times: Times) -> dict[str, Any]:
+    """One case: medians in seconds, of decode for one step of all sequences, and how often they hold each other."""
+    medians = {f"{figure}_s": statistics.median(seconds) for figure, seconds in times.items()}
+    trusted_s, with_pads_s = medians["trusted_s"], medians["trusted_s"] + medians["pads_s"]
+    return {
+        "name": case.name,
+        "model": MODELS[case.model],
+        "sequences": case.sequences,
+        "tokens": case.rows,
+        "context": case.context,
+        **medians,
+        "gain": medians["local_s"] / trusted_s,
+        "gain_int8": medians["local_int8_s"] / trusted_s,
+        "gain_tee": medians["local_s"] / with_pads_s,
+        "gain_tee_int8": medians["local_int8_s"] / with_pads_s,
+        "guard_bytes": guard_bytes(config, case),
+        "attention_flop": attention_flop(config, case),
+        "alternation": case.model not in TOGETHER,
+        "all_seconds": times,
+    }
+
+
+def guard_bytes(config: ModelConfig, case: Case) -> int:
+    """The bytes that the trusted side of one pass cannot do without.
+
+    For each row of a group with K inputs and N outputs: x' is written, y' is read and r·Wq is read, 4·(K + 2·N). For
+    each layer and sequence of a decode step its keys and values are read once; a prefill reads them from its caches.
+    """
+    groups = linear_groups(config)
+    of_row = {name: 4 * (group.in_features + 2 * group.out_features) for name, group in groups.items()}
+    head = of_row.pop("lm_head")
+    masked = case.tokens * config.num_layers * sum(of_row.values()) + case.sequences * head
+    held = 2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_BYTES
+    return masked + (case.sequences * case.context * held if case.decodes else 0)
+
+
+def attention_flop(config: ModelConfig, case: Case) -> int:
+    """Multiplications and additions of q·Kᵀ and p·V: 4 for each query, key that it sees, head and column."""
+    seen = sum(case.context + row + 1 for row in range(case.rows))
+    return 4 * config.num_layers * config.num_heads * config.head_dim * case.sequences * seen
