@@ -58,6 +58,7 @@ lock: .venv-lock/bin/uv  ## move requirements/*.lock to the newest releases that
 bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
 	$(BIN)/tsqp bench all
 	$(BIN)/tsqp bench private --mode masked_drained --tokens 16 --steps 256 --runs 3 --results benchmarks/results
+	$(BIN)/tsqp bench offload --results benchmarks/results
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality

@@ -25,6 +25,11 @@ CHINESE_README = ROOT / "README.zh.md"
 PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- results: written by python -m benchmarks.readme -->", "<!-- end of results -->"
 MODELS = {"llama-3.2-1b": "Llama-3.2-1B shape", "default": "SmolLM2-135M"}
+OFFLOADED = {
+    "synthetic:llama-3.2-1b": "Llama-3.2-1B shape",
+    "synthetic:llama-3.1-8b": "Llama-3.1-8B shape",
+    "default": "SmolLM2-135M",
+}
 WAYS = {"": "", "-layer": ", `layer`"}  # suffixes of the files, and what the rows say
 TRANSPORTS = ("ipc", "tcp", "shm")
 QUALITY = ("float32", "bfloat16", "int8", "verified", "masked")
@@ -81,6 +86,7 @@ def table(words: Words = ENGLISH) -> str:
         *startup_rows(words),
         "",
         *origin_lines(words),
+        *offload_lines(words),
         *(line for model in MODELS for line in private_lines(model, words)),
         *quality_lines(words),
         *int8_lines(words),
@@ -122,6 +128,32 @@ def origin_lines(words: Words) -> list[str]:
         return []
     moved = (result["origin"]["sent_mb"] + result["origin"]["received_mb"]) / 1024
     return [words["origin"].format(moved=moved, **result), ""]
+
+
+def offload_lines(words: Words) -> list[str]:
+    """What the split saves the trusted side."""
+    result = load("offload")
+    if result is None:
+        return []
+    setting = words["offload"].format(**{**result["machine"], **result})
+    return [setting, "", *offload_table(result, words), ""]
+
+
+def offload_table(result: dict[str, Any], words: Words) -> list[str]:
+    """A row for each case."""
+    rows = [words["offload columns"], f"|{'---|' * 8}"]
+    for case in result["cases"]:
+        kind = "prefill" if case["tokens"] > 1 else "decodes" if case["sequences"] > 1 else "decode"
+        title = words[f"offload {kind}"].format(**{**case, "model": words[OFFLOADED[case["model"]]]})
+        times = [seconds_text(case[f"{name}_s"]) for name in ("local", "local_int8", "trusted")]
+        gains = f"**{case['gain']:.1f}** | {case['gain_int8']:.1f} | {case['gain_tee']:.1f}"
+        rows.append(f"| {title} | {' | '.join(times)} | {gains} | {seconds_text(case['limit_s'])} |")
+    return rows
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds or milliseconds, whichever reads better."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def private_lines(model: str, words: Words) -> list[str]:
@@ -207,7 +239,7 @@ def charts() -> dict[str, Chart]:
     rpc = [result for result in (load(f"rpc-{transport}") for transport in TRANSPORTS) if result is not None]
     if rpc:
         found["rpc"] = rpc_chart(rpc)
-    for name in ("pipeline", "origin", *(f"private-{model}" for model in MODELS)):
+    for name in ("pipeline", "origin", "offload", *(f"private-{model}" for model in MODELS)):
         result = load(name)
         if result is not None:
             found[name] = chart(result)

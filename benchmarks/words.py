@@ -35,6 +35,18 @@ ENGLISH: Words = {
         "What protection costs, {model}, {tokens}-token prompt, in alternation (`tsqp bench private`, commit {commit}):"
     ),
     "private columns": "| | prefill | ratio to `open` | decode, a token | ratio |",
+    "offload": (
+        "What the split saves the trusted side (`tsqp bench offload`, {cpu}, medians of {runs} runs, commit {commit}): "
+        "the whole model there, over what `masked` leaves there with pads ready and the worker's kernels not counted. "
+        "[docs/offload.md](docs/offload.md) has the formula for other machines."
+    ),
+    "offload columns": (
+        "| | whole, bfloat16 | whole, int8 | left | gain, bfloat16 | gain, int8 | gain with pads | limit of left |"
+    ),
+    "offload prefill": "{model}, prefill of {tokens}",
+    "offload decode": "{model}, decode after {context}",
+    "offload decodes": "{model}, decode of {sequences} after {context} each",
+    "Llama-3.1-8B shape": "Llama-3.1-8B shape",
     "empty pool": (
         "An answer of {steps} tokens from an empty pool, which is filled meanwhile: {milliseconds:.0f} ms a token, "
         "**{ratio:.2f}** of `open`."
@@ -78,6 +90,20 @@ CHINESE: Words = {
         "保护的代价：{model}，{tokens} token 的 prompt，各模式交替运行（`tsqp bench private`，commit {commit}）："
     ),
     "private columns": "| | prefill | 与 `open` 之比 | decode（每 token） | 比值 |",
+    "offload": (
+        "拆分为可信一侧省下多少（`tsqp bench offload`，{cpu}，{runs} 次的中位数，commit {commit}）："
+        "整个模型都在可信一侧运行的时间，除以 `masked` 在 pad 已备好时留在可信一侧的时间"
+        "（不计 worker 的 kernel 时间）。"
+        "其他机器的计算公式见 [docs/offload.md](docs/offload.md)。"
+    ),
+    "offload columns": (
+        "| | 整个模型，bfloat16 | 整个模型，int8 | 留在可信一侧 | 增益，bfloat16 | 增益，int8 | "
+        "计入 pad 的增益 | 下限 |"
+    ),
+    "offload prefill": "{model}，{tokens} token 的 prefill",
+    "offload decode": "{model}，{context} token 之后的 decode",
+    "offload decodes": "{model}，{sequences} 个序列、各 {context} token 之后的 decode",
+    "Llama-3.1-8B shape": "Llama-3.1-8B 形状",
     "empty pool": (
         "pad 池起初为空、边生成边补充时，生成 {steps} 个 token 的回答：每 token {milliseconds:.0f} ms，"
         "为 `open` 的 **{ratio:.2f}**。"
