@@ -23,9 +23,11 @@ SOURCES = (
     "arith/modulus.py",
     "arith/digits.py",
     "arith/loops.py",
+    "arith/row_tile.py",
     "arith/vnni.py",
     "arith/amx.py",
     "model/compiled.py",
+    "model/bfloat16_rows.py",
     "model/compiled_attention.py",
     "trusted/guard/kernels.py",
 )

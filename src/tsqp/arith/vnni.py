@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from tsqp.arith.digits import MULTIPLE, reduced
 from tsqp.arith.jit import kernel
+from tsqp.arith.row_tile import emitter, function
 
 
 def features() -> set[str]:
@@ -41,79 +41,25 @@ VECTOR = vector_bytes(features())
 X_ROWS = 4  # rows of digits at once
 W_ROWS = 4 if VECTOR == 64 else 2  # and of weights: with their X_ROWS · W_ROWS sums they fit into the registers
 
-_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
+_LANES = ir.VectorType(ir.IntType(32), VECTOR // 4)
 
 
 def _typed_tile(_context: Any, x: Any, first_x: Any, w: Any, first_w: Any, sums: Any) -> Any:
     """Rows of x uint8 (M, K) from ``first_x`` on times rows of w int8 (N, K) from ``first_w`` on, over whole vectors of
-    K: int32 into sums (X_ROWS, W_ROWS). The last row stands for those beyond it, so that nothing else is read.
+    K: int32 into sums (X_ROWS, W_ROWS). See ``row_tile.py``.
     """
     expected = ((x, types.uint8), (w, types.int8), (sums, types.int32))
     if VECTOR == 0 or any(array.layout != "C" or array.dtype != dtype for array, dtype in expected):
         raise TypeError("this loop needs vpdpbusd, and contiguous arrays of bytes")
-    return types.void(x, types.int64, w, types.int64, sums), _emit_tile
+    return types.void(x, types.int64, w, types.int64, sums), emitter(X_ROWS, W_ROWS, VECTOR, _LANES, _add_products)
+
+
+def _add_products(b: ir.IRBuilder, total: Any, digits: Any, weights: Any) -> Any:
+    dot = function(b, _LANES, [_LANES] * 3, f"llvm.x86.avx512.vpdpbusd.{VECTOR * 8}")
+    return b.call(dot, [total, digits, weights])
 
 
 _tile: Any = intrinsic(_typed_tile)
-
-
-def _emit_tile(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    lanes = ir.VectorType(_I32, VECTOR // 4)
-    x, w, sums = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 2, 4))
-    inner = cgutils.unpack_tuple(b, x.shape)[1]
-    dot = _function(b, lanes, [lanes] * 3, f"llvm.x86.avx512.vpdpbusd.{VECTOR * 8}")
-    totals = [cgutils.alloca_once_value(b, ir.Constant(lanes, None)) for _ in range(X_ROWS * W_ROWS)]
-    x_rows = _row_starts(b, x, args[1], X_ROWS)
-    w_rows = _row_starts(b, w, args[3], W_ROWS)
-
-    with cgutils.for_range(b, b.udiv(inner, _I64(VECTOR))) as loop:
-        at = b.mul(loop.index, _I64(VECTOR))
-        weights = [_load(b, row, at, lanes) for row in w_rows]
-        with b.if_then(b.icmp_signed("==", args[1], _I64(0))):  # once for each row of weights
-            _prefetch(b, w_rows, b.add(at, b.mul(inner, _I64(W_ROWS))))
-        for i, row in enumerate(x_rows):
-            digits = _load(b, row, at, lanes)
-            for total, weight in zip(totals[i * W_ROWS :], weights, strict=False):
-                b.store(b.call(dot, [b.load(total), digits, weight]), total)
-
-    vectors = [b.load(total) for total in totals]
-    while len(vectors) > 1:  # as many vectors as lanes: in the end one vector, and each lane the sum of one
-        vectors = [_neighbours_added(b, *vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
-    b.store(vectors[0], b.bitcast(sums.data, lanes.as_pointer()), align=4)
-    return context.get_dummy_value()
-
-
-def _row_starts(b: ir.IRBuilder, matrix: Any, first: Any, count: int) -> list[Any]:
-    """Where ``count`` rows from ``first`` on begin: none beyond the last."""
-    rows, width = cgutils.unpack_tuple(b, matrix.shape)
-    last = b.sub(rows, _I64(1))
-    wanted = [b.add(first, _I64(i)) for i in range(count)]
-    return [b.gep(matrix.data, [b.mul(b.select(b.icmp_signed("<", row, last), row, last), width)]) for row in wanted]
-
-
-def _load(b: ir.IRBuilder, row: Any, at: Any, lanes: Any) -> Any:
-    return b.load(b.bitcast(b.gep(row, [at]), lanes.as_pointer()), align=1)
-
-
-def _prefetch(b: ir.IRBuilder, rows: list[Any], at: Any) -> None:
-    """Ask for the rows that come next, into the second cache: short rows end before the processor would guess them.
-
-    Safe beyond the end of the matrix: a prefetch reads nothing that a program sees, and raises no fault.
-    """
-    ask = _function(b, ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32], "llvm.prefetch.p0")
-    for row in rows:
-        b.call(ask, [b.gep(row, [at]), _I32(0), _I32(2), _I32(1)])  # to read; level 2; data
-
-
-def _neighbours_added(b: ir.IRBuilder, left: Any, right: Any) -> Any:
-    """Each two neighbouring lanes of both vectors, added."""
-    kind = ir.VectorType(_I32, VECTOR // 4)
-    even, odd = (ir.Constant(kind, list(range(i, VECTOR // 2, 2))) for i in (0, 1))
-    return b.add(b.shuffle_vector(left, right, even), b.shuffle_vector(left, right, odd))
-
-
-def _function(b: ir.IRBuilder, result: Any, arguments: list[Any], name: str) -> Any:
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
 
 
 @kernel

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
+from tsqp.model import bfloat16_rows
 
 
 class LinearProduct(Protocol):
@@ -27,11 +28,15 @@ class LinearProduct(Protocol):
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """``weight`` (out_features, in_features) with the parts concatenated, ``bias`` (out_features,) or None."""
+    """``weight`` (out_features, in_features) with the parts concatenated, ``bias`` (out_features,) or None.
+
+    ``loops``: whether compiled loops multiply few rows.
+    """
 
     group: LinearGroup
     weight: torch.Tensor
     bias: torch.Tensor | None
+    loops: bool
 
     def input(self, rows: int) -> torch.Tensor:
         """Uninitialised memory for an input of this group: (rows, in_features), of the weight's dtype."""
@@ -42,6 +47,8 @@ class LinearWeights:
         first, end = self.group.part_rows(part)
         weight = self.weight[first:end]
         bias = None if self.bias is None else self.bias[first:end]
+        if self.loops and bfloat16_rows.serves(x, out):
+            return bfloat16_rows.product(x, weight, bias, out)
         if out is None:
             return F.linear(x, weight, bias)
         return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
@@ -62,7 +69,10 @@ def load_group(
     group = linear_groups(checkpoint.config)[name]
     weight = _concatenated(checkpoint, group, layer, "weight", dtype, device)
     bias = _concatenated(checkpoint, group, layer, "bias", dtype, device) if group.bias else None
-    return LinearWeights(group, weight, bias)
+    loops = bfloat16_rows.has_loops(weight)
+    if loops:
+        bfloat16_rows.compile_loops()
+    return LinearWeights(group, weight, bias, loops)
 
 
 def _concatenated(
