@@ -1,11 +1,12 @@
-"""Exact products of few rows: how fast they read their weights, beside the machine and beside ``_int_mm``.
+"""Products of few rows: how fast they read their weights, beside the machine and beside torch's own.
 
     python -m benchmarks.few_rows [--model synthetic:llama-3.2-1b] [--rows 1 2 4 8 16] [--runs 7]
 
 For each linear group of the model, 256 MB of weights are read once by each way in turn: ``read`` (their sum, which no
 product can outrun by much), ``picked`` (the kernel that the self-test chose on this machine) and ``int_mm``
-(``OffsetKernel``). x has 4 digits (masked rows and pads), 2 digits (verified rows) or 1 (int8). Medians count; the best
-run is beside it, since other processes may use the cores. Both ways must give equal products, or there is no result.
+(``OffsetKernel``). x has 4 digits (masked rows and pads), 2 digits (verified rows) or 1 (int8).
+equal products, or there is no result. Of bfloat16 weights ``loops`` are ours and ``linear`` is torch's. Medians count; the
+best run is beside it, since other processes may use the cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as in a wor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp.arith.field import MAX_SMALL, FieldWeights
@@ -35,6 +38,7 @@ from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupName, linear_groups
 from tsqp.cores import cores
+from tsqp.model import bfloat16_rows
 
 GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
 
@@ -78,28 +82,59 @@ def timed(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, list[fl
     return {name: found[1:] for name, found in seconds.items()}
 
 
-def measure(group: GroupName, copies: list[FieldWeights], rows: int, digits: int, runs: int) -> dict[str, Any]:
-    """One shape: GB/s of weights by each way. Raises SystemExit where the ways differ."""
-    (columns, width), picked, int_mm = copies[0].wq.shape, pick_kernel(torch.device("cpu")), OffsetKernel()
-    x, sums = rows_of(rows, width, digits), np.empty(columns, np.int64)
-    words = [weights.wq.numpy().view(np.int64) for weights in copies]
-    if not torch.equal(one_product(copies[0], picked, x, digits), one_product(copies[0], int_mm, x, digits)):
-        raise SystemExit(f"{group}: {rows} rows of {digits} digits: the products differ")
+def rates(ways: dict[str, Callable[[], object]], size: int, runs: int) -> dict[str, float]:
+    """GB/s of weights of ``size`` bytes by each way: of the median run and of the best."""
+    found = {}
+    for name, seconds in timed(ways, runs).items():
+        found[f"{name}_gb_per_s"] = size / statistics.median(seconds) / 1e9
+        found[f"{name}_best_gb_per_s"] = size / min(seconds) / 1e9
+    return found
+
+
+def reading(weights: list[torch.Tensor]) -> Callable[[], None]:
+    """Reads all of them, as int64."""
+    words = [one.view(torch.int64).numpy() for one in weights]
+    sums = np.empty(len(words[0]), np.int64)
 
     def read_all() -> None:
         for one in words:
-            row_threads().run(read, columns, one, sums, least=2)
+            row_threads().run(read, len(one), one, sums, least=2)
 
+    return read_all
+
+
+def measure_bfloat16(group: GroupName, columns: int, width: int, rows: int, runs: int) -> dict[str, Any]:
+    """One shape in bfloat16, by our loops and by torch's product."""
+    weights = [torch.randn(columns, width).bfloat16() for _ in range(max(1, WEIGHTS_BYTES // (2 * columns * width)))]
+    x = torch.randn(rows, width).bfloat16()
     ways: dict[str, Callable[[], object]] = {
-        "read": read_all,
+        "read": reading(weights),
+        "loops": lambda: [bfloat16_rows.product(x, one, None) for one in weights],
+        "linear": lambda: [F.linear(x, one) for one in weights],
+    }
+    size = 2 * columns * width * len(weights)
+    return {"group": group, "rows": rows, "n": columns, "k": width, **rates(ways, size, runs)}
+
+
+def measure(group: GroupName, copies: list[FieldWeights], rows: int, digits: int, runs: int) -> dict[str, Any]:
+    """One shape: GB/s of weights by each way. Raises SystemExit where the ways differ."""
+    (columns, width), picked, int_mm = copies[0].wq.shape, pick_kernel(torch.device("cpu")), OffsetKernel()
+    x = rows_of(rows, width, digits)
+    if not torch.equal(one_product(copies[0], picked, x, digits), one_product(copies[0], int_mm, x, digits)):
+        raise SystemExit(f"{group}: {rows} rows of {digits} digits: the products differ")
+    ways: dict[str, Callable[[], object]] = {
+        "read": reading([weights.wq for weights in copies]),
         "picked": lambda: [one_product(weights, picked, x, digits) for weights in copies],
         "int_mm": lambda: [one_product(weights, int_mm, x, digits) for weights in copies],
     }
-    result: dict[str, Any] = {"group": group, "rows": rows, "digits": digits, "n": columns, "k": width}
-    size = columns * width * len(copies) / 1e9
-    for name, seconds in timed(ways, runs).items():
-        result[f"{name}_gb_per_s"] = size / statistics.median(seconds)
-        result[f"{name}_best_gb_per_s"] = size / min(seconds)
+    shape = {"group": group, "rows": rows, "digits": digits, "n": columns, "k": width}
+    return {**shape, **rates(ways, columns * width * len(copies), runs)}
+
+
+def shown(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The same, once it was printed."""
+    found = (f"{name.partition('_gb')[0]} {value:.1f}" for name, value in result.items() if name.endswith("_gb_per_s"))
+    print(f"{result['group']}, {result['rows']} rows of {kind}, GB/s: {', '.join(found)}", flush=True)
     return result
 
 
@@ -116,17 +151,16 @@ def main() -> None:
     options = parser.parse_args()
     check_tree(options)
     torch.set_num_threads(cores())
-    load, before, products = os.getloadavg()[0], ceilings("bfloat16"), []
+    load, before, products, floats = os.getloadavg()[0], ceilings("bfloat16"), [], []
     for group in options.groups:
         shape = linear_groups(open_checkpoint(options.model).config)[group]
         wq = torch.randint(-127, 128, (shape.out_features, shape.in_features), dtype=torch.int8)
         copies = [FieldWeights.of(wq.clone(), OffsetKernel()) for _ in range(max(1, WEIGHTS_BYTES // wq.numel()))]
-        for digits in options.digits:
-            for rows in options.rows:
-                one = measure(group, copies, rows, digits, options.runs)
-                rates = ", ".join(f"{name} {one[f'{name}_gb_per_s']:.1f}" for name in ("read", "picked", "int_mm"))
-                print(f"{group}, {rows} rows of {digits} digits, GB/s: {rates}", flush=True)
-                products.append(one)
+        for digits, rows in product(options.digits, options.rows):
+            products.append(shown(measure(group, copies, rows, digits, options.runs), f"{digits} digits"))
+        for rows in options.rows if bfloat16_rows.HAS_DOT else ():
+            one = measure_bfloat16(group, shape.out_features, shape.in_features, rows, options.runs)
+            floats.append(shown(one, "bfloat16"))
     result = {
         "benchmark": "few_rows",
         "model": options.model,
@@ -134,6 +168,7 @@ def main() -> None:
         "runs": options.runs,
         "kernel": type(pick_kernel(torch.device("cpu"))).__name__,
         "products": products,
+        "bfloat16": floats,
         "load_before": load,
         "ceilings": before,
         "machine": machine(),
