@@ -29,7 +29,7 @@ MATRICES: dict[PlainDtype, GGMLQuantizationType] = {
 
 
 def gguf_copy(checkpoint: Checkpoint, dtype: PlainDtype) -> Path:
-    """The file, written when the cache has it not: matrices as ``dtype`` says, vectors in float32, as llama.cpp has them.
+    """The file, written when the cache has it not: matrices in what ``dtype`` says, vectors in float32, as is usual.
 
     It has no vocabulary, only a name for every id: prompts are ids. Raises UnsupportedModel, OSError.
     """

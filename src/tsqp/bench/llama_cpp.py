@@ -40,7 +40,7 @@ class LlamaCppPeer:
 
     def complete(self, tokens: list[int], count: int) -> dict[str, Any]:
         """Its answer to a prompt: ``count`` tokens, the likeliest each time, and how long they took."""
-        asked = {
+        asked: dict[str, Any] = {
             "prompt": tokens,
             "n_predict": count,
             "samplers": ["top_k"],
