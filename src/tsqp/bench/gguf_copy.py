@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 from filelock import FileLock
 from gguf import GGMLQuantizationType, GGUFWriter
+from rich.console import Console
 
 from tsqp.checkpoint import Checkpoint
 from tsqp.checkpoint.cache import cache_directory
@@ -28,7 +29,7 @@ MATRICES: dict[PlainDtype, GGMLQuantizationType] = {
 }
 
 
-def gguf_copy(checkpoint: Checkpoint, dtype: PlainDtype) -> Path:
+def gguf_copy(checkpoint: Checkpoint, dtype: PlainDtype, console: Console) -> Path:
     """The file, written when the cache has it not: matrices in what ``dtype`` says, vectors in float32, as is usual.
 
     It has no vocabulary, only a name for every id: prompts are ids. Raises UnsupportedModel, OSError.
@@ -38,6 +39,7 @@ def gguf_copy(checkpoint: Checkpoint, dtype: PlainDtype) -> Path:
     make_directories(directory)
     with FileLock(directory / "lock"):
         if not path.exists():
+            console.print(f"writing the weights for llama.cpp, once: {path}", style="dim", soft_wrap=True, markup=False)
             partial = directory / "partial.gguf"  # one name, under the lock: what a killed process left is overwritten
             write_gguf(checkpoint, MATRICES[dtype], partial)
             partial.replace(path)
@@ -89,10 +91,10 @@ def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
     if config.rope.kind == "llama3":
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_positions)
     writer.add_vocab_size(config.vocab_size)
-    # llama.cpp's server takes no file without tokens ("none" aborts the process when it writes the first one as text).
-    writer.add_tokenizer_model("gpt2")
+    # llama.cpp's server writes each token as text, so tokens need names. Of the kinds of tokenizers that it knows, this
+    # one has no end token: every id is an ordinary one, and no answer ends early.
+    writer.add_tokenizer_model("rwkv")
     writer.add_token_list([f"<{token}>" for token in range(config.vocab_size)])
-    writer.add_token_merges(["< 0"])
 
 
 def _kind(shape: tuple[int, ...], matrices: GGMLQuantizationType) -> GGMLQuantizationType:

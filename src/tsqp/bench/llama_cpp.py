@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import requests
+from rich.console import Console
 
 from tsqp.bench.child import Child
 from tsqp.bench.gguf_copy import MATRICES, gguf_copy
@@ -19,8 +20,8 @@ from tsqp.errors import WorkerFailed
 class LlamaCppPeer:
     """llama.cpp's server with a checkpoint's weights. Raises UnsupportedModel, OSError, WorkerUnreachable."""
 
-    def __init__(self, model: str, dtype: PlainDtype, work: Workload, threads: int) -> None:
-        file = gguf_copy(open_checkpoint(model), dtype)
+    def __init__(self, model: str, dtype: PlainDtype, work: Workload, threads: int, console: Console) -> None:
+        file = gguf_copy(open_checkpoint(model), dtype, console)
         self.name = f"llama.cpp {MATRICES[dtype].name}, xllamacpp {version('xllamacpp')}"
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy lies between us and a process of ours
@@ -45,11 +46,13 @@ class LlamaCppPeer:
             "n_predict": count,
             "samplers": ["top_k"],
             "top_k": 1,
-            "ignore_eos": True,
             "cache_prompt": False,
             "return_tokens": True,
         }
-        reply = self._session.post(f"{self._server.address}/completion", json=asked)
+        try:
+            reply = self._session.post(f"{self._server.address}/completion", json=asked)
+        except requests.RequestException as error:
+            raise WorkerFailed("llama.cpp's server went away; what it said is above") from error
         if not reply.ok:
             raise WorkerFailed(f"llama.cpp refused a prompt: {reply.text}")
         answer: dict[str, Any] = reply.json()

@@ -27,7 +27,6 @@ def main() -> None:
     server = xllamacpp.Server(settings)
     print(json.dumps({"address": server.listening_address}), flush=True)  # noqa: T201
     sys.stdin.buffer.read()
-    os._exit(0)  # its threads do not join
 
 
 if __name__ == "__main__":

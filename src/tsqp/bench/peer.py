@@ -25,7 +25,7 @@ def choose_peer(name: PeerName | None) -> PeerName:
     needed = PEER_PACKAGES.get(name or "transformers")
     installed = needed is None or importlib.util.find_spec(needed) is not None
     if name is not None and not installed:
-        raise OptionError(f"--peer {name} needs the package {needed}: pip install 'tsqp[bench]'")
+        raise OptionError(f"--peer {name} needs {needed}: pip install 'tsqp[bench]'")
     return name or ("transformers" if installed else "none")
 
 

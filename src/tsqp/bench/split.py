@@ -94,7 +94,7 @@ def _open_peer(
             return Ours(stack.enter_context(opened(bfloat16, console)))
         case "llama.cpp":
             threads = run.compute.threads or cores()
-            return stack.enter_context(LlamaCppPeer(locate(run.model), _computed(run), work, threads))
+            return stack.enter_context(LlamaCppPeer(locate(run.model), _computed(run), work, threads, console))
         case "transformers":
             dtype = TORCH_DTYPES[float_dtype(benchmarked(run.compute.dtype))]
             return TransformersPeer(locate(run.model), dtype, device)
