@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,10 +22,12 @@ from tests.commands import Result
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.bench import gguf_copy as copies
+from tsqp.bench import llama_server
 from tsqp.bench.gguf_copy import gguf_copy, write_gguf
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
+from tsqp.config.model import RopeConfig
 from tsqp.errors import UnsupportedModel, WorkerFailed
 
 Command = Callable[..., Result]
@@ -59,6 +65,14 @@ def test_the_file_is_the_checkpoint(family: str, kind: str, tmp_path: Path) -> N
         expected = original.tensor(name).to(torch.float32 if len(shape) == 1 else dtype)
         assert copy.tensor(name).dtype == expected.dtype, name
         assert torch.equal(copy.tensor(name), expected), name
+
+
+def test_numbers_that_have_defaults_are_written(tmp_path: Path) -> None:
+    original = open_checkpoint(TINY)
+    rope = RopeConfig(500_000.0, "llama3", factor=32.0, original_max_positions=4096)
+    original.config = replace(original.config, rope=rope, rms_norm_eps=1e-3, max_positions=777)
+    write_gguf(original, GGMLQuantizationType.F32, tmp_path / "copy.gguf")
+    assert open_checkpoint(str(tmp_path / "copy.gguf")).config == original.config
 
 
 def test_8_bit_blocks_are_those_of_each_row(tmp_path: Path) -> None:
@@ -159,6 +173,26 @@ def test_bench(options: tuple[object, ...], kind: str, tsqp: Command, tmp_path: 
     assert result["ratio"] == pytest.approx(result["seconds"] / result["peer"]["seconds"])
     assert is_measured(result)
     assert is_picture(plot)
+
+
+def test_the_server_has_our_threads_and_waits_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passive waits, which our own processes have, would double its times."""
+    settings = SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+    policies = []
+
+    def server(_: SimpleNamespace) -> SimpleNamespace:
+        policies.append(os.environ.get("OMP_WAIT_POLICY"))
+        return SimpleNamespace(listening_address="http://127.0.0.1:1")
+
+    library: Any = SimpleNamespace(CommonParams=lambda: settings, Server=server)
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr("sys.argv", ["", "copy.gguf", "57", "3"])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO()))
+    llama_server.main()
+    assert policies == [None]
+    assert (settings.model.path, settings.n_ctx) == ("copy.gguf", 57)
+    assert settings.cpuparams.n_threads == settings.cpuparams_batch.n_threads == 3
 
 
 def test_the_times_are_those_of_the_work(tiny_peer: LlamaCppPeer, monkeypatch: pytest.MonkeyPatch) -> None:
