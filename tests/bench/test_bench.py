@@ -24,17 +24,6 @@ HAS_SHM = hasattr(transports, "connect_shm")
 HAS_MICRO_BATCHES = "micro_batches" in inspect.signature(LLM).parameters
 
 
-@pytest.fixture(autouse=True)
-def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits are measured with matrices that take no time."""
-    from tsqp.bench import ceilings
-
-    monkeypatch.setattr(ceilings, "OUT", 64)
-    monkeypatch.setattr(ceilings, "WEIGHTS_BYTES", 2**18)
-    monkeypatch.setattr(ceilings, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(ceilings, "TRY_FOR_S", 0.0)
-
-
 @pytest.mark.parametrize("transport", ["mem", "ipc", "tcp", "shm"])
 def test_rpc(transport: str, tsqp: Command, tmp_path: Path) -> None:
     if transport == "shm" and not HAS_SHM:
@@ -138,7 +127,6 @@ def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(everything, "RPC_TRANSPORTS", ("ipc",))
     monkeypatch.setattr(everything, "_variants", lambda run, first: [("", run)])
-    monkeypatch.setattr("tsqp.bench.guard.WEIGHTS_BYTES", 2**16)
     shape = ("--tokens", 8, "--steps", 2, "--bytes", 4096, "--calls", 10)
     run = tsqp("bench", "all", "--models", TINY, "--results", tmp_path, *shape, *QUICK)
     kinds = ["rpc", "prefill", "decode", "private", "guard", "pipeline", "origin"]

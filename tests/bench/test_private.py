@@ -22,18 +22,6 @@ from tsqp.errors import OptionError
 Command = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
-def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits are measured with matrices that take no time."""
-    from tsqp.bench import ceilings
-
-    monkeypatch.setattr(ceilings, "OUT", 64)
-    monkeypatch.setattr(ceilings, "WEIGHTS_BYTES", 2**18)
-    monkeypatch.setattr(ceilings, "COPY_BYTES", 2**16)
-    monkeypatch.setattr(ceilings, "TRY_FOR_S", 0.0)
-    monkeypatch.setattr("tsqp.bench.guard.WEIGHTS_BYTES", 2**16)
-
-
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_masked_is_measured_with_pads_and_without(phase: str, tsqp: Command, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"

@@ -8,7 +8,8 @@ from tsqp.config.dtype import AskedDtype, PlainDtype
 
 TransportName = Literal["mem", "ipc", "tcp", "shm"]
 # ours: linear in bfloat16, for what claims to be faster than that
-PeerName = Literal["transformers", "ours", "none"]
+PeerName = Literal["transformers", "llama.cpp", "ours", "none"]
+PEER_PACKAGES: dict[PeerName, str] = {"transformers": "transformers", "llama.cpp": "xllamacpp"}
 
 
 def benchmarked(dtype: AskedDtype) -> PlainDtype:

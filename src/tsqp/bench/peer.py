@@ -1,4 +1,4 @@
-"""The peer: the same weights in Hugging Face transformers, unsplit and unprotected, in this process."""
+"""What is measured beside ours: the same weights unsplit, in Hugging Face transformers, in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import synchronize
-from tsqp.bench.names import PeerName
+from tsqp.bench.names import PEER_PACKAGES, PeerName
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import hf_config_of
 from tsqp.checkpoint.shapes import tensor_shapes
@@ -22,9 +22,10 @@ from tsqp.trusted.engine.sampling_params import SamplingParams
 
 def choose_peer(name: PeerName | None) -> PeerName:
     """The peer asked for; transformers where it is installed when nothing was. Raises OptionError."""
-    installed = importlib.util.find_spec("transformers") is not None
-    if name == "transformers" and not installed:
-        raise OptionError("--peer transformers needs it: pip install 'tsqp[bench]'")
+    needed = PEER_PACKAGES.get(name or "transformers")
+    installed = needed is None or importlib.util.find_spec(needed) is not None
+    if name is not None and not installed:
+        raise OptionError(f"--peer {name} needs {needed}: pip install 'tsqp[bench]'")
     return name or ("transformers" if installed else "none")
 
 

@@ -14,6 +14,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
+from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PeerName, benchmarked
 from tsqp.bench.opened import opened, plain
@@ -43,12 +44,12 @@ def bench_split(
     run = with_pads(run, work.tokens + work.steps)
     peer_name = choose_peer(peer_name)
     threads = run.compute.threads or cores()
-    computed: PlainDtype = "int8" if protection.checked else benchmarked(run.compute.dtype)
+    computed = _computed(run)
     rates = ceilings(computed, run.worker.device if run.worker.address is None else "cpu", threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
         llm = stack.enter_context(opened(run, console))
-        peer = _open_peer(peer_name, run, str(rates["device"]), stack, console)
+        peer = _open_peer(peer_name, run, work, str(rates["device"]), stack, console)
         mode: Peer = PadsReady(llm) if protection.masked else Ours(llm)
         drained = PadsDrained(llm) if protection.masked else None
         ours, theirs, without_pads = Measured.empty(), Measured.empty(), Measured.empty()
@@ -81,15 +82,28 @@ def bench_split(
     }
 
 
-def _open_peer(name: PeerName, run: RunConfig, device: str, stack: ExitStack, console: Console) -> Peer | None:
+def _open_peer(
+    name: PeerName, run: RunConfig, work: Workload, device: str, stack: ExitStack, console: Console
+) -> Peer | None:
     """What the run is compared with; what it needs is closed with ``stack``."""
-    if name == "none":
-        return None
-    if name == "ours":
-        bare = plain(run)
-        bfloat16 = replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
-        return Ours(stack.enter_context(opened(bfloat16, console)))
-    return TransformersPeer(locate(run.model), TORCH_DTYPES[float_dtype(benchmarked(run.compute.dtype))], device)
+    match name:
+        case "none":
+            return None
+        case "ours":
+            bare = plain(run)
+            bfloat16 = replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
+            return Ours(stack.enter_context(opened(bfloat16, console)))
+        case "llama.cpp":
+            threads = run.compute.threads or cores()
+            return stack.enter_context(LlamaCppPeer(locate(run.model), _computed(run), work, threads, console))
+        case "transformers":
+            dtype = TORCH_DTYPES[float_dtype(benchmarked(run.compute.dtype))]
+            return TransformersPeer(locate(run.model), dtype, device)
+
+
+def _computed(run: RunConfig) -> PlainDtype:
+    """What products are made in; those of the private modes are of 8-bit numbers."""
+    return "int8" if PROTECTIONS[run.protection].checked else benchmarked(run.compute.dtype)
 
 
 def _products(protection: Protection) -> int:

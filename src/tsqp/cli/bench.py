@@ -33,7 +33,8 @@ Tokens = Annotated[int, Parameter(help="The length of the prompt.")]
 Peer = Annotated[
     PeerName | None,
     Parameter(
-        help="What to compare with: transformers (the default where it is installed), ours (linear, bfloat16) or none."
+        help="What to compare with: transformers (the default where it is installed), llama.cpp (on the CPU; Q8_0 for "
+        "int8 and the private modes), ours (linear, bfloat16) or none."
     ),
 ]
 Checks = Annotated[int, Parameter(help="Check vectors.")]

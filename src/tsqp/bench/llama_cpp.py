@@ -1,0 +1,72 @@
+"""The peer ``llama.cpp``: the same weights in what many would run instead, on the CPU, in a process of its own."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any
+
+import requests
+from rich.console import Console
+
+from tsqp.bench.child import Child
+from tsqp.bench.gguf_copy import MATRICES, gguf_copy
+from tsqp.bench.workload import Workload
+from tsqp.checkpoint import open_checkpoint
+from tsqp.config.dtype import PlainDtype
+from tsqp.errors import WorkerFailed
+
+
+class LlamaCppPeer:
+    """llama.cpp's server with a checkpoint's weights. Raises UnsupportedModel, OSError, WorkerUnreachable."""
+
+    def __init__(self, model: str, dtype: PlainDtype, work: Workload, threads: int, console: Console) -> None:
+        file = gguf_copy(open_checkpoint(model), dtype, console)
+        self.name = f"llama.cpp {MATRICES[dtype].name}, xllamacpp {version('xllamacpp')}"
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy lies between us and a process of ours
+        context = work.tokens + work.steps + 1
+        self._server = Child("tsqp.bench.llama_server", str(file), str(context), str(threads))
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        """See Peer.run. The server's own times: ours and its messages are in neither.
+
+        Raises WorkerFailed where it has computed another number of tokens than it was asked for.
+        """
+        timings = self.complete(tokens, steps + 1)["timings"]
+        if (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) != (0, len(tokens), steps + 1):
+            raise WorkerFailed(f"llama.cpp did other work than it was asked for: {timings}")
+        # The clock of the answer starts when its first token is there, which ends the prompt's.
+        return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3
+
+    def complete(self, tokens: list[int], count: int) -> dict[str, Any]:
+        """Its answer to a prompt: ``count`` tokens, the likeliest each time, and how long they took."""
+        asked: dict[str, Any] = {
+            "prompt": tokens,
+            "n_predict": count,
+            "samplers": ["top_k"],
+            "top_k": 1,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        try:
+            reply = self._session.post(f"{self._server.address}/completion", json=asked)
+        except requests.RequestException as error:
+            raise WorkerFailed("llama.cpp's server went away; what it said is above") from error
+        if not reply.ok:
+            raise WorkerFailed(f"llama.cpp refused a prompt: {reply.text}")
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def close(self) -> None:
+        """End its process."""
+        self._session.close()
+        self._server.close()
+
+    def __enter__(self) -> LlamaCppPeer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
