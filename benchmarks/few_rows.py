@@ -4,9 +4,9 @@
 
 For each linear group of the model, 256 MB of weights are read once by each way in turn: ``read`` (their sum, which no
 product can outrun by much), ``picked`` (the kernel that the self-test chose on this machine) and ``int_mm``
-(``OffsetKernel``). x has 4 digits (masked rows and pads), 2 digits (verified rows) or 1 (int8).
-equal products, or there is no result. Of bfloat16 weights ``loops`` are ours and ``linear`` is torch's. Medians count; the
-best run is beside it, since other processes may use the cores.
+(``OffsetKernel``). x has 4 digits (masked rows and pads), 2 digits (verified rows) or 1 (int8). Both ways must
+give equal products, or there is no result. Of bfloat16 weights ``loops`` are ours and ``linear`` is torch's. Medians
+count; the best run is beside it, since other processes may use the cores.
 """
 
 from __future__ import annotations
