@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.machine import RESULTS
 from benchmarks.words import CHINESE, ENGLISH, Words
 from tsqp.bench.plot import Chart, draw
-from tsqp.bench.show import chart, rpc_chart, split_chart
+from tsqp.bench.show import WHOLE, chart, rpc_chart, split_chart
 from tsqp.bench.tree import DIRTY, UNKNOWN
 
 ROOT = Path(__file__).parents[1]
@@ -141,18 +141,20 @@ def offload_lines(words: Words) -> list[str]:
 
 def offload_table(result: dict[str, Any], words: Words) -> list[str]:
     """A row for each case."""
-    rows = [words["offload columns"], f"|{'---|' * 8}"]
+    rows = [words["offload columns"], f"|{'---|' * 9}"]
     for case in result["cases"]:
         kind = "prefill" if case["tokens"] > 1 else "decodes" if case["sequences"] > 1 else "decode"
         title = words[f"offload {kind}"].format(**{**case, "model": words[OFFLOADED[case["model"]]]})
-        times = [seconds_text(case[f"{name}_s"]) for name in ("local", "local_int8", "trusted")]
+        times = [seconds_text(case.get(f"{name}_s")) for name in (*WHOLE, "trusted")]
         gains = f"**{case['gain']:.1f}** | {case['gain_int8']:.1f} | {case['gain_tee']:.1f}"
         rows.append(f"| {title} | {' | '.join(times)} | {gains} | {seconds_text(case['limit_s'])} |")
     return rows
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds or milliseconds, whichever reads better."""
+def seconds_text(seconds: float | None) -> str:
+    """Seconds or milliseconds, whichever reads better; a dash for what was not measured."""
+    if seconds is None:
+        return "–"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 

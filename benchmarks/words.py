@@ -41,7 +41,8 @@ ENGLISH: Words = {
         "[docs/offload.md](docs/offload.md) has the formula for other machines."
     ),
     "offload columns": (
-        "| | whole, bfloat16 | whole, int8 | left | gain, bfloat16 | gain, int8 | gain with pads | limit of left |"
+        "| | whole, bfloat16 | whole, int8 | llama.cpp, Q8_0 | left | gain, bfloat16 | gain, int8 | gain with pads | "
+        "limit of left |"
     ),
     "offload prefill": "{model}, prefill of {tokens}",
     "offload decode": "{model}, decode after {context}",
@@ -97,7 +98,7 @@ CHINESE: Words = {
         "其他机器的计算公式见 [docs/offload.md](docs/offload.md)。"
     ),
     "offload columns": (
-        "| | 整个模型，bfloat16 | 整个模型，int8 | 留在可信一侧 | 增益，bfloat16 | 增益，int8 | "
+        "| | 整个模型，bfloat16 | 整个模型，int8 | llama.cpp，Q8_0 | 留在可信一侧 | 增益，bfloat16 | 增益，int8 | "
         "计入 pad 的增益 | 下限 |"
     ),
     "offload prefill": "{model}，{tokens} token 的 prefill",

@@ -91,15 +91,20 @@ def test_an_offload_case_is_a_row_with_its_figures(
     shape = {"model": "synthetic:llama-3.2-1b", "sequences": 1, "tokens": 1, "context": 1024}
     times = {"local_s": 0.17, "local_int8_s": 0.085, "trusted_s": 0.01, "limit_s": 0.002}
     case = {**shape, **times, "gain": 17.0, "gain_int8": 8.54, "gain_tee": 6.0}
-    cases = [case, {**case, "sequences": 16}, {**case, "tokens": 1024, "context": 0, "local_s": 2.5}]
+    cases = [
+        case,
+        {**case, "sequences": 16, "llama_cpp_s": 0.09},
+        {**case, "tokens": 1024, "context": 0, "local_s": 2.5},
+    ]
     result = {"runs": 5, "threads": 2, "cases": cases, "machine": {"cpu": "a CPU", "commit": "0123abc"}}
     (tmp_path / "offload.json").write_text(json.dumps(result))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     setting, _, columns, rule, *rows, _ = readme.offload_lines(words)
     assert "0123abc" in setting
-    assert columns.count("|") == rule.count("|") == rows[0].count("|") == 9
-    assert rows[0].endswith("| 170 ms | 85 ms | 10 ms | **17.0** | 8.5 | 6.0 | 2 ms |")
+    assert columns.count("|") == rule.count("|") == rows[0].count("|") == 10
+    assert rows[0].endswith("| 170 ms | 85 ms | – | 10 ms | **17.0** | 8.5 | 6.0 | 2 ms |")
     assert "16" in rows[1]
+    assert "| 85 ms | 90 ms | 10 ms |" in rows[1]
     assert "| 2.50 s |" in rows[2]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import children
+from tests.commands import children, wait_gone
 from tests.conftest import StartWorker
 from tests.families import byte_tokenizer, random_tokens, tiny_model
 from tsqp import LLM, Completion, ComputeConfig, SamplingParams
@@ -17,9 +19,12 @@ from tsqp.api.assemble import build_split_engine
 from tsqp.api.config import PartitionName, ProtectionName, RunConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
+from tsqp.config.dtype import DtypeName, PrivateKVDtype
 from tsqp.config.partition import PARTITIONS
-from tsqp.errors import ChannelClosed, CheckpointNotFound, InputError, PromptError, TsqpError
+from tsqp.cores import cores
+from tsqp.errors import ChannelClosed, CheckpointNotFound, InputError, PromptError, TsqpError, WorkerLost
 from tsqp.trusted.stats import Stats
+from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
 
 MODEL = str(tiny_model("llama").directory)
@@ -89,8 +94,6 @@ def test_end_tokens_and_stop_tokens_end_an_answer() -> None:
 
 
 def test_a_worker_lives_as_long_as_its_llm() -> None:
-    import os
-
     with LLM(MODEL, protection="open", compute=ComputeConfig(threads=1)) as llm:
         worker = llm.worker_pid
         assert worker in children(os.getpid())
@@ -99,6 +102,47 @@ def test_a_worker_lives_as_long_as_its_llm() -> None:
         assert worker not in children(os.getpid())
         with pytest.raises(ChannelClosed):
             llm.generate(TEXTS, SamplingParams(max_tokens=2))
+
+
+def test_a_worker_that_ends_before_it_is_reached_is_named_with_its_end() -> None:
+    def dial(address: str, **more: Any) -> Channel:
+        (worker,) = [child for child in children(os.getpid()) if address in command_line(child)]
+        os.kill(worker, signal.SIGKILL)
+        wait_gone(worker)
+        return connect(address, **more)
+
+    with pytest.raises(WorkerLost, match=r"shm://.*: the worker that was started here went away: it was .* SIGKILL"):
+        LLM(MODEL, protection="open", compute=ComputeConfig(threads=1), connect=dial)
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
+def test_all_cores_when_no_count_of_threads_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    for threads in (None, 1):
+        LLM(MODEL, protection="local", compute=ComputeConfig(threads=threads)).close()
+    assert counts == [cores(), 1]
+
+
+@pytest.mark.parametrize(
+    ("protection", "stored", "asked", "kept"),
+    [
+        ("masked", "bfloat16", None, "bfloat16"),
+        ("masked", "float16", None, "bfloat16"),
+        ("verified", "float32", None, "float32"),  # a small model, whose near ties bfloat16 would decide otherwise
+        ("masked", "float32", "bfloat16", "bfloat16"),
+        ("masked", "bfloat16", "float32", "float32"),
+        ("open", "float32", None, "float32"),
+        ("open", "float16", None, "float16"),
+    ],
+)
+def test_keys_and_values_are_kept_as_weights_are_stored(
+    protection: ProtectionName, stored: DtypeName, asked: PrivateKVDtype | None, kept: DtypeName
+) -> None:
+    assert Plan.of(RunConfig(MODEL, protection, compute=ComputeConfig(kv_dtype=asked)), stored).kv_dtype == kept
 
 
 def test_masked_is_the_default() -> None:

@@ -13,7 +13,7 @@ import torch
 from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tsqp import LLM, ComputeConfig
-from tsqp.bench.origin import MIB, OriginClient, origin_calls, origin_traffic
+from tsqp.bench.origin import MIB, OriginClient, origin_traffic
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.wire.transport import endpoints as transports
@@ -85,7 +85,7 @@ def test_origin(tsqp: Command, tmp_path: Path) -> None:
     config = open_checkpoint(TINY).config
     origin = result["origin"]
     sent, received = origin_traffic(config, 24)
-    assert origin["calls"] == origin_calls(config) == 6 * config.num_layers + 2
+    assert origin["calls"] == 6 * config.num_layers + 2
     # The tensors, and for each call a message around them of at most 200 bytes.
     assert sent < origin["bytes_sent"] <= sent + 200 * origin["calls"]
     assert received < origin["bytes_received"] <= received + 200 * origin["calls"]
@@ -100,7 +100,6 @@ def test_the_origin_at_the_1b_shape_moves_what_its_reports_say() -> None:
     sent, received = origin_traffic(config, 1024)
     assert sent / MIB == pytest.approx(3328, rel=0.01)
     assert received / MIB == pytest.approx(3657, rel=0.01)
-    assert origin_calls(config) == 98
 
 
 def test_the_origin_computes_the_model() -> None:

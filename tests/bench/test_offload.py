@@ -24,11 +24,13 @@ from tsqp.model.batch import Batch
 TINY = "synthetic:tiny"
 CONFIG = open_checkpoint(TINY).config
 PROMPT, DECODE = Case("prefill-tiny", "tiny", 1, 40, 0), Case("decode-tiny-3", "tiny", 3, 1, 20)
+ALONE = Case("decode-tiny", "tiny", 1, 1, 20)
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_each_figure_follows_from_the_times(together: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(offload, "_open_peer", lambda *_: None)
     if not together:
         monkeypatch.setitem(offload.TOGETHER, "tiny", offload.TOGETHER["8b"])
     result = bench_offload([PROMPT, DECODE], Effort(runs=2, steps=3, threads=1), Console(quiet=True))
@@ -54,6 +56,30 @@ def test_each_figure_follows_from_the_times(together: bool, monkeypatch: pytest.
     assert "decode-tiny-3" in console.export_text()
     draw(chart(result), tmp_path / "offload.png")
     assert (tmp_path / "offload.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Told:
+    """A peer whose times are known."""
+
+    name = "told"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
+        self.asked.append((len(tokens), steps))
+        return 2.0, 0.5 * steps
+
+
+def test_llama_cpp_gets_short_cases_of_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    monkeypatch.setattr(offload, "_open_peer", lambda *_: told)
+    result = bench_offload([PROMPT, DECODE, ALONE], Effort(runs=1, steps=3, threads=1), Console(quiet=True))
+    assert [row.get("llama_cpp_s") for row in result["cases"]] == [2.0, None, 0.5]
+    assert told.asked == [(40, 0)] * 2 + [(20, 3)] * 2
+    assert result["cases"][2]["gain_llama_cpp"] * result["cases"][2]["trusted_s"] == pytest.approx(0.5)
+    assert not any(case.peered for case in CASES if case.model == "8b" or max(case.rows, case.context) > 1024)
 
 
 @pytest.mark.parametrize("case", [PROMPT, DECODE], ids=lambda case: case.name)

@@ -67,6 +67,20 @@ USAGE: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.parametrize("prompt", ["", " \n "])
+def test_an_empty_prompt_is_refused_before_a_model_is_looked_for(tsqp: Command, prompt: str) -> None:
+    result = tsqp("generate", prompt, "--model", "/nowhere")
+    assert result.code == 2
+    assert "prompt is empty" in result.error
+
+
+@pytest.mark.parametrize("mistyped", [["--foo", "5", "-"], ["--foo=5", "-"], ["-", "--foo"]])
+def test_a_mistyped_option_is_named_wherever_it_stands(tsqp: Command, mistyped: list[str]) -> None:
+    result = tsqp("generate", *mistyped, *MODEL, *LOCAL)
+    assert result.code == 2
+    assert "--foo" in result.error
+
+
 @pytest.mark.parametrize("name", USAGE)
 def test_wrong_use(tsqp: Command, name: str) -> None:
     arguments, words = USAGE[name]

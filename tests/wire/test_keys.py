@@ -66,9 +66,10 @@ def test_a_secret_of_another_user_is_refused(private_dir: Path) -> None:
 
 def test_the_public_file_is_no_secret_one(private_dir: Path) -> None:
     files = create_keys(private_dir, "worker")
-    files.public.chmod(0o600)
-    with pytest.raises(AddressError, match="holds no secret key"):
-        load_secret(files.public)
+    for mode in (0o644, 0o600):  # the mode of a public file is not what is wrong with it
+        files.public.chmod(mode)
+        with pytest.raises(AddressError, match="holds no secret key"):
+            load_secret(files.public)
 
 
 def test_missing_files(private_dir: Path) -> None:

@@ -16,7 +16,8 @@ from tsqp.api.dealer import Connect, Dealer, client_keys
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
-from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
+from tsqp.cores import cores
+from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost, WorkerUnreachable
 from tsqp.launch.local import LocalWorker
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -96,7 +97,10 @@ class LLM:
                 self._local_worker = stack.enter_context(self._started(place))
             self._prepare_torch()
             checkpoint = open_checkpoint(place)
-            self._engine = self._build_engine(checkpoint, stack)
+            try:
+                self._engine = self._build_engine(checkpoint, stack)
+            except WorkerLost as error:
+                raise self._explained(error) from None
             if self._guard is not None and self._guard.filler is not None:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
@@ -127,12 +131,15 @@ class LLM:
         """A channel to the worker, which may still be loading where it was started here. Raises ChannelError."""
         worker = self.plan.run.worker
         address = str(worker.address) if self._local_worker is None else self._local_worker.wait_ready()
-        return self._connect(
-            address,
-            security=self._security,
-            insecure_plain_tcp=worker.insecure_plain_tcp,
-            arena_bytes=arena_for(address, worker.arena_bytes, self.worker_pid),
-        )
+        try:
+            return self._connect(
+                address,
+                security=self._security,
+                insecure_plain_tcp=worker.insecure_plain_tcp,
+                arena_bytes=arena_for(address, worker.arena_bytes, self.worker_pid),
+            )
+        except WorkerUnreachable as error:
+            raise self._explained(error) from None
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool
@@ -149,8 +156,7 @@ class LLM:
         kernels = kernel_cache_directory(compute.kernel_cache) if compute.compiled_kernels else None
         if kernels is not None:
             enable_cache(kernels)
-        if compute.threads is not None:
-            torch.set_num_threads(compute.threads)
+        torch.set_num_threads(compute.threads or cores())
 
     def _build_engine(self, checkpoint: Checkpoint, stack: ExitStack) -> Engine:
         from tsqp.api.assemble import build_local_engine, build_private_engine, build_split_engine
@@ -291,8 +297,9 @@ class LLM:
         except WorkerLost as error:
             raise self._explained(error) from None
 
-    def _explained(self, error: WorkerLost) -> ChannelError:
-        """A lost worker that was started here can say how it ended."""
+    def _explained(self, error: ChannelError) -> ChannelError:
+        """A worker that was started here can say how it ended, and is nobody's to start again."""
         if self._local_worker is None or error.side == "dealer":
             return error  # not ours
-        return WorkerLost(f"{error}: {self._local_worker.last_words()}")
+        worker = self._local_worker
+        return WorkerLost(f"that was started here went away: {worker.last_words()}", address=worker.address)

@@ -40,7 +40,8 @@ class Plan:
     @classmethod
     def of(cls, run: RunConfig, stored: DtypeName = "bfloat16") -> Plan:
         """``dtype`` may be ``auto``: ``stored``, except in the private modes, which compute in float32 on this side.
-        ``kv_dtype``: bfloat16 in the private modes unless told otherwise; elsewhere it is the compute dtype.
+        ``kv_dtype``: in the private modes float32 for weights stored so, else bfloat16, unless told otherwise;
+        elsewhere it is the compute dtype.
 
         Raises OptionError and AddressError for what ``rules`` refuse.
         """
@@ -56,5 +57,13 @@ class Plan:
             dtype=here,
             linear_dtype=compute,
             wire_dtype=run.compute.wire_dtype or here,
-            kv_dtype=run.compute.kv_dtype or ("bfloat16" if protection.checked else here),
+            kv_dtype=run.compute.kv_dtype or (_kept(stored) if protection.checked else here),
         )
+
+
+def _kept(stored: DtypeName) -> DtypeName:
+    """What private modes keep keys and values of such weights as.
+
+    By the same rule as the compute dtype: a small model in float32 has near ties that bfloat16 decides otherwise.
+    """
+    return "float32" if stored == "float32" else "bfloat16"

@@ -1,7 +1,8 @@
 """``bench offload``: does the split pay? What the whole model takes on the trusted side, over what is left there.
 
 A case is one prefill, or decode steps after a context. Each is measured in three ways on the same threads: the whole
-model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready. Of a masked pass the trusted side's
+model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready; short ones of one sequence also in
+llama.cpp, which many would run in place of a split. Of a masked pass the trusted side's
 own time is what the pass takes but for the worker's kernels, as if the worker were infinitely fast: with the worker
 on the same cores no other part can be told apart. Making pads is measured apart, since it happens ahead of time.
 
@@ -12,6 +13,7 @@ sixteen long sequences would take longer than everything else here.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import time
 from collections import defaultdict
@@ -27,10 +29,14 @@ from tsqp.api.llm import LLM
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
+from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
+from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.opened import opened
 from tsqp.bench.pads import drain, fill, pads_of
+from tsqp.bench.peer import Peer
 from tsqp.bench.progress import watched
+from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.groups import linear_groups
 from tsqp.config.model import ModelConfig
@@ -43,6 +49,8 @@ from tsqp.trusted.stats import total
 
 MODELS = {"1b": "synthetic:llama-3.2-1b", "8b": "synthetic:llama-3.1-8b", "default": "default"}
 LOCAL, LOCAL_INT8, MASKED = "local", "local_int8", "masked"  # the ways, and the names of their times
+LLAMA_CPP = "llama_cpp"
+LONGEST = 1024  # tokens that llama.cpp is given: its prebuilt package takes seconds for them
 TOGETHER = {"8b": ((LOCAL,), (LOCAL_INT8,), (MASKED,))}  # what takes turns: of such a model memory holds one
 ALL_TOGETHER = ((LOCAL, LOCAL_INT8, MASKED),)
 KV_BYTES = 2  # of a key or a value in bfloat16
@@ -62,6 +70,11 @@ class Case:
     def decodes(self) -> bool:
         """Whether it is a decode step."""
         return self.rows == 1
+
+    @property
+    def peered(self) -> bool:
+        """Whether llama.cpp is measured as well."""
+        return self.sequences == 1 and max(self.rows, self.context) <= LONGEST and self.model not in TOGETHER
 
     @property
     def tokens(self) -> int:
@@ -148,12 +161,16 @@ def _measured(
     for ways in turns:
         with ExitStack() as stack:
             opened_ways = {way: stack.enter_context(_open(way, cases[0], room, effort, console)) for way in ways}
+            peer = _open_peer(cases, effort, stack, console)
             for case in cases:
                 for warm in watched(range(-1, effort.runs), console, case.name):
                     for way, llm in opened_ways.items():
                         times = _passes(way, llm, case, effort.steps if case.decodes else 1)
                         for figure, seconds in times.items() if warm >= 0 else ():
                             found[case.name][figure] += seconds
+                    if peer is not None and case.peered:
+                        seconds_of_peer = _peer_seconds(peer, case, effort.steps)
+                        found[case.name][LLAMA_CPP] += [seconds_of_peer] if warm >= 0 else []
             if MASKED in opened_ways:
                 for row_s in (_pad_row_seconds(opened_ways[MASKED]) for _ in range(effort.runs)):
                     for case in cases:
@@ -172,6 +189,21 @@ def _open(way: str, case: Case, room: int, effort: Effort, console: Console) -> 
         guard = GuardConfig(pads_ahead=room, pad_memory=memory)
         run = replace(run, protection="masked", guard=guard, compute=ComputeConfig(threads=effort.threads))
     return opened(run, console)
+
+
+def _open_peer(cases: Sequence[Case], effort: Effort, stack: ExitStack, console: Console) -> LlamaCppPeer | None:
+    """llama.cpp with 8-bit weights, where it is installed and one of the cases is for it."""
+    if not any(case.peered for case in cases) or importlib.util.find_spec(PEER_PACKAGES["llama.cpp"]) is None:
+        return None
+    model, work = locate(MODELS[cases[0].model]), Workload(LONGEST, effort.steps, effort.runs)
+    return stack.enter_context(LlamaCppPeer(model, "int8", work, effort.threads or cores(), console))
+
+
+def _peer_seconds(peer: Peer, case: Case, steps: int) -> float:
+    """A prefill, or one decode step after the context."""
+    if case.decodes:
+        return peer.run([7] * case.context, steps)[1] / steps
+    return peer.run([7] * case.rows, 0)[0]
 
 
 def _passes(way: str, llm: LLM, case: Case, steps: int) -> Times:
@@ -236,6 +268,7 @@ def _row(case: Case, config: ModelConfig, times: Times) -> dict[str, Any]:
         "gain_int8": medians["local_int8_s"] / trusted_s,
         "gain_tee": medians["local_s"] / with_pads_s,
         "gain_tee_int8": medians["local_int8_s"] / with_pads_s,
+        **({"gain_llama_cpp": medians[f"{LLAMA_CPP}_s"] / trusted_s} if LLAMA_CPP in times else {}),
         "guard_bytes": guard_bytes(config, case),
         "attention_flop": attention_flop(config, case),
         "alternation": case.model not in TOGETHER,

@@ -45,11 +45,6 @@ from tsqp.wire.transport import new_ipc_address
 MIB = 2**20
 
 
-def origin_calls(config: ModelConfig) -> int:
-    """Calls of one pass."""
-    return 6 * config.num_layers + 2
-
-
 def origin_traffic(config: ModelConfig, tokens: int) -> tuple[int, int]:
     """Bytes of the tensors sent and received in one pass over ``tokens``, without the messages around them."""
     hidden, inner, heads = tokens * config.hidden_size, tokens * config.intermediate_size, tokens * config.q_size

@@ -11,6 +11,7 @@ from rich.table import Table
 from tsqp.bench.plot import LIMIT, OURS, PEER, Bar, Chart, Panel
 
 Result = dict[str, Any]
+WHOLE = ("local", "local_int8", "llama_cpp")  # what bench offload measures beside a split
 
 
 def table(result: Result) -> Table:
@@ -211,13 +212,13 @@ def _offload_table(result: Result) -> Table:
     """Times of a pass in milliseconds, and what the split gains."""
     found = _table("what the split saves the trusted side", ("whole", "split", "limit", "pads", "gain", "with pads"))
     for row in result["cases"]:
-        whole = f"{row['local_s'] * 1e3:.4g}, {row['local_int8_s'] * 1e3:.4g}"
+        whole = ", ".join(f"{row[f'{way}_s'] * 1e3:.4g}" for way in WHOLE if f"{way}_s" in row)
         times = (f"{row[f'{key}_s'] * 1e3:.4g}" for key in ("trusted", "limit", "pads"))
         gains = (f"{row[key]:.3g}, {row[f'{key}_int8']:.3g}" for key in ("gain", "gain_tee"))
         found.add_row(row["name"], whole, *times, *gains)
     found.caption = (
-        "milliseconds of a pass on the trusted side. whole: local in bfloat16, in int8; split: masked, pads ready, "
-        "without the worker's kernels; pads: making them; gain: whole over split"
+        "milliseconds of a pass on the trusted side. whole: local in bfloat16, in int8, llama.cpp Q8_0; split: masked, "
+        "pads ready, without the worker's kernels; pads: making them; gain: whole over split"
     )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,9 +32,12 @@ from tsqp.cli.prompt_text import (
     warn_of_argument,
 )
 from tsqp.config.worker_options import arguments_of, parse_worker_options
+from tsqp.errors import TsqpError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tsqp.api.answer import Completion, Delta
 
 app = App(
     name="tsqp",
@@ -84,19 +88,29 @@ def generate(
         warn_of_argument(prompt, run.protection, console)
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
-        completion = None
-        for delta in llm.stream(text, sampling, raw=raw, **arguments):
-            if not output.json:
-                _write(delta.text)
-            completion = delta.completion or completion
-        if not output.json:
-            _write("\n")
+        completion = _answered(llm.stream(text, sampling, raw=raw, **arguments), silent=output.json)
         if output.stats:
             print_stats(llm, console)
         if output.trace is not None and llm.stats.trace is not None:
             write_trace(llm.stats.trace, output.trace)
         if output.json and completion is not None:
             _write(json.dumps(as_json(llm, completion)) + "\n")
+
+
+def _answered(deltas: Iterator[Delta], *, silent: bool) -> Completion | None:
+    """Write an answer as it comes, unless ``silent``. Where it breaks off, the error gets a line of its own."""
+    completion, begun = None, False
+    try:
+        for delta in deltas:
+            completion = delta.completion or completion
+            if not silent:
+                _write(delta.text)
+                begun = begun or bool(delta.text)
+    except TsqpError:
+        _write("\n" if begun else "")
+        raise
+    _write("" if silent else "\n")
+    return completion
 
 
 @app.command

@@ -82,8 +82,17 @@ def _explained(error: Exception) -> str:
     if isinstance(error, UnknownOptionError):
         word = error.token.keyword or error.token.value
         # The library's own text repeats the word, and suggests a name.
-        return str(error) if OPTION.fullmatch(word) else unknown_option(word)
+        return str(error) if OPTION.fullmatch(word) else unknown_option(_mistyped(error) or word)
     if isinstance(error, UnusedCliTokensError):
         count = len(error.unused_tokens or ())
-        return f"too many arguments, by {count}: put quotes around a text that has spaces"
+        return (
+            f"too many arguments, by {count}: put quotes around a text that has spaces, or look for a mistyped option"
+        )
     return explained(error) if isinstance(error, TsqpError) else str(error)
+
+
+def _mistyped(error: UnknownOptionError) -> str:
+    """What was taken for the prompt and looks like an option; nothing for an ordinary prompt."""
+    arguments = error.argument_collection or ()
+    prompts = (token.value for one in arguments if one.name == "PROMPT" for token in one.tokens)
+    return next((prompt for prompt in prompts if prompt.startswith("--")), "")

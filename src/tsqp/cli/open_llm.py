@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tsqp.api.config import RunConfig
 from tsqp.api.describe import mode_lines
-from tsqp.cores import cores
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM
@@ -21,10 +19,8 @@ def open_llm(run: RunConfig) -> LLM:
     from tsqp.api.llm import LLM
     from tsqp.cli.pads_bar import pads_bar
 
-    threads = run.compute.threads
-    compute = replace(run.compute, threads=cores() if threads is None else threads)
     with pads_bar(Console(stderr=True)) as progress:
-        return LLM.of(replace(run, compute=compute), announce=_state_mode, pads_progress=progress)
+        return LLM.of(run, announce=_state_mode, pads_progress=progress)
 
 
 def _state_mode(plan: Plan) -> None:

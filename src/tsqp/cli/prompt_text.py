@@ -54,7 +54,14 @@ AfterDashes = Annotated[bool, Parameter(parse=False)]  # whether the command lin
 
 
 def prompt_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool) -> str:
-    """The prompt from exactly one of argument, standard input and file. Raises InputError."""
+    """The prompt from exactly one of argument, standard input and file. Raises InputError, for an empty one too."""
+    text = _given_text(prompt, prompt_file, after_dashes)
+    if not text.strip():
+        raise PromptError("the prompt is empty: give some text")  # before a model is loaded for it
+    return text
+
+
+def _given_text(prompt: str | None, prompt_file: Path | None, after_dashes: bool) -> str:
     if (prompt is None) == (prompt_file is None):
         raise InputError("give one prompt: as an argument, - for standard input, or --prompt-file FILE")
     if prompt is not None and prompt != "-":

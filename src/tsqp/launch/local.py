@@ -67,8 +67,8 @@ class LocalWorker:
     def __init__(
         self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False
     ) -> None:
-        self._address = new_shm_address()
-        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self._address]
+        self.address = new_shm_address()
+        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self.address]
         if compiled:
             command.append("--compile")
         if threads is not None:
@@ -111,10 +111,10 @@ class LocalWorker:
             ready = msgspec.json.decode(line, type=Ready)
         except (msgspec.MsgspecError, ValueError):
             ready = None
-        if ready is None or ready.address != self._address:
+        if ready is None or ready.address != self.address:
             self.close()
             raise WorkerUnreachable("the worker does not listen where it was told to")
-        return self._address
+        return self.address
 
     def last_words(self) -> str:
         """How the worker ended, or the last line of its standard error."""

@@ -73,6 +73,7 @@ class LayerDecoder:
             Place(cache.sequence, cache.length, len(tokens))
             for tokens, cache in zip(batch.tokens, batch.caches, strict=True)
         )
-        forget, self._forget[:MAX_FORGET] = tuple(self._forget[:MAX_FORGET]), []
+        forget = tuple(self._forget[:MAX_FORGET])
+        del self._forget[: len(forget)]  # and no more: a cache may have gone meanwhile, and appended itself
         call = Begin(begin, places, self._max_rows, forget)
         return self._session.start("embedding", call, [batch.flat_tokens().to(torch.int32)], (0,))

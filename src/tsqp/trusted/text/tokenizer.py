@@ -33,10 +33,6 @@ class Tokenizer:
         self._without_template = ControlTokens(self._tokenizer)
         self.eos_token_ids = text_format.eos_token_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a raw text, in which a control token that is written out is that control token.
 

@@ -90,11 +90,17 @@ def load_public(path: Path) -> bytes:
 
 def load_secret(path: Path) -> KeyPair:
     """The key pair in a secret file. Raises AddressError, and PathRefused when others could reach the file."""
+    if path.is_file():
+        _load_pair(path)  # before its mode: a public key in its place is open to others by right
     # Links are followed: orchestrators hand out secrets as links. The name is read again below, by ZeroMQ.
     try:
         os.close(open_private(follow(path, OTHER_FILE), os.O_RDONLY, OTHER_FILE))
     except OSError as error:
         raise AddressError(f"cannot read the secret key {path}: {error.strerror}") from None
+    return _load_pair(path)
+
+
+def _load_pair(path: Path) -> KeyPair:
     public, secret = _load(path)
     if secret is None:
         raise AddressError(f"{path} holds no secret key; name the file that ends in .key_secret")

@@ -260,7 +260,10 @@ def _await_handshake(monitor: zmq.Socket[bytes], address: Address, deadline: Dea
                 "was not reached: the keys did not match; check both public keys and its list", address=str(address)
             )
         if event & _HANDSHAKE_FAILED:
-            raise WorkerUnreachable(f"{address}: what answers is not a worker of this version, or it asks for keys")
+            raise WorkerUnreachable(
+                f"{address}: no worker of this version answers, or it asks for worker.key and worker.server_key",
+                fields=("worker.key", "worker.server_key"),
+            )
         raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the address")
     raise WorkerUnreachable(f"{address}: no worker answered in time; check that it runs and is not stopped")
 
