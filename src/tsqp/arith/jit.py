@@ -26,6 +26,7 @@ SOURCES = (
     "arith/vnni.py",
     "arith/amx.py",
     "model/compiled.py",
+    "model/attention_tiles.py",
     "model/compiled_attention.py",
     "trusted/guard/kernels.py",
 )
