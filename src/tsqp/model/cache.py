@@ -35,11 +35,14 @@ class KVCache(Positions):
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self._keys = [empty] * config.num_layers
         self._values = [empty] * config.num_layers
+        self._memory = [(0, 0, 0)] * config.num_layers
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
-        self._keys[layer] = self._grown(self._keys[layer], end)
-        self._values[layer] = self._grown(self._values[layer], end)
+        if end > self._keys[layer].shape[1]:
+            keys, values = self._grown(self._keys[layer], end), self._grown(self._values[layer], end)
+            self._keys[layer], self._values[layer] = keys, values
+            self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize // 4
         return self._keys[layer], self._values[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,14 +54,10 @@ class KVCache(Positions):
 
         Good until ``reserve`` is called for the layer.
         """
-        keys, values = self._keys[layer], self._values[layer]
-        return keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize // 4
+        return self._memory[layer]
 
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
-        capacity = old.shape[1]
-        if needed <= capacity:
-            return old
-        capacity = min(max(needed + GROW_ROWS, 2 * capacity), max(needed, self._max_positions))
+        capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))
         new = old.new_empty(old.shape[0], capacity, old.shape[2])
         new[:, : old.shape[1]] = old
         return new
