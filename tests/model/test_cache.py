@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqp.checkpoint import open_checkpoint
-from tsqp.model.cache import BLOCK_QUERIES, GROW_ROWS, KVCache
+from tsqp.model.cache import GROW_ROWS, KVCache
 
 CONFIG = open_checkpoint("synthetic:tiny").config
 
@@ -20,11 +20,6 @@ def write(cache: KVCache, layer: int, first: int, end: int) -> None:
     marks = torch.arange(first, end, dtype=keys.dtype)[None, :, None] + 10_000 * layer
     keys[:, first:end] = marks
     values[:, first:end] = -marks
-
-
-def whole_blocks(positions: int) -> int:
-    """Attention may read a block of keys whose end was not written yet."""
-    return -(-positions // BLOCK_QUERIES) * BLOCK_QUERIES
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
@@ -61,9 +56,9 @@ def test_growth_is_by_doubling_and_ends_at_the_context(needed: int) -> None:
     context = 1_000
     cache = KVCache(replace(CONFIG, max_positions=context), torch.float32)
     capacity = cache.reserve(0, needed)[0].shape[1]
-    assert capacity == whole_blocks(max(needed, min(needed + GROW_ROWS, context)))
+    assert capacity == max(needed, min(needed + GROW_ROWS, context))
     grown = cache.reserve(0, capacity + 1)[0].shape[1]
-    assert grown == whole_blocks(max(capacity + 1, min(max(capacity + 1 + GROW_ROWS, 2 * capacity), context)))
+    assert grown == max(capacity + 1, min(max(capacity + 1 + GROW_ROWS, 2 * capacity), context))
     assert cache.reserve(0, 1)[0].shape[1] == grown, "it never shrinks"
 
 
@@ -75,12 +70,12 @@ def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:
     assert cache.length == 3
 
 
-def test_what_was_not_written_is_finite() -> None:
-    """A key that a query does not see has weight 0, and 0 times what is not a number is not 0."""
-    cache = KVCache(CONFIG, torch.bfloat16)
-    for end in (1, 700):
-        write(cache, 0, end - 1, end)
-        keys, values = cache.view(0, 0, whole_blocks(end))
-        assert keys.shape[1] == whole_blocks(end)
-        assert not keys[:, end:].any()
-        assert not values[:, end:].any()
+def test_memory_is_where_a_view_lies() -> None:
+    for dtype, numbers in ((torch.float32, 1), (torch.bfloat16, 2)):
+        cache = KVCache(CONFIG, dtype)
+        cache.reserve(1, 5)
+        keys, values, apart = cache.memory(1)
+        for address, view in zip((keys, values), cache.view(1, 0, 5), strict=True):
+            assert address == view.data_ptr()
+            assert apart * 4 == view[1].data_ptr() - view[0].data_ptr()
+            assert apart * numbers == view.stride(0)

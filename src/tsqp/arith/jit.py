@@ -28,6 +28,7 @@ SOURCES = (
     "arith/amx.py",
     "model/compiled.py",
     "model/bfloat16_rows.py",
+    "model/attention_tiles.py",
     "model/compiled_attention.py",
     "trusted/guard/kernels.py",
 )

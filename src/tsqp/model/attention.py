@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tsqp.model.cache import BLOCK_QUERIES
+BLOCK_QUERIES = 128  # of a product of bfloat16, where torch's fused kernel is slow
 
 
 def first_visible(position: int, window: int | None) -> int:

@@ -7,7 +7,6 @@ import torch
 from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
-BLOCK_QUERIES = 128  # capacities are multiples of it: attention may read whole blocks of keys
 
 
 class Positions:
@@ -24,8 +23,6 @@ class Positions:
 class KVCache(Positions):
     """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by doubling.
 
-    What was never written is zero, so that a block that reaches past the end holds finite numbers.
-
     ``length`` is the number of positions that every layer holds; a forward pass reserves and fills layer by layer and
     then calls ``advance``.
     """
@@ -33,27 +30,34 @@ class KVCache(Positions):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.dtype = dtype
+        self.heads = config.num_kv_heads
         self._max_positions = config.max_positions
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self._keys = [empty] * config.num_layers
         self._values = [empty] * config.num_layers
+        self._memory = [(0, 0, 0)] * config.num_layers
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
-        self._keys[layer] = self._grown(self._keys[layer], end)
-        self._values[layer] = self._grown(self._values[layer], end)
+        if end > self._keys[layer].shape[1]:
+            keys, values = self._grown(self._keys[layer], end), self._grown(self._values[layer], end)
+            self._keys[layer], self._values[layer] = keys, values
+            self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize // 4
         return self._keys[layer], self._values[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions first to end: (kv_heads, end - first, head_dim) each, not copied."""
         return self._keys[layer][:, first:end], self._values[layer][:, first:end]
 
+    def memory(self, layer: int) -> tuple[int, int, int]:
+        """The addresses of one layer's keys and values, and how many words of 32 bits lie from one head to the next.
+
+        Good until ``reserve`` is called for the layer.
+        """
+        return self._memory[layer]
+
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
-        capacity = old.shape[1]
-        if needed <= capacity:
-            return old
-        capacity = min(max(needed + GROW_ROWS, 2 * capacity), max(needed, self._max_positions))
-        capacity = -(-capacity // BLOCK_QUERIES) * BLOCK_QUERIES
-        new = old.new_zeros(old.shape[0], capacity, old.shape[2])
+        capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))
+        new = old.new_empty(old.shape[0], capacity, old.shape[2])
         new[:, : old.shape[1]] = old
         return new

@@ -23,6 +23,7 @@ _inline = partial(inline, fastmath=_FAST)
 
 _ONE = np.float32(1.0)
 _INFINITE = np.float32(np.inf)
+_LEAST_POWER, _GREATEST_POWER = np.float32(-87.0), np.float32(88.0)
 _BFLOAT16_HALF = np.uint32(0x7FFF)
 
 
@@ -63,14 +64,13 @@ def _round(value, like):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _exp(x):  # type: ignore[no-untyped-def]
-    """e to the x, float32 to about 1e-7 relative; a loop of it vectorises, which one of the library's does not.
+def _power(x):  # type: ignore[no-untyped-def]
+    """e to the x for x from -87 to 88, float32 to about 1e-7 relative. A loop of the library's does not vectorise.
 
     Range reduction by multiples of ln 2 in two parts and a degree-5 polynomial, as in the Cephes library (Moshier).
     """
-    bounded = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = bounded - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
     p = p * r + np.float32(8.3334519073e-3)
@@ -78,7 +78,13 @@ def _exp(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32((p * r * r + r + _ONE) * power) if x <= np.float32(88.0) else _INFINITE
+    return np.float32((p * r * r + r + _ONE) * power)
+
+
+@_inline
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e to any x, as good as 0 where it is smaller than e to the -87, infinity past e to the 88."""
+    return _power(min(max(x, _LEAST_POWER), _GREATEST_POWER)) if x <= _GREATEST_POWER else _INFINITE
 
 
 @_inline

@@ -1,7 +1,8 @@
 """Loops of attention that numba compiles; see ``block_attention.py``, which says in which order they run.
 
-As in ``compiled.py``: float32, or uint16 that hold bfloat16; lock released. Scores, softmax and every sum are float32.
-The order of each sum is that of the source and of the compiled code, for a number of terms that the position of a
+Queries, keys and values are words, as ``attention_tiles.py`` has them: uint32 of two bfloat16 numbers, or float32. The
+lock of the interpreter is released. Scores, softmax and every sum are float32; weights are rounded to what the values
+are. The order of each sum is that of the source and of the compiled code, for a number of terms that the position of a
 query alone decides: nothing here knows how many rows, sequences or threads there are.
 """
 
@@ -11,16 +12,24 @@ from typing import Any
 
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from tsqp.model.compiled import _exp, _inline, _kernel, _narrow, _widen
+from tsqp.arith.jit import kernel
+from tsqp.model.attention_tiles import COLUMNS, HEADS, LANES, ROWS, multiply_tile, score_tile, weigh_tile
+from tsqp.model.compiled import _LEAST_POWER, _exp, _inline, _kernel, _narrow, _power, _widen
 
-KEYS = 64  # keys that a decode step widens at once: a block of them, in float32, stays in the first-level cache
+KEYS = 256  # keys of a decode step whose scores are taken before their values are weighed
 PART_KEYS = 1024  # keys of one item of work of a decode step: edges at multiples of it
+BLOCK_KEYS = 512  # keys of a prefill that are packed at once: edges at multiples of it
+BLOCK_QUERIES = 128  # queries, of each head of a group, that share packed keys
 
+_LINE = 64  # bytes
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
+# Arguments of loops are these, as numba would compile a loop once for each constant of type int that it is called with.
+_FIRST, _KEYS, _ROWS, _COLUMNS, _BLOCK = (np.int64(n) for n in (0, KEYS, ROWS, COLUMNS, BLOCK_KEYS))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
+_HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)  # of a word
 
 
 @intrinsic
@@ -32,6 +41,18 @@ def _pointer(typing: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(target))
 
     return target(types.int64, like), cast
+
+
+def _numbers(words: Any) -> Any:
+    """Words as the numbers that they hold: bfloat16 as uint16, or float32."""
+    raise NotImplementedError
+
+
+@overload(_numbers, inline="always")
+def _numbers_of(words):  # type: ignore[no-untyped-def]
+    if isinstance(words.dtype, types.Float):
+        return lambda words: words
+    return lambda words: words.view(np.uint16)
 
 
 @_inline
@@ -47,92 +68,136 @@ def _unrank(rank):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _widen_block(source, first, count, wide):  # type: ignore[no-untyped-def]
-    """Rows ``first`` to ``first + count`` of (keys, d) as float32, once for all heads that share them."""
-    for j in range(count):
-        row, target = source[first + j], wide[j]
-        for c in range(len(target)):
-            target[c] = _widen(row[c])
+def _whole(count, size):  # type: ignore[no-untyped-def]
+    """``count`` up to a multiple of ``size``."""
+    return (count + size - 1) // size * size
 
 
-@_inline
-def _score(query, wide, count, scores):  # type: ignore[no-untyped-def]
-    """``scores[j]`` = query · wide[j], four keys at a time; each sum is over the same columns in the same order."""
-    for j in range(0, (count + 3) // 4 * 4, 4):  # past the end lies an older block: computed and not looked at
-        k0, k1, k2, k3 = wide[j], wide[j + 1], wide[j + 2], wide[j + 3]
-        s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
-        for i in range(query.shape[0]):
-            s0 += query[i] * k0[i]
-            s1 += query[i] * k1[i]
-            s2 += query[i] * k2[i]
-            s3 += query[i] * k3[i]
-        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = s0, s1, s2, s3
+@kernel
+def _aligned(rows, width, like):  # type: ignore[no-untyped-def]
+    """Zeros (rows, width) of the type of ``like``, from the start of a cache line."""
+    size = rows * width * like.itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    skip = -memory.ctypes.data % _LINE
+    return memory[skip : skip + size].view(like.dtype).reshape(rows, width)
 
 
-@_inline
-def _weigh(scores, count, wide, sums):  # type: ignore[no-untyped-def]
-    """``sums`` (d,) += Σ scores[j]·wide[j], four keys at a time: the sums are read and written a quarter as often."""
-    whole = count // 4 * 4
-    for j in range(0, whole, 4):
-        a, b, c, e = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-        v0, v1, v2, v3 = wide[j], wide[j + 1], wide[j + 2], wide[j + 3]
-        for i in range(sums.shape[0]):
-            sums[i] += (a * v0[i] + b * v1[i]) + (c * v2[i] + e * v3[i])
-    for j in range(whole, count):
-        a, v0 = scores[j], wide[j]
-        for i in range(sums.shape[0]):
-            sums[i] += a * v0[i]
+# Without leave to reorder sums: their order is that of the tiles.
+@kernel
+def _score(queries, k, first, count, scores, v):  # type: ignore[no-untyped-def]
+    """``scores[i, j]`` = queries[i] · k[first + j] for ``count`` keys, four rows and four keys at a time.
+
+    The same rows of v are asked for meanwhile.
+    """
+    for row in range(0, len(queries), HEADS):
+        for j in range(0, count, HEADS):
+            score_tile(queries, row, k, first + j, scores, j, v)
+
+
+@kernel
+def _weigh(weights, v, first, steps, sums, k, first_after):  # type: ignore[no-untyped-def]
+    """``sums[i]`` += Σ weights[i]·v over ``steps`` words of weights, values from ``first`` on, four rows at a time.
+
+    As many rows of k from ``first_after`` on are asked for meanwhile.
+    """
+    for row in range(0, len(sums), HEADS):
+        weigh_tile(weights, row, v, first, steps, sums, k, first_after - first)
+
+
+@kernel
+def _multiply(x, first, rows, panels, steps, count, out):  # type: ignore[no-untyped-def]
+    """``rows`` rows of x from ``first`` on times the first ``steps`` rows of ``count`` packed panels."""
+    for panel in range(count):
+        multiply_tile(x, first, rows, panels[panel], steps, out, panel * COLUMNS)
+
+
+@kernel
+def _begin(sums, state):  # type: ignore[no-untyped-def]
+    """No key has been seen: sums (rows, d); state (rows, 3) as ``_soften`` has it."""
+    for row in range(len(state)):
+        state[row, 0], state[row, 1] = _NOTHING, _ZERO
+    for row in range(len(sums)):
+        for i in range(sums.shape[1]):
+            sums[row, i] = _ZERO
 
 
 @_kernel
-def attend_steps(q, caches, items, kv_heads, scale, parts, first, end):  # type: ignore[no-untyped-def]
-    """One query of each sequence over some of its keys: the work of item n // kv_heads and its KV head n % kv_heads.
+def _soften(scores, weights, row, begin, seen, count, scale, state):  # type: ignore[no-untyped-def]
+    """Softmax of one row of scores over the keys ``begin`` to ``seen`` of a block, on top of the blocks before it.
 
-    q (heads, T, d); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the elements from one
-    of their heads to the next; items int64 (n, 3): sequence, first key, end key. parts (n, heads, d + 2) becomes the
-    weighted sum of V, then the greatest score, then the sum of weights.
+    Of the first ``count`` weights those of the other keys become 0. ``scale`` > 0. state float32 (3,): the greatest
+    score, the sum of weights, and what earlier sums are multiplied by.
     """
-    heads, d = q.shape[0], q.shape[2]
-    group = heads // kv_heads
-    wide, weights = np.zeros((KEYS, d), np.float32), np.empty(KEYS, np.float32)
-    queries, scores = np.empty((group, d), np.float32), np.empty((group, KEYS), np.float32)
+    own, mine, others = scores[row, begin:seen], weights[row, begin:seen], weights[row, :count]
+    old = state[0]
+    rank = _rank(_NOTHING)
+    for j in range(len(own)):
+        rank = max(rank, _rank(own[j]))
+    top = max(old, np.float32(_unrank(rank) * scale))
+    factor = _exp(old - top) if old > _NOTHING else _ZERO
+    total = _ZERO
+    for j in range(begin):
+        others[j] = _narrow(_ZERO, others[j])
+    for j in range(len(own)):
+        weight = _narrow(_power(max(own[j] * scale - top, _LEAST_POWER)), mine[j])
+        mine[j] = weight
+        total += _widen(weight)  # as the product takes it, so that the weights of a row sum to 1
+    for j in range(seen, count):
+        others[j] = _narrow(_ZERO, others[j])
+    state[0] = top
+    state[1] = state[1] * factor + total
+    state[2] = factor
+
+
+@_inline
+def _held(address, offset, like, rows):  # type: ignore[no-untyped-def]
+    """Keys or values of one KV head, ``offset`` words from an address on: ``rows`` rows like those of ``like``."""
+    return carray(_pointer(address + offset * like.itemsize, like), (rows, like.shape[2]))  # type: ignore[call-arg]
+
+
+@_kernel
+def attend_steps(q, items, kv_heads, scale, caches, parts, first, end):  # type: ignore[no-untyped-def]
+    """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
+
+    q words (heads, T, n); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the words from
+    one of their heads to the next; items int64 (n, 3): sequence, first key, end key. parts float32 (n, heads, d + 2)
+    becomes the weighted sum of V, then the greatest score, then the sum of weights.
+    """
+    width, d = q.shape[2], parts.shape[2] - 2
+    group, numbers = len(q) // kv_heads, d // width
+    rows, whole = _whole(group, HEADS), _whole(width, LANES)
+    queries, weights = _aligned(rows, whole, q), _aligned(rows, _KEYS // numbers, q)
+    scores, sums = _aligned(rows, _KEYS, parts), _aligned(rows, whole * numbers, parts)
+    own, state = _numbers(weights), np.empty((group, 3), np.float32)
     for work in range(first, end):
-        item, kv_head = work // kv_heads, work % kv_heads
+        item, head = work % len(items), work // len(items)
         sequence, low, high = items[item, 0], items[item, 1], items[item, 2]
-        offset = kv_head * caches[sequence, 3] * q.itemsize
-        k = carray(_pointer(caches[sequence, 1] + offset, q), (high, d))  # type: ignore[call-arg]
-        v = carray(_pointer(caches[sequence, 2] + offset, q), (high, d))
+        offset = head * caches[sequence, 3]
+        k, v = _held(caches[sequence, 1], offset, q, high), _held(caches[sequence, 2], offset, q, high)
+        after, sequence_after = (work + 1) % len(items), items[(work + 1) % len(items), 0]
+        offset = (work + 1) // len(items) % kv_heads * caches[sequence_after, 3]
+        k_after = _held(caches[sequence_after, 1], offset, q, items[after, 2])
         for g in range(group):
-            for i in range(d):
-                queries[g, i] = _widen(q[kv_head * group + g, caches[sequence, 0], i]) * scale
-            for i in range(d):
-                parts[item, kv_head * group + g, i] = _ZERO
-            parts[item, kv_head * group + g, d] = _NOTHING
-            parts[item, kv_head * group + g, d + 1] = _ZERO
-        for block in range(low // KEYS * KEYS, high, KEYS):
-            start = max(block, low)
-            count = min(block + KEYS, high) - start
-            _widen_block(k, start, count, wide)
+            for i in range(width):
+                queries[g, i] = q[head * group + g, caches[sequence, 0], i]
+        _begin(sums, state)
+        for start in range(low, high, KEYS):
+            count = min(KEYS, high - start)
+            steps = _whole(count, numbers) // numbers
+            _score(queries, k, start, count, scores, v)
             for g in range(group):
-                _score(queries[g], wide, count, scores[g])
-            _widen_block(v, start, count, wide)
-            for g in range(group):
-                part = parts[item, kv_head * group + g]
-                rank = _rank(part[d])
-                for j in range(count):
-                    rank = max(rank, _rank(scores[g, j]))
-                top = _unrank(rank)
-                factor = _exp(part[d] - top) if part[d] > _NOTHING else _ZERO
-                total = _ZERO
-                for j in range(count):
-                    weights[j] = _exp(scores[g, j] - top)
-                    total += weights[j]
-                part[d] = top
-                part[d + 1] = part[d + 1] * factor + total
-                sums = part[:d]
+                _soften(scores, own, g, _FIRST, count, steps * numbers, scale, state[g])
                 for i in range(d):
-                    sums[i] *= factor
-                _weigh(weights, count, wide, sums)
+                    sums[g, i] *= state[g, 2]
+            if start + KEYS < high:
+                _weigh(weights, v, start, steps, sums, k, start + KEYS)
+            else:
+                _weigh(weights, v, start, steps, sums, k_after, items[after, 1])
+        for g in range(group):
+            part = parts[item, head * group + g]
+            for i in range(d):
+                part[i] = sums[g, i]
+            part[d], part[d + 1] = state[g, 0], state[g, 1]
 
 
 @_kernel
@@ -162,59 +227,109 @@ def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyp
                 out[row, head, i] = _narrow(sums[i] / total, out[row, head, i])
 
 
-@_kernel
-def soften(scores, weights, state, start, rows, first_key, window, scale, first, end):  # type: ignore[no-untyped-def]
-    """Softmax over one block of keys, on top of the blocks before it: ``end - first`` of heads · ``rows`` queries.
+@kernel
+def _pack_keys(k, first, count, panels):  # type: ignore[no-untyped-def]
+    """``count`` keys from ``first`` on, words (keys, width), as panels (n, width, columns): a column for each key.
 
-    scores, weights (heads, block, keys) of queries from position ``start`` and keys from ``first_key`` on; a query
-    outside of its window or before a key has weight 0 there. ``rows`` (2,): the rows of the block that are wanted.
-    state float32 (heads, block, 3): the greatest score, the sum of weights, and what earlier sums are multiplied by.
+    What is beyond the keys stays.
     """
-    low, count = rows[0], rows[1] - rows[0]
-    keys = scores.shape[2]
-    for work in range(first, end):
-        head, row = work // count, low + work % count
-        position = start + row
-        seen = min(keys, position + 1 - first_key)
-        begin = min(max(0, position + 1 - window - first_key), max(seen, 0))
-        own, mine = scores[head, row, begin : max(seen, begin)], weights[head, row, begin : max(seen, begin)]
-        old = state[head, row, 0]
-        rank = _rank(old)
-        for j in range(len(own)):
-            rank = max(rank, _rank(_widen(own[j]) * scale))
-        top = _unrank(rank)
-        factor = _exp(old - top) if old > _NOTHING else _ZERO
-        total = _ZERO
-        for j in range(begin):
-            weights[head, row, j] = _narrow(_ZERO, weights[head, row, j])
-        for j in range(len(own)):
-            weight = _narrow(_exp(_widen(own[j]) * scale - top), mine[j])
-            mine[j] = weight
-            total += _widen(weight)  # as the product takes it, so that the weights of a row sum to 1
-        for j in range(max(seen, 0), keys):
-            weights[head, row, j] = _narrow(_ZERO, weights[head, row, j])
-        state[head, row, 0] = top
-        state[head, row, 1] = state[head, row, 1] * factor + total
-        state[head, row, 2] = factor
+    for j in range(count):
+        panel, row = panels[j // COLUMNS], k[first + j]
+        for i in range(len(row)):
+            panel[i, j % COLUMNS] = row[i]
+
+
+def _pack_values(v: Any, first: Any, count: Any, panels: Any) -> Any:
+    """``count`` values from ``first`` on, words (keys, width), as panels (n, steps, columns).
+
+    A word has the numbers of one column, of as many keys as it holds. The last key of an odd number stands beside
+    itself. What is beyond the columns stays.
+    """
+    raise NotImplementedError
+
+
+@overload(_pack_values)
+def _pack_values_as(v, first, count, panels):  # type: ignore[no-untyped-def]
+    def floats(v, first, count, panels):  # type: ignore[no-untyped-def]
+        for left in range(0, v.shape[1], COLUMNS):
+            for step in range(count):
+                row, packed = v[first + step], panels[left // COLUMNS, step]
+                for i in range(min(COLUMNS, len(row) - left)):
+                    packed[i] = row[left + i]
+
+    def pairs(v, first, count, panels):  # type: ignore[no-untyped-def]
+        for left in range(0, v.shape[1], COLUMNS // 2):
+            for step in range((count + 1) // 2):
+                one, other = v[first + 2 * step], v[first + min(2 * step + 1, count - 1)]
+                packed = panels[left // (COLUMNS // 2), step]
+                for i in range(min(COLUMNS // 2, len(one) - left)):
+                    a, b = one[left + i], other[left + i]
+                    packed[2 * i] = np.uint32(np.uint32(a & _LOW) | np.uint32(b << _HALF))
+                    packed[2 * i + 1] = np.uint32(np.uint32(a >> _HALF) | np.uint32(b & ~_LOW))
+
+    return floats if isinstance(v.dtype, types.Float) else pairs
 
 
 @_kernel
-def accumulate(mixed, state, rows, sums, first, end):  # type: ignore[no-untyped-def]
-    """``sums = sums · factor + mixed``, both (heads, block, d); state and rows as in ``soften``."""
-    low, count = rows[0], rows[1] - rows[0]
-    for work in range(first, end):
-        head, row = work // count, low + work % count
-        factor = state[head, row, 2]
-        for i in range(sums.shape[2]):
-            sums[head, row, i] = sums[head, row, i] * factor + _widen(mixed[head, row, i])
+def _accumulate(mixed, rows, sums, state, at):  # type: ignore[no-untyped-def]
+    """``sums[at + i] = sums[at + i] · factor + mixed[i]`` for ``rows`` rows; sums (n, d)."""
+    for i in range(rows):
+        factor, own, more = state[at + i, 2], sums[at + i], mixed[i]
+        for c in range(len(own)):
+            own[c] = own[c] * factor + more[c]
 
 
 @_kernel
-def finish(sums, state, rows, out, target, first, end):  # type: ignore[no-untyped-def]
-    """Sums over the sum of weights: row ``rows[0]`` of the block to row ``target`` of out (T, heads, d), and so on."""
-    low, count = rows[0], rows[1] - rows[0]
+def _finish(sums, state, count, row, head, out):  # type: ignore[no-untyped-def]
+    """The first ``count`` sums over their sums of weights, to rows of out (T, heads, d) from ``row`` on."""
+    for i in range(count):
+        own, target, total = sums[i], out[row + i, head], state[i, 1]
+        for c in range(len(target)):
+            target[c] = _narrow(own[c] / total, target[c])
+
+
+@_kernel
+def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ignore[no-untyped-def]
+    """Queries of one sequence at consecutive positions, at most ``BLOCK_QUERIES``, over the keys that they see.
+
+    The work of item n % len(items) and KV head n // len(items). q words (heads, T, n); items int64 (n, 6): the row of q
+    of the first query, its position, the number of queries, the addresses of K and of V, and the words from one of
+    their heads to the next. out (T, heads, d).
+    """
+    width, d = q.shape[2], out.shape[2]
+    group, numbers = len(q) // kv_heads, d // width
+    panels = _whole(d, COLUMNS) // COLUMNS
+    keys_of = _aligned(_BLOCK // COLUMNS * width, _COLUMNS, q).reshape(-1, width, COLUMNS)
+    values_of = _aligned(panels * BLOCK_KEYS // numbers, _COLUMNS, q).reshape(panels, -1, COLUMNS)
+    scores, weights = _aligned(_ROWS, _BLOCK, out), _aligned(_ROWS, _BLOCK // numbers, q)
+    mixed, own = _aligned(_ROWS, panels * COLUMNS, out), _numbers(weights)
+    sums, state = np.empty((group * BLOCK_QUERIES, d), np.float32), np.empty((group * BLOCK_QUERIES, 3), np.float32)
     for work in range(first, end):
-        head, row = work // count, work % count
-        total = state[head, low + row, 1]
-        for i in range(out.shape[2]):
-            out[target + row, head, i] = _narrow(sums[head, low + row, i] / total, out[target + row, head, i])
+        item, head = work % len(items), work // len(items)
+        row, position, count = items[item, 0], items[item, 1], items[item, 2]
+        offset, high = head * items[item, 5], position + count
+        k, v = _held(items[item, 3], offset, q, high), _held(items[item, 4], offset, q, high)
+        _begin(sums, state)
+        for block in range(max(0, position + 1 - window) // BLOCK_KEYS * BLOCK_KEYS, high, BLOCK_KEYS):
+            size = min(BLOCK_KEYS, high - block)
+            _pack_keys(k, block, size, keys_of)
+            _pack_values(v, block, size, values_of)
+            for strip in range(group * _whole(count, ROWS) // ROWS):
+                g, start = strip % group, strip // group * ROWS
+                rows, at = min(ROWS, count - start), g * BLOCK_QUERIES + start
+                seen = min(size, position + start + rows - block)  # by the last of them
+                if seen <= 0:
+                    continue
+                steps = _whole(seen, numbers) // numbers
+                queries = q[head * group + g]
+                _multiply(queries, row + start, rows, keys_of, width, _whole(seen, COLUMNS) // COLUMNS, scores)
+                for i in range(rows):
+                    after = position + start + i + 1 - block
+                    stop = max(0, min(size, after))
+                    begin = min(max(0, after - window), stop)
+                    _soften(scores, own, i, begin, stop, steps * numbers, scale, state[at + i])
+                _multiply(weights, _FIRST, rows, values_of, steps, panels, mixed)
+                _accumulate(mixed, rows, sums, state, at)
+        for g in range(group):
+            at = g * BLOCK_QUERIES
+            _finish(sums[at:], state[at:], count, row, head * group + g, out)
