@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
-from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
+from tsqp.wire.channel import MAX_FRAME_BYTES, Frames, Slot
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline
+from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
 from tsqp.wire.transport.shm.arena import Arena
 from tsqp.wire.transport.shm.packets import (
     NO_BYTES,
@@ -27,6 +27,8 @@ from tsqp.wire.transport.shm.packets import (
     decode_answer,
     encode_opening,
     encode_request,
+    encode_sequence,
+    request_places,
 )
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
 from tsqp.wire.transport.shm.unix import dial
@@ -46,6 +48,19 @@ class _UnderWay(NamedTuple):
 
 
 _NO_MEMORY = _UnderWay((), ())
+
+
+class ShmSlot(Slot):
+    """A place in one arena for a tensor and its product, with the part of its packets that is always the same."""
+
+    def __init__(self, arena: Arena, size: int, reply_bytes: int) -> None:
+        tensor, own = arena.reserve(size)
+        product, place = arena.reserve(reply_bytes)
+        super().__init__(tensor, reply_bytes)
+        self.arena = arena
+        self.memory = _UnderWay((tensor,), (product,) if reply_bytes else ())
+        self.places = request_places((own,), place)
+        self.sequence = OPENING  # of its last call
 
 
 def connect_shm(
@@ -105,16 +120,50 @@ class ShmChannel(BaseChannel):
     def _reserve(self, size: int) -> memoryview:
         return self._arena.reserve(size)[0]
 
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """See Channel.slot."""
+        self._check_alive()
+        try:
+            self._check_size(size)
+            self._check_size(reply_bytes)
+            return ShmSlot(self._arena, size, reply_bytes)
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
+    def send_from(self, slot: Slot, control: bytes) -> None:
+        """See Channel.send_from. Nothing of the request but its number and its control frame is made here."""
+        self._check_alive()
+        if not isinstance(slot, ShmSlot) or slot.arena is not self._arena:
+            return super().send_from(slot, control)
+        try:
+            check_limits(Frames(control), self._max_frame_bytes)
+            if slot.sequence in self._under_way:  # a second call would be written over the first
+                raise ProtocolError(f"{self.address}: a call from a slot whose last call is under way")
+            sequence = self._next_sequence()
+            self._put(sequence, encode_sequence(sequence) + slot.places + control, slot.memory)
+            slot.sequence = sequence
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
     def _send(self, frames: Frames, reply_bytes: int) -> None:
-        while len(self._under_way) >= MAX_UNDER_WAY:
-            self._make_room(_READABLE)
         control, tensors = frames
-        sequence = self._sequence = self._sequence + 1
+        sequence = self._next_sequence()
         if tensors or reply_bytes:
             request, under_way = self._lay_out(sequence, frames, reply_bytes)
         else:
             request, under_way = Request(sequence, control), _NO_MEMORY
-        packet = encode_request(request)
+        self._put(sequence, encode_request(request), under_way)
+
+    def _next_sequence(self) -> int:
+        """The number of the next request, once there may be one more."""
+        while len(self._under_way) >= MAX_UNDER_WAY:
+            self._make_room(_READABLE)
+        self._sequence += 1
+        return self._sequence
+
+    def _put(self, sequence: int, packet: bytes, under_way: _UnderWay) -> None:
         while not self._sent(packet):
             self._make_room(_EITHER)
         self._under_way[sequence] = under_way

@@ -22,6 +22,7 @@ OPENING = 0  # the sequence number of a connection's first packet
 PACKET_BYTES = 2 * MAX_CONTROL_BYTES  # more than any packet has; a longer one is cut here, and is refused then
 
 _REQUEST = Struct("<8Q")  # sequence number, tensors, offset and size of: first tensor, second tensor, product
+_PLACES = Struct("<7Q")  # the same without the sequence number
 _ANSWER = Struct("<Q")  # sequence number
 
 
@@ -66,15 +67,18 @@ decode_opening: Decoder[Opening] = Decoder(Opening)
 
 def encode_request(request: Request) -> bytes:
     """The packet of a request with at most two tensors."""
-    tensors, product = request.tensors, request.product
-    if not tensors:
-        places = _REQUEST.pack(request.sequence, 0, 0, 0, 0, 0, product.offset, product.size)
-    else:
-        one, two = tensors[0], NO_BYTES if len(tensors) < MAX_TENSORS else tensors[1]
-        places = _REQUEST.pack(
-            request.sequence, len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size
-        )
-    return places + request.control
+    return encode_sequence(request.sequence) + request_places(request.tensors, request.product) + request.control
+
+
+def encode_sequence(sequence: int) -> bytes:
+    """How every packet begins."""
+    return _ANSWER.pack(sequence)
+
+
+def request_places(tensors: tuple[Region, ...], product: Region) -> bytes:
+    """What follows in a request: where at most two tensors and the product lie."""
+    one, two = (*tensors, NO_BYTES, NO_BYTES)[:MAX_TENSORS]
+    return _PLACES.pack(len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size)
 
 
 def decode_request(packet: bytes) -> Request:
@@ -94,7 +98,7 @@ def decode_request(packet: bytes) -> Request:
 
 def encode_answer(answer: Answer) -> bytes:
     """The packet of an answer."""
-    return _ANSWER.pack(answer.sequence) + answer.control
+    return encode_sequence(answer.sequence) + answer.control
 
 
 def decode_answer(packet: bytes) -> Answer:
