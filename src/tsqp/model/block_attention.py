@@ -26,11 +26,11 @@ from functools import cache
 import numpy as np
 import torch
 
+from tsqp.arith.bits import bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.attention import first_visible
 from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import BLOCK_QUERIES, KVCache
-from tsqp.model.kernels import bits
 from tsqp.model.meter import Meter
 from tsqp.model.pending import Steps
 

@@ -78,22 +78,30 @@ class DecoderLayers:
         x = self.linears.input(("qkv", layer), rows)
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, norms.attention, eps, x)
-        qkv = yield self.linears.start(("qkv", layer), x)
+        asked = self.linears.start(("qkv", layer), x)
+        qkv = yield asked
         yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys must be there first
         mixed = self.linears.input(("o", layer), rows)
         yield from self._attend(layer, qkv, chunk, tables, mixed)
-        del qkv  # a product may lie in memory that is needed again
-        o = yield self.linears.start(("o", layer), mixed)
+        del qkv, x  # the memory of large ones is free again when nothing refers to it
+        asked.release()
+        asked = self.linears.start(("o", layer), mixed)
+        o = yield asked
         x = self.linears.input(("gate_up", layer), rows)
         with self.meter.operator("rms_norm"):
             self.kernels.add_rms_norm(hidden, o, norms.mlp, eps, x)
         del o, mixed
-        gate_up = yield self.linears.start(("gate_up", layer), x)
+        asked.release()
+        asked = self.linears.start(("gate_up", layer), x)
+        gate_up = yield asked
         inner = self.linears.input(("down", layer), rows)
         with self.meter.operator("silu"):
             self.kernels.silu_mul(gate_up, inner)
         del gate_up, x
-        hidden.add_((yield self.linears.start(("down", layer), inner)))
+        asked.release()
+        asked = self.linears.start(("down", layer), inner)
+        hidden.add_((yield asked))
+        asked.release()
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables, mixed: torch.Tensor

@@ -12,10 +12,11 @@ numba compiles a loop for a dtype when it first runs, about a second in all, so 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from tsqp.arith.bits import bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
@@ -105,11 +106,6 @@ class CompiledKernels:
         self._threads.run(
             self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position, least=SPLIT_ROWS
         )
-
-
-def bits(tensor: torch.Tensor) -> Any:
-    """A tensor's memory as numpy has it: float32, or uint16 for bfloat16."""
-    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
 
 
 def pick_kernels(

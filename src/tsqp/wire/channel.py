@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from tsqp.wire.slot import Slot
+
 MAX_TENSORS = 2  # tensors of one message
 MAX_FRAME_BYTES = 2**32  # one tensor; attention scores of 32 heads × 2,048 rows × 8,192 keys in float32 are half of it
 
@@ -20,14 +22,6 @@ class Frames(NamedTuple):
 
     control: bytes
     tensors: Sequence[memoryview] = ()
-
-
-class Slot:
-    """Memory for calls of one shape, one at a time: ``tensor`` is sent, ``reply_bytes`` come back. Laid out once."""
-
-    def __init__(self, tensor: memoryview, reply_bytes: int) -> None:
-        self.tensor = tensor
-        self.reply_bytes = reply_bytes
 
 
 class Channel(Protocol):

@@ -16,7 +16,8 @@ from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels, pads, pool
-from tsqp.wire.channel import Channel, Frames, Slot
+from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.slot import Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

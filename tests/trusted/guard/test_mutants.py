@@ -254,7 +254,7 @@ MUTANTS = [
     mutant(
         "a verdict on what is sent is ignored",
         ERASED_PAD,
-        (LINEARS, "_ask", calling("_judge"), nothing),
+        (LINEARS, "_judge", asking("worst"), never),
     ),
     mutant(
         "x' is read back",
@@ -297,10 +297,10 @@ MUTANTS = [
     mutant(
         "the last row is skipped",
         WRONG_LAST,
-        (LINEARS, "_verify_and_unmask", storing("verdicts"), value("np.full(len(out), kernels.OK, np.uint8)")),
+        (LINEARS, "_judge", calling("fill"), lambda _: ast.parse("verdicts.fill(kernels.OK)").body[0]),
         (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_verify_and_unmask", calling("_judge"), nothing)),
+    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_judge", asking("worst"), never)),
     mutant(
         "no range check",
         core("test_another_way_to_write_the_right_number_is_out_of_range[masked]"),

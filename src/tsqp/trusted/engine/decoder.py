@@ -62,10 +62,12 @@ class Decoder:
         final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
             self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)
-        logits = yield self._layers.linears.start(("lm_head", None), final)
+        asked = self._layers.linears.start(("lm_head", None), final)
+        logits = (yield asked).to(torch.float32, copy=True)  # the caller's own: what was handed out is used again
+        asked.release()
         batch.advance()
         self._stats.forward_passes += 1
-        return logits.float()
+        return logits
 
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):

@@ -11,7 +11,8 @@ from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
-from tsqp.wire.channel import MAX_FRAME_BYTES, Frames, Slot
+from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
+from tsqp.wire.slot import Slot
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
 from tsqp.wire.transport.shm.arena import Arena
