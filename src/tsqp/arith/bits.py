@@ -21,6 +21,6 @@ def bits(tensor: torch.Tensor) -> Array:
 
 
 def keep_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, whose ``bits`` are at hand from now on. Its memory must not be replaced (``set_``, ``data``)."""
+    """The tensor itself, whose ``bits`` are at hand from now on; its memory must stay the same."""
     setattr(tensor, _KEPT, bits(tensor))
     return tensor

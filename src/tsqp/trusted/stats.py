@@ -38,7 +38,7 @@ def total(calls: Iterable[CallStats]) -> CallStats:
 
 
 class Stretch:
-    """A context whose time is counted, unless it ends in an exception: a class, since a generator costs twice as much."""
+    """A context whose time is counted unless it raises. (One made of a generator costs twice as much.)"""
 
     def __init__(self, count: Callable[[Any, float, float], None], kind: object) -> None:
         self._count, self._kind = count, kind

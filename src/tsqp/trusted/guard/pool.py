@@ -32,7 +32,7 @@ _NO_PADS = np.empty((BLOCK_ROWS, 0), np.uint32)
 
 
 class PadSlice(NamedTuple):
-    """``rows`` rows of a call from ``first`` on; their pads are those of ``block`` from ``at`` on, if they are masked."""
+    """``rows`` rows of a call from ``first`` on, masked by those of ``block`` from ``at`` on, if there is one."""
 
     block: PadBlock | None
     at: int

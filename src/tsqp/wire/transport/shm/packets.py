@@ -83,16 +83,31 @@ def request_places(tensors: tuple[Region, ...], product: Region) -> bytes:
 
 def decode_request(packet: bytes) -> Request:
     """Raises ProtocolError. Whether the regions lie in the arena is for the caller to check."""
+    sequence, places, control = split_request(packet)
+    return Request(sequence, control, *decode_places(places))
+
+
+def split_request(packet: bytes) -> tuple[int, bytes, bytes]:
+    """The number of a request, its places as they are, and its control frame. Raises ProtocolError."""
     if not _REQUEST.size <= len(packet) <= _LONGEST_REQUEST:
         raise ProtocolError(f"a request of {len(packet)} bytes; it has {_REQUEST.size} to {_LONGEST_REQUEST}")
-    sequence, count, first, first_size, second, second_size, offset, size = _REQUEST.unpack_from(packet)
-    control, product = packet[_REQUEST.size :], Region(offset, size) if offset or size else NO_BYTES
+    return (
+        int.from_bytes(packet[: _ANSWER.size], "little"),
+        packet[_ANSWER.size : _REQUEST.size],
+        packet[_REQUEST.size :],
+    )
+
+
+def decode_places(places: bytes) -> tuple[tuple[Region, ...], Region]:
+    """Where the tensors and the product of a request lie. Raises ProtocolError."""
+    count, first, first_size, second, second_size, offset, size = _PLACES.unpack(places)
+    product = Region(offset, size) if offset or size else NO_BYTES
     if count == MAX_TENSORS:
-        return Request(sequence, control, (Region(first, first_size), Region(second, second_size)), product)
+        return (Region(first, first_size), Region(second, second_size)), product
     if count == 1 and not second and not second_size:
-        return Request(sequence, control, (Region(first, first_size),), product)
+        return (Region(first, first_size),), product
     if not (count or first or first_size or second or second_size):
-        return Request(sequence, control, (), product)
+        return (), product
     raise ProtocolError(f"places of other tensors than a request's {count}; the limit is {MAX_TENSORS}")
 
 
