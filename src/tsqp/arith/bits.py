@@ -21,6 +21,7 @@ def bits(tensor: torch.Tensor) -> Array:
 
 
 def keep_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, whose ``bits`` are at hand from now on; its memory must stay the same."""
-    setattr(tensor, _KEPT, bits(tensor))
+    """The tensor itself, whose ``bits`` are at hand from now on if it is on the CPU; its memory must stay the same."""
+    if tensor.device.type == "cpu":
+        setattr(tensor, _KEPT, bits(tensor))
     return tensor

@@ -37,6 +37,7 @@ from tsqp.model.pending import Steps
 BLOCK_KEYS = 512  # keys of one product: scores and weights of a block of queries still fit the cache
 SPLIT_QUERIES = 64  # fewer queries · heads than this are done by one thread
 SPLIT_ITEMS = 2
+SPLIT_KEYS = 8192  # fewer keys · KV heads of decode steps are done by one thread: in the time that waking another takes
 NO_WINDOW = 2**62
 
 
@@ -84,20 +85,18 @@ class BlockAttention:
         """All decode steps of a chunk at once: items of work of about equal size, shared out over threads."""
         window, size = self._windows[layer], self._loops.PART_KEYS
         heads, _, head_dim = q.shape
-        caches: list[tuple[int, int, int, int]] = []
+        # The loop reads by address: the spans keep the caches, and nothing grows them before it is done.
+        caches = [(span.first, *span.cache.place(layer)) for span in spans]
         items: list[tuple[int, int, int]] = []
         starts = [0]
-        kept = []
         for sequence, span in enumerate(spans):
-            k, v = span.cache.view(layer, 0, span.end)
-            kept.append((k, v))  # the loop reads by address: the memory must not go before it is done
-            caches.append((span.first, k.data_ptr(), v.data_ptr(), k.stride(0)))
             first = first_visible(span.position, window)
             edges = range(first // size * size, span.end, size)
             items.extend((sequence, max(edge, first), min(edge + size, span.end)) for edge in edges)
             starts.append(len(items))
-        kv_heads = kept[0][0].shape[0]
+        kv_heads = spans[0].cache.kv_heads
         scale = np.float32(1 / math.sqrt(head_dim))
+        keys = sum(end - first for _, first, end in items)
         table, work = np.array(caches, np.int64), np.array(items, np.int64)
         parts = np.empty((len(items), heads, head_dim + 2), np.float32)
         self._threads.run(
@@ -109,7 +108,7 @@ class BlockAttention:
             kv_heads,
             scale,
             parts,
-            least=SPLIT_ITEMS,
+            least=SPLIT_ITEMS if keys * kv_heads >= SPLIT_KEYS else len(items) * kv_heads + 1,
         )
         self._loops.join_parts(parts, np.array(starts, np.int64), table, bits(out), 0, len(spans))
 

@@ -33,16 +33,28 @@ class KVCache(Positions):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.dtype = dtype
+        self.kv_heads = config.num_kv_heads
         self._max_positions = config.max_positions
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self._keys = [empty] * config.num_layers
         self._values = [empty] * config.num_layers
+        self._places = [(0, 0, 0)] * config.num_layers
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
-        self._keys[layer] = self._grown(self._keys[layer], end)
-        self._values[layer] = self._grown(self._values[layer], end)
-        return self._keys[layer], self._values[layer]
+        keys = self._keys[layer]
+        if end > keys.shape[1]:
+            keys = self._keys[layer] = self._grown(keys, end)
+            values = self._values[layer] = self._grown(self._values[layer], end)
+            self._places[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0)
+        return keys, self._values[layer]
+
+    def place(self, layer: int) -> tuple[int, int, int]:
+        """For loops that reach many caches: addresses of keys and of values, and elements from head to head.
+
+        Good until the layer grows, and for as long as this cache is there.
+        """
+        return self._places[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions first to end: (kv_heads, end - first, head_dim) each, not copied."""
@@ -50,8 +62,6 @@ class KVCache(Positions):
 
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
         capacity = old.shape[1]
-        if needed <= capacity:
-            return old
         capacity = min(max(needed + GROW_ROWS, 2 * capacity), max(needed, self._max_positions))
         capacity = -(-capacity // BLOCK_QUERIES) * BLOCK_QUERIES
         new = old.new_zeros(old.shape[0], capacity, old.shape[2])

@@ -7,13 +7,10 @@ query alone decides: nothing here knows how many rows, sequences or threads ther
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import carray, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic
+from numba import carray  # type: ignore[attr-defined]
 
-from tsqp.model.compiled import _exp, _inline, _kernel, _narrow, _widen
+from tsqp.model.compiled import _exp, _inline, _kernel, _narrow, _widen, pointer
 
 KEYS = 64  # keys that a decode step widens at once: a block of them, in float32, stays in the first-level cache
 PART_KEYS = 1024  # keys of one item of work of a decode step: edges at multiples of it
@@ -21,17 +18,6 @@ PART_KEYS = 1024  # keys of one item of work of a decode step: edges at multiple
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-
-
-@intrinsic
-def _pointer(typing: Any, address: Any, like: Any) -> Any:
-    """An address, int64, as a pointer to elements of the type of the array ``like``."""
-    target = types.CPointer(like.dtype)
-
-    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(target))
-
-    return target(types.int64, like), cast
 
 
 @_inline
@@ -100,8 +86,8 @@ def attend_steps(q, caches, items, kv_heads, scale, parts, first, end):  # type:
         item, kv_head = work // kv_heads, work % kv_heads
         sequence, low, high = items[item, 0], items[item, 1], items[item, 2]
         offset = kv_head * caches[sequence, 3] * q.itemsize
-        k = carray(_pointer(caches[sequence, 1] + offset, q), (high, d))  # type: ignore[call-arg]
-        v = carray(_pointer(caches[sequence, 2] + offset, q), (high, d))
+        k = carray(pointer(caches[sequence, 1] + offset, q), (high, d))  # type: ignore[call-arg]
+        v = carray(pointer(caches[sequence, 2] + offset, q), (high, d))
         for g in range(group):
             for i in range(d):
                 queries[g, i] = _widen(q[kv_head * group + g, caches[sequence, 0], i]) * scale

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from tsqp.arith.bits import keep_bits
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import DecoderLayers
+from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
 from tsqp.model.operators import Embedding
 from tsqp.model.pending import Steps, interleaved
 from tsqp.model.rotary import Rotary
@@ -71,6 +72,7 @@ class Decoder:
 
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):
-            tables = self._rotary.tables(chunk.positions())
+            work = ChunkWork.of(self._rotary, self.config, chunk)
+            keep_bits(hidden)
         for layer in range(self.config.num_layers):
-            yield from self._layers.steps(layer, hidden, chunk, tables)
+            yield from self._layers.steps(layer, hidden, chunk, work)
