@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import time
 from collections import deque
 from contextlib import ExitStack, closing
-from typing import NamedTuple
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
@@ -32,20 +30,26 @@ from tsqp.wire.transport.shm.packets import (
     request_places,
 )
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
+from tsqp.wire.transport.shm.spin import SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import dial
 
-SPIN_S = 100e-6  # how long to ask again and again before sleeping: waking up takes as long as a small call
+SLOW_S = 2 * SPIN_S  # a sleep longer than this was not worth the spin before it
 MAX_UNDER_WAY = 256  # calls without their reply; so many packets fit into the socket, and a worker is never held up
 
 _READABLE = select.POLLIN
 _EITHER = select.POLLIN | select.POLLOUT
 
 
-class _UnderWay(NamedTuple):
-    """What must stay as it is until a reply is here: the memory of its call, and the place of its product."""
+class _UnderWay:
+    """What must stay as it is until a reply is here: the memory of its call, and the place of its product.
 
-    tensors: tuple[memoryview, ...]
-    product: tuple[memoryview, ...]
+    ``slow``: the last reply to such a call took so long that spinning for the next one is a waste.
+    """
+
+    def __init__(self, tensors: tuple[memoryview, ...], product: tuple[memoryview, ...]) -> None:
+        self.tensors = tensors
+        self.product = product
+        self.slow = False
 
 
 _NO_MEMORY = _UnderWay((), ())
@@ -105,7 +109,7 @@ class ShmChannel(BaseChannel):
         self._line = line
         self._segment = segment
         self._arena = Arena(segment)
-        self._spin_s = spin_s
+        self._spin = Spin(spin_s)
         self._resources = resources
         self._poller = select.poll()
         self._sequence = OPENING
@@ -172,14 +176,16 @@ class ShmChannel(BaseChannel):
     def _receive(self, deadline_s: float) -> Frames:
         if self._arrived:
             return self._arrived.popleft()
-        until = time.monotonic() + self._spin_s
-        while True:
-            os.sched_yield()  # the kernel likes to put the worker on this very core: then it can run only now
-            frames = self._next_reply()
-            if frames is not None:
-                return frames
-            if time.monotonic() >= until:
-                return self._await_reply(Deadline(deadline_s))
+        awaited = next(iter(self._under_way.values()), _NO_MEMORY)  # the oldest call
+        frames = self._spin.ask(self._next_reply, once=awaited.slow)
+        if frames is not None:
+            awaited.slow = False
+            return frames
+        slept = time.monotonic()
+        frames = self._await_reply(Deadline(deadline_s))
+        if awaited is not _NO_MEMORY:  # the next such call leaves its core to the worker from the start
+            awaited.slow = time.monotonic() - slept > SLOW_S
+        return frames
 
     def _await_reply(self, deadline: Deadline) -> Frames:
         while not deadline.passed:

@@ -24,6 +24,7 @@ PACKET_BYTES = 2 * MAX_CONTROL_BYTES  # more than any packet has; a longer one i
 _REQUEST = Struct("<8Q")  # sequence number, tensors, offset and size of: first tensor, second tensor, product
 _PLACES = Struct("<7Q")  # the same without the sequence number
 _ANSWER = Struct("<Q")  # sequence number
+_NO_PLACES = bytes(_PLACES.size)
 
 
 class Region(msgspec.Struct, frozen=True, gc=False):
@@ -77,6 +78,8 @@ def encode_sequence(sequence: int) -> bytes:
 
 def request_places(tensors: tuple[Region, ...], product: Region) -> bytes:
     """What follows in a request: where at most two tensors and the product lie."""
+    if not tensors and product is NO_BYTES:
+        return _NO_PLACES
     one, two = (*tensors, NO_BYTES, NO_BYTES)[:MAX_TENSORS]
     return _PLACES.pack(len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size)
 
