@@ -58,7 +58,9 @@ class Channel(Protocol):
         """
 
     def send_from(self, slot: Slot, control: bytes) -> None:
-        """``send`` of the slot's tensor. Raises ProtocolError also where the last reply has not been received."""
+        """``send`` of the slot's tensor, once the reply to the slot's last call is here: otherwise, over shm, where one
+        would be written over the other, ProtocolError.
+        """
 
     def receive(self, deadline_s: float) -> Frames:
         """The next message from the worker, in the order sent.

@@ -65,7 +65,7 @@ class ShmSlot(Slot):
         self.arena = arena
         self.memory = _UnderWay((tensor,), (product,) if reply_bytes else ())
         self.places = request_places((own,), place)
-        self.sequence = OPENING  # of its last call
+        self.sequence = -1  # of its last call; no packet has this one
 
 
 def connect_shm(
