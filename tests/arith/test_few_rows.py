@@ -44,6 +44,34 @@ def mod_p(kernel: DigitKernel, x: np.ndarray, w: np.ndarray) -> list[list[int]]:
     return found
 
 
+@pytest.mark.skipif(not FewRowsKernel.supported(), reason="no vpdpbusd here")
+@pytest.mark.parametrize("digits", [2, 4])
+@given(rows=st.integers(1, 9), inner=INNER, columns=COLUMNS, seed=st.integers(0, 99))
+def test_a_prepared_product_is_the_product_of_what_lies_there(
+    digits: field.Digits, rows: int, inner: int, columns: int, seed: int
+) -> None:
+    kernel, generator = FewRowsKernel(), torch.Generator().manual_seed(seed)
+    w = torch.randint(-127, 128, (columns, inner), dtype=torch.int8, generator=generator)
+    x = torch.zeros(rows, inner, dtype=torch.int32 if digits == 4 else torch.int16)
+    out, expected = torch.empty(2, rows, columns, dtype=torch.int32)
+    weights = field.FieldWeights.of(w, kernel)
+    run = kernel.prepared(x, digits, w, weights.offsets, out)
+    assert run is not None
+    for _ in range(2):
+        low, high = (0, P) if digits == 4 else (-field.MAX_SMALL, field.MAX_SMALL + 1)
+        x.copy_(torch.randint(low, high, x.shape, generator=generator))
+        run()
+        weights.product(x, digits, out=expected)
+        assert torch.equal(out, expected)
+
+
+def test_more_rows_than_few_are_not_prepared() -> None:
+    kernel, w = FewRowsKernel(), torch.ones(4, 64, dtype=torch.int8)
+    x = torch.zeros(kernel.few // 4 + 1, 64, dtype=torch.int32)
+    out = torch.empty(len(x), 4, dtype=torch.int32)
+    assert kernel.prepared(x, 4, w, kernel.offsets(w), out) is None
+
+
 def sums(kernel: DigitKernel, x: np.ndarray, w: np.ndarray) -> list[list[list[int]]]:
     """The kernel's, of digits as they are and of digits + 128."""
     wq, bytes_of_x = torch.from_numpy(w), torch.from_numpy(x)

@@ -7,14 +7,14 @@ from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.audit.capture import Capture
 from tsqp.audit.view import View
 from tsqp.checkpoint import open_checkpoint
-from tsqp.wire.channel import Frames
+from tsqp.wire.channel import Frames, SlotsByReserve
 from tsqp.wire.codec import encode
 from tsqp.wire.messages import Hello, Product
 
 PRODUCT = encode(Product(1, "down", 0, 1, 4))
 
 
-class Line:
+class Line(SlotsByReserve):
     """A channel that keeps what it is given."""
 
     transport, address = "mem", "mem:line"

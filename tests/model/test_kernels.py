@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.families import tiny_model
+from tsqp.checkpoint import open_checkpoint
+from tsqp.model.batch import SequenceRows
+from tsqp.model.cache import KVCache
 from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, pick_kernels
 
 COMPILED: Kernels = CompiledKernels()
@@ -106,6 +109,31 @@ def test_rotate(rows: int, heads: int, half: int, seed: int, gap: int, dtype: to
         torch.testing.assert_close(*outs, rtol=2e-6, atol=1e-6)
 
 
+@few
+@given(
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    gap=st.integers(0, 3),
+    alone=st.booleans(),
+    dtypes=st.sampled_from([(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]),
+)
+def test_store(rows: int, seed: int, gap: int, alone: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """One row of each of several sequences, or all rows of one: each to its own cache and position, nothing else."""
+    config, (dtype, kept) = open_checkpoint("synthetic:tiny").config, dtypes
+    size, width = config.head_dim, config.kv_size
+    x, v = (random(rows, gap + width + 2, seed=seed + i, dtype=dtype) for i in (0, 1))
+    cos, sin = (random(rows, size, seed=seed + i, dtype=dtype) for i in (2, 3))
+    found = []
+    for kernels in (COMPILED, PLAIN):
+        caches = [KVCache(config, kept) for _ in range(rows if alone else 1)]
+        spans = [SequenceRows(cache, 5 + i, i, 1 if alone else rows, last=True) for i, cache in enumerate(caches)]
+        kernels.store(1, x, gap, v, gap + 1, cos, sin, spans)
+        found.append([torch.stack(cache.view(1, 0, 5 + 2 * rows)).float() for cache in caches])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2**-7 if kept == torch.bfloat16 else 2e-6, atol=1e-6)
+        assert torch.equal(ours == 0, plain == 0), "other positions stay as they were"
+
+
 def test_the_choice_of_kernels() -> None:
     assert isinstance(pick_kernels(torch.bfloat16), CompiledKernels)
     assert isinstance(pick_kernels(torch.bfloat16, compiled=False), TorchKernels)
@@ -120,7 +148,7 @@ def test_no_forward_pass_waits_for_a_compiler(dtype: str) -> None:
     code = f"""
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.model import compiled
-loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.rotate)
+loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.rotate, compiled.store)
 compute = ComputeConfig(dtype={dtype!r}, kernel_cache="off")
 with LLM({str(tiny_model("llama").directory)!r}, protection="local", compute=compute) as llm:
     before = [loop.signatures for loop in loops]
@@ -128,7 +156,7 @@ with LLM({str(tiny_model("llama").directory)!r}, protection="local", compute=com
     print([len(signatures) for signatures in before], [loop.signatures for loop in loops] == before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.split("\n")[0] == "[1, 1, 1, 1] True", run.stderr
+    assert run.stdout.split("\n")[0] == "[1, 1, 1, 1, 1] True", run.stderr
 
 
 def test_nothing_is_cached_unless_this_package_named_a_directory(tmp_path: Path) -> None:

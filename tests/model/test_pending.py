@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tsqp.model.pending import CACHE_BARRIER, Deferred, Joined, Private, Steps, interleaved, run
+from tsqp.model.pending import CACHE_BARRIER, Deferred, Joined, NotKept, Private, Steps, interleaved, run
 
 
-class Noted:
+class Noted(NotKept):
     """A product that notes when it is asked for and when it is waited for."""
 
     def __init__(self, name: str, notes: list[str], value: float = 0.0) -> None:

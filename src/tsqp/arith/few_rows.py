@@ -6,15 +6,21 @@ the loops of ``vnni.py`` read the weights once, where they are. ``DigitKernel.pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from tsqp.arith.product import OffsetKernel
 from tsqp.arith.row_threads import least_rows, row_threads
-from tsqp.arith.vnni import VECTOR, features, product_of_few, sums_of_few
+from tsqp.arith.vnni import VECTOR, features, product_of_few, product_of_numbers, sums_of_few
 
 # Up to so many rows of digits the loops are the faster; ``docs/performance.md`` has the measurement.
 FEW = 64  # with vectors of 512 bits, where ``_int_mm`` has no more than the same instruction
 FEW_OTHERWISE = 32  # beside AMX, or with vectors of 256 bits
+
+
+LEAST_WEIGHTS = 1 << 21
 
 
 class FewRowsKernel(OffsetKernel):
@@ -43,4 +49,21 @@ class FewRowsKernel(OffsetKernel):
         if not (w.is_contiguous() and out.is_contiguous()):
             return super().product_mod_p(x, w, offsets, out)
         arrays = (x.flatten(0, 1).numpy(), w.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        return row_threads().run(product_of_few, len(w), *arrays, least=least_rows(w.shape[1]))
+        return row_threads().run(product_of_few, len(w), *arrays, least=least_columns(w))
+
+    def prepared(
+        self, x: torch.Tensor, digits: int, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
+    ) -> Callable[[], None] | None:
+        """Splits x, uint32 or int16 in tensors of int32 or int16 (T, K), and multiplies: in one loop, of memory that
+        stays. None where ``product_mod_p`` would not do it in loops of few rows.
+        """
+        if digits * len(x) > self.few or not (x.is_contiguous() and w.is_contiguous() and out.is_contiguous()):
+            return None
+        values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
+        arrays = (values, digits, w.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
+        return partial(row_threads().run, product_of_numbers, len(w), *arrays, least=least_columns(w))
+
+
+def least_columns(w: torch.Tensor) -> int:
+    """Columns of weights (N, K) from which on a second thread pays: waking it takes as long as reading a megabyte."""
+    return max(2, LEAST_WEIGHTS // w.shape[1])

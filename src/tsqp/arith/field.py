@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tsqp.arith.bits import bits
 from tsqp.arith.digits import join, split
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.row_threads import least_rows, row_threads
@@ -52,16 +53,13 @@ class FieldWeights:
         for first in range(0, len(self.wq), columns):
             own = slice(first, first + columns)
             sums = self.kernel.accumulate_unsigned(digits_of_x.flatten(0, 1), self.wq[own]).view(digits, len(x), -1)
-            self._join(sums, self.offsets[own], out[:, own])
+            arrays = bits(sums), bits(self.offsets[own]), bits(out[:, own].view(torch.uint32))
+            row_threads().run(join, len(x), *arrays, least=least_rows(columns))
         return None
 
     def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
         """Every digit of x, plus 128: uint8 (digits, T, K)."""
         out = torch.empty(digits, *x.shape, dtype=torch.uint8)
-        values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
-        row_threads().run(split, len(x), values, out.numpy(), least=least_rows(x.shape[1]))
+        values = x.view(torch.uint32 if digits == 4 else torch.int16)
+        row_threads().run(split, len(x), bits(values), bits(out), least=least_rows(x.shape[1]))
         return out
-
-    def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        arrays = (sums.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        row_threads().run(join, len(out), *arrays, least=least_rows(out.shape[1]))

@@ -20,6 +20,9 @@ class RowThreads:
     def run(self, work: Callable[..., Any], rows: int, *arguments: Any, least: int) -> None:
         """``work(*arguments, first, end)`` over all rows in equal parts; fewer than ``least`` stay on this thread."""
         parts = min(self.threads, rows) if rows >= least else 1  # waking another thread takes longer than little work
+        if parts == 1:
+            work(*arguments, 0, rows)
+            return
         edges = [rows * part // parts for part in range(parts + 1)]
         others = [self._pool.submit(work, *arguments, edges[i], edges[i + 1]) for i in range(1, parts)]
         try:

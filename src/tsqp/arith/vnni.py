@@ -19,7 +19,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from tsqp.arith.digits import MULTIPLE, reduced
+from tsqp.arith.digits import MULTIPLE, reduced, split
 from tsqp.arith.jit import kernel
 from tsqp.arith.row_tile import emitter, function
 
@@ -103,3 +103,11 @@ def product_of_few(x, w, offsets, out, first, end):  # type: ignore[no-untyped-d
                     exact = np.int32(sums[m * rows + row, j] - offsets[n + j])  # in int32: both may have wrapped around
                     total += np.int64(exact) << np.int64(8 * m)
                 out[row, n + j] = reduced(total)
+
+
+@kernel
+def product_of_numbers(x, digits, w, offsets, out, first, end):  # type: ignore[no-untyped-def]
+    """Numbers x (T, K), as ``split`` takes them, times w, as ``product_of_few``. Each thread splits them for itself."""
+    own = np.empty((digits, x.shape[0], x.shape[1]), np.uint8)
+    split(x, own, 0, x.shape[0])
+    product_of_few(own.reshape(digits * x.shape[0], x.shape[1]), w, offsets, out, first, end)

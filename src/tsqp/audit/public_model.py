@@ -13,7 +13,7 @@ from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.config.groups import LAYER_GROUPS
 from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import DecoderLayers, Norms
+from tsqp.model.decoder_layers import ChunkWork, DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalLinears
@@ -81,9 +81,10 @@ class PublicModel:
         span = SequenceRows(context, context.length, 0, len(tokens), last=True)
         keys = torch.cat((torch.arange(context.length), positions))
         block = replace(self._block, attention=_Visible(visible, positions, keys, self.config.windows))
-        tables = self._rotary.tables(positions)
+        chunk = Chunk(0, (span,))
+        work = ChunkWork.of(self._rotary, self.config, chunk, positions)
         for layer in range(self.depth):
-            run(block.steps(layer, hidden, Chunk(0, (span,)), tables))
+            run(block.steps(layer, hidden, chunk, work))
         return hidden
 
     def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:

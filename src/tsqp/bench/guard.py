@@ -36,6 +36,7 @@ from tsqp.trusted.guard.pool import PadPool, PadSlice
 from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call
+from tsqp.wire.slot import Slot
 
 KEY: GroupKey = ("qkv", 0)  # its input is as wide as the model
 
@@ -94,10 +95,10 @@ class Silence:
     def next_id(self) -> int:
         return 1
 
-    def reserve(self, size: int) -> memoryview:
-        return self._memory[:size]
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        return Slot(self._memory[:size], reply_bytes)
 
-    def ask(self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int) -> Silence:
+    def ask(self, kind: Literal["linear", "lm_head"], call: Call, slot: Slot) -> Silence:
         return self
 
     def wait(self) -> memoryview:

@@ -8,7 +8,8 @@ same plainly, and is what many rows and other processors have.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tsqp.arith.bits import bits
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.row_threads import row_threads
 from tsqp.arith.row_tile import emitter, function
 from tsqp.arith.vnni import features
 from tsqp.model.compiled import _narrow, _widen
-from tsqp.model.kernels import bits
 
 VECTOR, LANES = 64, 16  # bytes that one instruction takes, and its sums
 HAS_DOT = features() >= {"avx512bf16", "avx512bw"}
@@ -118,12 +119,17 @@ def product(
 ) -> torch.Tensor:
     """x (M, K) times weight (N, K) plus bias (N,), bfloat16, into out (M, N): for what ``has_loops`` and ``serves``."""
     out = x.new_empty(len(x), len(weight)) if out is None else out
+    prepared(x, weight, bias, out)()
+    return out
+
+
+def prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> Callable[[], None]:
+    """The same of memory that stays: of whatever x holds when it is called."""
     arrays = (x.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy())
     added = np.empty(0, np.uint16) if bias is None else bits(bias)
     loop = product_of_one if len(x) == 1 else product_of_few
     least = max(2, LEAST_BYTES // arrays[1].shape[1])
-    row_threads().run(loop, len(weight), *arrays, added, bits(out), least=least)
-    return out
+    return partial(row_threads().run, loop, len(weight), *arrays, added, bits(out), least=least)
 
 
 @cache

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tsqp.arith.bits import bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.attention import first_visible
 from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache
-from tsqp.model.kernels import bits
 from tsqp.model.meter import Meter
 from tsqp.model.pending import Steps
 
@@ -101,7 +101,7 @@ class BlockAttention:
 
     def _share(self, loop: Any, pairs: int, q: torch.Tensor, spans: Spans, items: Any, *arguments: Any) -> None:
         """``loop`` over every item and KV head, shared out over threads if that is worth while."""
-        kv_heads = spans[0].cache.heads
+        kv_heads = spans[0].cache.kv_heads
         work = len(items) * kv_heads
         least = 2 if pairs * len(q) >= SPLIT_PAIRS else work + 1
         scale = np.float32(1 / math.sqrt(q.shape[2]))

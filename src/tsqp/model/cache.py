@@ -30,7 +30,7 @@ class KVCache(Positions):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.dtype = dtype
-        self.heads = config.num_kv_heads
+        self.kv_heads = config.num_kv_heads
         self._max_positions = config.max_positions
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
         self._keys = [empty] * config.num_layers
@@ -42,7 +42,7 @@ class KVCache(Positions):
         if end > self._keys[layer].shape[1]:
             keys, values = self._grown(self._keys[layer], end), self._grown(self._values[layer], end)
             self._keys[layer], self._values[layer] = keys, values
-            self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize // 4
+            self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
         return self._keys[layer], self._values[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ class KVCache(Positions):
         return self._keys[layer][:, first:end], self._values[layer][:, first:end]
 
     def memory(self, layer: int) -> tuple[int, int, int]:
-        """The addresses of one layer's keys and values, and how many words of 32 bits lie from one head to the next.
+        """The addresses of one layer's keys and values, and the bytes from one of their heads to the next: for loops.
 
         Good until ``reserve`` is called for the layer.
         """

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic, overload
 
 from tsqp.arith.jit import inline, kernel
 
@@ -35,6 +35,17 @@ def _widen(bits: Any) -> Any:
 def _narrow(value: Any, like: Any) -> Any:
     """float32 as an element of the type of ``like``; to bfloat16 ties go to even."""
     raise NotImplementedError
+
+
+@intrinsic
+def pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address, int64, as a pointer to elements of the type of the array ``like``."""
+    target = types.CPointer(like.dtype)
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(target))
+
+    return target(types.int64, like), cast
 
 
 @overload(_widen, inline="always")
@@ -124,24 +135,43 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
             out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate)), up) * _widen(up), up)
 
 
+@_inline
+def _rotate_head(x, row, column, cos, sin, target):  # type: ignore[no-untyped-def]
+    """One head of a row of x, from ``column`` on, rotated to target (d,)."""
+    half = target.shape[0] // 2
+    for j in range(half):
+        low, high = _widen(x[row, column + j]), _widen(x[row, column + half + j])
+        c, s = cos[row, j], sin[row, j]
+        target[j] = _narrow(_round(low * _widen(c), c) - _round(high * _widen(s), s), target[j])
+        c, s = cos[row, half + j], sin[row, half + j]
+        target[half + j] = _narrow(_round(high * _widen(c), c) + _round(low * _widen(s), s), target[half + j])
+
+
 @_kernel
 def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-untyped-def]
     """x (T, width) with heads from ``column`` on, cos and sin (T, d), out (heads, capacity, d) from ``position`` on.
 
     out may be of another type, as a cache is that holds bfloat16 of float32.
     """
-    half = out.shape[2] // 2
     for row in range(first, end):
         for head in range(out.shape[0]):
-            low_column = column + head * 2 * half
-            high_column = low_column + half
-            for j in range(half):
-                low, high = _widen(x[row, low_column + j]), _widen(x[row, high_column + j])
-                c, s = cos[row, j], sin[row, j]
-                out[head, position + row, j] = _narrow(
-                    _round(low * _widen(c), c) - _round(high * _widen(s), s), out[head, position + row, j]
-                )
-                c, s = cos[row, half + j], sin[row, half + j]
-                out[head, position + row, half + j] = _narrow(
-                    _round(high * _widen(c), c) + _round(low * _widen(s), s), out[head, position + row, half + j]
-                )
+            _rotate_head(x, row, column + head * out.shape[2], cos, sin, out[head, position + row])
+
+
+@_kernel
+def store(keys, key_column, values, value_column, cos, sin, like, table, first, end):  # type: ignore[no-untyped-def]
+    """Rows of keys, rotated, and of values (T, width) to caches: keys and values (heads, capacity, d) as ``like`` is.
+
+    table int64 (n, 5): the row, the addresses of K and of V, the bytes from one of their heads to the next, and the
+    position.
+    """
+    heads, d = like.shape[0], like.shape[2]
+    for n in range(first, end):
+        row = table[n, 0]
+        for head in range(heads):
+            offset = head * table[n, 3] + table[n, 4] * d * like.itemsize
+            k = carray(pointer(table[n, 1] + offset, like), (d,))  # type: ignore[call-arg]
+            v = carray(pointer(table[n, 2] + offset, like), (d,))
+            _rotate_head(keys, row, key_column + head * d, cos, sin, k)
+            for j in range(d):
+                v[j] = _narrow(_widen(values[row, value_column + head * d + j]), v[j])

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from tsqp.arith.jit import kernel
 from tsqp.model.attention_tiles import COLUMNS, HEADS, LANES, ROWS, multiply_tile, score_tile, weigh_tile
-from tsqp.model.compiled import _LEAST_POWER, _exp, _inline, _kernel, _narrow, _power, _widen
+from tsqp.model.compiled import _LEAST_POWER, _exp, _inline, _kernel, _narrow, _power, _widen, pointer
 
 KEYS = 256  # keys of a decode step whose scores are taken before their values are weighed
 PART_KEYS = 1024  # keys of one item of work of a decode step: edges at multiples of it
@@ -30,17 +30,6 @@ _ZERO = np.float32(0.0)
 _FIRST, _KEYS, _ROWS, _COLUMNS, _BLOCK = (np.int64(n) for n in (0, KEYS, ROWS, COLUMNS, BLOCK_KEYS))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)  # of a word
-
-
-@intrinsic
-def _pointer(typing: Any, address: Any, like: Any) -> Any:
-    """An address, int64, as a pointer to elements of the type of the array ``like``."""
-    target = types.CPointer(like.dtype)
-
-    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(target))
-
-    return target(types.int64, like), cast
 
 
 def _numbers(words: Any) -> Any:
@@ -151,15 +140,15 @@ def _soften(scores, weights, row, begin, seen, count, scale, state):  # type: ig
 
 @_inline
 def _held(address, offset, like, rows):  # type: ignore[no-untyped-def]
-    """Keys or values of one KV head, ``offset`` words from an address on: ``rows`` rows like those of ``like``."""
-    return carray(_pointer(address + offset * like.itemsize, like), (rows, like.shape[2]))  # type: ignore[call-arg]
+    """Keys or values of one KV head, ``offset`` bytes from an address on: ``rows`` rows like those of ``like``."""
+    return carray(pointer(address + offset, like), (rows, like.shape[2]))  # type: ignore[call-arg]
 
 
 @_kernel
 def attend_steps(q, items, kv_heads, scale, caches, parts, first, end):  # type: ignore[no-untyped-def]
     """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
 
-    q words (heads, T, n); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the words from
+    q words (heads, T, n); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the bytes from
     one of their heads to the next; items int64 (n, 3): sequence, first key, end key. parts float32 (n, heads, d + 2)
     becomes the weighted sum of V, then the greatest score, then the sum of weights.
     """
@@ -293,7 +282,7 @@ def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ig
     """Queries of one sequence at consecutive positions, at most ``BLOCK_QUERIES``, over the keys that they see.
 
     The work of item n % len(items) and KV head n // len(items). q words (heads, T, n); items int64 (n, 6): the row of q
-    of the first query, its position, the number of queries, the addresses of K and of V, and the words from one of
+    of the first query, its position, the number of queries, the addresses of K and of V, and the bytes from one of
     their heads to the next. out (T, heads, d).
     """
     width, d = q.shape[2], out.shape[2]

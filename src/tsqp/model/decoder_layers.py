@@ -6,9 +6,11 @@ Both sides run this: the trusted side with products on a worker, a worker that h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from tsqp.arith.bits import keep_bits
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
@@ -17,8 +19,27 @@ from tsqp.model.kernels import Kernels
 from tsqp.model.meter import Meter
 from tsqp.model.operators import Attention, Linears
 from tsqp.model.pending import CACHE_BARRIER, Steps
+from tsqp.model.rotary import Rotary
 
-RotaryTables = tuple[torch.Tensor, torch.Tensor]
+
+class ChunkWork(NamedTuple):
+    """What one chunk needs in every layer, made once: cos and sin of its positions, (T, D), and room for its queries.
+
+    ``q`` (heads, T, D) is of the caches' dtype.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    q: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, rotary: Rotary, config: ModelConfig, chunk: Chunk[KVCache], positions: torch.Tensor | None = None
+    ) -> ChunkWork:
+        """``positions`` (T,): those of the chunk unless given."""
+        cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
+        q = cos.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=chunk.spans[0].cache.dtype)
+        return cls(keep_bits(cos), keep_bits(sin), keep_bits(q))
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,7 @@ class Norms:
         """Read them from a checkpoint. Raises CorruptCheckpoint."""
 
         def weight(name: str) -> torch.Tensor:
-            return checkpoint.tensor(f"model.{name}.weight").to(device, dtype, copy=True)
+            return keep_bits(checkpoint.tensor(f"model.{name}.weight").to(device, dtype, copy=True))
 
         def layer(index: int) -> LayerNorms:
             name = f"layers.{index}"
@@ -69,7 +90,7 @@ class DecoderLayers:
     kernels: Kernels
     meter: Meter
 
-    def steps(self, layer: int, hidden: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables) -> Steps[None]:
+    def steps(self, layer: int, hidden: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork) -> Steps[None]:
         """Put the rows of one chunk through one layer: ``hidden`` (T, hidden_size) is changed in place.
 
         Appends to the caches of the chunk's sequences at the positions of their rows.
@@ -78,38 +99,42 @@ class DecoderLayers:
         x = self.linears.input(("qkv", layer), rows)
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, norms.attention, eps, x)
-        qkv = yield self.linears.start(("qkv", layer), x)
+        asked = self.linears.start(("qkv", layer), x)
+        qkv = yield asked
         yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys must be there first
         mixed = self.linears.input(("o", layer), rows)
-        yield from self._attend(layer, qkv, chunk, tables, mixed)
-        del qkv  # a product may lie in memory that is needed again
-        o = yield self.linears.start(("o", layer), mixed)
+        yield from self._attend(layer, qkv, chunk, work, mixed)
+        del qkv, x  # the memory of large ones is free again when nothing refers to it
+        asked.release()
+        asked = self.linears.start(("o", layer), mixed)
+        o = yield asked
         x = self.linears.input(("gate_up", layer), rows)
         with self.meter.operator("rms_norm"):
             self.kernels.add_rms_norm(hidden, o, norms.mlp, eps, x)
         del o, mixed
-        gate_up = yield self.linears.start(("gate_up", layer), x)
+        asked.release()
+        asked = self.linears.start(("gate_up", layer), x)
+        gate_up = yield asked
         inner = self.linears.input(("down", layer), rows)
         with self.meter.operator("silu"):
             self.kernels.silu_mul(gate_up, inner)
         del gate_up, x
-        hidden.add_((yield self.linears.start(("down", layer), inner)))
+        asked.release()
+        asked = self.linears.start(("down", layer), inner)
+        hidden.add_((yield asked))
+        asked.release()
 
     def _attend(
-        self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], tables: RotaryTables, mixed: torch.Tensor
+        self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork, mixed: torch.Tensor
     ) -> Steps[None]:
         """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
-        config, (cos, sin) = self.config, tables
+        config, (cos, sin, q) = self.config, work
         queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
-        values = qkv[:, config.q_size + config.kv_size :].view(-1, config.num_kv_heads, config.head_dim)
-        q = qkv.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=chunk.spans[0].cache.dtype)
+        value_column = config.q_size + config.kv_size
         with self.meter.operator("rotary"):
             self.kernels.rotate(queries, query_column, cos, sin, q, 0)
-            for span in chunk.spans:  # all keys before any attention, which may have to wait for products
-                at = span.slice
-                k, v = span.cache.reserve(layer, span.end)
-                self.kernels.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
-                v[:, span.position : span.end] = values[at].transpose(0, 1)
+            # All keys before any attention, which may have to wait for products.
+            self.kernels.store(layer, keys, key_column, qkv, value_column, cos, sin, chunk.spans)
         out = mixed.view(chunk.rows, config.num_heads, config.head_dim)
         yield from self.attention.steps(layer, q, chunk.spans, out)
 

@@ -11,12 +11,17 @@ numba compiles a loop for a dtype when it first runs, about a second in all, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 
+from tsqp.arith.bits import Array, bits
 from tsqp.arith.row_threads import row_threads
+from tsqp.model.batch import SequenceRows
+from tsqp.model.cache import KVCache
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
@@ -46,6 +51,22 @@ class Kernels(Protocol):
         may be of a dtype of its own.
         """
 
+    def store(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        key_column: int,
+        values: torch.Tensor,
+        value_column: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        spans: Sequence[SequenceRows[KVCache]],
+    ) -> None:
+        """Keys, rotated as by ``rotate``, and values of every row to ``layer`` of its sequence's cache.
+
+        Both (T, width) with heads from their columns on.
+        """
+
 
 class TorchKernels:
     """What the operators are, in plain torch: every dtype, every device, and the reference of the compiled ones."""
@@ -69,8 +90,26 @@ class TorchKernels:
         split = x[:, column : column + heads * head_dim].view(-1, heads, head_dim)
         out[:, position : position + len(x)] = rotate(split, cos, sin).transpose(0, 1)
 
+    def store(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        key_column: int,
+        values: torch.Tensor,
+        value_column: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        spans: Sequence[SequenceRows[KVCache]],
+    ) -> None:
+        for span in spans:
+            at = span.slice
+            k, v = span.cache.reserve(layer, span.end)
+            self.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
+            rows = values[at, value_column : value_column + k.shape[0] * k.shape[2]]
+            v[:, span.position : span.end] = rows.view(-1, k.shape[0], k.shape[2]).transpose(0, 1)
 
-class CompiledKernels:
+
+class CompiledKernels(TorchKernels):
     """The same for bfloat16 and float32 on the CPU, compiled. bfloat16 travels as uint16, which numba knows."""
 
     def __init__(self) -> None:
@@ -106,10 +145,39 @@ class CompiledKernels:
             self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position, least=SPLIT_ROWS
         )
 
+    def store(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        key_column: int,
+        values: torch.Tensor,
+        value_column: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        spans: Sequence[SequenceRows[KVCache]],
+    ) -> None:
+        if any(span.rows > 1 for span in spans):
+            return super().store(layer, keys, key_column, values, value_column, cos, sin, spans)
+        for span in spans:
+            k, _ = span.cache.reserve(layer, span.end)
+        # By address: the spans keep the caches, and nothing grows them before the loop is done.
+        table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in spans], np.int64)
+        return self.store_rows(keys, key_column, values, value_column, cos, sin, k, table)
 
-def bits(tensor: torch.Tensor) -> Any:
-    """A tensor's memory as numpy has it: float32, or uint16 for bfloat16."""
-    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.uint16).numpy()
+    def store_rows(
+        self,
+        keys: torch.Tensor,
+        key_column: int,
+        values: torch.Tensor,
+        value_column: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        like: torch.Tensor,
+        table: Array,
+    ) -> None:
+        """One row of each of several sequences; ``table`` is that of the loop, ``like`` keys of one of the caches."""
+        rows = (bits(keys), key_column, bits(values), value_column, bits(cos), bits(sin))
+        self._threads.run(self._compiled.store, len(table), *rows, bits(like), table, least=SPLIT_ROWS)
 
 
 def pick_kernels(
@@ -136,5 +204,7 @@ def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledK
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
-    kernels.rotate(row, 0, row, row, out.view(1, 1, 2).to(cache_dtype), 0)
+    kept = out.view(1, 1, 2).to(cache_dtype)
+    kernels.rotate(row, 0, row, row, kept, 0)
+    kernels.store_rows(row, 0, row, 0, row, row, kept, np.zeros((0, 5), np.int64))
     return kernels

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,6 +54,19 @@ class LinearWeights:
         if out is None:
             return F.linear(x, weight, bias)
         return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def prepared(linear: LinearProduct, x: torch.Tensor, part: int | None, out: torch.Tensor) -> Callable[[], object]:
+    """``linear.product`` of memory that stays: of whatever x holds when it is called."""
+    if not isinstance(linear, LinearWeights):
+        return partial(linear.product, x, part, out=out)
+    first, end = linear.group.part_rows(part)
+    weight, bias = linear.weight[first:end], None if linear.bias is None else linear.bias[first:end]
+    if linear.loops and bfloat16_rows.serves(x, out):
+        return bfloat16_rows.prepared(x, weight, bias, out)
+    if bias is None:
+        return partial(torch.mm, x, weight.T, out=out)
+    return partial(torch.addmm, bias, x, weight.T, out=out)
 
 
 def load_groups(

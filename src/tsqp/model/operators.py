@@ -22,8 +22,8 @@ class Linears(Protocol):
     def start(self, key: GroupKey, x: torch.Tensor) -> Pending:
         """Ask for ``x Wᵀ + b`` of one group: x (T, in_features) to (T, out_features), parts concatenated.
 
-        ``x`` must not change until the product is there. The product may be memory that the next products reuse:
-        it is good until nothing refers to it any more.
+        ``x`` must not change until the product is there. Product and ``x`` are good until nothing refers to them any
+        more, or until the product is released (``Pending.release``): then they may be memory of the next products.
         """
 
 

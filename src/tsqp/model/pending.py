@@ -16,12 +16,25 @@ class Pending(Protocol):
     def wait(self) -> torch.Tensor:
         """The product. Blocks until it is there; may raise any ChannelError. Called once."""
 
+    def release(self) -> None:
+        """Say that nobody will look at the product, or at its input, again: another product may have their memory.
+
+        May be left out, as after an error. Does nothing a second time.
+        """
+
 
 # A computation that hands out its products and is resumed with each result.
 Steps = Generator[Pending, torch.Tensor, T]
 
 
-class Deferred:
+class NotKept:
+    """A product in memory that no other will have while anything refers to it."""
+
+    def release(self) -> None:
+        """See ``Pending``: there is nothing to say."""
+
+
+class Deferred(NotKept):
     """A product computed here, when it is waited for."""
 
     def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
@@ -31,17 +44,19 @@ class Deferred:
         return self._compute()
 
 
-class Private:
+class Private(NotKept):
     """A product in memory of its own, which its caller may change."""
 
     def __init__(self, product: Pending) -> None:
         self._product = product
 
     def wait(self) -> torch.Tensor:
-        return self._product.wait().clone()
+        product = self._product.wait().clone()
+        self._product.release()
+        return product
 
 
-class Joined:
+class Joined(NotKept):
     """Several products under way at once, concatenated along the last dimension."""
 
     def __init__(self, parts: Sequence[Pending]) -> None:
@@ -51,7 +66,7 @@ class Joined:
         return torch.cat([part.wait() for part in self._parts], dim=-1)
 
 
-class CacheBarrier:
+class CacheBarrier(NotKept):
     """Not a product: a place that computations under way together pass in their order; see ``interleaved``."""
 
     def wait(self) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -55,19 +54,18 @@ class MeteredLinears:
         return MeteredProduct(asked, kind, self._stats)
 
 
-@dataclass(frozen=True)
 class MeteredProduct:
     """A product under way; see ``Pending``."""
 
-    asked: Pending
-    kind: CallKind
-    stats: Stats
+    def __init__(self, asked: Pending, kind: CallKind, stats: Stats) -> None:
+        self._asked, self._kind, self._stats = asked, kind, stats
+        self.release = asked.release
 
     def wait(self) -> torch.Tensor:
-        start, counted = time.perf_counter(), counted_s(self.stats, self.kind)
-        product = self.asked.wait()
-        end, elsewhere = time.perf_counter(), counted_s(self.stats, self.kind) - counted
-        self.stats.spent("check", min(end, start + elsewhere), end)  # the last thing that is done
+        start, counted = time.perf_counter(), counted_s(self._stats, self._kind)
+        product = self._asked.wait()
+        end, elsewhere = time.perf_counter(), counted_s(self._stats, self._kind) - counted
+        self._stats.spent("check", min(end, start + elsewhere), end)  # the last thing that is done
         return product
 
 

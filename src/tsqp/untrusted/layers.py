@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tsqp.errors import ProtocolError
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import DecoderLayers, RotaryTables
+from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalAttention, LocalLinears
 from tsqp.model.meter import Unmetered
@@ -34,7 +34,7 @@ class _Pass:
     batch: Batch[KVCache]
     hidden: torch.Tensor
     chunks: list[Chunk[KVCache]]
-    tables: list[RotaryTables]
+    work: list[ChunkWork]
 
 
 class LayerState:
@@ -68,9 +68,9 @@ class LayerState:
         caches = [self._cache(place.sequence, place.position) for place in call.places]
         batch = Batch(tokens.split([place.rows for place in call.places]), caches)
         chunks = list(batch.chunks(call.max_rows))
-        tables = [self._rotary.tables(chunk.positions()) for chunk in chunks]
+        work = [ChunkWork.of(self._rotary, self._weights.config, chunk) for chunk in chunks]
         hidden = F.embedding(tokens.to(self._weights.device), self._weights.embedding)
-        self._passes[call.id] = _Pass(batch, hidden, chunks, tables)
+        self._passes[call.id] = _Pass(batch, hidden, chunks, work)
 
     def layer(self, call: Layer) -> None:
         """One chunk through one layer. Raises ProtocolError."""
@@ -78,7 +78,7 @@ class LayerState:
         if call.layer >= self._weights.config.num_layers or call.chunk >= len(under_way.chunks):
             raise ProtocolError(f"there is no layer {call.layer} or no chunk {call.chunk}")
         chunk = under_way.chunks[call.chunk]
-        run(self._block.steps(call.layer, under_way.hidden[chunk.slice], chunk, under_way.tables[call.chunk]))
+        run(self._block.steps(call.layer, under_way.hidden[chunk.slice], chunk, under_way.work[call.chunk]))
 
     def finish(self, call: Finish) -> torch.Tensor:
         """Logits of the wanted rows, (n, vocab_size); the pass ends. Raises ProtocolError."""

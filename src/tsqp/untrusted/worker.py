@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import time
 
+import torch
+
 from tsqp.config.groups import linear_groups
 from tsqp.errors import ProtocolError, TsqpError
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
@@ -35,12 +37,13 @@ class Worker:
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
-        while not listener.interrupted:
-            event = listener.receive(None)
-            if isinstance(event, Departure):
-                self._connections.pop(event.peer, None)
-            elif event is not None and (answer := self.answer(event)) is not None:
-                listener.send(event, answer)
+        with torch.inference_mode():  # once: each call would pay for it
+            while not listener.interrupted:
+                event = listener.receive(None)
+                if isinstance(event, Departure):
+                    self._connections.pop(event.peer, None)
+                elif event is not None and (answer := self.answer(event)) is not None:
+                    listener.send(event, answer)
 
     def answer(self, arrival: Arrival) -> Frames | None:
         """The answer to one message; None for bytes that are no message, which deserve none."""
@@ -84,7 +87,7 @@ class Worker:
         self._connections[arrival.peer] = operators
         try:
             began = time.perf_counter_ns()
-            product = operators(call, arrival.frames.tensors, arrival.reply)
+            product = operators(call, arrival.frames.tensors, arrival.reply, arrival.place)
             self._bound_state()
             done = Done(call.id, time.perf_counter_ns() - began)
             return Frames(encode(done), () if product is None else (product,))

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from tsqp.wire.slot import Slot
+
 MAX_TENSORS = 2  # tensors of one message
 MAX_FRAME_BYTES = 2**32  # one tensor; attention scores of 32 heads × 2,048 rows × 8,192 keys in float32 are half of it
 
@@ -49,6 +51,17 @@ class Channel(Protocol):
         limits, ArenaFull, WorkerLost, ChannelClosed.
         """
 
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """Memory for one call after another, of a tensor of ``size`` bytes each; what ``reserve`` says holds for it.
+
+        The reply to a call lies in the slot too, where a transport has memory for replies: until the next call.
+        """
+
+    def send_from(self, slot: Slot, control: bytes) -> None:
+        """``send`` of the slot's tensor, once the reply to the slot's last call is here: otherwise, over shm, where one
+        would be written over the other, ProtocolError.
+        """
+
     def receive(self, deadline_s: float) -> Frames:
         """The next message from the worker, in the order sent.
 
@@ -63,17 +76,39 @@ class Channel(Protocol):
         """Release everything. Closing twice is allowed."""
 
 
+class SlotsByReserve:
+    """Slots of a channel that lays out nothing but what ``reserve`` does, and sees a call from one as any other."""
+
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """See Channel.slot."""
+        return Slot(self.reserve(size), reply_bytes)
+
+    def send_from(self, slot: Slot, control: bytes) -> None:
+        """See Channel.send_from."""
+        self.send(Frames(control, (slot.tensor,)), slot.reply_bytes)
+
+    def reserve(self, size: int) -> memoryview:
+        """See Channel.reserve."""
+        raise NotImplementedError
+
+    def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+        """See Channel.send."""
+        raise NotImplementedError
+
+
 class Arrival(NamedTuple):
     """A message at the worker, and the connection to answer on.
 
     ``reply`` is where its product is to be written, of exactly that size; None where a product is sent as a frame.
-    ``ticket`` is the transport's own mark on the message.
+    ``ticket`` is the transport's own mark on the message. ``place`` names the memory of its tensors and its reply:
+    messages of one connection with the same name have the same memory; empty where there is no such memory.
     """
 
     peer: bytes
     frames: Frames
     reply: memoryview | None = None
     ticket: int = 0
+    place: bytes = b""
 
 
 class Departure(NamedTuple):

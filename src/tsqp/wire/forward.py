@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.channel import Channel, Frames, SlotsByReserve
 
 
-class ForwardingChannel:
-    """See Channel: everything is passed on."""
+class ForwardingChannel(SlotsByReserve):
+    """See Channel: everything is passed on, calls from slots by ``send``: nothing passes a change of that."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

@@ -37,6 +37,11 @@ def bytes_tensor(payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]
     return tensor.view(dtype).view(shape)
 
 
+def lies_in(tensor: torch.Tensor, payload: memoryview) -> bool:
+    """Whether a tensor of ``bytes_tensor`` aliases its payload. (Where alignment asks for it, it is a copy.)"""
+    return payload.nbytes > 0 and tensor.data_ptr() == torch.frombuffer(payload, dtype=torch.uint8).data_ptr()
+
+
 class WireFormat(Protocol):
     """How float tensors cross the line. A payload's size follows from the tensor's shape alone.
 

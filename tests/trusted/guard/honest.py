@@ -18,6 +18,7 @@ from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, Product
+from tsqp.wire.slot import Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -40,21 +41,21 @@ class HonestConnection:
         self._id += 1
         return self._id
 
-    def reserve(self, size: int) -> memoryview:
+    def slot(self, size: int, reply_bytes: int) -> Slot:
         self._raise_if_dead()
-        return self.memory(size)
+        return Slot(self.memory(size), reply_bytes)
 
-    def ask(self, kind: str, call: Call, payload: memoryview, reply_bytes: int) -> HonestReply:
+    def ask(self, kind: str, call: Call, slot: Slot) -> HonestReply:
         self._raise_if_dead()
         if not isinstance(call, Product):
             raise AssertionError(f"the worker is asked for products, not for {call}")
-        x = np.frombuffer(payload, np.uint32 if call.digits == 4 else np.int16).reshape(call.rows, -1).copy()
+        x = np.frombuffer(slot.tensor, np.uint32 if call.digits == 4 else np.int16).reshape(call.rows, -1).copy()
         self.sent.append(x)
         product = x.astype(np.int64) @ self._weights[call.group, call.layer].T % P  # below 2³¹·127·K: fits
         reply = product.astype(np.uint32)
         self.change(reply)
-        if reply.nbytes != reply_bytes:
-            raise AssertionError(f"a product of {reply.nbytes} bytes was asked for as {reply_bytes}")
+        if reply.nbytes != slot.reply_bytes:
+            raise AssertionError(f"a product of {reply.nbytes} bytes was asked for as {slot.reply_bytes}")
         return HonestReply(self, reply)
 
     def fail(self, error: ChannelError) -> None:

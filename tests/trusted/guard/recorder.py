@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.channel import Channel, Frames, SlotsByReserve
 
 Sent = tuple[bytes, tuple[int, ...], int]  # control frame, sizes of payloads, size of the product asked for
 
 
-class Recorder:
+class Recorder(SlotsByReserve):
     """A channel that notes what goes over it."""
 
     def __init__(self, channel: Channel) -> None:
@@ -15,8 +15,11 @@ class Recorder:
         self.payloads: list[bytes] = []
         self.received: list[tuple[bytes, tuple[int, ...]]] = []
         self.transport, self.address = channel.transport, channel.address
-        self.reserve, self.close = channel.reserve, channel.close
+        self.close = channel.close
         self._channel = channel
+
+    def reserve(self, size: int) -> memoryview:
+        return self._channel.reserve(size)
 
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         self.sent.append((frames.control, tuple(t.nbytes for t in frames.tensors), reply_bytes))

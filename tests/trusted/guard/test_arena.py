@@ -17,6 +17,7 @@ from tsqp.arith.expand import expand
 from tsqp.arith.modulus import P
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.slot import Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -40,9 +41,18 @@ class Watching:
         self._note(memory)
         return memory
 
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        slot: Slot = self._channel.slot(size, reply_bytes)
+        self._note(slot.tensor)
+        return slot
+
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         self._look()
         self._channel.send(frames, reply_bytes)
+
+    def send_from(self, slot: Slot, control: bytes) -> None:
+        self._look()
+        self._channel.send_from(slot, control)
 
     def receive(self, deadline_s: float) -> Frames:
         frames: Frames = self._channel.receive(deadline_s)

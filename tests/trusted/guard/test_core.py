@@ -135,7 +135,7 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     def accept(unchecked_y: Array, check_vectors: Array, expected: Array, *rest: Any) -> None:
         assert not np.shares_memory(unchecked_y, reply)
         # Row threads call in any order: where a call's rows lie says which they are.
-        first = (expected.ctypes.data - pending.expected.ctypes.data) // pending.expected.strides[0]
+        first = (expected.ctypes.data - pending.desk.expected.ctypes.data) // pending.desk.expected.strides[0]
         calls.append(first)
         reply[first : first + BLOCK_ROWS] = 1
         real(unchecked_y, check_vectors, expected, *rest)

@@ -35,6 +35,7 @@ from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import DealerPadSource, LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, MultiplyPads, Product
+from tsqp.wire.slot import Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -314,13 +315,13 @@ class DealerLine:
         self.steps["next_id"] = self.locked()
         return 1
 
-    def reserve(self, size: int) -> memoryview:
-        self.steps["reserve"] = self.locked()
-        return memoryview(bytearray(size))
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        self.steps["slot"] = self.locked()
+        return Slot(memoryview(bytearray(size)), reply_bytes)
 
-    def ask(self, kind: str, call: Call, payload: memoryview, reply_bytes: int) -> DealerLine:
+    def ask(self, kind: str, call: Call, slot: Slot) -> DealerLine:
         assert call == MultiplyPads(1, *KEY, 1)
-        assert (kind, payload.nbytes, reply_bytes) == ("linear", KEY_BYTES, self.reply.nbytes)
+        assert (kind, slot.tensor.nbytes, slot.reply_bytes) == ("linear", KEY_BYTES, self.reply.nbytes)
         self.steps["ask"] = self.locked()
         return self
 
@@ -362,7 +363,7 @@ def test_a_dealer_is_asked_by_one_thread_at_a_time() -> None:
     lock = lock_of(source)
     line.locked = lambda: lock.depth == 1
     source.products(guarded(WEIGHTS)[KEY], [bytearray(KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32))
-    assert line.steps == dict.fromkeys(("reserve", "next_id", "ask", "wait"), True)
+    assert line.steps == dict.fromkeys(("slot", "next_id", "ask", "wait"), True)
     assert lock.depth == 0
 
 
@@ -492,10 +493,10 @@ def test_nothing_secret_is_printed() -> None:
     group = linears._groups[KEY]
     pending = linears.start(KEY, activations(1))
     secret = {
-        str(number) for part in (group.check_vectors, group.projections, pending.expected) for number in part.flat
+        str(number) for part in (group.check_vectors, group.projections, pending.desk.expected) for number in part.flat
     }
     block = pending.slices[0].block
-    for thing in (group, pending, pending.slices, block, linears, linears.pool, linears.pool._ratchet):
+    for thing in (group, pending, pending.desk, pending.slices, block, linears, linears.pool, linears.pool._ratchet):
         assert not {number for number in secret if len(number) > 6 and number in repr(thing)}
         assert "bytearray" not in repr(thing)
         assert "array(" not in repr(thing)

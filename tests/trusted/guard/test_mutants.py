@@ -220,6 +220,10 @@ def lives(test: str) -> str:
     return f"{LIVES}::{test}"
 
 
+def desks(test: str) -> str:
+    return f"test_desks.py::{test}"
+
+
 def digests(test: str) -> str:
     return f"{DIGESTS}::{test}"
 
@@ -256,7 +260,7 @@ MUTANTS = [
     mutant(
         "a verdict on what is sent is ignored",
         ERASED_PAD,
-        (LINEARS, "_ask", calling("_judge"), nothing),
+        (LINEARS, "_judge", asking("worst"), never),
     ),
     mutant(
         "x' is read back",
@@ -299,10 +303,30 @@ MUTANTS = [
     mutant(
         "the last row is skipped",
         WRONG_LAST,
-        (LINEARS, "_verify_and_unmask", storing("verdicts"), value("np.full(len(out), kernels.OK, np.uint8)")),
+        (LINEARS, "_judge", calling("fill"), lambda _: ast.parse("verdicts.fill(kernels.OK)").body[0]),
         (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_verify_and_unmask", calling("_judge"), nothing)),
+    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_judge", asking("worst"), never)),
+    mutant(
+        "a row has the verdict of the last product",
+        desks("test_the_verdict_on_one_product_is_none_on_the_next[masked]"),
+        (LINEARS, "_judge", calling("fill"), nothing),
+    ),
+    mutant(
+        "memory of a product under way is another's too",
+        desks("test_a_product_that_is_not_there_is_not_released[masked]"),
+        (LINEARS, "PendingProduct.release", asking("done"), lambda node: ast.If(ast.Constant(True), node.body, [])),
+    ),
+    mutant(
+        "memory is idle twice",
+        desks("test_a_desk_released_twice_is_idle_once[masked]"),
+        (LINEARS, "PendingProduct.release", storing("done"), nothing),
+    ),
+    mutant(
+        "memory is left after a failure",
+        desks("test_after_a_failure_no_desk_is_left_and_the_first_error_stays[masked]"),
+        (LINEARS, "CheckedLinears.close", calling("clear"), nothing),
+    ),
     mutant(
         "no range check",
         core("test_another_way_to_write_the_right_number_is_out_of_range[masked]"),
@@ -311,7 +335,7 @@ MUTANTS = [
     mutant(
         "a reply is checked where the worker can change it",
         core("test_a_reply_is_read_once[masked]"),
-        (LINEARS, "_verify_and_unmask", calling("copyto"), lambda _: ast.parse("unchecked_y = reply[own]").body[0]),
+        (LINEARS, "_verify_and_unmask", calling("copyto"), lambda _: ast.parse("unchecked_y = own").body[0]),
     ),
     # entropy
     mutant("vectors are not secret", ENTROPY, (WEIGHTS, "of", call_of("urandom"), expression("bytes(KEY_BYTES)"))),

@@ -262,7 +262,7 @@ def test_an_interrupt_while_waiting_ends_the_session() -> None:
     assert len(line.sent) == 2
 
 
-@pytest.mark.parametrize("where", ["reserve", "ask"])
+@pytest.mark.parametrize("where", ["slot", "ask"])
 def test_a_call_that_fails_before_it_is_sent(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it has pads nothing is lost; with them the session ends, and all pads with it."""
     linears, line = masked(WEIGHTS)
@@ -275,7 +275,7 @@ def test_a_call_that_fails_before_it_is_sent(where: str, monkeypatch: pytest.Mon
         patch.setattr(line, where, fail)
         with pytest.raises(RuntimeError, match=where):
             linears.start(KEY, activations(4))
-    if where == "reserve":
+    if where == "slot":
         (block,) = linears.pool._stocks[KEY]
         assert block.left == BLOCK_ROWS - 1
         linears.start(KEY, activations(2)).wait()

@@ -235,8 +235,8 @@ def test_wait_makes_what_is_missing(rows: int) -> None:
         filler.fill()
         made = source.blocks
         slices = pool.take(KEY, rows)
-        assert [(one.first, one.end) for one in slices] == [
-            (first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)
+        assert [(one.first, one.rows) for one in slices] == [
+            (first, min(BLOCK_ROWS, rows - first)) for first in range(0, rows, BLOCK_ROWS)
         ]
         missing = max(0, rows - 48)
         assert (pool.used, pool.missed) == (rows, missing)

@@ -21,7 +21,7 @@ from tsqp.trusted.remote.linears import OpenLinears
 from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.trace import Trace
-from tsqp.wire.channel import Frames
+from tsqp.wire.channel import Frames, SlotsByReserve
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, GroupShape, Hello, Linear, Refused, Welcome
 
@@ -34,7 +34,7 @@ WELCOME = Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "float32")
 Answer = Callable[[Linear], Frames]
 
 
-class ScriptedChannel:
+class ScriptedChannel(SlotsByReserve):
     """A channel whose worker answers what the test says."""
 
     transport = "mem"

@@ -146,13 +146,13 @@ def test_over_every_transport(transport: str, start_worker: StartWorker) -> None
         path="field",
     )
     x = canonical(5, HIDDEN)
-    place = session.reserve(x.nbytes)
-    place[:] = tensor_bytes(x)
-    size = 5 * linear_groups(CONFIG)["gate_up"].out_features * 4
-    reply = session.ask("linear", Product(session.next_id(), "gate_up", 1, 5, 4), place, size).wait()
-    got = torch.frombuffer(bytearray(reply), dtype=torch.int32)
-    assert torch.equal(got.long(), (reference(x, ("gate_up", 1)) % P).flatten())
-    del place, reply
+    slot = session.slot(x.nbytes, 5 * linear_groups(CONFIG)["gate_up"].out_features * 4)
+    for layer in (1, 0):
+        slot.tensor[:] = tensor_bytes(x)
+        reply = session.ask("linear", Product(session.next_id(), "gate_up", layer, 5, 4), slot).wait()
+        got = torch.frombuffer(bytearray(reply), dtype=torch.int32)
+        assert torch.equal(got.long(), (reference(x, ("gate_up", layer)) % P).flatten())
+    del slot, reply
     session.close()
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from tsqp.arith.bits import keep_bits
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import DecoderLayers
+from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
 from tsqp.model.operators import Embedding
 from tsqp.model.pending import Steps, interleaved
 from tsqp.model.rotary import Rotary
@@ -62,13 +63,16 @@ class Decoder:
         final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
             self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)
-        logits = yield self._layers.linears.start(("lm_head", None), final)
+        asked = self._layers.linears.start(("lm_head", None), final)
+        logits = (yield asked).to(torch.float32, copy=True)  # the caller's own: what was handed out is used again
+        asked.release()
         batch.advance()
         self._stats.forward_passes += 1
-        return logits.float()
+        return logits
 
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):
-            tables = self._rotary.tables(chunk.positions())
+            work = ChunkWork.of(self._rotary, self.config, chunk)
+            keep_bits(hidden)
         for layer in range(self.config.num_layers):
-            yield from self._layers.steps(layer, hidden, chunk, tables)
+            yield from self._layers.steps(layer, hidden, chunk, work)

@@ -5,18 +5,19 @@ call raises (test_hostile.py); in ``masked`` all that reaches the worker is x + 
 (test_view.py) and a call's shape (test_transcript.py). Does not cover: lengths, timing, model.
 Assumes: this process's memory is private, ``os.urandom`` and AES.
 
-Memory of the connection is written once and never read back; a reply is read once, into private memory.
+Memory of the connection is written once and never read back; a reply is read once, into private memory. Memory of few
+rows is used again, by one product at a time, once the decoder has released the last one (test_desks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
+from tsqp.arith.bits import bits, keep_bits
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import Array, Digits
 from tsqp.arith.row_threads import row_threads
@@ -29,28 +30,53 @@ from tsqp.errors import (
     PadsExhausted,
     ProductMismatch,
     ReplyRangeError,
+    TsqpError,
 )
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice
 from tsqp.trusted.guard.sources import PendingBytes, WorkerConnection
 from tsqp.trusted.guard.weights import Groups, GuardedGroup
 from tsqp.wire.messages import Product
+from tsqp.wire.slot import Shelf
 
 
-@dataclass(frozen=True, repr=False)
+class Desk:
+    """Memory for one product at a time of R rows: x and y, float32 (R, K) and (R, N), and what is between them.
+
+    ``sent`` (R, K) is memory of the connection, all else is private: ``scales`` float32 (R,), what the check is to find
+    uint32 (R, k), a copy of at most a block of the reply.
+    """
+
+    def __init__(self, connection: WorkerConnection, group: GuardedGroup, rows: int, item: type[np.generic]) -> None:
+        self.key, self.rows, inner, outer = group.key, rows, group.in_features, group.out_features
+        self.slot = connection.slot(rows * inner * np.dtype(item).itemsize, rows * outer * 4)
+        self.sent = np.frombuffer(self.slot.tensor, item).reshape(rows, inner)
+        self.scales, self.verdicts = np.empty(rows, np.float32), np.empty(rows, np.uint8)
+        shapes = (rows, len(group.projections)), (min(rows, BLOCK_ROWS), outer)
+        self.expected, self.unchecked_y = (np.empty(shape, np.uint32) for shape in shapes)
+        self.x, self.y = keep_bits(torch.empty(rows, inner)), keep_bits(torch.empty(rows, outer))
+
+
+@dataclass(repr=False)
 class PendingProduct:
-    """A product under way: R rows in slices, their scales float32 (R,), what the check is to find, uint32 (R, k)."""
+    """A product under way at a desk, its rows in slices."""
 
     linears: CheckedLinears
     group: GuardedGroup
     reply: PendingBytes
-    scales: Array
-    expected: Array
+    desk: Desk
     slices: Sequence[PadSlice]
+    done: bool = False  # the product is there, and was not released
 
     def wait(self) -> torch.Tensor:
         """The product, checked. Raises CheckFailed and any other ChannelError, and ends the session with it."""
         return self.linears.finish(self)
+
+    def release(self) -> None:
+        """Say that nobody will look at the product, or at its input, again. Does nothing before, or a second time."""
+        if self.done:
+            self.done = False
+            self.linears.desks.put_back(self.desk)
 
 
 class CheckedLinears:
@@ -66,14 +92,15 @@ class CheckedLinears:
 
     def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | NoPads) -> None:
         self.checks = 0  # products that were checked
+        self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, self.item))
         self._under_way = 0
         self._connection = connection
         self._groups = groups
         self._pads = pads
 
     def input(self, key: GroupKey, rows: int) -> torch.Tensor:
-        """Private memory for the input of one product, float32 (rows, in_features)."""
-        return torch.empty(rows, self._groups[key].in_features)
+        """Private memory for the input of one product, float32 (rows, in_features). Raises what ended the session."""
+        return self.desks.hand_out(key, rows).x
 
     def start(self, key: GroupKey, x: torch.Tensor) -> PendingProduct:
         """Ask for ``x Wᵀ + b``, x float32 (R, in_features).
@@ -81,19 +108,16 @@ class CheckedLinears:
         Raises PadsExhausted and NumericError before anything is sent; the session goes on after them unless other
         products were under way, which would be given up. Any other exception ends it.
         """
-        # Raises what has ended the session.
-        payload = self._connection.reserve(x.numel() * np.dtype(self.item).itemsize)
+        desk = self.desks.claim(key, x) or self.desks.fresh(key, len(x))
         slices: Sequence[PadSlice] = ()
         try:
             slices = self._pads.take(key, len(x))
-            pending = self._ask(key, x.numpy(), slices, payload)
+            return self._ask(key, bits(x), slices, desk)
         except BaseException as error:
             if self._under_way or not isinstance(error, PadsExhausted | NumericError):
                 self._end(error)
             _lose(slices)
             raise
-        self._under_way += 1
-        return pending
 
     def finish(self, pending: PendingProduct) -> torch.Tensor:
         """See ``PendingProduct.wait``."""
@@ -109,6 +133,7 @@ class CheckedLinears:
     def close(self) -> None:
         """Overwrite what is secret. Nothing can be asked for any more."""
         self._connection.fail(ChannelClosed("the session was closed"))  # first: no reply may meet forgotten vectors
+        self.desks.clear()  # whoever has no desk yet must ask the connection, which says how it ended
         for group in self._groups.values():
             group.forget()
         self._pads.close()
@@ -118,47 +143,41 @@ class CheckedLinears:
         self._connection.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
         self.close()
 
-    def _ask(self, key: GroupKey, x: Array, slices: Sequence[PadSlice], payload: memoryview) -> PendingProduct:
-        """Quantise and mask x, float32 (R, K), into ``payload``, memory of the connection; ask for the product."""
-        group, rows = self._groups[key], len(x)
-        out = np.frombuffer(payload, self.item).reshape(x.shape)
-        scales, expected = np.empty(rows, np.float32), np.empty((rows, len(group.projections)), np.uint32)
-        verdicts, limit = np.full(rows, kernels.UNSEEN, np.uint8), np.float32(group.limit)
+    def _ask(self, key: GroupKey, x: Array, slices: Sequence[PadSlice], desk: Desk) -> PendingProduct:
+        """Quantise and mask x, float32 (R, K), into memory of the connection; ask for the product."""
+        group, limit = self._groups[key], np.float32(self._groups[key].limit)
 
         def mask(begin: int, stop: int) -> None:
-            for rows_of in slices[begin:stop]:
-                own, pads = slice(rows_of.first, rows_of.end), rows_of.pads(group)
-                part = (out[own], scales[own], expected[own], verdicts[own])
-                kernels.quantise_and_mask(x[own], limit, group.projections, self.masked, pads, *part, 0, rows_of.rows)
+            for one in slices[begin:stop]:
+                own, *part = one.of(x, desk.sent, desk.scales, desk.expected, desk.verdicts)
+                pads = one.pads(group)
+                kernels.quantise_and_mask(own, limit, group.projections, self.masked, pads, *part, 0, one.rows)
 
-        row_threads().run(mask, len(slices), least=2)
-        _judge(verdicts)
-        kind: Literal["linear", "lm_head"] = "lm_head" if key[1] is None else "linear"
-        call = Product(self._connection.next_id(), *key, rows, self.digits)
-        reply = self._connection.ask(kind, call, payload, rows * group.out_features * 4)
-        return PendingProduct(self, group, reply, scales, expected, slices)
+        _judge(mask, slices, desk.verdicts)
+        call = Product(self._connection.next_id(), *key, len(x), self.digits)
+        reply = self._connection.ask("lm_head" if key[1] is None else "linear", call, desk.slot)
+        self._under_way += 1
+        return PendingProduct(self, group, reply, desk, slices)
 
     def _verify_and_unmask(self, pending: PendingProduct) -> torch.Tensor:
         """The product, float32 (R, N), once every row of it has been checked."""
-        group, shape = pending.group, (len(pending.scales), pending.group.out_features)
-        reply = np.frombuffer(pending.reply.wait(), np.uint32).reshape(shape)
-        out = torch.empty(shape)
-        verdicts = np.full(len(out), kernels.UNSEEN, np.uint8)
+        group, desk, y = pending.group, pending.desk, bits(pending.desk.y)
+        reply = np.frombuffer(pending.reply.wait(), np.uint32).reshape(y.shape)
 
         def unmask(begin: int, stop: int) -> None:
-            private = np.empty((BLOCK_ROWS, group.out_features), np.uint32)
-            for rows_of in pending.slices[begin:stop]:
-                own = slice(rows_of.first, rows_of.end)
-                unchecked_y = private[: rows_of.rows]
-                np.copyto(unchecked_y, reply[own])  # the one time that a reply is read: the worker can still change it
-                check = (group.check_vectors, pending.expected[own], self.masked, rows_of.products())
-                part = (pending.scales[own], group.scales, group.bias, out.numpy()[own], verdicts[own])
-                kernels.verify_and_unmask(unchecked_y, *check, *part, 0, rows_of.rows)
+            private = np.empty_like(desk.unchecked_y) if begin else desk.unchecked_y  # one thread's each
+            for one in pending.slices[begin:stop]:
+                own, out, scales, expected, verdicts = one.of(reply, y, desk.scales, desk.expected, desk.verdicts)
+                unchecked_y = private[: one.rows]
+                np.copyto(unchecked_y, own)  # the one time that a reply is read: the worker can still change it
+                check = (group.check_vectors, expected, self.masked, one.products())
+                part = (scales, group.scales, group.bias, out, verdicts)
+                kernels.verify_and_unmask(unchecked_y, *check, *part, 0, one.rows)
 
-        row_threads().run(unmask, len(pending.slices), least=2)
-        _judge(verdicts)
+        _judge(unmask, pending.slices, desk.verdicts)
         self.checks += 1
-        return out
+        pending.done = True
+        return desk.y
 
 
 class VerifiedLinears(CheckedLinears):
@@ -180,19 +199,22 @@ class MaskedLinears(CheckedLinears):
         self.pool = pool
 
 
-def _judge(verdicts: Array) -> None:
-    """Raise what the worst verdict means. A row without a verdict is not accepted either."""
-    match int(verdicts.max()):
-        case kernels.OK:
-            return
-        case kernels.NOT_FINITE:
-            raise NumericError("the activations are not numbers: the weights are broken")
-        case kernels.ERASED_PAD:
-            raise PadReused("a pad was about to be used again")
-        case kernels.OUT_OF_RANGE:
-            raise ReplyRangeError("the worker's product has numbers out of range: it cheats, or it is broken")
-        case _:
-            raise ProductMismatch("the worker's product is wrong: it cheats, or its machine is broken")
+_REFUSALS: Sequence[tuple[type[TsqpError], str]] = (  # by verdict, those but OK
+    (NumericError, "the activations are not numbers: the weights are broken"),
+    (PadReused, "a pad was about to be used again"),
+    (ReplyRangeError, "the worker's product has numbers out of range: it cheats, or it is broken"),
+    (ProductMismatch, "the worker's product is wrong: it cheats, or its machine is broken"),
+)
+
+
+def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array) -> None:
+    """Do the work on slices; raise what the worst verdict means. A row without a verdict is not accepted either."""
+    verdicts.fill(kernels.UNSEEN)  # there are those of another product
+    row_threads().run(work, len(slices), least=2)
+    worst = max(verdicts.tolist())
+    if worst != kernels.OK:
+        error, text = _REFUSALS[min(worst, kernels.MISMATCH) - 1]
+        raise error(text)
 
 
 def _lose(slices: Sequence[PadSlice]) -> None:

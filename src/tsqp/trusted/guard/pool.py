@@ -32,16 +32,16 @@ _NO_PADS = np.empty((BLOCK_ROWS, 0), np.uint32)
 
 
 class PadSlice(NamedTuple):
-    """Rows ``first`` to ``end`` of a call; their pads are those of ``block`` from ``at`` on, if they are masked."""
+    """``rows`` rows of a call from ``first`` on, masked by those of ``block`` from ``at`` on, if there is one."""
 
     block: PadBlock | None
     at: int
     first: int
-    end: int
+    rows: int
 
-    @property
-    def rows(self) -> int:
-        return self.end - self.first
+    def of(self, *arrays: Array) -> list[Array]:
+        """Its rows of arrays that have all rows of the call."""
+        return list(arrays) if self.rows == len(arrays[0]) else [one[self.first :][: self.rows] for one in arrays]
 
     def pads(self, group: GuardedGroup) -> Array:
         """uint32 (rows, K), to be used and erased; (rows, 0) where nothing is masked."""
@@ -56,7 +56,7 @@ class NoPads:
     """What ``verified`` has in place of a pool: slices as long as blocks of pads, without pads."""
 
     def take(self, key: GroupKey, rows: int) -> list[PadSlice]:
-        return [PadSlice(None, 0, first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS)]
+        return [PadSlice(None, 0, at, min(BLOCK_ROWS, rows - at)) for at in range(0, rows, BLOCK_ROWS)]
 
     def supply(self, key: GroupKey, slices: Sequence[PadSlice]) -> None:
         """There is nothing to make."""
@@ -91,7 +91,8 @@ class PadPool:
         self._ratchet.refuse()  # before the lock: in a forked process nobody may be left to release it
         with self._lock:
             stock = self._stocks[key]
-            missing = max(0, rows - self.ready(key))
+            # Most calls of an answer find enough in the first block, and need not count the others.
+            missing = 0 if stock and stock[0].supplied and stock[0].left >= rows else max(0, rows - self.ready(key))
             if missing and not self._wait:
                 raise PadsExhausted(f"{missing} of {rows} pads missing: use {', '.join(MORE_PADS)}", fields=MORE_PADS)
             self.recent[key] = time.monotonic(), rows
@@ -103,7 +104,7 @@ class PadPool:
                     stock.append(self._new_block())
                 block = stock[0]
                 count = min(rows - first, block.left)
-                slices.append(PadSlice(block, block.claim(count), first, first + count))
+                slices.append(PadSlice(block, block.claim(count), first, count))
                 first += count
                 if not block.left:
                     stock.popleft()

@@ -18,6 +18,7 @@ from tsqp.arith.field import Array
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, MultiplyPads
+from tsqp.wire.slot import Slot
 
 
 class PendingBytes(Protocol):
@@ -32,12 +33,10 @@ class WorkerConnection(Protocol):
 
     def next_id(self) -> int: ...
 
-    def reserve(self, size: int) -> memoryview:
-        """Memory for a payload: **the other side can read it while it is written, and change it.**"""
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """Memory for payloads: **the other side can read it while it is written, and change it.**"""
 
-    def ask(
-        self, kind: Literal["linear", "lm_head"], call: Call, payload: memoryview, reply_bytes: int
-    ) -> PendingBytes: ...
+    def ask(self, kind: Literal["linear", "lm_head"], call: Call, slot: Slot) -> PendingBytes: ...
 
     def fail(self, error: ChannelError) -> None:
         """End the connection: every later call raises ``error``, or what has ended it before."""
@@ -73,10 +72,9 @@ class DealerPadSource:
 
     def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
         with self._one_at_a_time:
-            payload = self._connection.reserve(len(keys) * KEY_BYTES)
+            slot = self._connection.slot(len(keys) * KEY_BYTES, len(keys) * BLOCK_ROWS * group.out_features * 4)
             for index, key in enumerate(keys):
-                payload[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
-            rows, columns = len(keys) * BLOCK_ROWS, group.out_features
+                slot.tensor[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
             call = MultiplyPads(self._connection.next_id(), *group.key, len(keys))
-            reply = self._connection.ask("linear", call, payload, rows * columns * 4).wait()
-            return np.frombuffer(reply, np.uint32).reshape(rows, columns).copy()  # read once
+            reply = self._connection.ask("linear", call, slot).wait()
+            return np.frombuffer(reply, np.uint32).reshape(len(keys) * BLOCK_ROWS, -1).copy()  # read once

@@ -90,9 +90,8 @@ class GuardedGroup:
 
     def forget(self) -> None:
         """Overwrite the check vectors with ones that nobody knows and that do not belong together: no check passes."""
-        expand(
-            AesKeyStream(os.urandom(KEY_BYTES)), self.check_vectors
-        )  # not with zeros: x·0 = y·0 would accept everything
+        # Not with zeros: x·0 = y·0 would accept everything.
+        expand(AesKeyStream(os.urandom(KEY_BYTES)), self.check_vectors)
         self.projections.fill(1)
 
 

@@ -15,12 +15,14 @@ from tsqp.config.groups import GroupName, linear_groups
 from tsqp.config.model import ModelConfig
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
 from tsqp.model.meter import CallKind
+from tsqp.model.pending import NotKept
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, MultiplyPads, Product, Welcome
 from tsqp.wire.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
 from tsqp.wire.printable import printable
+from tsqp.wire.slot import Slot
 
 T = TypeVar("T")
 
@@ -52,7 +54,7 @@ class WorkerSession:
         self._digests = digests
         self._role = role
         self._wire = wire_format(wire_dtype)
-        self._dtype = TORCH_DTYPES[dtype]
+        self.dtype = TORCH_DTYPES[dtype]
         self._deadline_s = deadline_s
         self._next_id = 0
         self._under_way: dict[int, PendingReply[Any]] = {}
@@ -81,11 +83,25 @@ class WorkerSession:
             self._die(error)
             raise
 
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """Memory for calls of one shape, one at a time, as ``reserve``; see ``Channel.slot``."""
+        self._raise_if_dead()
+        try:
+            return self.channel.slot(size, reply_bytes)
+        except ChannelError as error:
+            self._die(error)
+            raise
+
+    @property
+    def plain(self) -> bool:
+        """Whether tensors of the compute dtype cross the line as they are."""
+        return self._wire.dtype == self.dtype
+
     def input(self, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor of the compute dtype for the input of a call; where that is the wire dtype it is not copied."""
-        if self._wire.dtype != self._dtype:
-            return torch.empty(shape, dtype=self._dtype)
-        return bytes_tensor(self.reserve(self._wire.size(shape)), self._dtype, shape)
+        if not self.plain:
+            return torch.empty(shape, dtype=self.dtype)
+        return bytes_tensor(self.reserve(self._wire.size(shape)), self.dtype, shape)
 
     def start(
         self, kind: CallKind, call: Call, tensors: Sequence[torch.Tensor], shape: tuple[int, ...]
@@ -97,28 +113,33 @@ class WorkerSession:
         self._raise_if_dead()
         began = time.perf_counter()
         payloads = [self._payload(tensor) for tensor in tensors]
-        read = lambda payload: self._wire.read(payload, shape, self._dtype)  # noqa: E731
+        read = lambda payload: self._wire.read(payload, shape, self.dtype)  # noqa: E731
         return self._send(PendingReply(self, kind, call, self._wire.size(shape), read, began), payloads)
 
-    def ask(self, kind: CallKind, call: Call, payload: memoryview, reply_bytes: int) -> PendingReply[memoryview]:
-        """Send one call with one payload as it is; its product is ``reply_bytes`` of the worker's.
+    def ask(self, kind: CallKind, call: Call, slot: Slot) -> PendingReply[memoryview]:
+        """Send one call from a slot; its product is the worker's bytes, of the size that the slot has for them.
 
         Raises the session's first ChannelError when it is dead, WorkerLost, ProtocolError.
         """
         self._raise_if_dead()
         began = time.perf_counter()
-        return self._send(PendingReply(self, kind, call, reply_bytes, lambda product: product, began), [payload])
+        return self._send(PendingReply(self, kind, call, slot.reply_bytes, _as_it_is, began), slot)
 
     def fail(self, error: ChannelError) -> None:
         """End the session: every later call raises ``error``, or what has ended it before."""
         self._die(error)
 
-    def _send(self, reply: PendingReply[T], payloads: Sequence[memoryview]) -> PendingReply[T]:
+    def _send(self, reply: PendingReply[T], payloads: Sequence[memoryview] | Slot) -> PendingReply[T]:
         row = self.stats.calls[reply.kind]
         control = encode(reply.call)
         serialised = time.perf_counter()
         try:
-            self.channel.send(Frames(control, payloads), reply.reply_bytes)
+            if isinstance(payloads, Slot):
+                self.channel.send_from(payloads, control)
+                row.bytes_sent += len(control) + payloads.tensor.nbytes
+            else:
+                self.channel.send(Frames(control, payloads), reply.reply_bytes)
+                row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
         except ChannelError as error:
             self._die(error)
             raise
@@ -127,8 +148,8 @@ class WorkerSession:
         row.count += 1
         row.held_s += sent - reply.began
         row.serialise_s += serialised - reply.began
-        row.bytes_sent += len(control) + sum(payload.nbytes for payload in payloads)
-        self.stats.traced("line", "send", reply.began, sent, id=reply.call.id)
+        if self.stats.trace is not None:
+            self.stats.traced("line", "send", reply.began, sent, id=reply.call.id)
         return reply
 
     def close(self) -> None:
@@ -141,19 +162,18 @@ class WorkerSession:
 
         Over shm the product may lie in memory that the worker can still change: read each element once.
         """
-        payload = self._take(reply)
-        arrived = time.perf_counter()
+        payload, arrived = self._take(reply)
         product = reply.read(payload)
-        end = time.perf_counter()
-        row = self.stats.calls[reply.kind]
+        row, end = self.stats.calls[reply.kind], time.perf_counter()
         row.deserialise_s += end - arrived
         row.rpc_s += end - arrived
         row.held_s += end - arrived
-        self.stats.traced("line", "take", arrived, end)
+        if self.stats.trace is not None:
+            self.stats.traced("line", "take", arrived, end)
         return product
 
-    def _take(self, reply: PendingReply[T]) -> memoryview:
-        """Wait for one reply; the bytes of its product, of the size asked for."""
+    def _take(self, reply: PendingReply[T]) -> tuple[memoryview, float]:
+        """Wait for one reply; the bytes of its product, of the size asked for, and when they came."""
         self._raise_if_dead()
         waits = time.perf_counter()
         try:
@@ -171,9 +191,10 @@ class WorkerSession:
         # Whatever the worker says, it cannot have computed for longer than the call was under way.
         busy_s = min(reply.busy_ns * 1e-9, arrived - reply.began)
         row.worker_s += busy_s
-        self.stats.traced("line", "wait", waits, arrived)
-        self.stats.traced("call", call_name(reply.call), reply.began, arrived, busy_s=busy_s, **asdict(reply.call))
-        return payload
+        if self.stats.trace is not None:
+            self.stats.traced("line", "wait", waits, arrived)
+            self.stats.traced("call", call_name(reply.call), reply.began, arrived, busy_s=busy_s, **asdict(reply.call))
+        return payload, arrived
 
     def _payload(self, tensor: torch.Tensor) -> memoryview:
         """The tensor's own bytes if they can go as they are, otherwise a copy made right where it is sent from."""
@@ -238,7 +259,7 @@ class WorkerSession:
         self.channel.close()
 
 
-class PendingReply(Generic[T]):
+class PendingReply(NotKept, Generic[T]):
     """A call under way, and its reply once it is here; see ``Pending``. ``read`` makes the product of its bytes."""
 
     def __init__(
@@ -262,6 +283,10 @@ class PendingReply(Generic[T]):
     def wait(self) -> T:
         """The product; over shm the worker can still change bytes. Raises any ChannelError. Called once."""
         return self._session.finish(self)
+
+
+def _as_it_is(product: memoryview) -> memoryview:
+    return product
 
 
 def call_name(call: Call) -> str:

@@ -6,13 +6,15 @@ that are not canonical give products that mean nothing, to that client alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.few_rows import FewRowsKernel
 from tsqp.arith.field import Digits, FieldWeights
 from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
@@ -24,9 +26,10 @@ from tsqp.config.model import ModelConfig
 from tsqp.errors import ProtocolError
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.untrusted.paths.plain import exactly
+from tsqp.untrusted.paths.prepared import Prepared
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import Call, MultiplyPads, Product
-from tsqp.wire.payload import bytes_tensor, tensor_bytes
+from tsqp.wire.payload import bytes_tensor, lies_in, tensor_bytes
 
 DEALT_BLOCKS = 16  # at a time: what is expanded of a large call stays small
 
@@ -73,6 +76,7 @@ def compile_loops(kernel: DigitKernel) -> None:
         weights.product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
         if kernel.at_once(len(x) * digits):
             FieldWeights.of(wq, kernel).product(x, digits, out=torch.empty(2, 8, dtype=torch.int32))
+            prepared(FieldWeights.of(wq, kernel), x, digits, torch.empty(2, 8, dtype=torch.int32))()
         # Wide products are written in blocks of columns, which numba compiles apart: rows that do not follow closely.
         weights.product(x, digits, out=torch.empty(2, 16, dtype=torch.int32)[:, :8])
     expand(AesKeyStream(bytes(KEY_BYTES)), np.empty((1, 8), np.uint32))
@@ -85,9 +89,12 @@ class FieldOperators:
 
     def __init__(self, weights: FieldWorkerWeights) -> None:
         self._weights = weights
+        self._prepared = Prepared()
 
-    def __call__(self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None) -> memoryview:
-        """The product of one call, in ``out`` where that is given.
+    def __call__(
+        self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None, place: bytes = b""
+    ) -> memoryview:
+        """The product of one call, in ``out`` where that is given. ``place`` is that of ``Arrival``.
 
         Raises ProtocolError for a call of another path, or one that does not fit the model, its payload or the room
         for its product.
@@ -95,20 +102,20 @@ class FieldOperators:
         if not isinstance(call, Product | MultiplyPads):
             kind = type(call).__struct_config__.tag
             raise ProtocolError(f"this connection is of the field path: it has product, multiply_pads and no {kind}")
+        if out is not None and self._prepared.run(call, place):
+            return out
         (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
         if weights is None:
             raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
-        with torch.inference_mode():
-            if isinstance(call, MultiplyPads):
-                return self._multiply_pads(call, weights, payload, out)
-            return self._product(call, weights, payload, out)
-
-    def _product(self, call: Product, weights: FieldWeights, payload: memoryview, out: memoryview | None) -> memoryview:
+        if isinstance(call, MultiplyPads):
+            return self._multiply_pads(call, weights, payload, out)
         x = bytes_tensor(payload, _input_dtype(call.digits), (call.rows, weights.wq.shape[1]))
-        place = self._place(out, call.rows, weights)
-        weights.product(x.to(self._weights.device), call.digits, out=place)
-        return self._reply(place, out)
+        y = self._place(out, call.rows, weights)
+        if out is not None and lies_in(x, payload) and lies_in(y, out):
+            self._prepared.keep(call, place, prepared(weights, x, call.digits, y))
+        weights.product(x.to(self._weights.device), call.digits, out=y)
+        return self._reply(y, out)
 
     def _multiply_pads(
         self, call: MultiplyPads, weights: FieldWeights, payload: memoryview, out: memoryview | None
@@ -139,6 +146,14 @@ class FieldOperators:
         if out is not None and self._weights.device.type == "cpu":
             return out
         return tensor_bytes(product.cpu())
+
+
+def prepared(weights: FieldWeights, x: torch.Tensor, digits: Digits, y: torch.Tensor) -> Callable[[], object]:
+    """``weights.product`` of memory that stays: of whatever x holds when it is called."""
+    run = None
+    if isinstance(weights.kernel, FewRowsKernel):
+        run = weights.kernel.prepared(x, digits, weights.wq, weights.offsets, y)
+    return run or partial(weights.product, x, digits, out=y)
 
 
 def expand_blocks(keys: memoryview, columns: int) -> torch.Tensor:

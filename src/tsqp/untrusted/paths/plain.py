@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from tsqp.errors import ProtocolError
 from tsqp.model.attention import score_product, value_product
+from tsqp.model.linear import prepared
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.layers import LayerState
+from tsqp.untrusted.paths.prepared import Prepared
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import (
     AttentionScores,
@@ -29,7 +31,7 @@ from tsqp.wire.messages import (
     MultiplyPads,
     Product,
 )
-from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
+from tsqp.wire.payload import WireFormat, bytes_tensor, lies_in, tensor_bytes
 
 
 class Operators:
@@ -38,6 +40,7 @@ class Operators:
     def __init__(self, weights: ModelWeights, wire: WireFormat) -> None:
         self._weights = weights
         self._wire = wire
+        self._prepared = Prepared()
 
     @cached_property
     def _layers(self) -> LayerState:
@@ -49,37 +52,43 @@ class Operators:
         """Whether this connection has anything here that outlives a call."""
         return "_layers" in self.__dict__
 
-    def __call__(self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None) -> memoryview | None:
+    def __call__(
+        self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None, place: bytes = b""
+    ) -> memoryview | None:
         """The product of one call, in ``out`` where that is given; None for a call without a product.
 
-        Raises ProtocolError for a call that does not fit the model, its payloads or the room for its product.
+        ``place`` is that of ``Arrival``. Raises ProtocolError for a call that does not fit the model, its payloads or
+        the room for its product.
         """
-        with torch.inference_mode():
-            match call:
-                case Linear():
-                    product = self._linear(call, payloads, out)
-                case Embed():
-                    product = self._embed(call, payloads)
-                case AttentionScores():
-                    product = self._scores(call, payloads, out)
-                case AttentionValues():
-                    product = self._mix(call, payloads, out)
-                case Begin():
-                    (payload,) = exactly(1, payloads)
-                    rows = sum(place.rows for place in call.places)
-                    self._layers.begin(call, self._tokens(payload, rows))
-                    return None
-                case Layer():
-                    self._layers.layer(call)
-                    return None
-                case Finish():
-                    self._place(None, (self._layers.rows_of(call), self._weights.config.vocab_size))  # its size, first
-                    product = self._layers.finish(call)
-                case Product() | MultiplyPads():
-                    raise ProtocolError("products mod p are of the field path, and this connection asked for another")
-            return self._payload(product, out)
+        if out is not None and self._prepared.run(call, place):
+            return out
+        match call:
+            case Linear():
+                product = self._linear(call, payloads, out, place)
+            case Embed():
+                product = self._embed(call, payloads)
+            case AttentionScores():
+                product = self._scores(call, payloads, out)
+            case AttentionValues():
+                product = self._mix(call, payloads, out)
+            case Begin():
+                (payload,) = exactly(1, payloads)
+                rows = sum(place.rows for place in call.places)
+                self._layers.begin(call, self._tokens(payload, rows))
+                return None
+            case Layer():
+                self._layers.layer(call)
+                return None
+            case Finish():
+                self._place(None, (self._layers.rows_of(call), self._weights.config.vocab_size))  # its size, first
+                product = self._layers.finish(call)
+            case Product() | MultiplyPads():
+                raise ProtocolError("products mod p are of the field path, and this connection asked for another")
+        return self._payload(product, out)
 
-    def _linear(self, call: Linear, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
+    def _linear(
+        self, call: Linear, payloads: Sequence[memoryview], out: memoryview | None, place: bytes
+    ) -> torch.Tensor:
         (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
         if weights is None:
@@ -88,7 +97,10 @@ class Operators:
             raise ProtocolError(f"group {call.group} has no part {call.part}")
         first, end = weights.group.part_rows(call.part)
         x = self._floats(payload, (call.rows, weights.group.in_features))
-        return weights.product(x, call.part, out=self._place(out, (call.rows, end - first)))
+        y = self._place(out, (call.rows, end - first))
+        if out is not None and y is not None and lies_in(x, payload) and lies_in(y, out):
+            self._prepared.keep(call, place, prepared(weights, x, call.part, y))
+        return weights.product(x, call.part, out=y)
 
     def _embed(self, call: Embed, payloads: Sequence[memoryview]) -> torch.Tensor:
         (payload,) = exactly(1, payloads)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 
 from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError
-from tsqp.wire.channel import MAX_TENSORS, Frames
+from tsqp.wire.channel import MAX_TENSORS, Frames, SlotsByReserve
 from tsqp.wire.codec import MAX_CONTROL_BYTES
 from tsqp.wire.transport.address import Address
 
@@ -52,7 +52,7 @@ def check_limits(frames: Frames, max_frame_bytes: int) -> None:
             raise ProtocolError("a tensor that is not contiguous in memory; make it contiguous first")
 
 
-class BaseChannel(ABC):
+class BaseChannel(SlotsByReserve, ABC):
     """A Channel whose first failure is its last: afterwards every call raises ChannelClosed."""
 
     def __init__(self, address: Address, max_frame_bytes: int) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import time
 from collections import deque
 from contextlib import ExitStack, closing
-from typing import NamedTuple
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
+from tsqp.wire.slot import Slot
 from tsqp.wire.transport.address import Address
-from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline
+from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
 from tsqp.wire.transport.shm.arena import Arena
 from tsqp.wire.transport.shm.packets import (
     NO_BYTES,
@@ -27,25 +26,46 @@ from tsqp.wire.transport.shm.packets import (
     decode_answer,
     encode_opening,
     encode_request,
+    encode_sequence,
+    request_places,
 )
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
+from tsqp.wire.transport.shm.spin import SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import dial
 
-SPIN_S = 100e-6  # how long to ask again and again before sleeping: waking up takes as long as a small call
+SLOW_S = 2 * SPIN_S  # a sleep longer than this was not worth the spin before it
 MAX_UNDER_WAY = 256  # calls without their reply; so many packets fit into the socket, and a worker is never held up
 
 _READABLE = select.POLLIN
 _EITHER = select.POLLIN | select.POLLOUT
 
 
-class _UnderWay(NamedTuple):
-    """What must stay as it is until a reply is here: the memory of its call, and the place of its product."""
+class _UnderWay:
+    """What must stay as it is until a reply is here: the memory of its call, and the place of its product.
 
-    tensors: tuple[memoryview, ...]
-    product: tuple[memoryview, ...]
+    ``slow``: the last reply to such a call took so long that spinning for the next one is a waste.
+    """
+
+    def __init__(self, tensors: tuple[memoryview, ...], product: tuple[memoryview, ...]) -> None:
+        self.tensors = tensors
+        self.product = product
+        self.slow = False
 
 
 _NO_MEMORY = _UnderWay((), ())
+
+
+class ShmSlot(Slot):
+    """A place in one arena for a tensor and its product, with the part of its packets that is always the same."""
+
+    def __init__(self, arena: Arena, size: int, reply_bytes: int) -> None:
+        tensor, own = arena.reserve(size)
+        product, place = arena.reserve(reply_bytes)
+        super().__init__(tensor, reply_bytes)
+        self.arena = arena
+        self.memory = _UnderWay((tensor,), (product,) if reply_bytes else ())
+        self.places = request_places((own,), place)
+        self.sequence = -1  # of its last call; no packet has this one
 
 
 def connect_shm(
@@ -89,7 +109,7 @@ class ShmChannel(BaseChannel):
         self._line = line
         self._segment = segment
         self._arena = Arena(segment)
-        self._spin_s = spin_s
+        self._spin = Spin(spin_s)
         self._resources = resources
         self._poller = select.poll()
         self._sequence = OPENING
@@ -105,16 +125,50 @@ class ShmChannel(BaseChannel):
     def _reserve(self, size: int) -> memoryview:
         return self._arena.reserve(size)[0]
 
+    def slot(self, size: int, reply_bytes: int) -> Slot:
+        """See Channel.slot."""
+        self._check_alive()
+        try:
+            self._check_size(size)
+            self._check_size(reply_bytes)
+            return ShmSlot(self._arena, size, reply_bytes)
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
+    def send_from(self, slot: Slot, control: bytes) -> None:
+        """See Channel.send_from. Nothing of the request but its number and its control frame is made here."""
+        self._check_alive()
+        if not isinstance(slot, ShmSlot) or slot.arena is not self._arena:
+            return super().send_from(slot, control)
+        try:
+            check_limits(Frames(control), self._max_frame_bytes)
+            if slot.sequence in self._under_way:  # a second call would be written over the first
+                raise ProtocolError(f"{self.address}: a call from a slot whose last call is under way")
+            sequence = self._next_sequence()
+            self._put(sequence, encode_sequence(sequence) + slot.places + control, slot.memory)
+            slot.sequence = sequence
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
     def _send(self, frames: Frames, reply_bytes: int) -> None:
-        while len(self._under_way) >= MAX_UNDER_WAY:
-            self._make_room(_READABLE)
         control, tensors = frames
-        sequence = self._sequence = self._sequence + 1
+        sequence = self._next_sequence()
         if tensors or reply_bytes:
             request, under_way = self._lay_out(sequence, frames, reply_bytes)
         else:
             request, under_way = Request(sequence, control), _NO_MEMORY
-        packet = encode_request(request)
+        self._put(sequence, encode_request(request), under_way)
+
+    def _next_sequence(self) -> int:
+        """The number of the next request, once there may be one more."""
+        while len(self._under_way) >= MAX_UNDER_WAY:
+            self._make_room(_READABLE)
+        self._sequence += 1
+        return self._sequence
+
+    def _put(self, sequence: int, packet: bytes, under_way: _UnderWay) -> None:
         while not self._sent(packet):
             self._make_room(_EITHER)
         self._under_way[sequence] = under_way
@@ -122,14 +176,16 @@ class ShmChannel(BaseChannel):
     def _receive(self, deadline_s: float) -> Frames:
         if self._arrived:
             return self._arrived.popleft()
-        until = time.monotonic() + self._spin_s
-        while True:
-            os.sched_yield()  # the kernel likes to put the worker on this very core: then it can run only now
-            frames = self._next_reply()
-            if frames is not None:
-                return frames
-            if time.monotonic() >= until:
-                return self._await_reply(Deadline(deadline_s))
+        awaited = next(iter(self._under_way.values()), _NO_MEMORY)  # the oldest call
+        frames = self._spin.ask(self._next_reply, once=awaited.slow)
+        if frames is not None:
+            awaited.slow = False
+            return frames
+        slept = time.monotonic()
+        frames = self._await_reply(Deadline(deadline_s))
+        if awaited is not _NO_MEMORY:  # the next such call leaves its core to the worker from the start
+            awaited.slow = time.monotonic() - slept > SLOW_S
+        return frames
 
     def _await_reply(self, deadline: Deadline) -> Frames:
         while not deadline.passed:

@@ -14,12 +14,13 @@ from tsqp.wire.transport.shm.packets import (
     Answer,
     Region,
     decode_opening,
-    decode_request,
+    decode_places,
     encode_answer,
+    split_request,
 )
 from tsqp.wire.transport.shm.segment import map_descriptor, map_file
 
-_NOTHING = memoryview(bytearray())
+MAX_KNOWN_PLACES = 256  # of one connection: more than a model has shapes of calls
 
 
 class Connection:
@@ -30,6 +31,7 @@ class Connection:
         self.line = line
         self._max_frame_bytes = max_frame_bytes
         self._memory: memoryview | None = None  # until the arena is here
+        self._known: dict[bytes, tuple[tuple[memoryview, ...], memoryview]] = {}  # by places that were checked
 
     def receive(self) -> Arrival | None:
         """The next message; None for the opening. Raises BlockingIOError, EOFError, OSError, ProtocolError."""
@@ -39,13 +41,9 @@ class Connection:
         packet = self.line.recv(PACKET_BYTES)
         if not packet:
             raise EOFError
-        request = decode_request(packet)
-        if not request.tensors and not request.product.size and not request.product.offset:
-            return Arrival(self.peer, Frames(request.control), _NOTHING, request.sequence)
-        if any(_overlap(request.product, region) for region in request.tensors):
-            raise ProtocolError("a product in the place of its own input")
-        tensors = tuple([self._cut(region) for region in request.tensors])
-        return Arrival(self.peer, Frames(request.control, tensors), self._cut(request.product), request.sequence)
+        sequence, places, control = split_request(packet)
+        tensors, product = self._known.get(places) or self._lay_out(places)
+        return Arrival(self.peer, Frames(control, tensors), product, sequence, places)
 
     def answer(self, sequence: int, control: bytes) -> None:
         """Say that a request is answered. Raises OSError where that is not possible at once."""
@@ -55,6 +53,7 @@ class Connection:
         """Let go of socket and arena; the mapping goes with the last tensor in it."""
         self.line.close()
         self._memory = None
+        self._known.clear()
 
     def _open(self) -> memoryview:
         packet, fds, _, _ = socket.recv_fds(self.line, PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
@@ -70,6 +69,20 @@ class Connection:
                 os.close(fd)
         self.answer(OPENING, b"")
         return memory
+
+    def _lay_out(self, places: bytes) -> tuple[tuple[memoryview, ...], memoryview]:
+        """The memory that places name. Raises ProtocolError.
+
+        The next request of the same places has the same memory: the size of an arena never changes.
+        """
+        regions, product = decode_places(places)
+        if any(_overlap(product, region) for region in regions):
+            raise ProtocolError("a product in the place of its own input")
+        if len(self._known) >= MAX_KNOWN_PLACES:
+            self._known.clear()
+        found = tuple([self._cut(region) for region in regions]), self._cut(product)
+        self._known[places] = found
+        return found
 
     def _cut(self, region: Region) -> memoryview:
         """Bytes of the arena. Raises ProtocolError for a region that is too large, or not wholly inside."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
 from collections import deque
 from contextlib import ExitStack
 
@@ -13,8 +12,8 @@ from tsqp.errors import ProtocolError
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
-from tsqp.wire.transport.shm.channel import SPIN_S
 from tsqp.wire.transport.shm.connection import Connection
+from tsqp.wire.transport.shm.spin import SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import is_own_process, listen_at
 
 MAX_ARENAS = 256  # each maps an arena; one more is closed as soon as it comes
@@ -50,7 +49,7 @@ class ShmListener(BaseListener):
     ) -> None:
         super().__init__(address, max_frame_bytes)
         self._line = line
-        self._spin_s = spin_s
+        self._spin = Spin(spin_s)
         self._resources = resources
         self._connections: dict[bytes, Connection] = {}
         self._by_fd: dict[int, Connection] = {}
@@ -126,18 +125,15 @@ class ShmListener(BaseListener):
             if arrival is not None:
                 return arrival
         last, self._last = self._last, None
-        if last is not None:
-            until = time.monotonic() + self._spin_s
-            while not self._departed:
-                os.sched_yield()  # the client may be on this very core: then it can run only now
-                arrival = self._receive_from(last)
-                if arrival is not None:
-                    return arrival
-                if time.monotonic() >= until:
-                    break
+        if last is not None and not self._departed:
+            arrival = self._spin.ask(lambda: self._receive_from(last))
+            if arrival is not None:
+                return arrival
         return self._departed.popleft() if self._departed else None
 
     def _receive_from(self, connection: Connection) -> Arrival | None:
+        if connection.peer not in self._connections:
+            return None  # it was dropped while it was asked
         try:
             return connection.receive()
         except BlockingIOError:

@@ -22,7 +22,9 @@ OPENING = 0  # the sequence number of a connection's first packet
 PACKET_BYTES = 2 * MAX_CONTROL_BYTES  # more than any packet has; a longer one is cut here, and is refused then
 
 _REQUEST = Struct("<8Q")  # sequence number, tensors, offset and size of: first tensor, second tensor, product
+_PLACES = Struct("<7Q")  # the same without the sequence number
 _ANSWER = Struct("<Q")  # sequence number
+_NO_PLACES = bytes(_PLACES.size)
 
 
 class Region(msgspec.Struct, frozen=True, gc=False):
@@ -66,35 +68,55 @@ decode_opening: Decoder[Opening] = Decoder(Opening)
 
 def encode_request(request: Request) -> bytes:
     """The packet of a request with at most two tensors."""
-    tensors, product = request.tensors, request.product
-    if not tensors:
-        places = _REQUEST.pack(request.sequence, 0, 0, 0, 0, 0, product.offset, product.size)
-    else:
-        one, two = tensors[0], NO_BYTES if len(tensors) < MAX_TENSORS else tensors[1]
-        places = _REQUEST.pack(
-            request.sequence, len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size
-        )
-    return places + request.control
+    return encode_sequence(request.sequence) + request_places(request.tensors, request.product) + request.control
+
+
+def encode_sequence(sequence: int) -> bytes:
+    """How every packet begins."""
+    return _ANSWER.pack(sequence)
+
+
+def request_places(tensors: tuple[Region, ...], product: Region) -> bytes:
+    """What follows in a request: where at most two tensors and the product lie."""
+    if not tensors and product is NO_BYTES:
+        return _NO_PLACES
+    one, two = (*tensors, NO_BYTES, NO_BYTES)[:MAX_TENSORS]
+    return _PLACES.pack(len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size)
 
 
 def decode_request(packet: bytes) -> Request:
     """Raises ProtocolError. Whether the regions lie in the arena is for the caller to check."""
+    sequence, places, control = split_request(packet)
+    return Request(sequence, control, *decode_places(places))
+
+
+def split_request(packet: bytes) -> tuple[int, bytes, bytes]:
+    """The number of a request, its places as they are, and its control frame. Raises ProtocolError."""
     if not _REQUEST.size <= len(packet) <= _LONGEST_REQUEST:
         raise ProtocolError(f"a request of {len(packet)} bytes; it has {_REQUEST.size} to {_LONGEST_REQUEST}")
-    sequence, count, first, first_size, second, second_size, offset, size = _REQUEST.unpack_from(packet)
-    control, product = packet[_REQUEST.size :], Region(offset, size) if offset or size else NO_BYTES
+    return (
+        int.from_bytes(packet[: _ANSWER.size], "little"),
+        packet[_ANSWER.size : _REQUEST.size],
+        packet[_REQUEST.size :],
+    )
+
+
+def decode_places(places: bytes) -> tuple[tuple[Region, ...], Region]:
+    """Where the tensors and the product of a request lie. Raises ProtocolError."""
+    count, first, first_size, second, second_size, offset, size = _PLACES.unpack(places)
+    product = Region(offset, size) if offset or size else NO_BYTES
     if count == MAX_TENSORS:
-        return Request(sequence, control, (Region(first, first_size), Region(second, second_size)), product)
+        return (Region(first, first_size), Region(second, second_size)), product
     if count == 1 and not second and not second_size:
-        return Request(sequence, control, (Region(first, first_size),), product)
+        return (Region(first, first_size),), product
     if not (count or first or first_size or second or second_size):
-        return Request(sequence, control, (), product)
+        return (), product
     raise ProtocolError(f"places of other tensors than a request's {count}; the limit is {MAX_TENSORS}")
 
 
 def encode_answer(answer: Answer) -> bytes:
     """The packet of an answer."""
-    return _ANSWER.pack(answer.sequence) + answer.control
+    return encode_sequence(answer.sequence) + answer.control
 
 
 def decode_answer(packet: bytes) -> Answer:
