@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+from tsqp.arith import row_threads
 from tsqp.arith.row_threads import RowThreads
 
 
 @pytest.fixture
-def three() -> Iterator[RowThreads]:
+def three() -> RowThreads:
     torch.set_num_threads(3)
     try:
-        threads = RowThreads()
+        return RowThreads()
     finally:
         torch.set_num_threads(1)
-    yield threads
-    threads._pool.shutdown()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 100, 101])
@@ -62,3 +61,56 @@ def test_a_failure_is_raised_when_all_parts_have_ended(three: RowThreads, failin
     with pytest.raises(RuntimeError, match="no memory"):
         three.run(work, 9, least=2)
     assert sorted([*ended, failing]) == [0, 3, 6]
+
+
+def test_no_thread_keeps_memory_of_its_last_work(three: RowThreads) -> None:
+    memory = np.zeros(1000)
+    alive = weakref.ref(memory)
+    three.run(lambda array, first, end: array[first:end].fill(1), 9, memory, least=2)
+    assert memory.sum() == 9
+    del memory
+    assert alive() is None
+
+
+def test_several_threads_may_ask_at_once(three: RowThreads) -> None:
+    sums = np.zeros((4, 300))
+    asking = [
+        threading.Thread(
+            target=three.run, args=(lambda row, first, end: row[first:end].fill(1), 300, row), kwargs={"least": 2}
+        )
+        for row in sums
+    ]
+    for one in asking:
+        one.start()
+    for one in asking:
+        one.join()
+    assert sums.sum() == 1200
+
+
+def test_an_interrupt_waits_for_the_other_parts(three: RowThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write to memory of the caller."""
+    going_on, ended = threading.Event(), []
+
+    def work(first: int, end: int) -> None:
+        if first:
+            assert going_on.wait(10)
+            ended.append(first)
+
+    class Interrupted:
+        """A lock whose first wait is interrupted."""
+
+        def __init__(self) -> None:
+            self._lock, self._waits = threading.Lock(), 0
+            self.release = self._lock.release
+
+        def acquire(self) -> None:
+            self._waits += 1
+            if self._waits == 2:  # the first is its maker's
+                going_on.set()
+                raise KeyboardInterrupt
+            self._lock.acquire()
+
+    monkeypatch.setattr(row_threads, "Lock", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        three.run(work, 9, least=2)
+    assert sorted(ended) == [3, 6]

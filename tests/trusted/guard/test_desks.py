@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_two_products_under_way_share_nothing(build: Build) -> None:
         assert not np.shares_memory(getattr(first.desk, name), getattr(second.desk, name)), name
     assert torch.equal(first.wait(), plain(linears, 1, 3))
     assert torch.equal(second.wait(), plain(linears, 1, 4))
+
+
+@MODES
+def test_the_line_s_memory_of_many_rows_ends_with_the_product(build: Build) -> None:
+    """It is the largest there is, and is not used again: nothing keeps it while the product is looked at."""
+    linears, line = build(WEIGHTS)
+    given: list[weakref.ref[Any]] = []
+
+    def memory(size: int) -> memoryview:
+        block = np.zeros(size, np.uint8)
+        given.append(weakref.ref(block))
+        return block.data.cast("B")
+
+    line.memory = memory
+    pending = ask(linears, BLOCK_ROWS + 1)
+    assert given[0]() is not None
+    pending.wait()
+    assert given[0]() is None
 
 
 @MODES

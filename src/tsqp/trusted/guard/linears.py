@@ -170,13 +170,13 @@ class CheckedLinears:
                 own, out, scales, expected, verdicts = one.of(reply, y, desk.scales, desk.expected, desk.verdicts)
                 unchecked_y = private[: one.rows]
                 np.copyto(unchecked_y, own)  # the one time that a reply is read: the worker can still change it
-                check = (group.check_vectors, expected, self.masked, one.products())
-                part = (scales, group.scales, group.bias, out, verdicts)
-                kernels.verify_and_unmask(unchecked_y, *check, *part, 0, one.rows)
+                check = (group.check_vectors, expected, self.masked, one.products(), scales, group.scales, group.bias)
+                kernels.verify_and_unmask(unchecked_y, *check, out, verdicts, 0, one.rows)
 
         _judge(unmask, pending.slices, desk.verdicts)
-        self.checks += 1
-        pending.done = True
+        self.checks, pending.done = self.checks + 1, True
+        if desk.rows > BLOCK_ROWS:
+            del desk.slot, desk.sent  # not used again: the connection may have its memory back at once
         return desk.y
 
 
