@@ -25,7 +25,8 @@ from tsqp.model.pending import run
 
 SHAPES = [(4, 2, 16), (3, 1, 64), (2, 2, 8), (5, 1, 72)]
 DTYPES = [torch.bfloat16, torch.float32]
-TOLERANCES = {torch.bfloat16: 6e-3, torch.float32: 3e-6}  # weights are rounded to what the cache holds
+# Weights are rounded to what the cache holds. A score of some tens is right to 2^-20, and so is its exponential.
+TOLERANCES = {torch.bfloat16: 6e-3, torch.float32: 2e-5}
 EDGES = [1, 2, 63, 64, 65, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300, BLOCK_KEYS - 1, BLOCK_KEYS + 1]
 LENGTHS = st.sampled_from(EDGES) | st.integers(1, 700)
 WINDOWS = st.sampled_from([None, None, 1, 7, 100, 600])

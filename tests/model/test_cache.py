@@ -71,11 +71,11 @@ def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:
 
 
 def test_memory_is_where_a_view_lies() -> None:
-    for dtype, numbers in ((torch.float32, 1), (torch.bfloat16, 2)):
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = KVCache(CONFIG, dtype)
         cache.reserve(1, 5)
         keys, values, apart = cache.memory(1)
         for address, view in zip((keys, values), cache.view(1, 0, 5), strict=True):
             assert address == view.data_ptr()
             assert apart == view[1].data_ptr() - view[0].data_ptr()
-            assert apart * numbers == view.stride(0)
+            assert apart == view.stride(0) * size

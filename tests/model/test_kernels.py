@@ -126,6 +126,8 @@ def test_store(rows: int, seed: int, gap: int, alone: bool, dtypes: tuple[torch.
     found = []
     for kernels in (COMPILED, PLAIN):
         caches = [KVCache(config, kept) for _ in range(rows if alone else 1)]
+        for held in (held for cache in caches for held in cache.reserve(1, 5 + 2 * rows)):
+            held.zero_()
         spans = [SequenceRows(cache, 5 + i, i, 1 if alone else rows, last=True) for i, cache in enumerate(caches)]
         kernels.store(1, x, gap, v, gap + 1, cos, sin, spans)
         found.append([torch.stack(cache.view(1, 0, 5 + 2 * rows)).float() for cache in caches])

@@ -19,6 +19,7 @@ from tsqp.arith.row_threads import row_threads
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.default import fetch_default
+from tsqp.config.dtype import PRIVATE_KV_DTYPES, PrivateKVDtype
 from tsqp.config.groups import GroupKey
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.decoder_layers import DecoderLayers, Norms
@@ -29,6 +30,7 @@ from tsqp.model.pending import Deferred, Pending
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.stats import Stats
+from tsqp.wire.payload import TORCH_DTYPES
 
 P = 2**31 - 1
 LEAST_SCALE = torch.tensor(2.0**-126)
@@ -73,7 +75,9 @@ class IntegerLinears:
         return Deferred(lambda: product)
 
 
-def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int = 1) -> Engine:
+def integer_engine(
+    model: str, *, prefill_chunk: int = 2048, micro_batches: int = 1, kept: PrivateKVDtype = "bfloat16"
+) -> Engine:
     """The decoder of the package with these linear layers."""
     checkpoint, stats = open_checkpoint(model), Stats()
     norms = Norms.load(checkpoint, torch.float32)
@@ -82,7 +86,7 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
         norms,
         IntegerLinears(checkpoint),
         BlockAttention(checkpoint.config.windows, stats),
-        pick_kernels(torch.float32, compiled=True, cache_dtype=torch.bfloat16),
+        pick_kernels(torch.float32, compiled=True, cache_dtype=TORCH_DTYPES[kept]),
         stats,
     )
     table = checkpoint.tensor("model.embed_tokens.weight").float()
@@ -90,7 +94,7 @@ def integer_engine(model: str, *, prefill_chunk: int = 2048, micro_batches: int 
         block,
         LocalEmbedding(table, stats),
         dtype=torch.float32,
-        cache_dtype=torch.bfloat16,
+        cache_dtype=TORCH_DTYPES[kept],
         max_rows=prefill_chunk,
         micro_batches=micro_batches,
         stats=stats,
@@ -114,13 +118,14 @@ def private_answers(
     prefill_chunk: int = 2048,
     micro_batches: int = 1,
     guard: GuardConfig | None = None,
+    kept: PrivateKVDtype = "bfloat16",
 ) -> Answers:
     with LLM(
         model,
         protection=mode,
         worker=address,
         guard=guard if mode == "masked" else None,
-        compute=ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches),
+        compute=ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches, kv_dtype=kept),
     ) as llm:
         if guard is not None and llm._guard is not None and llm._guard.filler is not None:
             llm._guard.filler.fill()
@@ -157,6 +162,15 @@ def test_every_transport(transport: str) -> None:
     with serve(model, transport=transport) as (_, address):
         for mode in MODES:
             assert_same(private_answers(model, mode, address), expected)
+
+
+@pytest.mark.parametrize("kept", PRIVATE_KV_DTYPES)
+def test_every_dtype_of_keys_and_values(kept: PrivateKVDtype) -> None:
+    model = str(tiny_model("llama").directory)
+    expected = answers(integer_engine(model, kept=kept, prefill_chunk=19))
+    with serve(model) as (_, address):
+        for mode in MODES:
+            assert_same(private_answers(model, mode, address, kept=kept, prefill_chunk=19), expected)
 
 
 @pytest.mark.parametrize("ahead", [0, 16, 256])
@@ -196,7 +210,7 @@ def test_the_default_model() -> None:
     model = str(fetch_default())
     prompt = list(b"a few")
     with threads(2), serve(model) as (_, address):
-        engine = integer_engine(model)
+        engine = integer_engine(model, kept="float32")  # as its weights are stored
         expected = engine.logits(prompt)
         params = SamplingParams(max_tokens=2, ignore_eos=True)
         tokens = [new.token for new in engine.generate([prompt], params)]
