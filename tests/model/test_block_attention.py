@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tsqp.arith.row_threads import RowThreads
 from tsqp.checkpoint import open_checkpoint
+from tsqp.model import block_attention
 from tsqp.model.attention import causal_mask
 from tsqp.model.batch import Batch
 from tsqp.model.block_attention import BlockAttention
@@ -60,13 +61,15 @@ def reference(one: Rows, window: int | None) -> torch.Tensor:
 
 @contextmanager
 def threads(count: int, attention: BlockAttention) -> Iterator[None]:
-    """Both kinds of threads that attention uses: torch's own, and those of compiled loops."""
-    before = torch.get_num_threads()
+    """So many threads share the work, however little that is."""
+    before, least = torch.get_num_threads(), block_attention.SPLIT_PAIRS
     torch.set_num_threads(count)
+    block_attention.SPLIT_PAIRS = 0
     attention._threads = RowThreads()
     try:
         yield
     finally:
+        block_attention.SPLIT_PAIRS = least
         torch.set_num_threads(before)
 
 
@@ -145,7 +148,7 @@ def test_a_decode_step_over_several_parts_is_the_formula(dtype: torch.dtype, win
 def test_a_sequence_has_the_same_bits_alone_and_in_any_company(
     dtype: torch.dtype, data: st.DataObject, window: int | None, shape: tuple[int, int, int], seed: int
 ) -> None:
-    """Any batch, any chunk size, any number of micro-batches, one thread or two; a prompt, then decode steps."""
+    """Any batch, any chunk size, any number of micro-batches, one to three threads; a prompt, then decode steps."""
     lengths = data.draw(st.lists(LENGTHS, min_size=1, max_size=4), "lengths")
     steps = data.draw(st.integers(0, 3), "steps")
     sequences = [sequence(n + steps, shape, dtype, seed + i) for i, n in enumerate(lengths)]
@@ -156,7 +159,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_company(
         window,
         max_rows=data.draw(st.sampled_from([1, 3, 64, 100, 128, 129, 10_000]), "max_rows"),
         parts=data.draw(st.integers(1, 3), "parts"),
-        count=data.draw(st.sampled_from([1, 2]), "threads"),
+        count=data.draw(st.sampled_from([1, 2, 3]), "threads"),
     )
     for ours, other in zip(alone, together, strict=True):
         assert torch.equal(ours, other)
