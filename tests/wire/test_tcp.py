@@ -88,7 +88,7 @@ def test_port_0_cannot_be_connected_to() -> None:
     [
         (WORKER_KEYS, ClientKeys(CLIENT, OTHER.public), "keys did not match"),
         (WORKER_KEYS, ClientKeys(OTHER, WORKER.public), "keys did not match"),
-        (WORKER_KEYS, None, "asks for keys"),
+        (WORKER_KEYS, None, "asks for worker.key"),
         (None, CLIENT_KEYS, "keys did not match"),
     ],
     ids=["another worker", "client not on the list", "client without keys", "worker without keys"],

@@ -19,7 +19,7 @@ from tsqp import LLM, SamplingParams
 from tsqp.api.assemble import build_private_engine
 from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.plan import Plan
-from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint import open_checkpoint, stored_dtype
 from tsqp.errors import (
     ChannelError,
     CheckFailed,
@@ -67,7 +67,8 @@ def dealt(
     deadline_s: float = 60.0,
 ) -> Iterator[Run]:
     """An engine at ``masked`` with a worker and a dealer; nothing is made ahead unless ``fill`` is called."""
-    plan = Plan.of(RunConfig(MODEL, "masked", WorkerConfig(deadline_s=deadline_s), GuardConfig(pads_ahead=ahead)))
+    asked = RunConfig(MODEL, "masked", WorkerConfig(deadline_s=deadline_s), GuardConfig(pads_ahead=ahead))
+    plan = Plan.of(asked, stored_dtype(MODEL))
     with ExitStack() as stack:
         worker, address = stack.enter_context(serve(MODEL, transport=transport))
         dealer, dealer_address = stack.enter_context(serve(dealer_model, attack, at, transport))
