@@ -1,7 +1,8 @@
 """Shared memory: where tensors lie, when their memory comes back, and that nothing is left of a connection."""
 
-from __future__ import gc
+from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
