@@ -21,6 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tsqp.arith.row_tile import function
 from tsqp.arith.vnni import features
 
 LANES = 16  # words of a vector
@@ -31,8 +32,8 @@ COLUMNS = VECTORS * LANES
 HAS_DOT = features() >= {"avx512bf16", "avx512f"}
 
 _I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_FLOAT, LANES)
-_ZEROS = ir.Constant(_FLOATS, None)
+_WORDS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_FLOAT, LANES)
+_ZEROS = ir.Constant(FLOATS, None)
 
 
 class _BFloat16(ir.types.Type):  # type: ignore[misc]
@@ -52,28 +53,24 @@ def _halves(b: ir.IRBuilder, words: Any) -> list[Any]:
     """The first and the second number of each word of two, as float32: the upper half of its bits."""
     first = b.shl(words, _splat(16))
     second = b.and_(words, _splat(-65536))
-    return [b.bitcast(half, _FLOATS) for half in (first, second)]
+    return [b.bitcast(half, FLOATS) for half in (first, second)]
 
 
 def _splat(value: int) -> Any:
     return ir.Constant(_WORDS, [value] * LANES)
 
 
-def _add_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
+def add_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     """total + x·y, lane by lane; a word of two numbers has two products."""
-    if x.type == _FLOATS:
-        return b.call(_function(b, _FLOATS, [_FLOATS] * 3, "llvm.fmuladd.v16f32"), [x, y, total])
+    if x.type == FLOATS:
+        return b.call(function(b, FLOATS, [FLOATS] * 3, "llvm.fmuladd.v16f32"), [x, y, total])
     if HAS_DOT:
         pairs = ir.VectorType(_BFloat16(), 2 * LANES)
-        dot = _function(b, _FLOATS, [_FLOATS, pairs, pairs], "llvm.x86.avx512bf16.dpbf16ps.512")
+        dot = function(b, FLOATS, [FLOATS, pairs, pairs], "llvm.x86.avx512bf16.dpbf16ps.512")
         return b.call(dot, [total, b.bitcast(x, pairs), b.bitcast(y, pairs)])
     for one, other in zip(_halves(b, x), _halves(b, y), strict=True):
-        total = _add_products(b, total, one, other)
+        total = add_products(b, total, one, other)
     return total
-
-
-def _function(b: ir.IRBuilder, result: Any, arguments: list[Any], name: str) -> Any:
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
 
 
 class _Matrix:
@@ -85,7 +82,7 @@ class _Matrix:
         array = context.make_array(kind)(context, b, value)
         self._b, self._data = b, array.data
         self.rows, self.width = cgutils.unpack_tuple(b, array.shape)
-        self.vector = _FLOATS if isinstance(kind.dtype, types.Float) else _WORDS
+        self.vector = FLOATS if isinstance(kind.dtype, types.Float) else _WORDS
 
     def at(self, row: Any, column: Any) -> Any:
         """Where an element lies."""
@@ -97,11 +94,11 @@ class _Matrix:
 
     def load_some(self, place: Any, mask: Any) -> Any:
         """The same, zero where ``mask`` is not set, and not read there."""
-        load = _function(
+        load = function(
             self._b,
             self.vector,
             [self.vector.as_pointer(), _I32, mask.type, self.vector],
-            f"llvm.masked.load.v16{'f32' if self.vector == _FLOATS else 'i32'}.p0",
+            f"llvm.masked.load.v16{'f32' if self.vector == FLOATS else 'i32'}.p0",
         )
         return self._b.call(
             load, [self._b.bitcast(place, self.vector.as_pointer()), _I32(4), mask, ir.Constant(self.vector, None)]
@@ -114,7 +111,7 @@ class _Matrix:
     def ask_for(self, place: Any) -> None:
         """Have the cache line at ``place`` read. Safe anywhere: a prefetch reads nothing that a program sees."""
         address = ir.IntType(8).as_pointer()
-        ask = _function(self._b, ir.VoidType(), [address, _I32, _I32, _I32], "llvm.prefetch.p0")
+        ask = function(self._b, ir.VoidType(), [address, _I32, _I32, _I32], "llvm.prefetch.p0")
         self._b.call(ask, [self._b.bitcast(place, address), _I32(0), _I32(2), _I32(1)])  # to read; level 2; data
 
     def store(self, vector: Any, place: Any) -> None:
@@ -146,7 +143,7 @@ def _emit_score(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any
         for i, query in enumerate(queries):
             x = q.load(b.gep(query, [column]))
             for total, y in zip(totals[i * HEADS :], own, strict=False):
-                b.store(_add_products(b, b.load(total), x, y), total)
+                b.store(add_products(b, b.load(total), x, y), total)
     sums = _lane_sums(b, [b.load(total) for total in totals])
     for i in range(HEADS):
         lanes = ir.Constant(ir.VectorType(_I32, HEADS), list(range(i * HEADS, (i + 1) * HEADS)))
@@ -203,7 +200,7 @@ def _typed_weigh(
 def _emit_weigh(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
     weights, v, sums, later = (_Matrix(context, b, signature.args[i], args[i]) for i in (0, 2, 5, 6))
     row, first, steps = args[1], args[3], args[4]
-    numbers = 1 if v.vector == _FLOATS else 2  # of a word
+    numbers = 1 if v.vector == FLOATS else 2  # of a word
     last = b.sub(v.rows, _I64(1))
     rows = [b.add(row, _I64(i)) for i in range(HEADS)]
     totals = [[cgutils.alloca_once_value(b, _ZEROS) for _ in range(numbers)] for _ in rows]
@@ -222,7 +219,7 @@ def _emit_weigh(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any
             for own, i in zip(totals, rows, strict=True):
                 weight = weights.repeat(weights.at(i, loop.index))
                 for total, value in zip(own, values, strict=True):
-                    b.store(_add_products(b, b.load(total), weight, value), total)
+                    b.store(add_products(b, b.load(total), weight, value), total)
         for own, place in zip(totals, places, strict=True):
             for part, vector in enumerate(_together(b, [b.load(total) for total in own])):
                 sums.store(vector, b.gep(place, [_I64(LANES * part)]))
@@ -279,7 +276,7 @@ def _emit_multiply(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> 
         for own, start in zip(totals, starts, strict=True):
             term = x.repeat(b.gep(start, [loop.index]))
             for total, column in zip(own, columns, strict=True):
-                b.store(_add_products(b, b.load(total), term, column), total)
+                b.store(add_products(b, b.load(total), term, column), total)
     for i, own in zip(used, totals, strict=True):
         for j, total in enumerate(own):
             out.store(b.load(total), out.at(i, b.add(at, _I64(LANES * j))))

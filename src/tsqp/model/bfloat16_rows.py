@@ -14,47 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from tsqp.arith.bits import bits
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.row_threads import row_threads
-from tsqp.arith.row_tile import emitter, function
+from tsqp.arith.row_tile import emitter
 from tsqp.arith.vnni import features
+from tsqp.model.attention_tiles import FLOATS, HAS_DOT, LANES, add_products
 from tsqp.model.compiled import _narrow, _widen
 
-VECTOR, LANES = 64, 16  # bytes that one instruction takes, and its sums
-HAS_DOT = features() >= {"avx512bf16", "avx512bw"}
+VECTOR = 4 * LANES  # bytes that one instruction takes
 FEW = 4 if "amx-bf16" in features() else 8  # rows up to which the loops are faster: docs/performance.md
 LEAST_BYTES = 2 << 20  # of weights, from which on a second thread is worth waking: one reads less in the time it takes
-
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-
-
-class _BFloat16(ir.types.Type):  # type: ignore[misc]
-    """LLVM's own type of bfloat16 numbers, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-def _add_products(b: ir.IRBuilder, total: Any, x: Any, weights: Any) -> Any:
-    pairs = ir.VectorType(_BFloat16(), 2 * LANES)
-    dot = function(b, _FLOATS, [_FLOATS, pairs, pairs], "llvm.x86.avx512bf16.dpbf16ps.512")
-    return b.call(dot, [total, b.bitcast(x, pairs), b.bitcast(weights, pairs)])
 
 
 def _tile(x_rows: int) -> Any:
     """``x_rows`` rows of x times as many of weights as there are lanes left: see ``row_tile.py``."""
-    emit = emitter(x_rows, LANES // x_rows, VECTOR, _FLOATS, _add_products)
+    emit = emitter(x_rows, LANES // x_rows, VECTOR, FLOATS, add_products)
 
     def typed(_context: Any, x: Any, first_x: Any, w: Any, first_w: Any, sums: Any) -> Any:
         expected = ((x, types.uint8), (w, types.uint8), (sums, types.float32))
