@@ -157,26 +157,33 @@ def _measured(
 ) -> Mapping[str, Times]:
     """The times of each case; the ways of one turn are open together and run in alternation."""
     found: Mapping[str, Times] = {case.name: defaultdict(list) for case in cases}
-    room = max(case.tokens for case in cases)
     for ways in turns:
-        with ExitStack() as stack:
-            opened_ways = {way: stack.enter_context(_open(way, cases[0], room, effort, console)) for way in ways}
-            peer = _open_peer(cases, effort, stack, console)
-            for case in cases:
-                for warm in watched(range(-1, effort.runs), console, case.name):
-                    for way, llm in opened_ways.items():
-                        times = _passes(way, llm, case, effort.steps if case.decodes else 1)
-                        for figure, seconds in times.items() if warm >= 0 else ():
-                            found[case.name][figure] += seconds
-                    if peer is not None and case.peered:
-                        seconds_of_peer = _peer_seconds(peer, case, effort.steps)
-                        found[case.name][LLAMA_CPP] += [seconds_of_peer] if warm >= 0 else []
-            if MASKED in opened_ways:
-                for row_s in (_pad_row_seconds(opened_ways[MASKED]) for _ in range(effort.runs)):
-                    for case in cases:
-                        found[case.name]["pads"].append(_pads_seconds(opened_ways[MASKED].config, case, row_s))
-        gc.collect()  # weights are gigabytes, and the next ones come
+        _measure_turn(cases, ways, effort, found, console)
+        gc.collect()  # weights are gigabytes, and the next ones come; nothing here refers to them any more
     return found
+
+
+def _measure_turn(
+    cases: Sequence[Case], ways: Iterable[str], effort: Effort, found: Mapping[str, Times], console: Console
+) -> None:
+    """Adds the times of some ways to ``found``."""
+    room = max(case.tokens for case in cases)
+    with ExitStack() as stack:
+        models = {way: stack.enter_context(_open(way, cases[0], room, effort, console)) for way in ways}
+        peer = _open_peer(cases, effort, stack, console)
+        for case in cases:
+            for warm in watched(range(-1, effort.runs), console, case.name):
+                for way, llm in models.items():
+                    times = _passes(way, llm, case, effort.steps if case.decodes else 1)
+                    for figure, seconds in times.items() if warm >= 0 else ():
+                        found[case.name][figure] += seconds
+                if peer is not None and case.peered:
+                    seconds_of_peer = _peer_seconds(peer, case, effort.steps)
+                    found[case.name][LLAMA_CPP] += [seconds_of_peer] if warm >= 0 else []
+        if MASKED in models:
+            for row_s in (_pad_row_seconds(models[MASKED]) for _ in range(effort.runs)):
+                for case in cases:
+                    found[case.name]["pads"].append(_pads_seconds(models[MASKED].config, case, row_s))
 
 
 def _open(way: str, case: Case, room: int, effort: Effort, console: Console) -> LLM:
