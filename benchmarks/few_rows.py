@@ -39,6 +39,7 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupName, linear_groups
 from tsqp.cores import cores
 from tsqp.model import bfloat16_rows
+from tsqp.model.attention_tiles import HAS_DOT
 
 GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
 
@@ -158,7 +159,7 @@ def main() -> None:
         copies = [FieldWeights.of(wq.clone(), OffsetKernel()) for _ in range(max(1, WEIGHTS_BYTES // wq.numel()))]
         for digits, rows in product(options.digits, options.rows):
             products.append(shown(measure(group, copies, rows, digits, options.runs), f"{digits} digits"))
-        for rows in options.rows if bfloat16_rows.HAS_DOT else ():
+        for rows in options.rows if HAS_DOT else ():
             one = measure_bfloat16(group, shape.out_features, shape.in_features, rows, options.runs)
             floats.append(shown(one, "bfloat16"))
     result = {

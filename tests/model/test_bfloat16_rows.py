@@ -12,7 +12,9 @@ from tests.families import tiny_model
 from tsqp.arith import row_threads as threads
 from tsqp.checkpoint import open_checkpoint
 from tsqp.model import bfloat16_rows
-from tsqp.model.bfloat16_rows import FEW, HAS_DOT, LANES, VECTOR, has_loops, product, serves
+from tsqp.model.attention_tiles import HAS_DOT, LANES
+from tsqp.model.bfloat16_rows import FEW, has_loops, product, serves
+from tsqp.model.compiled_rows import VECTOR
 from tsqp.model.linear import load_group
 
 pytestmark = pytest.mark.skipif(not HAS_DOT, reason="this processor has no vdpbf16ps")

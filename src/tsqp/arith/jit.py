@@ -27,8 +27,8 @@ SOURCES = (
     "arith/vnni.py",
     "arith/amx.py",
     "model/compiled.py",
-    "model/bfloat16_rows.py",
     "model/attention_tiles.py",
+    "model/compiled_rows.py",
     "model/compiled_attention.py",
     "trusted/guard/kernels.py",
 )
