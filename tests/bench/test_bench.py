@@ -18,6 +18,8 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.wire.transport import endpoints as transports
 
+pytestmark = pytest.mark.slow  # two minutes in all: each opens models, and measures them
+
 Command = Callable[..., Result]
 
 HAS_SHM = hasattr(transports, "connect_shm")

@@ -30,6 +30,8 @@ from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.model import RopeConfig
 from tsqp.errors import UnsupportedModel, WorkerFailed
 
+pytestmark = pytest.mark.slow  # two minutes in all: each opens models, and measures them
+
 Command = Callable[..., Result]
 
 WITHOUT_WINDOWS = [family for family in FAMILIES if "window" not in family]

@@ -21,6 +21,8 @@ from tsqp.config.groups import group_keys, linear_groups
 from tsqp.errors import OptionError
 from tsqp.model.batch import Batch
 
+pytestmark = pytest.mark.slow  # two minutes in all: each opens models, and measures them
+
 TINY = "synthetic:tiny"
 CONFIG = open_checkpoint(TINY).config
 PROMPT, DECODE = Case("prefill-tiny", "tiny", 1, 40, 0), Case("decode-tiny-3", "tiny", 3, 1, 20)

@@ -19,6 +19,8 @@ from tsqp.bench.private import MODES
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import OptionError
 
+pytestmark = pytest.mark.slow  # two minutes in all: each opens models, and measures them
+
 Command = Callable[..., Result]
 
 
