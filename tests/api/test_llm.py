@@ -22,7 +22,15 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.config.dtype import DtypeName, PrivateKVDtype
 from tsqp.config.partition import PARTITIONS
 from tsqp.cores import cores
-from tsqp.errors import ChannelClosed, CheckpointNotFound, InputError, PromptError, TsqpError, WorkerLost
+from tsqp.errors import (
+    ChannelClosed,
+    CheckpointNotFound,
+    InputError,
+    PromptError,
+    TsqpError,
+    WorkerLost,
+    WorkerUnreachable,
+)
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
@@ -113,6 +121,14 @@ def test_a_worker_that_ends_before_it_is_reached_is_named_with_its_end() -> None
 
     with pytest.raises(WorkerLost, match=r"shm://.*: the worker that was started here went away: it was .* SIGKILL"):
         LLM(MODEL, protection="open", compute=ComputeConfig(threads=1), connect=dial)
+
+
+def test_a_worker_that_lives_and_is_not_reached_is_not_said_to_have_gone() -> None:
+    def unreachable(address: str, **more: Any) -> Channel:
+        raise WorkerUnreachable(f"{address}: no worker answered in time")
+
+    with pytest.raises(WorkerUnreachable, match="no worker answered in time"):
+        LLM(MODEL, protection="open", compute=ComputeConfig(threads=1), connect=unreachable)
 
 
 def command_line(pid: int) -> str:

@@ -298,8 +298,11 @@ class LLM:
             raise self._explained(error) from None
 
     def _explained(self, error: ChannelError) -> ChannelError:
-        """A worker that was started here can say how it ended, and is nobody's to start again."""
-        if self._local_worker is None or error.side == "dealer":
-            return error  # not ours
+        """A worker that was started here and ended can say how, and is nobody's to start again."""
         worker = self._local_worker
-        return WorkerLost(f"that was started here went away: {worker.last_words()}", address=worker.address)
+        if worker is None or error.side == "dealer":
+            return error  # not ours
+        words = worker.last_words()  # it may be ending: this waits a moment
+        if not worker.ended:
+            return error  # what was wrong is something else
+        return WorkerLost(f"that was started here went away: {words}", address=worker.address)

@@ -18,9 +18,7 @@ from tsqp.arith.vnni import VECTOR, features, product_of_few, product_of_numbers
 # Up to so many rows of digits the loops are the faster; ``docs/performance.md`` has the measurement.
 FEW = 64  # with vectors of 512 bits, where ``_int_mm`` has no more than the same instruction
 FEW_OTHERWISE = 32  # beside AMX, or with vectors of 256 bits
-
-
-LEAST_WEIGHTS = 1 << 21
+LEAST_WEIGHTS = 1 << 21  # fewer are done by one thread: see ``least_columns``
 
 
 class FewRowsKernel(OffsetKernel):

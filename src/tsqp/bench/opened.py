@@ -10,18 +10,16 @@ from tsqp.api.config import RunConfig
 from tsqp.api.describe import handshake_line, mode_lines
 from tsqp.api.llm import LLM
 from tsqp.api.plan import Plan
-from tsqp.cores import cores
 
 
 def opened(run: RunConfig, console: Console) -> LLM:
-    """The model as ``run`` asks for it, on all cores unless it says how many. Raises every error of ``LLM``."""
+    """The model as ``run`` asks for it. Raises every error of ``LLM``."""
 
     def announce(plan: Plan) -> None:
         for line, style in mode_lines(plan):
             console.print(line, style=style, soft_wrap=True, markup=False)
 
-    compute = replace(run.compute, threads=run.compute.threads or cores())
-    llm = LLM.of(replace(run, compute=compute), announce=announce)
+    llm = LLM.of(run, announce=announce)
     line = handshake_line(llm)
     if line is not None:
         console.print(line, style="dim", soft_wrap=True, markup=False)

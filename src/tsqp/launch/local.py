@@ -89,6 +89,10 @@ class LocalWorker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
         """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words."""
         output = self._process.stdout
