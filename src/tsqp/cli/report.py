@@ -105,7 +105,7 @@ def guard_lines(found: dict[str, object]) -> list[str]:
 
 
 def _call_table(stats: Stats) -> Table:
-    columns = ["calls", "RPC", "serialise", "deserialise", "worker", "MB sent", "MB back"]
+    columns = ["calls", "RPC", "encode", "decode", "worker", "MB sent", "MB back"]
     table = _table("calls to the worker, times in ms", columns)
     made = {CALL_TITLES[kind]: call for kind, call in stats.calls.items() if call.count}
     for title, c in {**made, "all": total(stats.calls.values())}.items():
