@@ -19,7 +19,8 @@
     └── ChannelError              the line between the two sides; the session is dead afterwards
         ├── ArenaFull             the shared memory has no room for a tensor
         ├── AddressError          malformed, or refused for safety
-        │   └── AddressInUse
+        │   ├── AddressInUse
+        │   └── MalformedAddress  an InputError too: no address at all
         ├── WorkerUnreachable     nobody answered, or the keys did not match
         ├── WorkerLost            the worker went away after the handshake
         ├── WorkerFailed          the worker answered that it could not do the call
@@ -167,6 +168,10 @@ class ChannelError(TsqpError):
 
 class AddressError(ChannelError):
     """An address that is malformed, or refused because it would be unsafe."""
+
+
+class MalformedAddress(AddressError, InputError):
+    """A text that is no address."""
 
 
 class AddressInUse(AddressError):

@@ -130,7 +130,7 @@ class LocalWorker:
             return f"it was ended by {signal_name(-code)}"
         for line in reversed(self._errors):
             if line.strip():
-                return printable(line.strip().removeprefix("tsqp worker: "))
+                return printable(line.strip().removeprefix("tsqp worker: ").removeprefix("error: "))
         return "it said nothing" if code is None else f"it ended with exit code {code}"
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tsqp.errors import AddressError
+from tsqp.errors import AddressError, MalformedAddress
 
 Transport = Literal["mem", "ipc", "shm", "tcp"]
 
@@ -123,5 +123,5 @@ def _normal_host(host: str, text: str) -> str:
     return host
 
 
-def _malformed(text: str, advice: str) -> AddressError:
-    return AddressError(f"malformed address {text[:_SHOWN]!a}: {advice}")
+def _malformed(text: str, advice: str) -> MalformedAddress:
+    return MalformedAddress(f"malformed address {text[:_SHOWN]!a}: {advice}")
