@@ -108,6 +108,35 @@ def test_an_error_about_the_command_line_repeats_no_prompt(tsqp: Command, argume
     assert "secret" not in result.error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generat", "my secret"], "no command generat: use one of audit, bench, chat, doctor, eval, generate, keys, "),
+        (["bench", "decod"], "no command decod: use one of all, decode, guard, "),
+        (["my secret"], "no such command: use one of audit, bench, chat, doctor, eval, generate, keys, model, worker"),
+    ],
+)
+def test_an_unknown_command_gets_the_names_of_all(tsqp: Command, arguments: list[str], said: str) -> None:
+    result = tsqp(*arguments)
+    assert result.code == 2
+    assert said in result.error
+    assert "secret" not in result.error
+
+
+@pytest.mark.parametrize("address", ["foo://x", "tcp://host", "ipc://"])
+def test_what_is_no_address_is_wrong_use(tsqp: Command, address: str) -> None:
+    result = tsqp("generate", "a", *MODEL, "--worker", address)
+    assert result.code == 2
+    assert "malformed address" in result.error
+
+
+def test_a_worker_that_does_not_start_is_said_to_be_in_error_once(tsqp: Command) -> None:
+    result = tsqp("generate", "a", *MODEL, "--protection", "open", "--device", "cuda:99")
+    assert result.code == 1
+    assert result.error.count("error:") == 1
+    assert "did not start: there is no device 'cuda:99' here" in result.error
+
+
 def test_a_prompt_may_begin_with_a_hyphen(tsqp: Command) -> None:
     for prompt in ("-foo bar", "--debug", "--help"):
         result = tsqp("generate", *MODEL, *LOCAL, "--dtype", "float32", "-n", "4", "--json", "--", prompt)

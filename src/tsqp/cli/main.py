@@ -8,17 +8,19 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 
-from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from tsqp.cli.commands import app
 from tsqp.cli.flags import explained
 from tsqp.cli.prompt_text import OPTION, unknown_option
 from tsqp.errors import InputError, TsqpError
 
+COMMAND = re.compile(r"[a-z0-9_-]{1,20}")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
@@ -88,6 +90,11 @@ def _explained(error: Exception) -> str:
         return (
             f"too many arguments, by {count}: put quotes around a text that has spaces, or look for a mistyped option"
         )
+    if isinstance(error, UnknownCommandError):
+        commands = [name for name in error.app or () if not name.startswith("-")]
+        word = (error.unused_tokens or [""])[0]
+        named = f"command {word}" if COMMAND.fullmatch(word) else "such command"  # it may be a prompt
+        return f"there is no {named}: use one of {', '.join(sorted(commands))}"
     return explained(error) if isinstance(error, TsqpError) else str(error)
 
 
