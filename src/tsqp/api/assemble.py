@@ -117,6 +117,8 @@ def build_private_engine(
         step = DecodeStep.of(
             Model(checkpoint.config, norms, attention, TORCH_DTYPES[plan.kv_dtype]), guard.linears, worker
         )
+        if step is not None:
+            step.compile()
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
         opened.pop_all()
     stats.guard = guard.report

@@ -74,6 +74,15 @@ class DecodeStep:
             return None
         return cls(model, linears, session, line)
 
+    def compile(self) -> None:
+        """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
+        plan, config = self._plan(1), self._model.config
+        table = torch.zeros(1, config.head_dim)
+        work = ChunkWork(table, table, torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype))
+        plan.at[loops.CALL] = len(plan.keys)
+        hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
+        loops.decode(plan.at, plan.calls, *plan.arguments(bits(hidden), bits(logits), work))
+
     def serves(self, spans: Spans) -> bool:
         """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
         return len(spans) <= KEPT_ROWS and self._session.stats.trace is None and all(span.alone for span in spans)
@@ -84,11 +93,7 @@ class DecodeStep:
         Appends to the caches. Raises as products of ``CheckedLinears`` do.
         """
         rows, linears = len(spans), self._linears
-        plan = self._plans.get(rows)
-        if plan is None:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            plan = self._plans[rows] = _Plan(self._model, linears, self._session, self._line, rows)
+        plan = self._plan(rows)
         taken: list[Sequence[PadSlice]] = []
         try:
             for n, key in enumerate(plan.keys):
@@ -103,6 +108,14 @@ class DecodeStep:
             for slices in taken:
                 lose(slices)
             raise
+
+    def _plan(self, rows: int) -> _Plan:
+        plan = self._plans.get(rows)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[rows] = _Plan(self._model, self._linears, self._session, self._line, rows)
+        return plan
 
     def _through(self, plan: _Plan, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
         caches = plan.caches
@@ -207,7 +220,8 @@ class _Plan:
         """The table of calls, and what its addresses lead to."""
         self.calls = np.zeros((len(self.keys), loops.CALL_NUMBERS), np.int64)
         self._slots: dict[str, Slot] = {}
-        self._kept: list[object] = []
+        self._packets: list[Array] = []
+        self._kept: list[Array] = []  # what the addresses lead to
         self.sent_bytes, self.reply_bytes = list[int](), list[int]()
         for n, (key, group) in enumerate(zip(self.keys, self._groups, strict=True)):
             name, layer = key
@@ -224,7 +238,8 @@ class _Plan:
             arrays = [bits(norm), group.scales, group.bias, group.check_vectors, group.projections]
             memory = [np.frombuffer(slot.tensor, np.uint8), np.frombuffer(reply, np.uint8)]
             memory.append(np.frombuffer(packet, np.uint8).copy())
-            self._kept.append((arrays, memory))
+            self._packets.append(memory[-1])
+            self._kept += [*arrays, *memory]
             row = [KINDS[name], layer or 0, group.in_features, group.out_features]
             row += [_address(one) for one in arrays] + [group.limit] + [_address(one) for one in memory]
             self.calls[n] = [*row, len(packet), number]
@@ -254,8 +269,7 @@ class _Plan:
 
     def packet(self, call: int) -> bytes:
         """As it is to be sent now."""
-        packet: Array = self._kept[call][1][2]
-        return packet.tobytes()
+        return self._packets[call].tobytes()
 
     def keep_answer(self, call: int, control: bytes) -> None:
         """Keep an answer that the channel has received, as the loop keeps those that it has received."""

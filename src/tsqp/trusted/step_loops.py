@@ -46,8 +46,7 @@ _FIRST, _ONE = np.int64(0), np.int64(1)
 _BYTE, _BYTE_BITS, _NUMBER_BYTES = np.int64(0xFF), np.int64(8), np.int64(8)
 
 
-@intrinsic
-def _copy_once(typing: Any, target: Any, source: Any, count: Any) -> Any:
+def _copied_once(typing: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy ``count`` bytes at the address ``source`` to ``target``, each read once: the compiler may not look again."""
 
     def copy(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -58,6 +57,9 @@ def _copy_once(typing: Any, target: Any, source: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), copy
+
+
+_copy_once: Any = intrinsic(_copied_once)
 
 
 @inline
@@ -161,7 +163,7 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
     tables, windows = caches
     socket, done, answer, answers, sizes, slow, times, clock = line
     rows, word = len(hidden), private
-    while True:
+    while at[CALL] < len(calls):
         c = at[CALL]
         call = calls[c]
         kind, layer, inner, outer = call[KIND], call[LAYER], call[INNER], call[OUTER]
@@ -216,5 +218,4 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
             return REFUSED, 0
         times[c, CHECKED] = now(clock)
         at[CALL], at[NEXT], at[SEQUENCE], at[ID] = c + 1, OPERATE, at[SEQUENCE] + 1, at[ID] + 1
-        if at[CALL] == len(calls):
-            return OVER, 0
+    return OVER, 0

@@ -9,6 +9,8 @@ The functions of the system are those of Linux with 64 bits; a failed one report
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import types  # type: ignore[attr-defined]
 
@@ -21,11 +23,11 @@ LINE_NUMBERS = 5
 PATIENCE_MS = 50  # a longer wait is left to Python, which looks after signals
 SHORT_ANSWER = 64  # bytes of a packet that says that a call is done; there is more in no such packet
 
-_send = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
-_receive = types.ExternalFunction("recv", types.int64(types.int32, types.intp, types.int64, types.int32))
-_poll = types.ExternalFunction("poll", types.int32(types.intp, types.int64, types.int32))
-_give_way = types.ExternalFunction("sched_yield", types.int32())
-_clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+_send: Any = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
+_receive: Any = types.ExternalFunction("recv", types.int64(types.int32, types.intp, types.int64, types.int32))
+_poll: Any = types.ExternalFunction("poll", types.int32(types.intp, types.int64, types.int32))
+_give_way: Any = types.ExternalFunction("sched_yield", types.int32())
+_clock: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 
 _MONOTONIC = np.int32(1)
 _AT_ONCE = np.int32(0x40 | 0x4000)  # MSG_DONTWAIT, MSG_NOSIGNAL

@@ -90,13 +90,13 @@ class CheckedLinears:
     digits: Digits
     item: type[np.generic]
 
-    def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | NoPads) -> None:
+    def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | None = None) -> None:
         self.checks = 0  # products that were checked
         self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, self.item))
         self._under_way = 0
         self._connection = connection
         self.groups = groups
-        self.pads = pads
+        self.pads = pads or NoPads()
 
     def input(self, key: GroupKey, rows: int) -> torch.Tensor:
         """Private memory for the input of one product, float32 (rows, in_features). Raises what ended the session."""
@@ -184,9 +184,6 @@ class VerifiedLinears(CheckedLinears):
     """The worker sees the activations, as integers. Every product is checked."""
 
     masked, digits, item = False, 2, np.int16
-
-    def __init__(self, connection: WorkerConnection, groups: Groups) -> None:
-        super().__init__(connection, groups, NoPads())
 
 
 class MaskedLinears(CheckedLinears):
