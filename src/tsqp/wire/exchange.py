@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types  # type: ignore[attr-defined]
+from numba import types
 
 from tsqp.arith.jit import kernel
 

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import MAX_FRAME_BYTES, DirectLine, Frames
@@ -69,7 +69,8 @@ class ShmSlot(Slot):
         self.sequence = -1  # of its last call; no packet has this one
 
 
-class ShmDirectLine(NamedTuple):
+@dataclass
+class ShmDirectLine:
     """See DirectLine."""
 
     channel: ShmChannel
