@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from tsqp.arith.bits import Array, bits
+from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.config.groups import group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import PadsExhausted
@@ -31,6 +32,7 @@ from tsqp.model.decoder_layers import ChunkWork, Norms
 from tsqp.model.meter import CallKind, OperatorKind
 from tsqp.trusted import step_loops as loops
 from tsqp.trusted.guard.linears import CheckedLinears, lose, refuse
+from tsqp.trusted.guard.pads import PadBlock
 from tsqp.trusted.guard.pool import PadSlice
 from tsqp.trusted.remote.session import WorkerSession
 from tsqp.wire import exchange
@@ -190,6 +192,8 @@ class _Plan:
         self._item = np.zeros(1, linears.item)
         self._secrets = np.zeros((len(groups), rows, 2), np.int64)
         self._guard = linears.masked, checks, self._secrets
+        self._blocks: list[PadBlock | None] = [None] * len(groups)  # whose addresses these are
+        self._first = [(0, 0)] * len(groups)
         self._groups = groups
         self.caches = np.zeros((config.num_layers, rows, 5), np.int64)
         self.caches[:, :, 0] = np.arange(rows)
@@ -247,12 +251,14 @@ class _Plan:
     def point_at(self, call: int, slices: Sequence[PadSlice]) -> None:
         """Where the pads of a call lie, and their products."""
         group, secrets = self._groups[call], self._secrets[call]
-        for one in slices:
-            at = one.first
-            for column, array in enumerate((one.pads(group), one.products())):
-                first, step = _address(array), array.strides[0]
-                for row in range(one.rows):
-                    secrets[at + row, column] = first + row * step
+        for block, at, first, rows in slices:
+            whole = PadSlice(block, 0, 0, BLOCK_ROWS)
+            if block is not self._blocks[call]:  # most steps of an answer use the block of the step before
+                self._blocks[call] = block
+                self._first[call] = _address(whole.pads(group)), _address(whole.products())
+            (pads, products), inner, outer = self._first[call], 4 * group.in_features, 4 * group.out_features
+            for row in range(at, at + rows):
+                secrets[first + row - at] = pads + row * inner, products + row * outer
 
     def arguments(self, hidden: Array, logits: Array, work: ChunkWork) -> tuple[Any, ...]:
         """Of the loop, but for the first two."""
