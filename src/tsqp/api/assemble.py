@@ -114,11 +114,10 @@ def build_private_engine(
         attention = BlockAttention(checkpoint.config.windows, stats)
         attention.compile(TORCH_DTYPES[plan.kv_dtype])
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
-        step = DecodeStep.of(
-            Model(checkpoint.config, norms, attention, TORCH_DTYPES[plan.kv_dtype]), guard.linears, worker
-        )
-        if step is not None:
-            step.compile()
+        step = None
+        if plan.run.guard.compiled_step:
+            cache_dtype = TORCH_DTYPES[plan.kv_dtype]
+            step = DecodeStep.of(Model(checkpoint.config, norms, attention, cache_dtype), guard.linears, worker)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
         opened.pop_all()
     stats.guard = guard.report

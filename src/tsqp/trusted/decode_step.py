@@ -74,7 +74,9 @@ class DecodeStep:
         line = session.direct()
         if line is None or model.config.qk_norm or model.cache_dtype not in (torch.float32, torch.bfloat16):
             return None
-        return cls(model, linears, session, line)
+        step = cls(model, linears, session, line)
+        step.compile()
+        return step
 
     def compile(self) -> None:
         """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
