@@ -70,7 +70,7 @@ WORKER = {
     "worker, request read": f"{SHM}.connection:Connection.receive",
     "worker, call decoded": "tsqp.untrusted.worker:Worker.answer",
     "worker, field call": "tsqp.untrusted.paths.field:FieldOperators.__call__",
-    "worker, float call": "tsqp.untrusted.ops:Operators.__call__",
+    "worker, float call": "tsqp.untrusted.paths.plain:Operators.__call__",
     "worker, answer sent": f"{SHM}.listener:ShmListener.send",
     "worker, rows on threads": "tsqp.arith.row_threads:RowThreads.run",
 }

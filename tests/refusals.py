@@ -58,6 +58,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "worker.insecure_plain_tcp": (True, ()),
     "guard.checks": (3, ("3",)),
     "guard.model_digest": ("0" * 64, ("0" * 64,)),
+    "guard.compiled_step": (False, ()),
     "guard.pad_source": ("dealer=ipc:///x", ("dealer=ipc:///x",)),
     "guard.dealer_key": (Path("x"), ("x",)),
     "guard.dealer_no_separation": (True, ()),
@@ -121,7 +122,7 @@ def unused() -> list[tuple[Unused, Refused]]:
 def words(name: str) -> tuple[str, ...]:
     """The flag of an option, and what follows it."""
     names = {"address": "worker", "compiled": "compile", "deadline_s": "deadline", "server_key": "worker-key"}
-    names |= {"compiled_kernels": "no-compiled-kernels", "arena_bytes": "arena"}
+    names |= {"compiled_kernels": "no-compiled-kernels", "compiled_step": "no-compiled-step", "arena_bytes": "arena"}
     last = name.rpartition(".")[2]
     return (f"--{names.get(last, last.replace('_', '-'))}", *SAMPLES[name][1])
 

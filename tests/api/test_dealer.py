@@ -84,7 +84,7 @@ def test_the_dealer_gets_keys_and_the_worker_noise(start_worker: StartWorker) ->
 
     with LLM(MODEL, protection="masked", worker=workers_own, guard=guard, connect=dial) as llm:
         assert llm.generate(PROMPT, FOUR) == expected
-        assert all(group.weights is None for group in llm.guard.linears._groups.values())  # type: ignore[union-attr]
+        assert all(group.weights is None for group in llm.guard.linears.groups.values())  # type: ignore[union-attr]
     assert {type(message) for message in worker.messages} == {Hello, Product}
     assert {type(message) for message in dealer.messages} == {Hello, MultiplyPads}
 

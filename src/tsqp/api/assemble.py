@@ -20,6 +20,7 @@ from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
 from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.model.weights import ModelWeights
+from tsqp.trusted.decode_step import DecodeStep, Model
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.filler import PadFiller, targets
@@ -113,7 +114,11 @@ def build_private_engine(
         attention = BlockAttention(checkpoint.config.windows, stats)
         attention.compile(TORCH_DTYPES[plan.kv_dtype])
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
-        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms), eos_token_ids, stats)
+        step = None
+        if plan.run.guard.compiled_step:
+            cache_dtype = TORCH_DTYPES[plan.kv_dtype]
+            step = DecodeStep.of(Model(checkpoint.config, norms, attention, cache_dtype), guard.linears, worker)
+        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
         opened.pop_all()
     stats.guard = guard.report
     if guard.filler is not None:
@@ -175,7 +180,12 @@ def _check_pin(pinned: str | None, digest: str) -> None:
 
 
 def _decoder(
-    checkpoint: Checkpoint, plan: Plan, placement: Placement, stats: Stats, norms: Norms | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    placement: Placement,
+    stats: Stats,
+    norms: Norms | None = None,
+    step: DecodeStep | None = None,
 ) -> Decoder:
     dtype, cache_dtype = TORCH_DTYPES[plan.dtype], TORCH_DTYPES[plan.kv_dtype]
     layers = DecoderLayers(
@@ -194,6 +204,7 @@ def _decoder(
         max_rows=plan.run.compute.prefill_chunk,
         micro_batches=plan.run.compute.micro_batches,
         stats=stats,
+        step=step,
     )
 
 

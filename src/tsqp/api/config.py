@@ -82,11 +82,17 @@ class WorkerConfig:
 @_documented
 @dataclass(frozen=True)
 class GuardConfig:
-    """How products are checked and where pads come from. Everything but the first two is for ``masked`` only."""
+    """How products are checked and where pads come from. Everything but the first three is for ``masked`` only."""
 
     checks: int = _privacy(2, "Check vectors: a cheat passes with probability 2^(-31·checks) (masked and verified).")
     model_digest: str | None = _privacy(
         None, "Refuse any model but the one with this digest (tsqp model info --digest) (masked and verified)."
+    )
+    compiled_step: bool = _privacy(
+        True,
+        "A decode step over shm is one compiled loop; off, it is a call of Python for each product, to the same bits "
+        "(masked and verified).",
+        variable=False,
     )
     pad_source: str = _pads(
         "tee",

@@ -122,7 +122,7 @@ def names_of(section: Literal["worker", "guard", "compute"]) -> tuple[str, ...]:
     return tuple(f"{section}.{field.name}" for field in fields(config))
 
 
-OF_CHECKS = ("guard.checks", "guard.model_digest")
+OF_CHECKS = ("guard.checks", "guard.model_digest", "guard.compiled_step")
 OF_A_DEALER = ("guard.dealer_key", "guard.dealer_no_separation")
 OF_PADS = tuple(name for name in names_of("guard") if name not in OF_CHECKS)
 

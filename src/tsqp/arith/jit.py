@@ -30,7 +30,9 @@ SOURCES = (
     "model/attention_tiles.py",
     "model/compiled_rows.py",
     "model/compiled_attention.py",
+    "wire/exchange.py",
     "trusted/guard/kernels.py",
+    "trusted/step_loops.py",
 )
 
 Loop = Callable[..., Any]

@@ -54,7 +54,7 @@ def flags_of(config: type[T], **defaults: object) -> type[T]:
 def flag_of(name: str) -> str:
     """The flag of a field, which may have its section before it: ``guard.pad_memory``."""
     last = name.rpartition(".")[2]
-    off = "no-" if last == "compiled_kernels" else ""  # on unless it is turned off
+    off = "no-" if last in ("compiled_kernels", "compiled_step") else ""  # on unless turned off
     return NAMES.get(last, f"--{off}{last.replace('_', '-')}")
 
 

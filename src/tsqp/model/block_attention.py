@@ -65,13 +65,13 @@ class BlockAttention:
             alone = [span for span in spans if span.alone]
             others = [span for span in spans if not span.alone]
             if alone:
-                self._attend_steps(layer, q, alone, out)
+                self.attend_steps(layer, q, alone, out)
             if others:
                 self._attend_rows(layer, q, others, out)
         return
         yield  # a generator that hands out no products
 
-    def _attend_steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
+    def attend_steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
         """All decode steps of a chunk at once, each in parts of its keys."""
         window, size = self._windows[layer], self._loops.PART_KEYS
         parts: list[tuple[int, int, int]] = []

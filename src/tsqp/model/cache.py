@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from tsqp.arith.bits import Array
 from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
@@ -36,6 +38,7 @@ class KVCache(Positions):
         self._keys = [empty] * config.num_layers
         self._values = [empty] * config.num_layers
         self._memory = [(0, 0, 0)] * config.num_layers
+        self._addresses: Array | None = None
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
@@ -43,6 +46,7 @@ class KVCache(Positions):
             keys, values = self._grown(self._keys[layer], end), self._grown(self._values[layer], end)
             self._keys[layer], self._values[layer] = keys, values
             self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
+            self._addresses = None
         return self._keys[layer], self._values[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +59,15 @@ class KVCache(Positions):
         Good until ``reserve`` is called for the layer.
         """
         return self._memory[layer]
+
+    def addresses(self, end: int) -> Array:
+        """``memory`` of every layer, int64 (layers, 3), with room for positions up to ``end``."""
+        for layer, keys in enumerate(self._keys):
+            if end > keys.shape[1]:
+                self.reserve(layer, end)
+        if self._addresses is None:
+            self._addresses = np.array(self._memory, np.int64)
+        return self._addresses
 
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
         capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))

@@ -24,6 +24,36 @@ class Frames(NamedTuple):
     tensors: Sequence[memoryview] = ()
 
 
+class DirectLine(Protocol):
+    """The socket of a channel, for who sends calls from slots and takes their answers himself, one after another.
+
+    A packet is 8 bytes of number, lowest first, and what ``packet`` says; its answer begins with the same 8 bytes, and
+    goes on with a control frame. Whatever goes another way is dealt with by ``settle``. What is said of a Channel holds
+    here too.
+    """
+
+    descriptor: int
+    spin_s: float  # how long to ask again before sleeping; see transport/shm/spin.py, also for the next two
+    crowded_s: float
+    rest_s: float
+    packet_bytes: int  # no packet has more
+
+    def packet(self, slot: Slot, control: bytes) -> tuple[bytes, memoryview]:
+        """The packet of a call from a slot, its number 0; and the memory of the reply, which **the worker can change**.
+
+        Only one call from a slot may be under way.
+        """
+
+    def numbers(self, count: int) -> int:
+        """The first of so many numbers for packets to be sent one after another, while no other call is under way."""
+
+    def settle(self, slot: Slot, number: int, deadline_s: float, *, unsent: bytes = b"", came: bytes = b"") -> bytes:
+        """The control frame of the answer to packet ``number``: received, or in ``came``, a packet that was received.
+
+        ``unsent``: the packet itself, where it could not be sent. Raises as ``send`` and ``receive``.
+        """
+
+
 class Channel(Protocol):
     """The trusted side's end of one connection. Not thread-safe: one thread uses it."""
 
@@ -62,6 +92,9 @@ class Channel(Protocol):
         would be written over the other, ProtocolError.
         """
 
+    def direct(self) -> DirectLine | None:
+        """For who sends calls from slots by code of its own; None where that cannot be done."""
+
     def receive(self, deadline_s: float) -> Frames:
         """The next message from the worker, in the order sent.
 
@@ -77,7 +110,10 @@ class Channel(Protocol):
 
 
 class SlotsByReserve:
-    """Slots of a channel that lays out nothing but what ``reserve`` does, and sees a call from one as any other."""
+    """Slots of a channel that lays out nothing but what ``reserve`` does, and sees a call from one as any other.
+
+    It has no direct line.
+    """
 
     def slot(self, size: int, reply_bytes: int) -> Slot:
         """See Channel.slot."""
@@ -86,6 +122,10 @@ class SlotsByReserve:
     def send_from(self, slot: Slot, control: bytes) -> None:
         """See Channel.send_from."""
         self.send(Frames(control, (slot.tensor,)), slot.reply_bytes)
+
+    def direct(self) -> DirectLine | None:
+        """See Channel.direct."""
+        return None
 
     def reserve(self, size: int) -> memoryview:
         """See Channel.reserve."""

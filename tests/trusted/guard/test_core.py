@@ -54,7 +54,7 @@ def test_an_honest_product_is_that_of_the_formula(build: Build, rows: int) -> No
     for seed in range(3):
         x = activations(rows, seed=seed)
         got = linears.start(KEY, x).wait().numpy()
-        assert np.array_equal(got, plain_product(x.numpy(), linears._groups[KEY].limit))
+        assert np.array_equal(got, plain_product(x.numpy(), linears.groups[KEY].limit))
 
 
 @MODES
@@ -74,7 +74,7 @@ def test_one_wrong_element_is_found_in_every_row(build: Build, row: int) -> None
 @pytest.mark.parametrize("blind", [0, 1])
 def test_an_error_that_one_check_vector_does_not_see(build: Build, blind: int) -> None:
     linears, line = build(WEIGHTS)
-    unseen = linears._groups[KEY].check_vectors[blind, :2].astype(np.int64)[::-1] * (
+    unseen = linears.groups[KEY].check_vectors[blind, :2].astype(np.int64)[::-1] * (
         1,
         -1,
     )  # times that vector: 0 mod p
@@ -109,13 +109,13 @@ def test_another_way_to_write_the_right_number_is_out_of_range(build: Build) -> 
 def test_after_a_failure_nothing_is_checked_with_the_same_vectors(build: Build) -> None:
     linears, line = build(WEIGHTS)
     under_way = linears.start(KEY, activations(2))
-    before = [group.check_vectors.copy() for group in linears._groups.values()]
+    before = [group.check_vectors.copy() for group in linears.groups.values()]
     line.change = lambda reply: reply.fill(0)
     with pytest.raises(CheckFailed):
         linears.start(KEY, activations(2)).wait()
     assert isinstance(line.dead, CheckFailed)
     assert not any(
-        (group.check_vectors == old).any() for group, old in zip(linears._groups.values(), before, strict=True)
+        (group.check_vectors == old).any() for group, old in zip(linears.groups.values(), before, strict=True)
     )
     line.dead = None  # were the line not dead, or its death forgotten: right products are refused all the same
     with pytest.raises((ChannelError, PadError)):
@@ -143,7 +143,7 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels, "verify_and_unmask", accept)
     got = pending.wait().numpy()
     assert sorted(calls) == [0, BLOCK_ROWS, 2 * BLOCK_ROWS]
-    assert np.array_equal(got, plain_product(x.numpy(), linears._groups[KEY].limit))
+    assert np.array_equal(got, plain_product(x.numpy(), linears.groups[KEY].limit))
 
 
 @pytest.mark.parametrize("with_pads", [True, False], ids=["masked", "verified"])

@@ -146,7 +146,7 @@ def test_a_dealer_is_told_the_same_whatever_the_prompt_says() -> None:
 
 def test_the_weights_are_dropped_here() -> None:
     with dealt() as run:
-        assert all(group.weights is None for group in run.guard.linears._groups.values())
+        assert all(group.weights is None for group in run.guard.linears.groups.values())
 
 
 LIES: dict[str, tuple[Attack, type[ChannelError]]] = {
@@ -181,7 +181,7 @@ def test_a_dealer_that_lies_in_a_call(lie: str, at: int, monkeypatch: pytest.Mon
             with pytest.raises((ChannelError, PadReused)):
                 run.engine.logits(PROMPT)
         assert (len(run.to_worker.sent), len(run.to_dealer.sent)) == sent  # neither is asked again
-        for group in run.guard.linears._groups.values():
+        for group in run.guard.linears.groups.values():
             assert (group.projections == 1).all()
         assert blocks
         assert not secrets_of(blocks)

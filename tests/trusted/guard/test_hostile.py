@@ -84,7 +84,7 @@ def assert_nothing_left(llm: LLM) -> None:
     """Check vectors and pads are gone, and every call raises."""
     guard = llm._guard
     assert guard is not None
-    for group in guard.linears._groups.values():
+    for group in guard.linears.groups.values():
         assert (group.projections == 1).all()
     if guard.filler is not None:
         guard.filler.close()  # which may have been in the middle of a block

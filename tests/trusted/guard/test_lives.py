@@ -490,7 +490,7 @@ def test_close_ends_the_line_before_its_vectors(build: Callable[..., Any], monke
 def test_nothing_secret_is_printed() -> None:
     """As by a debugger, a log or an error that shows what it was given."""
     linears, _ = masked(WEIGHTS)
-    group = linears._groups[KEY]
+    group = linears.groups[KEY]
     pending = linears.start(KEY, activations(1))
     secret = {
         str(number) for part in (group.check_vectors, group.projections, pending.desk.expected) for number in part.flat

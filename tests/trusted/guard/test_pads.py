@@ -234,7 +234,7 @@ def test_an_interrupt_at_any_line_returns_no_row(rows: int) -> None:
         else:
             dead += 1
             assert isinstance(watched.line.dead, ChannelClosed)
-            assert (linears._groups[KEY].projections == 1).all()
+            assert (linears.groups[KEY].projections == 1).all()
         assert not shared_pads([watched.written()])
         if not reached():
             break
@@ -254,7 +254,7 @@ def test_an_interrupt_while_waiting_ends_the_session() -> None:
     with pytest.raises(KeyboardInterrupt):
         pending.wait()
     assert isinstance(line.dead, ChannelClosed)
-    for group in linears._groups.values():
+    for group in linears.groups.values():
         assert (group.projections == 1).all()
     for later in (other.wait, lambda: linears.start(KEY, activations(1))):
         with pytest.raises((ChannelClosed, PadReused)):

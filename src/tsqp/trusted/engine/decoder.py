@@ -6,16 +6,29 @@ prefill, decode, chunks, micro-batches and batches: flat rows, each with a posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 
 from tsqp.arith.bits import keep_bits
-from tsqp.model.batch import Batch, Chunk
+from tsqp.model.batch import Batch, Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
 from tsqp.model.operators import Embedding
 from tsqp.model.pending import Steps, interleaved
 from tsqp.model.rotary import Rotary
 from tsqp.trusted.stats import Stats
+
+
+class Step(Protocol):
+    """Takes rows that are each alone of their sequence through all layers in one piece, where it can."""
+
+    def serves(self, spans: Sequence[SequenceRows[KVCache]]) -> bool:
+        """Whether it takes these."""
+
+    def run(self, hidden: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], work: ChunkWork) -> torch.Tensor:
+        """Logits, float32 (T, vocab_size), of hidden states (T, hidden_size), which are changed."""
 
 
 class Decoder:
@@ -31,6 +44,7 @@ class Decoder:
         max_rows: int,
         micro_batches: int,
         stats: Stats,
+        step: Step | None = None,
     ) -> None:
         self.config = layers.config
         self._layers = layers
@@ -40,6 +54,7 @@ class Decoder:
         self._max_rows = max_rows
         self._micro_batches = micro_batches
         self._stats = stats
+        self._step = step
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
@@ -51,6 +66,14 @@ class Decoder:
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
         hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
+        if self._step is not None and len(hidden) == len(batch.tokens) <= self._max_rows:
+            (chunk,) = batch.chunks(self._max_rows)
+            if self._step.serves(chunk.spans):
+                logits = self._step.run(hidden, chunk.spans, ChunkWork.of(self._rotary, self.config, chunk))
+                self._stats.chunks += 1
+                batch.advance()
+                self._stats.forward_passes += 1
+                return logits
         wanted: list[torch.Tensor] = []
         for chunk in batch.chunks(self._max_rows):
             parts = chunk.split(self._micro_batches)

@@ -90,13 +90,13 @@ class CheckedLinears:
     digits: Digits
     item: type[np.generic]
 
-    def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | NoPads) -> None:
+    def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | None = None) -> None:
         self.checks = 0  # products that were checked
         self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, self.item))
         self._under_way = 0
         self._connection = connection
-        self._groups = groups
-        self._pads = pads
+        self.groups = groups
+        self.pads = pads or NoPads()
 
     def input(self, key: GroupKey, rows: int) -> torch.Tensor:
         """Private memory for the input of one product, float32 (rows, in_features). Raises what ended the session."""
@@ -111,41 +111,41 @@ class CheckedLinears:
         desk = self.desks.claim(key, x) or self.desks.fresh(key, len(x))
         slices: Sequence[PadSlice] = ()
         try:
-            slices = self._pads.take(key, len(x))
+            slices = self.pads.take(key, len(x))
             return self._ask(key, bits(x), slices, desk)
         except BaseException as error:
             if self._under_way or not isinstance(error, PadsExhausted | NumericError):
-                self._end(error)
-            _lose(slices)
+                self.end(error)
+            lose(slices)
             raise
 
     def finish(self, pending: PendingProduct) -> torch.Tensor:
         """See ``PendingProduct.wait``."""
         self._under_way -= 1
         try:
-            self._pads.supply(pending.group.key, pending.slices)  # while the worker computes
+            self.pads.supply(pending.group.key, pending.slices)  # while the worker computes
             return self._verify_and_unmask(pending)
         except BaseException as error:
-            self._end(error)
-            _lose(pending.slices)
+            self.end(error)
+            lose(pending.slices)
             raise
 
     def close(self) -> None:
         """Overwrite what is secret. Nothing can be asked for any more."""
         self._connection.fail(ChannelClosed("the session was closed"))  # first: no reply may meet forgotten vectors
         self.desks.clear()  # whoever has no desk yet must ask the connection, which says how it ended
-        for group in self._groups.values():
+        for group in self.groups.values():
             group.forget()
-        self._pads.close()
+        self.pads.close()
 
-    def _end(self, error: BaseException) -> None:
+    def end(self, error: BaseException) -> None:
         """End the session because of ``error``: nothing is ever checked with the same vectors again."""
         self._connection.fail(error if isinstance(error, ChannelError) else ChannelClosed("a product was given up"))
         self.close()
 
     def _ask(self, key: GroupKey, x: Array, slices: Sequence[PadSlice], desk: Desk) -> PendingProduct:
         """Quantise and mask x, float32 (R, K), into memory of the connection; ask for the product."""
-        group, limit = self._groups[key], np.float32(self._groups[key].limit)
+        group, limit = self.groups[key], np.float32(self.groups[key].limit)
 
         def mask(begin: int, stop: int) -> None:
             for one in slices[begin:stop]:
@@ -185,9 +185,6 @@ class VerifiedLinears(CheckedLinears):
 
     masked, digits, item = False, 2, np.int16
 
-    def __init__(self, connection: WorkerConnection, groups: Groups) -> None:
-        super().__init__(connection, groups, NoPads())
-
 
 class MaskedLinears(CheckedLinears):
     """The worker sees uniform noise: every row it gets has a pad of ``pool`` added. Every product is checked."""
@@ -211,13 +208,18 @@ def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdict
     """Do the work on slices; raise what the worst verdict means. A row without a verdict is not accepted either."""
     verdicts.fill(kernels.UNSEEN)  # there are those of another product
     row_threads().run(work, len(slices), least=2)
+    refuse(verdicts)
+
+
+def refuse(verdicts: Array) -> None:
+    """Raise what the worst verdict means, if it is not OK."""
     worst = max(verdicts.tolist())
     if worst != kernels.OK:
         error, text = _REFUSALS[min(worst, kernels.MISMATCH) - 1]
         raise error(text)
 
 
-def _lose(slices: Sequence[PadSlice]) -> None:
+def lose(slices: Sequence[PadSlice]) -> None:
     """After a failure pads are not used again, whether the worker has seen them or not."""
     for one in slices:
         if one.block is not None:

@@ -17,9 +17,20 @@ from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolErro
 from tsqp.model.meter import CallKind
 from tsqp.model.pending import NotKept
 from tsqp.trusted.stats import Stats
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.channel import Channel, DirectLine, Frames
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, GroupShape, Hello, Linear, MultiplyPads, Product, Welcome
+from tsqp.wire.messages import (
+    PROTOCOL_VERSION,
+    Call,
+    Done,
+    GroupShape,
+    Hello,
+    Linear,
+    MultiplyPads,
+    Product,
+    Reply,
+    Welcome,
+)
 from tsqp.wire.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
 from tsqp.wire.printable import printable
 from tsqp.wire.slot import Slot
@@ -55,7 +66,7 @@ class WorkerSession:
         self._role = role
         self._wire = wire_format(wire_dtype)
         self.dtype = TORCH_DTYPES[dtype]
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._next_id = 0
         self._under_way: dict[int, PendingReply[Any]] = {}
         self._dead: ChannelError | None = None
@@ -69,6 +80,25 @@ class WorkerSession:
         """A call id that no earlier call of this session had."""
         self._next_id += 1
         return self._next_id
+
+    def direct(self) -> DirectLine | None:
+        """The line of calls that go round this session, if there is one."""
+        self._raise_if_dead()
+        return self.channel.direct()
+
+    def direct_ids(self, count: int) -> int:
+        """The first of so many ids, of direct calls. Raises the session's first ChannelError when it is dead."""
+        self._raise_if_dead()
+        first = self._next_id + 1
+        self._next_id += count
+        return first
+
+    def busy_ns(self, control: bytes, call_id: int) -> int:
+        """What the worker says of a call that it has done. Raises WorkerFailed, ProtocolError."""
+        reply = decode_reply(control)
+        if reply.id != call_id:
+            raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
+        return self._done(reply).busy_ns
 
     def reserve(self, size: int) -> memoryview:
         """Uninitialised memory for a payload, which is sent from there without a copy.
@@ -207,26 +237,30 @@ class WorkerSession:
 
     def _payload_of(self, wanted: PendingReply[T]) -> memoryview:
         """Receive until ``wanted`` is here; replies to other calls wait with those who asked for them."""
-        end = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self.deadline_s
         while wanted.payload is None:
             control, tensors = self.channel.receive(max(0.0, end - time.monotonic()))
             reply = decode_reply(control)
             asked = self._under_way.get(reply.id)
             if asked is None:
                 raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
-            if not isinstance(reply, Done):
-                raise WorkerFailed(f"the {self._role} at {self.channel.address} failed: {printable(reply.reason)}")
+            done = self._done(reply)
             if len(tensors) > 1:
                 raise ProtocolError(f"a reply with {len(tensors)} payloads")
             del self._under_way[reply.id]
             asked.payload = tensors[0] if tensors else memoryview(b"")
-            asked.busy_ns = reply.busy_ns
+            asked.busy_ns = done.busy_ns
         payload, wanted.payload = wanted.payload, None
         return payload
 
+    def _done(self, reply: Reply) -> Done:
+        if not isinstance(reply, Done):
+            raise WorkerFailed(f"the {self._role} at {self.channel.address} failed: {printable(reply.reason)}")
+        return reply
+
     def _handshake(self, hello: Hello) -> Welcome:
         self.channel.send(Frames(encode(hello)))
-        control, tensors = self.channel.receive(self._deadline_s)  # it may still be reading its weights
+        control, tensors = self.channel.receive(self.deadline_s)  # it may still be reading its weights
         answer = decode_handshake(control)
         if tensors:
             raise ProtocolError("a handshake with payloads")

@@ -7,9 +7,10 @@ import socket
 import time
 from collections import deque
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 
 from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
-from tsqp.wire.channel import MAX_FRAME_BYTES, Frames
+from tsqp.wire.channel import MAX_FRAME_BYTES, DirectLine, Frames
 from tsqp.wire.slot import Slot
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import CONNECT_TIMEOUT_S, SEND_TIMEOUT_S, BaseChannel, Deadline, check_limits
@@ -30,7 +31,7 @@ from tsqp.wire.transport.shm.packets import (
     request_places,
 )
 from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
-from tsqp.wire.transport.shm.spin import SPIN_S, Spin
+from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import dial
 
 SLOW_S = 2 * SPIN_S  # a sleep longer than this was not worth the spin before it
@@ -66,6 +67,27 @@ class ShmSlot(Slot):
         self.memory = _UnderWay((tensor,), (product,) if reply_bytes else ())
         self.places = request_places((own,), place)
         self.sequence = -1  # of its last call; no packet has this one
+
+
+@dataclass
+class ShmDirectLine:
+    """See DirectLine."""
+
+    channel: ShmChannel
+    descriptor: int
+    spin_s: float
+    crowded_s: float = CROWDED_S
+    rest_s: float = REST_S
+    packet_bytes: int = PACKET_BYTES
+
+    def packet(self, slot: Slot, control: bytes) -> tuple[bytes, memoryview]:
+        return self.channel.packet(slot, control)
+
+    def numbers(self, count: int) -> int:
+        return self.channel.numbers(count)
+
+    def settle(self, slot: Slot, number: int, deadline_s: float, *, unsent: bytes = b"", came: bytes = b"") -> bytes:
+        return self.channel.settle(slot, number, deadline_s, unsent, came)
 
 
 def connect_shm(
@@ -151,6 +173,45 @@ class ShmChannel(BaseChannel):
         except BaseException as error:
             self._die_of(error)
             raise
+
+    def direct(self) -> DirectLine | None:
+        """See Channel.direct."""
+        self._check_alive()
+        return ShmDirectLine(self, self._line.fileno(), self._spin.spin_s)
+
+    def packet(self, slot: Slot, control: bytes) -> tuple[bytes, memoryview]:
+        """See DirectLine.packet."""
+        own = self._own(slot)
+        check_limits(Frames(control), self._max_frame_bytes)
+        return encode_sequence(0) + own.places + control, own.memory.product[0]
+
+    def numbers(self, count: int) -> int:
+        """See DirectLine.numbers."""
+        self._check_alive()
+        if self._under_way or self._arrived:
+            raise ProtocolError(f"{self.address}: numbers for direct calls while other calls are under way")
+        first = self._sequence + 1
+        self._sequence += count
+        return first
+
+    def settle(self, slot: Slot, number: int, deadline_s: float, unsent: bytes, came: bytes) -> bytes:
+        """See DirectLine.settle."""
+        self._check_alive()
+        try:
+            memory = self._own(slot).memory
+            if unsent:
+                self._put(number, unsent, memory)
+            self._under_way[number] = memory
+            frames = self._taken(came) if came else None
+            return (frames or self._receive(deadline_s)).control
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
+    def _own(self, slot: Slot) -> ShmSlot:
+        if not isinstance(slot, ShmSlot) or slot.arena is not self._arena:
+            raise ProtocolError(f"{self.address}: a slot of another channel")
+        return slot
 
     def _send(self, frames: Frames, reply_bytes: int) -> None:
         control, tensors = frames
@@ -240,6 +301,9 @@ class ShmChannel(BaseChannel):
             return self._next_reply()
         if not packet:
             raise self._lost()
+        return self._taken(packet)
+
+    def _taken(self, packet: bytes) -> Frames | None:
         answer = decode_answer(packet)
         under_way = self._under_way.pop(answer.sequence, None)
         if under_way is None:

@@ -30,7 +30,7 @@ class Spin:
         clock: Callable[[], float] = time.monotonic,
         give_way: Callable[[], None] = os.sched_yield,
     ) -> None:
-        self._spin_s = spin_s
+        self.spin_s = spin_s
         self._clock = clock
         self._give_way = give_way
         self._rests_until = -1.0
@@ -40,7 +40,7 @@ class Spin:
         now = self._clock()
         if once or now < self._rests_until:
             return look()
-        until = now + self._spin_s
+        until = now + self.spin_s
         while True:
             self._give_way()
             found = look()

@@ -1,0 +1,310 @@
+"""A decode step of a private mode in one piece of compiled code: tables in, logits out.
+
+What a step needs besides its numbers depends on the count of rows alone: the packet of each call, where its input and
+its reply lie, the guard's vectors and scales. That is laid out once (``_Plan``). For each step there are the pads,
+taken from the pool as ever, the places of keys and values, and room for what comes. ``step_loops.decode`` does the
+rest, without the interpreter, which between two calls costs more than all arithmetic of a row.
+
+It comes back early where Python has to act: attention over so many keys that threads share it; an answer that takes
+long, or that is not plainly good, which the channel then deals with as with any other; rows that the guard refuses.
+After a failure the session is over and all pads of the step are lost, as after any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tsqp.arith.bits import Array, bits
+from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.config.groups import group_keys
+from tsqp.config.model import ModelConfig
+from tsqp.errors import PadsExhausted
+from tsqp.model.batch import SequenceRows
+from tsqp.model.block_attention import NO_WINDOW, SPLIT_PAIRS, BlockAttention, words
+from tsqp.model.cache import KVCache
+from tsqp.model.decoder_layers import ChunkWork, Norms
+from tsqp.model.meter import CallKind, OperatorKind
+from tsqp.trusted import step_loops as loops
+from tsqp.trusted.guard.linears import CheckedLinears, lose, refuse
+from tsqp.trusted.guard.pads import PadBlock
+from tsqp.trusted.guard.pool import PadSlice
+from tsqp.trusted.remote.session import WorkerSession
+from tsqp.wire import exchange
+from tsqp.wire.channel import DirectLine
+from tsqp.wire.codec import encode
+from tsqp.wire.messages import Done, Product
+from tsqp.wire.slot import KEPT_ROWS, Slot
+
+KINDS = {"qkv": loops.QKV, "o": loops.O, "gate_up": loops.GATE_UP, "down": loops.DOWN, "lm_head": loops.LM_HEAD}
+WIDE_ID = 0x2123456789ABCDEF  # its encoding has 8 bytes of number, as those of a step have whatever the number is
+PLANS = 2  # counts of rows whose plans are kept
+
+Spans = Sequence[SequenceRows[KVCache]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the layers of a run have besides their products."""
+
+    config: ModelConfig
+    norms: Norms
+    attention: BlockAttention
+    cache_dtype: torch.dtype
+
+
+class DecodeStep:
+    """Decode steps of one run, over a line that its worker's channel has for them."""
+
+    def __init__(self, model: Model, linears: CheckedLinears, session: WorkerSession, line: DirectLine) -> None:
+        self._model = model
+        self._linears = linears
+        self._session = session
+        self._line = line
+        self._plans: dict[int, _Plan] = {}
+
+    @classmethod
+    def of(cls, model: Model, linears: CheckedLinears, session: WorkerSession) -> DecodeStep | None:
+        """None where the plain way is the only one: over other transports, with norms of heads."""
+        line = session.direct()
+        if line is None or model.config.qk_norm or model.cache_dtype not in (torch.float32, torch.bfloat16):
+            return None
+        step = cls(model, linears, session, line)
+        step.compile()
+        return step
+
+    def compile(self) -> None:
+        """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
+        plan, config = self._plan(1), self._model.config
+        table = torch.zeros(1, config.head_dim)
+        work = ChunkWork(table, table, torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype))
+        plan.at[loops.CALL] = len(plan.keys)
+        hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
+        loops.decode(plan.at, plan.calls, *plan.arguments(bits(hidden), bits(logits), work))
+
+    def serves(self, spans: Spans) -> bool:
+        """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
+        return len(spans) <= KEPT_ROWS and self._session.stats.trace is None and all(span.alone for span in spans)
+
+    def run(self, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
+        """Logits, float32 (R, vocab_size), of hidden states float32 (R, hidden_size), which are changed.
+
+        Appends to the caches. Raises as products of ``CheckedLinears`` do.
+        """
+        rows, linears = len(spans), self._linears
+        plan = self._plan(rows)
+        taken: list[Sequence[PadSlice]] = []
+        try:
+            for n, key in enumerate(plan.keys):
+                taken.append(linears.pads.take(key, rows))
+                linears.pads.supply(key, taken[-1])
+                if linears.masked:
+                    plan.point_at(n, taken[-1])
+            return self._through(plan, hidden, spans, work)
+        except BaseException as error:
+            if not isinstance(error, PadsExhausted):
+                linears.end(error)
+            for slices in taken:
+                lose(slices)
+            raise
+
+    def _plan(self, rows: int) -> _Plan:
+        plan = self._plans.get(rows)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[rows] = _Plan(self._model, self._linears, self._session, self._line, rows)
+        return plan
+
+    def _through(self, plan: _Plan, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
+        caches = plan.caches
+        for row, span in enumerate(spans):
+            caches[:, row, 1:4] = span.cache.addresses(span.end)
+            caches[:, row, 4] = span.position
+        logits = torch.empty(plan.rows, self._model.config.vocab_size)
+        numbers, ids = self._line.numbers(len(plan.keys)), self._session.direct_ids(len(plan.keys))
+        plan.at[:] = 0, loops.OPERATE, numbers, ids
+        arguments = plan.arguments(bits(hidden), bits(logits), work)
+        while True:
+            why, size = loops.decode(plan.at, plan.calls, *arguments)
+            if why == loops.OVER:
+                break
+            if why == loops.ATTEND:
+                mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, len(work.q), -1)
+                self._model.attention.attend_steps(plan.layer(), work.q, spans, mixed)
+            elif why == loops.REFUSED:
+                refuse(plan.verdicts)
+            else:
+                self._settle(plan, why - loops.LINE, size)
+        self._count(plan, ids)
+        return logits
+
+    def _settle(self, plan: _Plan, why: int, size: int) -> None:
+        """Have the channel deal with what the loop has left, and the loop go on with the answer."""
+        call, number = int(plan.at[loops.CALL]), int(plan.at[loops.SEQUENCE])
+        unsent = plan.packet(call) if why == exchange.UNSENT else b""
+        came = bytes(plan.answer[:size]) if why == exchange.UNUSUAL else b""
+        control = self._line.settle(plan.slot(call), number, self._session.deadline_s, unsent=unsent, came=came)
+        self._session.busy_ns(control, int(plan.at[loops.ID]))
+        plan.keep_answer(call, control)
+        plan.at[loops.NEXT] = loops.TAKE
+
+    def _count(self, plan: _Plan, ids: int) -> None:
+        """Read what the worker has said, once more as the messages that they are; and count everything."""
+        stats, linears = self._session.stats, self._linears
+        busy = [self._session.busy_ns(plan.answered(call), ids + call) for call in range(len(plan.keys))]
+        linears.checks += len(plan.keys)
+        times = plan.times * 1e-9
+        line = times[:, loops.ARRIVED] - times[:, loops.MASKED]
+        kinds: tuple[tuple[CallKind, slice], ...] = ("linear", slice(0, -1)), ("lm_head", slice(-1, None))
+        for kind, which in kinds:
+            row, spent = stats.calls[kind], float(line[which].sum())
+            row.count += len(line[which])
+            row.rpc_s += spent
+            row.held_s += spent
+            row.worker_s += min(sum(busy[which]) * 1e-9, spent)  # it cannot have computed for longer
+            row.bytes_sent += sum(plan.sent_bytes[which])
+            row.bytes_received += sum(plan.reply_bytes[which])
+        steps = np.diff(times, axis=1)  # by their ends
+        for operator, seconds in plan.operators(steps).items():
+            stats.operator_s[operator] = stats.operator_s.get(operator, 0.0) + seconds
+
+
+class _Plan:
+    """What steps of R rows have in common, and room for the one under way. Tables are as ``step_loops`` names them."""
+
+    def __init__(
+        self, model: Model, linears: CheckedLinears, session: WorkerSession, line: DirectLine, rows: int
+    ) -> None:
+        config = model.config
+        self.rows, self.keys = rows, group_keys(config)
+        groups = [linears.groups[key] for key in self.keys]
+        checks = len(groups[0].check_vectors)
+        widest_in, widest_out = max(one.in_features for one in groups), max(one.out_features for one in groups)
+        self.at = np.zeros(4, np.int64)
+        self.x, self._y = torch.empty(rows * widest_in), torch.empty(rows * max(g.out_features for g in groups[:-1]))
+        self._private = np.empty(widest_out, np.uint32)
+        self.verdicts = np.empty(rows, np.uint8)
+        self._room = np.empty(rows, np.float32), np.empty((rows, checks), np.uint32), self.verdicts
+        self._item = np.zeros(1, linears.item)
+        self._secrets = np.zeros((len(groups), rows, 2), np.int64)
+        self._guard = linears.masked, checks, self._secrets
+        self._blocks: list[PadBlock | None] = [None] * len(groups)  # whose addresses these are
+        self._first = [(0, 0)] * len(groups)
+        self._groups = groups
+        self.caches = np.zeros((config.num_layers, rows, 5), np.int64)
+        self.caches[:, :, 0] = np.arange(rows)
+        self._windows = np.array([window or NO_WINDOW for window in config.windows], np.int64)
+        self._work = np.float32(config.rms_norm_eps), np.float32(1 / math.sqrt(config.head_dim)), config.num_kv_heads
+        self.times = np.zeros((len(groups), 6), np.int64)
+        self._line_of(line, session)
+        self._lay_out(model.norms, linears, session, line)
+
+    def _line_of(self, line: DirectLine, session: WorkerSession) -> None:
+        socket = np.zeros(exchange.LINE_NUMBERS, np.int64)
+        socket[exchange.DESCRIPTOR] = line.descriptor
+        for at, seconds in (
+            (exchange.SPIN_NS, line.spin_s),
+            (exchange.CROWDED_NS, line.crowded_s),
+            (exchange.REST_NS, line.rest_s),
+        ):
+            socket[at] = int(seconds * 1e9)
+        done = np.frombuffer(encode(Done(0))[:6], np.uint8)  # the array's length, and the tag
+        self.answer = np.zeros(line.packet_bytes, np.uint8)
+        self._answers = np.zeros((len(self.keys), exchange.SHORT_ANSWER), np.uint8)
+        self._sizes = np.zeros(len(self.keys), np.int64)
+        slow = np.zeros((len(self.keys), 1), np.uint8)
+        clock = np.zeros(2, np.int64)
+        self._socket = socket, done, self.answer, self._answers, self._sizes, slow, self.times, clock
+
+    def _lay_out(self, norms: Norms, linears: CheckedLinears, session: WorkerSession, line: DirectLine) -> None:
+        """The table of calls, and what its addresses lead to."""
+        self.calls = np.zeros((len(self.keys), loops.CALL_NUMBERS), np.int64)
+        self._slots: dict[str, Slot] = {}
+        self._packets: list[Array] = []
+        self._kept: list[Array] = []  # what the addresses lead to
+        self.sent_bytes, self.reply_bytes = list[int](), list[int]()
+        for n, (key, group) in enumerate(zip(self.keys, self._groups, strict=True)):
+            name, layer = key
+            sent, reply_bytes = self.rows * group.in_features * self._item.itemsize, self.rows * group.out_features * 4
+            if name not in self._slots:
+                self._slots[name] = session.slot(sent, reply_bytes)
+            slot = self._slots[name]
+            control = encode(Product(WIDE_ID, *key, self.rows, linears.digits))
+            packet, reply = line.packet(slot, control)
+            number = len(packet) - len(control) + control.index(WIDE_ID.to_bytes(8, "big"))
+            self.sent_bytes.append(len(control) + sent)
+            self.reply_bytes.append(reply_bytes)
+            norm = norms.final if layer is None else getattr(norms.layers[layer], _NORMS.get(name, "attention"))
+            arrays = [bits(norm), group.scales, group.bias, group.check_vectors, group.projections]
+            memory = [np.frombuffer(slot.tensor, np.uint8), np.frombuffer(reply, np.uint8)]
+            memory.append(np.frombuffer(packet, np.uint8).copy())
+            self._packets.append(memory[-1])
+            self._kept += [*arrays, *memory]
+            row = [KINDS[name], layer or 0, group.in_features, group.out_features]
+            row += [_address(one) for one in arrays] + [group.limit] + [_address(one) for one in memory]
+            self.calls[n] = [*row, len(packet), number]
+
+    def point_at(self, call: int, slices: Sequence[PadSlice]) -> None:
+        """Where the pads of a call lie, and their products."""
+        group, secrets = self._groups[call], self._secrets[call]
+        for block, at, first, rows in slices:
+            whole = PadSlice(block, 0, 0, BLOCK_ROWS)
+            if block is not self._blocks[call]:  # most steps of an answer use the block of the step before
+                self._blocks[call] = block
+                self._first[call] = _address(whole.pads(group)), _address(whole.products())
+            (pads, products), inner, outer = self._first[call], 4 * group.in_features, 4 * group.out_features
+            for row in range(at, at + rows):
+                secrets[first + row - at] = pads + row * inner, products + row * outer
+
+    def arguments(self, hidden: Array, logits: Array, work: ChunkWork) -> tuple[Any, ...]:
+        """Of the loop, but for the first two."""
+        memory = hidden, bits(self.x), bits(self._y), logits, self._private
+        operators = *self._work, SPLIT_PAIRS, bits(work.cos), bits(work.sin), bits(work.q), words(work.q)
+        return self._guard, memory, operators, (*self._room, self._item), (self.caches, self._windows), self._socket
+
+    def layer(self) -> int:
+        """Of the call under way."""
+        return int(self.calls[self.at[loops.CALL], loops.LAYER])
+
+    def slot(self, call: int) -> Slot:
+        return self._slots[self.keys[call][0]]
+
+    def packet(self, call: int) -> bytes:
+        """As it is to be sent now."""
+        return self._packets[call].tobytes()
+
+    def keep_answer(self, call: int, control: bytes) -> None:
+        """Keep an answer that the channel has received, as the loop keeps those that it has received."""
+        self._sizes[call] = 8 + len(control)
+        self._answers[call, 8 : 8 + len(control)] = np.frombuffer(control, np.uint8)
+
+    def answered(self, call: int) -> bytes:
+        """The control frame of the answer to a call."""
+        return self._answers[call, 8 : self._sizes[call]].tobytes()
+
+    def operators(self, steps: Array) -> dict[OperatorKind, float]:
+        """Seconds of each operator; steps (calls, 5): how long after the time before it each time was."""
+        kinds = self.calls[:, loops.KIND]
+        rotary, own = steps[:, loops.ROTATED - 1], steps[:, loops.OPERATED - 1]
+        attends = kinds == loops.O
+        return {
+            "rms_norm": float(own[(kinds != loops.O) & (kinds != loops.DOWN)].sum()),
+            "rotary": float(rotary[attends].sum()),
+            "softmax": float(own[attends].sum()),
+            "silu": float(own[kinds == loops.DOWN].sum()),
+            "mask": float(steps[:, loops.MASKED - 1].sum()),
+            "check": float(steps[:, loops.CHECKED - 1].sum()),
+        }
+
+
+_NORMS = {"gate_up": "mlp"}
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])

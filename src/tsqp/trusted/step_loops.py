@@ -1,0 +1,221 @@
+"""A decode step of a private mode as compiled code; see ``decode_step.py``, which prepares it and says what it is.
+
+One loop takes some rows, each alone of its sequence, through all layers: it computes an operator, has the guard's own
+loops quantise and mask its result, exchanges the call for its answer, has them check and unmask that, and goes on. It
+is the plain way (``DecoderLayers.steps`` over ``CheckedLinears``) without the interpreter: every loop here is one of
+those that the plain way calls, in the same order, so the bits are the same (test_decode_step.py).
+
+What is of the guard, and to be read beside it: ``_mask`` and ``_unmask``. A row is sent once all rows have the verdict
+OK; a reply is read once, into private memory; nothing looks at a product before every row of it has the verdict OK.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.core.cgutils import voidptr_t
+from numba.extending import intrinsic
+
+from tsqp.arith.jit import inline, kernel
+from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, rotate, silu_mul, store
+from tsqp.model.compiled_attention import PART_KEYS, attend_steps, join_parts
+from tsqp.trusted.guard.kernels import OK, UNSEEN, quantise_and_mask, verify_and_unmask
+from tsqp.wire.exchange import ANSWERED, exchange, now
+
+# What is of a call, int64 (calls, 15): which of a layer's it is, its layer; in and out features; addresses of the norm
+# before it, of scales, bias, check vectors and projections; the greatest activation; addresses of the memory that is
+# sent and of the reply; the packet, its bytes, and where in it the call's number is.
+KIND, LAYER, INNER, OUTER, NORM, SCALES, BIAS, VECTORS, PROJECTIONS, LIMIT, SENT, REPLY, PACKET, SIZE, NUMBER = range(
+    15
+)
+CALL_NUMBERS = 15
+QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # noqa: E741
+# Where a step goes on, int64 (4,): the call, what is next of it, the packet's number, the call's number.
+CALL, NEXT, SEQUENCE, ID = range(4)
+OPERATE, MIX, ATTENDED, SEND, TAKE = range(5)
+# Why it has come back: it is over; attention is to be shared out; rows have another verdict than OK; or as of exchange.
+OVER, ATTEND, REFUSED, LINE = range(4)
+# When, ns, int64 (calls, 6): the operator began, rotary was done, and so was the operator, masked and about to send,
+# the reply was there, and it was checked.
+BEGAN, ROTATED, OPERATED, MASKED, ARRIVED, CHECKED = range(6)
+
+_FIRST, _ONE = np.int64(0), np.int64(1)
+_BYTE, _BYTE_BITS, _NUMBER_BYTES = np.int64(0xFF), np.int64(8), np.int64(8)
+
+
+def _copied_once(typing: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy ``count`` bytes at the address ``source`` to ``target``, each read once: the compiler may not look again."""
+
+    def copy(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        to, where, size = arguments
+        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [voidptr_t, voidptr_t, size.type])
+        volatile = ir.Constant(ir.IntType(1), 1)
+        builder.call(memcpy, [builder.inttoptr(to, voidptr_t), builder.inttoptr(where, voidptr_t), size, volatile])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), copy
+
+
+_copy_once: Any = intrinsic(_copied_once)
+
+
+@inline
+def _held(address, like, rows, width):  # type: ignore[no-untyped-def]
+    """The memory at an address as (rows, width), of the type of the array ``like``."""
+    return carray(pointer(address, like), (rows, width))  # type: ignore[call-arg]
+
+
+@kernel
+def _mask(call, x, checks, masked, secrets, item, word, scales, expected, verdicts):  # type: ignore[no-untyped-def]
+    """``quantise_and_mask`` of x, float32 (R, K), to where the call is sent from; whether every row may be sent."""
+    inner, good = call[INNER], True
+    sent = _held(call[SENT], item, len(x), inner)
+    projections = _held(call[PROJECTIONS], word, checks, inner)
+    for row in range(len(x)):
+        pads = _held(secrets[row, 0], word, _ONE, inner if masked else _FIRST)
+        own, to, scale = x[row : row + 1], sent[row : row + 1], scales[row : row + 1]
+        found, verdict = expected[row : row + 1], verdicts[row : row + 1]
+        verdict[0] = UNSEEN
+        limit = np.float32(call[LIMIT])
+        quantise_and_mask(own, limit, projections, masked, pads, to, scale, found, verdict, _FIRST, _ONE)
+        good = good and verdict[0] == OK
+    return good
+
+
+@kernel
+def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, verdicts):  # type: ignore[no-untyped-def]
+    """``verify_and_unmask`` of the reply to y, float32 (R, N); whether every row may be looked at.
+
+    private uint32 (1, ≥ N) takes one row of the reply after another.
+    """
+    outer, good = call[OUTER], True
+    vectors = _held(call[VECTORS], word, checks, outer)
+    w_scales, bias = _held(call[SCALES], y, _ONE, outer)[0], _held(call[BIAS], y, _ONE, outer)[0]
+    reply = _held(private.ctypes.data, word, _ONE, outer)
+    for row in range(len(y)):
+        products = _held(secrets[row, 1], word, _ONE, outer if masked else _FIRST)
+        own, scale = y[row : row + 1], scales[row : row + 1]
+        found, verdict = expected[row : row + 1], verdicts[row : row + 1]
+        verdict[0] = UNSEEN
+        _copy_once(private.ctypes.data, call[REPLY] + row * outer * word.itemsize, outer * word.itemsize)
+        check = (vectors, found, masked, products, scale, w_scales, bias)
+        verify_and_unmask(reply, *check, own, verdict, _FIRST, _ONE)
+        good = good and verdict[0] == OK
+    return good
+
+
+@kernel
+def _number(call, at, byte):  # type: ignore[no-untyped-def]
+    """Write the numbers of this packet, lowest byte first, and of this call, highest byte first, into the packet."""
+    packet = _held(call[PACKET], byte, _ONE, call[SIZE])[0]
+    for i in range(_NUMBER_BYTES):
+        packet[i] = np.uint8((at[SEQUENCE] >> (_BYTE_BITS * i)) & _BYTE)
+        packet[call[NUMBER] + _NUMBER_BYTES - 1 - i] = np.uint8((at[ID] >> (_BYTE_BITS * i)) & _BYTE)
+
+
+@kernel
+def _attend(q, caches, window, kv_heads, scale, out):  # type: ignore[no-untyped-def]
+    """Attention of each row over its sequence, as ``BlockAttention`` has it on one thread.
+
+    q words (heads, R, n); caches int64 (R, 5): the row, addresses of K and V, the bytes from one head to the next, and
+    the row's position. out float32 (R, heads, d).
+    """
+    rows, count = len(caches), _FIRST
+    starts = np.empty(rows + 1, np.int64)
+    for row in range(rows):
+        starts[row], first = count, max(_FIRST, caches[row, 4] + 1 - window)
+        count += caches[row, 4] // PART_KEYS - first // PART_KEYS + 1
+    starts[rows] = count
+    items = np.empty((count, 3), np.int64)
+    for row in range(rows):
+        first, end = max(_FIRST, caches[row, 4] + 1 - window), caches[row, 4] + 1
+        for n in range(starts[row], starts[row + 1]):
+            edge = (first // PART_KEYS + n - starts[row]) * PART_KEYS
+            items[n, 0], items[n, 1], items[n, 2] = row, max(edge, first), min(edge + PART_KEYS, end)
+    parts = np.empty((count, len(q), out.shape[2] + 2), np.float32)
+    attend_steps(q, items, kv_heads, scale, caches, parts, _FIRST, count * kv_heads)
+    join_parts(parts, starts, caches, out, _FIRST, rows)
+
+
+@kernel
+def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[no-untyped-def]
+    """Go on with a step at ``at``; why it has come back, and the size of the last answer or 0.
+
+    The arguments are tuples, R rows, k check vectors:
+
+    - guard: whether rows are masked, k, secrets int64 (calls, R, 2): addresses of each row of pads and of products
+    - memory: hidden float32 (R, hidden), x and y float32 (any,) for the input and the product of a call, logits float32
+      (R, vocabulary), private uint32 (any,) for a row of a reply
+    - work: epsilon, the scale of scores, KV heads, the greatest number of pairs of query and key for one thread; cos,
+      sin float32 (R, d); q (heads, R, d) of the caches' type, and the same as words
+    - room: scales float32 (R,), expected uint32 (R, k), verdicts uint8 (R,), an item of what is sent
+    - caches: int64 (layers, R, 5) as ``_attend`` has them, windows int64 (layers,)
+    - line: of ``exchange``, what a good answer begins with, room for an answer; the answer to each call, uint8 (calls,
+      SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, 6), int64 (2,) for clocks
+    """
+    masked, checks, secrets = guard
+    hidden, x_memory, y_memory, logits, private = memory
+    eps, score_scale, kv_heads, pairs_alone, cos, sin, q, q_words = work
+    scales, expected, verdicts, item = room
+    tables, windows = caches
+    socket, done, answer, answers, sizes, slow, times, clock = line
+    rows, word = len(hidden), private
+    while at[CALL] < len(calls):
+        c = at[CALL]
+        call = calls[c]
+        kind, layer, inner, outer = call[KIND], call[LAYER], call[INNER], call[OUTER]
+        x = x_memory[: rows * inner].reshape(rows, inner)
+        if at[NEXT] == OPERATE:
+            times[c, BEGAN] = now(clock)
+            width = calls[max(c - 1, 0), OUTER]
+            before = y_memory[: rows * width].reshape(rows, width)  # the last product
+            if kind == O:
+                table, q_size, kv_size = tables[layer], len(q) * q.shape[2], kv_heads * q.shape[2]
+                rotate(before, _FIRST, cos, sin, q, _FIRST, _FIRST, rows)
+                like = q[:kv_heads]
+                store(before, q_size, before, q_size + kv_size, cos, sin, like, table, _FIRST, rows)
+                times[c, ROTATED] = now(clock)
+                at[NEXT] = MIX
+            else:
+                times[c, ROTATED] = times[c, BEGAN]
+                if kind == DOWN:
+                    silu_mul(before, x, _FIRST, rows)
+                elif c == 0:
+                    rms_norm(hidden, _held(call[NORM], hidden, _ONE, inner)[0], eps, x, _FIRST, rows)
+                else:
+                    add_rms_norm(hidden, before, _held(call[NORM], hidden, _ONE, inner)[0], eps, x, _FIRST, rows)
+                at[NEXT] = ATTENDED
+        if at[NEXT] == MIX:
+            pairs = _FIRST
+            for row in range(rows):
+                pairs += min(tables[layer, row, 4] + 1, windows[layer])
+            at[NEXT] = ATTENDED
+            if pairs * len(q) >= pairs_alone:
+                return ATTEND, 0
+            mixed = x.reshape(rows, len(q), q.shape[2])
+            _attend(q_words, tables[layer], windows[layer], kv_heads, score_scale, mixed)
+        if at[NEXT] == ATTENDED:
+            times[c, OPERATED] = now(clock)
+            if not _mask(call, x, checks, masked, secrets[c], item, word, scales, expected, verdicts):
+                return REFUSED, 0
+            _number(call, at, verdicts)
+            times[c, MASKED] = now(clock)
+            at[NEXT] = SEND
+        if at[NEXT] == SEND:
+            verdict, size = exchange(socket, call[PACKET], call[SIZE], at[SEQUENCE], done, answer, slow[c], clock)
+            if verdict != ANSWERED:
+                return LINE + verdict, size
+            sizes[c] = size
+            for i in range(size):
+                answers[c, i] = answer[i]
+            at[NEXT] = TAKE
+        times[c, ARRIVED] = now(clock)
+        product = logits if kind == LM_HEAD else y_memory[: rows * outer].reshape(rows, outer)
+        if not _unmask(call, product, checks, masked, secrets[c], word, private, scales, expected, verdicts):
+            return REFUSED, 0
+        times[c, CHECKED] = now(clock)
+        at[CALL], at[NEXT], at[SEQUENCE], at[ID] = c + 1, OPERATE, at[SEQUENCE] + 1, at[ID] + 1
+    return OVER, 0

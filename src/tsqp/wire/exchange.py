@@ -1,0 +1,98 @@
+"""One call and its answer over a shared-memory connection, as compiled code: for steps that call without Python.
+
+What ``channel.py`` does for a message, for the plain case alone: the packet is sent at once, one answer comes soon, it
+names that call and says that it is done. Everything else (no room, a long wait, an error, another answer) is left as
+it is and reported, for the channel to deal with. Waiting is as ``transport/shm/spin.py`` says.
+
+The functions of the system are those of Linux with 64 bits; a failed one reports and sets nothing here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from tsqp.arith.jit import kernel
+
+ANSWERED, UNSENT, UNANSWERED, UNUSUAL = range(4)
+# Of a line, int64 (5,): its socket; how long to spin; a round of how long ends that, for how long; until when it has.
+DESCRIPTOR, SPIN_NS, CROWDED_NS, REST_NS, REST_UNTIL = range(5)
+LINE_NUMBERS = 5
+PATIENCE_MS = 50  # a longer wait is left to Python, which looks after signals
+SHORT_ANSWER = 64  # bytes of a packet that says that a call is done; there is more in no such packet
+
+_send: Any = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
+_receive: Any = types.ExternalFunction("recv", types.int64(types.int32, types.intp, types.int64, types.int32))
+_poll: Any = types.ExternalFunction("poll", types.int32(types.intp, types.int64, types.int32))
+_give_way: Any = types.ExternalFunction("sched_yield", types.int32())
+_clock: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+
+_MONOTONIC = np.int32(1)
+_AT_ONCE = np.int32(0x40 | 0x4000)  # MSG_DONTWAIT, MSG_NOSIGNAL
+_READABLE = np.int64(1)  # POLLIN
+_PATIENCE_MS = np.int32(PATIENCE_MS)
+_SECOND_NS = np.int64(10**9)
+_SEQUENCE_BYTES = np.int64(8)
+
+
+@kernel
+def now(clock):  # type: ignore[no-untyped-def]
+    """Nanoseconds of the clock of ``time.perf_counter``; clock int64 (2,) is room for its two parts."""
+    _clock(_MONOTONIC, clock.ctypes.data)
+    return clock[0] * _SECOND_NS + clock[1]
+
+
+@kernel
+def exchange(line, packet, size, sequence, done, answer, slow, clock):  # type: ignore[no-untyped-def]
+    """Send ``size`` bytes at the address ``packet``, and await what comes: a verdict, and the bytes in ``answer``.
+
+    ANSWERED: ``answer`` is short, names ``sequence``, and goes on with ``done``, uint8 (n,). UNSENT: nothing has
+    happened. UNANSWERED: nothing has come yet, or never will. UNUSUAL: something else came. ``answer`` uint8 (m,) has
+    room for any packet. slow uint8 (1,): whether the last such call took so long that spinning for this one is a waste.
+    """
+    if _send(np.int32(line[DESCRIPTOR]), packet, size, _AT_ONCE) != size:
+        return UNSENT, 0
+    came = _await(line, answer, slow, clock)
+    if came <= 0:
+        return UNANSWERED, 0
+    if came > SHORT_ANSWER or came < _SEQUENCE_BYTES + len(done):
+        return UNUSUAL, came
+    named = np.int64(0)
+    for i in range(_SEQUENCE_BYTES):
+        named |= np.int64(answer[i]) << np.int64(8 * i)
+    if named != sequence:
+        return UNUSUAL, came
+    for i in range(len(done)):
+        if answer[_SEQUENCE_BYTES + i] != done[i]:
+            return UNUSUAL, came
+    return ANSWERED, came
+
+
+@kernel
+def _await(line, answer, slow, clock):  # type: ignore[no-untyped-def]
+    """The size of the packet that has come into ``answer``; 0 or less where none came soon."""
+    socket, began = np.int32(line[DESCRIPTOR]), now(clock)
+    if slow[0] or began < line[REST_UNTIL]:
+        came = _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
+    else:
+        came, moment = np.int64(-1), began
+        while came <= 0 and moment < began + line[SPIN_NS]:
+            _give_way()
+            came = _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
+            before, moment = moment, now(clock)
+            if moment - before > line[CROWDED_NS]:
+                line[REST_UNTIL] = moment + line[REST_NS]
+                break
+    if came > 0:
+        slow[0] = 0
+        return came
+    asked = np.empty(1, np.int64)  # a struct pollfd: the descriptor, what is waited for, and what has happened
+    asked[0] = np.int64(socket) | (_READABLE << np.int64(32))
+    began = now(clock)
+    if _poll(asked.ctypes.data, 1, _PATIENCE_MS) <= 0:
+        slow[0] = 1
+        return np.int64(-1)
+    slow[0] = now(clock) - began > 2 * line[SPIN_NS]
+    return _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
