@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsqp.arith.bits import keep_bits
 from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
@@ -60,4 +61,4 @@ class KVCache(Positions):
         capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))
         new = old.new_empty(old.shape[0], capacity, old.shape[2])
         new[:, : old.shape[1]] = old
-        return new
+        return keep_bits(new)
