@@ -1,6 +1,6 @@
-"""Attention of the private modes: the old way (torch, float32 caches) and the new (blocks, bfloat16), in alternation.
+"""Attention by torch (``old``) and by compiled loops over bfloat16 (``new``), in alternation.
 
-    python -m benchmarks.attention [--threads N] [--runs N]
+    python -m benchmarks.attention [--threads N] [--runs N] [--old float32|bfloat16]
 
 Writes benchmarks/results/attention.json and prints the same as a table. One layer of the Llama-3.2-1B shape. A prefill
 counts the FLOP of the pairs of query and key that see each other, beside a large product of bfloat16. A decode step
@@ -31,17 +31,19 @@ from tsqp.bench.ceilings import ceilings, higher
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.model import ModelConfig
 from tsqp.cores import cores
-from tsqp.model.batch import SequenceRows
+from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.cache import KVCache
-from tsqp.model.local import LocalAttention
+from tsqp.model.local import TorchAttention
 from tsqp.model.meter import Unmetered
 from tsqp.model.operators import Attention
 from tsqp.model.pending import run
+from tsqp.wire.payload import TORCH_DTYPES
 
 PREFILLS = [(0, 1024), (3072, 1024)]  # first position, rows
 STEPS = [(1, 1024), (1, 8192), (16, 256), (16, 1024)]  # sequences, context
 COLD_BYTES = 128 * 2**20
+Dtypes = dict[str, torch.dtype]
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--old", default="float32", choices=["float32", "bfloat16"], help="the caches of torch")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
     add_dirty_ok(parser)
     options = parser.parse_args()
@@ -56,8 +59,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     config = open_checkpoint("synthetic:llama-3.2-1b").config
     before = ceilings("bfloat16", threads=options.threads)
-    cases = [_prefill(config, position, rows, options.runs) for position, rows in PREFILLS]
-    cases += [_steps(config, sequences, context, options.runs) for sequences, context in STEPS]
+    dtypes = {"old": TORCH_DTYPES[options.old], "new": torch.bfloat16, "read": torch.bfloat16}
+    cases = [_prefill(config, dtypes, position, rows, options.runs) for position, rows in PREFILLS]
+    cases += [_steps(config, dtypes, sequences, context, options.runs) for sequences, context in STEPS]
     rates = higher(before, ceilings("bfloat16", threads=options.threads))
     console = Console()
     table = Table(title="attention of one layer, Llama-3.2-1B shape", title_justify="left")
@@ -71,14 +75,22 @@ def main() -> None:
         rate = f"{case['new'][unit] / 1e9:.1f} G{'FLOP' if unit == 'flop_per_s' else 'B'}/s, {case['of_limit']:.0%}"
         table.add_row(case["case"], f"{old:.3f}", f"{new:.3f}", f"{old / new:.1f}", rate)
     console.print(table)
-    whole = {"benchmark": "attention", "runs": options.runs, "cases": cases, "ceilings": rates, "machine": machine()}
+    whole = {
+        "benchmark": "attention",
+        "old": options.old,
+        "runs": options.runs,
+        "cases": cases,
+        "ceilings": rates,
+        "machine": machine(),
+    }
     options.output.write_text(json.dumps(whole, indent=2) + "\n")
     console.print(f"written to {options.output}")
 
 
-def _prefill(config: ModelConfig, position: int, rows: int, runs: int) -> dict[str, Any]:
+def _prefill(config: ModelConfig, dtypes: Dtypes, position: int, rows: int, runs: int) -> dict[str, Any]:
     """``rows`` queries from ``position`` on, one sequence."""
-    seconds = _alternating({name: _work(config, name, 1, position, rows, 1) for name in ("old", "new")}, runs)
+    works = {name: _work(config, name, dtypes[name], 1, position, rows, 1) for name in ("old", "new")}
+    seconds = _alternating(works, runs)
     pairs = sum(range(position + 1, position + rows + 1))
     flop = 4 * pairs * config.num_heads * config.head_dim
     return {"case": f"prefill of {rows} rows from position {position}"} | {
@@ -86,24 +98,25 @@ def _prefill(config: ModelConfig, position: int, rows: int, runs: int) -> dict[s
     }
 
 
-def _steps(config: ModelConfig, sequences: int, context: int, runs: int) -> dict[str, Any]:
+def _steps(config: ModelConfig, dtypes: Dtypes, sequences: int, context: int, runs: int) -> dict[str, Any]:
     """One row for each sequence, over ``context`` keys."""
     elements = 2 * sequences * context * config.kv_size
     layers = max(1, COLD_BYTES // (2 * elements))
-    works = {name: _work(config, name, sequences, context - 1, 1, layers) for name in ("old", "new", "read")}
+    works = {name: _work(config, name, dtype, sequences, context - 1, 1, layers) for name, dtype in dtypes.items()}
     seconds = {name: value / layers for name, value in _alternating(works, runs).items()}
     return {"case": f"{sequences} decode steps at {context} keys", "layers": layers} | {
-        name: {"ms": 1e3 * value, "bytes_per_s": elements * (4 if name == "old" else 2) / value}
+        name: {"ms": 1e3 * value, "bytes_per_s": elements * dtypes[name].itemsize / value}
         for name, value in seconds.items()
     }
 
 
-def _work(config: ModelConfig, name: str, sequences: int, position: int, rows: int, layers: int) -> Callable[[], None]:
-    """Attention of ``layers`` layers, one after another, in float32 or in bfloat16; or their caches added up."""
+def _work(
+    config: ModelConfig, name: str, dtype: torch.dtype, sequences: int, position: int, rows: int, layers: int
+) -> Callable[[], None]:
+    """Attention of ``layers`` layers, one after another, over caches of ``dtype``; or their caches added up."""
     config = replace(config, windows=(None,) * layers, num_layers=layers)
-    dtype = torch.float32 if name == "old" else torch.bfloat16
     attention: Attention
-    attention = (LocalAttention if name == "old" else BlockAttention)(config.windows, Unmetered())
+    attention = (TorchAttention if name == "old" else BlockAttention)(config.windows, Unmetered())
     caches = [KVCache(config, dtype) for _ in range(sequences)]
     for cache in caches:
         for layer in range(layers):
@@ -112,7 +125,7 @@ def _work(config: ModelConfig, name: str, sequences: int, position: int, rows: i
         cache.advance(position)
     spans = [SequenceRows(cache, position, i * rows, rows, last=True) for i, cache in enumerate(caches)]
     q = torch.randn(config.num_heads, sequences * rows, config.head_dim).to(dtype)
-    out = torch.empty(sequences * rows, config.num_heads, config.head_dim)
+    out = torch.empty(sequences * rows, config.q_size, dtype=dtype)
 
     def read() -> None:
         for layer in range(layers):
@@ -121,8 +134,9 @@ def _work(config: ModelConfig, name: str, sequences: int, position: int, rows: i
                     held.view(torch.int64).sum()
 
     def work() -> None:
+        chunk = attention.of(Chunk(0, tuple(spans)))
         for layer in range(layers):
-            run(attention.steps(layer, q, spans, out))
+            run(chunk.steps(layer, q, out))
 
     return read if name == "read" else work
 

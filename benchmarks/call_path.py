@@ -46,7 +46,7 @@ PIECES = {
     "keys and values stored": "tsqp.model.kernels:CompiledKernels.store",
     "SiLU·up": "tsqp.model.kernels:CompiledKernels.silu_mul",
     "attention": "tsqp.model.block_attention:BlockAttention._attend_steps",
-    "attention, open": "tsqp.model.local:attend",
+    "attention by torch": "tsqp.model.local:attend",
     "counting, start": "tsqp.trusted.metered:MeteredLinears.start",
     "counting, finish": "tsqp.trusted.metered:MeteredProduct.wait",
     "guard, start": "tsqp.trusted.guard.linears:CheckedLinears.start",

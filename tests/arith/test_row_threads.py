@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tsqp.arith import row_threads
-from tsqp.arith.row_threads import RowThreads
+from tsqp.arith.row_threads import PARTS, RowThreads
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def test_every_row_once(three: RowThreads, rows: int, least: int) -> None:
 
     three.run(work, rows, seen, least=least)
     assert seen.tolist() == [1] * rows
-    assert len(parts) <= 3
+    assert len(parts) <= 3 * PARTS
+    if rows < max(2, least):
+        assert len(parts) == 1
 
 
 def test_few_rows_stay_on_this_thread(three: RowThreads) -> None:
@@ -44,23 +47,70 @@ def test_few_rows_stay_on_this_thread(three: RowThreads) -> None:
 
 
 def test_many_rows_are_shared_out(three: RowThreads) -> None:
-    together = threading.Barrier(3, timeout=10)  # each part waits for the others: they run at once
-    three.run(lambda first, end: together.wait(), 9, least=2)
+    together = threading.Barrier(3, timeout=10)  # three parts wait for each other: they run at once
+    three.run(lambda first, end: together.wait(), 9, least=6)
 
 
-@pytest.mark.parametrize("failing", [0, 3, 6])
-def test_a_failure_is_raised_when_all_parts_have_ended(three: RowThreads, failing: int) -> None:
-    ended = []
+def test_who_has_done_its_part_takes_another(three: RowThreads) -> None:
+    """One thread is held up until all other parts are done."""
+    held, others, done = threading.Lock(), threading.Event(), []
 
     def work(first: int, end: int) -> None:
-        if first == failing:
+        if held.acquire(blocking=False):
+            assert others.wait(10)
+        done.append(first)
+        if len(done) == 11:
+            others.set()
+
+    three.run(work, 12, least=2)
+    assert sorted(done) == list(range(12))
+
+
+def test_nobody_waits_for_a_thread_that_has_not_begun(three: RowThreads) -> None:
+    going_on = threading.Event()
+    for _ in range(2):  # both other threads are busy for as long as the rows are worked on
+        three._calls.put(SimpleNamespace(answer=going_on.wait))  # type: ignore[arg-type]
+    seen = np.zeros(12, np.int64)
+    names = set()
+
+    def work(first: int, end: int) -> None:
+        names.add(threading.current_thread().name)
+        seen[first:end] += 1
+
+    three.run(work, 12, least=2)
+    assert seen.tolist() == [1] * 12
+    assert names == {threading.current_thread().name}
+    going_on.set()
+    three.run(work, 12, least=2)  # what was asked for before is over
+    assert seen.tolist() == [2] * 12
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_failure_is_raised_when_all_parts_have_ended(three: RowThreads, where: str) -> None:
+    here, together, ended = threading.current_thread(), threading.Barrier(3, timeout=10), []
+
+    def work(first: int, end: int) -> None:
+        together.wait()
+        if (threading.current_thread() is here) == (where == "here"):
             raise RuntimeError("no memory")
         threading.Event().wait(0.05)
         ended.append(first)
 
     with pytest.raises(RuntimeError, match="no memory"):
-        three.run(work, 9, least=2)
-    assert sorted([*ended, failing]) == [0, 3, 6]
+        three.run(work, 9, least=6)
+    assert len(ended) == (2 if where == "here" else 1)
+
+
+def test_after_a_failure_no_part_is_begun(three: RowThreads) -> None:
+    begun = []
+
+    def work(first: int, end: int) -> None:
+        begun.append(first)
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        three.run(work, 12, least=2)
+    assert len(begun) <= 3
 
 
 def test_no_thread_keeps_memory_of_its_last_work(three: RowThreads) -> None:
@@ -89,10 +139,12 @@ def test_several_threads_may_ask_at_once(three: RowThreads) -> None:
 
 def test_an_interrupt_waits_for_the_other_parts(three: RowThreads, monkeypatch: pytest.MonkeyPatch) -> None:
     """They write to memory of the caller."""
+    here, together = threading.current_thread(), threading.Barrier(3, timeout=10)
     going_on, ended = threading.Event(), []
 
     def work(first: int, end: int) -> None:
-        if first:
+        together.wait()
+        if threading.current_thread() is not here:
             assert going_on.wait(10)
             ended.append(first)
 
@@ -112,5 +164,5 @@ def test_an_interrupt_waits_for_the_other_parts(three: RowThreads, monkeypatch: 
 
     monkeypatch.setattr(row_threads, "Lock", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        three.run(work, 9, least=2)
-    assert sorted(ended) == [3, 6]
+        three.run(work, 9, least=6)
+    assert len(ended) == 2

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tsqp.model import attention
+from tsqp.checkpoint import open_checkpoint
+from tsqp.model import attention, local
 from tsqp.model.attention import attend, causal_mask, first_visible
+from tsqp.model.batch import Batch
+from tsqp.model.block_attention import BlockAttention
+from tsqp.model.cache import KVCache
+from tsqp.model.local import StepAttention, TorchAttention, pick_attention
+from tsqp.model.meter import Unmetered
+from tsqp.model.pending import run
 
 
 def plain(
@@ -53,3 +62,46 @@ def test_every_form_is_the_formula(
     attend(q, k, v, position, first, window, out)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(out.float(), plain(q, k, v, position, first, window), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [TorchAttention, StepAttention, BlockAttention])
+@pytest.mark.parametrize("window", [None, 7])
+def test_every_way_attends_alike(
+    dtype: torch.dtype, kind: type[TorchAttention | BlockAttention], window: int | None
+) -> None:
+    """Prompts and decode steps of several sequences in one chunk, each over its own cache, in two layers."""
+    config = replace(open_checkpoint("synthetic:tiny").config, num_layers=2, windows=(window, None))
+    generator = torch.Generator().manual_seed(3)
+    caches = [KVCache(config, dtype) for _ in range(3)]
+    batch = Batch([[0] * 40, [0], [0] * 3], caches)
+    for cache, known in zip(caches, (0, 70, 11), strict=True):
+        cache.advance(known)
+    (chunk,) = batch.chunks(1000)
+    of_chunk = kind(config.windows, Unmetered()).of(chunk)
+    for layer, seen in enumerate((window, None)):
+        for span in chunk.spans:
+            for held in span.cache.reserve(layer, span.end):
+                held.copy_(torch.randn(held.shape, generator=generator))
+        q = torch.randn(config.num_heads, chunk.rows, config.head_dim, generator=generator).to(dtype)
+        out = torch.full((chunk.rows, config.q_size), float("nan"), dtype=dtype)
+        run(of_chunk.steps(layer, q, out))
+        for span in chunk.spans:
+            k, v = span.cache.view(layer, 0, span.end)
+            expected = plain(q[:, span.slice], k, v, span.position, 0, seen).flatten(1)
+            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(out[span.slice].float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_choice_of_a_way(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    monkeypatch.setattr(local, "fused_is_fast", lambda: fused)
+    assert type(pick_attention((None,), torch.bfloat16, Unmetered())) is (StepAttention if fused else BlockAttention)
+    assert type(pick_attention((None,), torch.float32, Unmetered())) is BlockAttention
+    for dtype, device, compiled in (
+        (torch.float16, "cpu", True),
+        (torch.bfloat16, "meta", True),
+        (torch.float32, "cpu", False),
+    ):
+        way = pick_attention((None,), dtype, Unmetered(), device, compiled=compiled)
+        assert isinstance(way, TorchAttention)

@@ -81,6 +81,7 @@ def outputs(
     max_rows: int = 10_000,
     parts: int = 1,
     count: int = 1,
+    out_dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
     """Attention of every row, (n, heads, d) for each sequence.
 
@@ -113,10 +114,11 @@ def outputs(
                         keys[:, at], values[:, at] = one.k[:, at], one.v[:, at]
                         keys[:, span.end :] = values[:, span.end :] = float("nan")  # what was not written is not read
                         q[:, span.slice] = one.q[:, at]
-                    out = torch.empty(part.rows, heads, head_dim)
-                    run(attention.steps(0, q, part.spans, out))
+                    out = torch.empty(part.rows, heads * head_dim, dtype=out_dtype)
+                    run(attention.of(part).steps(0, q, out))
+                    mixed = out.view(part.rows, heads, head_dim)
                     for span in part.spans:
-                        found[next(i for i in present if caches[i] is span.cache)].append(out[span.slice])
+                        found[next(i for i in present if caches[i] is span.cache)].append(mixed[span.slice])
             batch.advance()
     return [torch.cat(rows) for rows in found]
 
@@ -191,13 +193,26 @@ def test_a_prefill_and_a_step_may_share_a_chunk(dtype: torch.dtype) -> None:
     assert torch.equal(mixed[1], outputs([new], [(150,)], None)[0])
 
 
-def test_no_call_waits_for_a_compiler() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_bfloat16_results_are_those_of_float32_rounded(dtype: torch.dtype, count: int) -> None:
+    """As `open` and `local` have them: prefill and steps, short and over several parts, on one thread and on two."""
+    sequences = [sequence(n + 2, (4, 2, 16), dtype, n) for n in (5, 150, PART_KEYS + 1)]
+    passes = [(5, 150, PART_KEYS + 1), (1, 1, 1), (1, 1, 1)]
+    wide = outputs(sequences, passes, None)
+    narrow = outputs(sequences, passes, None, count=count, out_dtype=torch.bfloat16)
+    for one, other in zip(wide, narrow, strict=True):
+        assert torch.equal(one.bfloat16(), other)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_no_call_waits_for_a_compiler(out_dtype: torch.dtype) -> None:
     """In a process of its own: in this one every loop has been compiled."""
-    code = """
+    code = f"""
 import torch
 from tsqp.checkpoint import open_checkpoint
 from tsqp.model import compiled_attention
-from tsqp.model.batch import SequenceRows
+from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.cache import KVCache
 from tsqp.model.meter import Unmetered
@@ -205,13 +220,13 @@ from tsqp.model.pending import run
 loops = [loop for loop in vars(compiled_attention).values() if hasattr(loop, "signatures")]
 config = open_checkpoint("synthetic:tiny").config
 attention, cache = BlockAttention(config.windows, Unmetered()), KVCache(config, torch.bfloat16)
-attention.compile(torch.bfloat16)
+attention.compile(torch.bfloat16, {out_dtype})
 before = [loop.signatures for loop in loops]
 for rows in (39, 1):
     cache.reserve(0, cache.length + rows)
     q = torch.zeros(config.num_heads, rows, config.head_dim, dtype=torch.bfloat16)
     spans = [SequenceRows(cache, cache.length, 0, rows, True)]
-    run(attention.steps(0, q, spans, torch.empty(rows, config.num_heads, config.head_dim)))
+    run(attention.of(Chunk(0, tuple(spans))).steps(0, q, torch.empty(rows, config.q_size, dtype={out_dtype})))
     cache.advance(rows)
 print(any(before), [loop.signatures for loop in loops] == before)
 """

@@ -16,7 +16,7 @@ from tests.families import tiny_model
 from tsqp.checkpoint import open_checkpoint
 from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache
-from tsqp.model.kernels import CompiledKernels, Kernels, TorchKernels, pick_kernels
+from tsqp.model.kernels import CompiledKernels, Heads, Kernels, TorchKernels, pick_kernels
 
 COMPILED: Kernels = CompiledKernels()
 PLAIN: Kernels = TorchKernels()
@@ -77,6 +77,16 @@ def test_silu_mul(rows: int, size: int, scale: float, seed: int, dtype: torch.dt
     assert_same(ours, plain)
 
 
+@few
+@given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99), dtype=DTYPES)
+def test_widen(rows: int, size: int, scale: float, seed: int, dtype: torch.dtype) -> None:
+    x = random(rows, size, seed=seed, scale=scale, dtype=dtype)
+    for kernels in (COMPILED, PLAIN):
+        out = torch.empty(rows, size)
+        kernels.widen(x, out)
+        assert torch.equal(out, x.float())
+
+
 def test_silu_of_extreme_gates_is_finite() -> None:
     gates = torch.tensor([[-3e38, -200.0, -88.0, 0.0, 88.0, 200.0, 3e38]]).bfloat16()
     gate_up = torch.cat((gates, torch.ones_like(gates)), dim=-1)
@@ -118,10 +128,14 @@ def test_rotate(rows: int, heads: int, half: int, seed: int, gap: int, dtype: to
     dtypes=st.sampled_from([(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]),
 )
 def test_store(rows: int, seed: int, gap: int, alone: bool, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """One row of each of several sequences, or all rows of one: each to its own cache and position, nothing else."""
+    """Queries, and keys and values: one row of each of several sequences, or all rows of one.
+
+    Each goes to its own cache and position, and nowhere else.
+    """
     config, (dtype, kept) = open_checkpoint("synthetic:tiny").config, dtypes
     size, width = config.head_dim, config.kv_size
     x, v = (random(rows, gap + width + 2, seed=seed + i, dtype=dtype) for i in (0, 1))
+    y = random(rows, gap + config.q_size + 1, seed=seed + 4, dtype=dtype)
     cos, sin = (random(rows, size, seed=seed + i, dtype=dtype) for i in (2, 3))
     found = []
     for kernels in (COMPILED, PLAIN):
@@ -129,8 +143,9 @@ def test_store(rows: int, seed: int, gap: int, alone: bool, dtypes: tuple[torch.
         for held in (held for cache in caches for held in cache.reserve(1, 5 + 2 * rows)):
             held.zero_()
         spans = [SequenceRows(cache, 5 + i, i, 1 if alone else rows, last=True) for i, cache in enumerate(caches)]
-        kernels.store(1, x, gap, v, gap + 1, cos, sin, spans)
-        found.append([torch.stack(cache.view(1, 0, 5 + 2 * rows)).float() for cache in caches])
+        q = torch.empty(config.num_heads, rows, size, dtype=kept)
+        kernels.store(1, Heads(y, gap), Heads(x, gap), Heads(v, gap + 1), cos, sin, q, spans)
+        found.append([q.float(), *(torch.stack(cache.view(1, 0, 5 + 2 * rows)).float() for cache in caches)])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2**-7 if kept == torch.bfloat16 else 2e-6, atol=1e-6)
         assert torch.equal(ours == 0, plain == 0), "other positions stay as they were"
@@ -150,7 +165,7 @@ def test_no_forward_pass_waits_for_a_compiler(dtype: str) -> None:
     code = f"""
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.model import compiled
-loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.rotate, compiled.store)
+loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.widen, compiled.rotate, compiled.store)
 compute = ComputeConfig(dtype={dtype!r}, kernel_cache="off")
 with LLM({str(tiny_model("llama").directory)!r}, protection="local", compute=compute) as llm:
     before = [loop.signatures for loop in loops]
@@ -158,7 +173,7 @@ with LLM({str(tiny_model("llama").directory)!r}, protection="local", compute=com
     print([len(signatures) for signatures in before], [loop.signatures for loop in loops] == before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.split("\n")[0] == "[1, 1, 1, 1, 1] True", run.stderr
+    assert run.stdout.split("\n")[0] == "[1, 1, 1, 1, 1, 1] True", run.stderr
 
 
 def test_nothing_is_cached_unless_this_package_named_a_directory(tmp_path: Path) -> None:

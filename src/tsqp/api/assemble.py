@@ -17,7 +17,7 @@ from tsqp.errors import ModelMismatch
 from tsqp.model.block_attention import BlockAttention
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
-from tsqp.model.local import LocalAttention, LocalEmbedding, LocalLinears
+from tsqp.model.local import LocalEmbedding, LocalLinears, pick_attention
 from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.model.weights import ModelWeights
 from tsqp.trusted.decode_step import DecodeStep, Model
@@ -50,8 +50,8 @@ class Placement:
 def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
     """Everything on the trusted side."""
     weights = ModelWeights.load(checkpoint, cast(PlainDtype, plan.linear_dtype), torch.device("cpu"))
-    attention = LocalAttention(checkpoint.config.windows, stats)
-    placement = Placement(LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats), attention)
+    embedding, linears = LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats)
+    placement = Placement(embedding, linears, _attention(checkpoint, plan, stats))
     return Engine(_decoder(checkpoint, plan, placement, stats, weights.norms), eos_token_ids, stats)
 
 
@@ -83,7 +83,7 @@ def build_split_engine(
     placement = Placement(
         OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
         OpenLinears(session, split=partition.split_groups),
-        OpenAttention(session) if partition.remote_attention else LocalAttention(checkpoint.config.windows, stats),
+        OpenAttention(session) if partition.remote_attention else _attention(checkpoint, plan, stats),
     )
     return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
 
@@ -177,6 +177,12 @@ def _check_pin(pinned: str | None, digest: str) -> None:
             "or this digest as guard.model_digest if this is the one you mean",
             fields=("guard.model_digest",),
         )
+
+
+def _attention(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Attention:
+    """Attention in this process, where nothing is private."""
+    compiled = plan.run.compute.compiled_kernels
+    return pick_attention(checkpoint.config.windows, TORCH_DTYPES[plan.kv_dtype], stats, compiled=compiled)
 
 
 def _decoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.config.groups import LAYER_GROUPS
 from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
-from tsqp.model.decoder_layers import ChunkWork, DecoderLayers, Norms
+from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalLinears
@@ -82,9 +82,7 @@ class PublicModel:
         keys = torch.cat((torch.arange(context.length), positions))
         block = replace(self._block, attention=_Visible(visible, positions, keys, self.config.windows))
         chunk = Chunk(0, (span,))
-        work = ChunkWork.of(self._rotary, self.config, chunk, positions)
-        for layer in range(self.depth):
-            run(block.steps(layer, hidden, chunk, work))
+        run(block.steps(range(self.depth), hidden, chunk, block.work(self._rotary, chunk, positions)))
         return hidden
 
     def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -106,15 +104,16 @@ class _Visible:
         self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
         self._windows = windows
 
-    def steps(
-        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
-    ) -> Steps[None]:
-        (span,) = spans
-        k, v = span.cache.view(layer, 0, span.end)
+    def of(self, chunk: Chunk[KVCache]) -> _Visible:
+        (self._span,) = chunk.spans
+        return self
+
+    def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
+        k, v = self._span.cache.view(layer, 0, self._span.end)
         window = self._windows[layer]
         mask = self._visible if window is None else self._visible & (self._distance < window)
         grouped = len(q) != len(k)
         mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped)
-        out.copy_(mixed[0].transpose(0, 1))
+        out.view(len(out), len(q), -1).copy_(mixed[0].transpose(0, 1))
         return
         yield  # a generator that hands out no products

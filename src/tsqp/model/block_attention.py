@@ -1,4 +1,4 @@
-"""Attention of the private modes: the same bits for a row, whatever crosses the layers together with it.
+"""Attention by compiled loops: the same bits for a row, whatever crosses the layers together with it.
 
 A sum of floats depends on its order, so every order here is decided by the position of a query and by nothing else: not
 by the chunk, the batch, a micro-batch or the number of threads.
@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from tsqp.arith.bits import bits
+from tsqp.arith.bits import Array, bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.attention import first_visible
-from tsqp.model.batch import SequenceRows
+from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.meter import Meter
 from tsqp.model.pending import Steps
@@ -51,29 +52,95 @@ class BlockAttention:
         self._meter = meter
         self._threads = row_threads()
 
-    def compile(self, dtype: torch.dtype) -> None:
+    def compile(self, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32) -> None:
         """Have numba compile the loops for caches of ``dtype`` by work of no rows, so that no call waits for it."""
         loops, one, floats = self._loops, np.float32(1), np.zeros((1, 1, 2), np.float32)
         q, table = words(torch.zeros(1, 1, 2, dtype=dtype)), np.zeros((1, 6), np.int64)
-        loops.attend_steps(q, table, 1, one, table, floats, 0, 0)
-        loops.join_parts(floats, table[0], table, floats, 0, 0)
-        loops.attend_rows(q, table, 1, one, NO_WINDOW, floats, 0, 0)
+        out = bits(torch.zeros(1, 1, 2, dtype=out_dtype))
+        loops.attend_steps(q, table, 1, one, table, floats, table[0], out, 0, 0)
+        loops.join_parts(floats, table[0], table, out, 0, 0)
+        loops.attend_rows(q, table, 1, one, NO_WINDOW, out, 0, 0)
 
-    def steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> Steps[None]:
-        """See ``Attention.steps``."""
+    def of(self, chunk: Chunk[KVCache]) -> BlocksOfChunk:
+        """See ``Attention.of``."""
+        return BlocksOfChunk(self, chunk.spans)
+
+    def attend(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
+        """All rows of a chunk; see ``ChunkAttention.steps``."""
         with self._meter.operator("softmax"):
-            alone = [span for span in spans if span.alone]
-            others = [span for span in spans if not span.alone]
-            if alone:
-                self.attend_steps(layer, q, alone, out)
-            if others:
-                self._attend_rows(layer, q, others, out)
+            if spans.alone:
+                self.attend_steps(layer, q, spans, out)
+            if spans.others:
+                self._attend_rows(layer, q, spans.others, out)
+
+    def attend_steps(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
+        """All decode steps of a chunk at once, each in parts of its keys."""
+        parts = spans.parts(self._windows[layer], self._loops.PART_KEYS, q.shape)
+        # By address: the spans keep the caches, and nothing grows them before the loop is done.
+        caches = np.array([(span.first, *span.cache.memory(layer)) for span in spans.alone], np.int64)
+        work = len(parts.items) * spans.kv_heads
+        arguments = (parts.items, spans.kv_heads, _scale(q), caches, parts.sums, parts.starts, _heads_of(out, q))
+        if self._shared(self._loops.attend_steps, parts.keys, work, q, *arguments):
+            self._loops.join_parts(parts.sums, parts.starts, caches, arguments[-1], 0, len(caches))
+
+    def _attend_rows(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
+        """The rows of sequences that have several, in blocks of queries."""
+        size, kv_heads = self._loops.BLOCK_QUERIES, spans[0].cache.kv_heads
+        items = [
+            (span.first + start, span.position + start, min(size, span.rows - start), *span.cache.memory(layer))
+            for span in spans
+            for start in range(0, span.rows, size)
+        ]
+        pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
+        window, work = self._windows[layer] or NO_WINDOW, len(items) * kv_heads
+        arguments = (_balanced(items), kv_heads, _scale(q), window, _heads_of(out, q))
+        self._shared(self._loops.attend_rows, pairs, work, q, *arguments)
+
+    def _shared(self, loop: Any, pairs: int, work: int, q: torch.Tensor, *arguments: Any) -> bool:
+        """``loop`` over all work, shared out over threads if that is worth while; whether it was shared out."""
+        share = self._threads.threads > 1 and work > 1 and pairs * len(q) >= SPLIT_PAIRS
+        self._threads.run(loop, work, words(q), *arguments, least=2 if share else work + 1)
+        return share
+
+
+class BlocksOfChunk:
+    """Attention of one chunk; see ``ChunkAttention``. What its layers share is made once."""
+
+    def __init__(self, attention: BlockAttention, spans: Spans) -> None:
+        self._attention = attention
+        self.alone = [span for span in spans if span.alone]
+        self.others = [span for span in spans if not span.alone]
+        self.kv_heads = spans[0].cache.kv_heads if spans else 0
+        self._parts: dict[int | None, _Parts] = {}
+
+    def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
+        """See ``ChunkAttention.steps``."""
+        self._attention.attend(layer, q, self, out)
         return
         yield  # a generator that hands out no products
 
-    def attend_steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
-        """All decode steps of a chunk at once, each in parts of its keys."""
-        window, size = self._windows[layer], self._loops.PART_KEYS
+    def parts(self, window: int | None, size: int, shape: Sequence[int]) -> _Parts:
+        """The work of its decode steps under a window, in parts of ``size`` keys; ``shape``: that of the queries."""
+        parts = self._parts.get(window)
+        if parts is None:
+            parts = self._parts[window] = _Parts.of(self.alone, window, size, shape[0], shape[2])
+        return parts
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Decode steps in parts of their keys, as ``attend_steps`` has them, and room for what the parts add up.
+
+    items int64 (n, 3), starts int64 (sequences + 1,), sums float32 (n, heads, head_dim + 2); ``keys``: of all parts.
+    """
+
+    items: Array
+    starts: Array
+    sums: Array
+    keys: int
+
+    @classmethod
+    def of(cls, spans: Spans, window: int | None, size: int, heads: int, head_dim: int) -> _Parts:
         parts: list[tuple[int, int, int]] = []
         starts = [0]
         for sequence, span in enumerate(spans):
@@ -81,31 +148,18 @@ class BlockAttention:
             edges = range(first // size * size, span.end, size)
             parts.extend((sequence, max(edge, first), min(edge + size, span.end)) for edge in edges)
             starts.append(len(parts))
+        sums = np.empty((len(parts), heads, head_dim + 2), np.float32)
         keys = sum(end - first for _, first, end in parts)
-        caches = np.array([(span.first, *span.cache.memory(layer)) for span in spans], np.int64)
-        sums = np.empty((len(parts), q.shape[0], q.shape[2] + 2), np.float32)
-        self._share(self._loops.attend_steps, keys, q, spans, np.array(parts, np.int64), caches, sums)
-        self._loops.join_parts(sums, np.array(starts, np.int64), caches, bits(out), 0, len(spans))
+        return cls(np.array(parts, np.int64), np.array(starts, np.int64), sums, keys)
 
-    def _attend_rows(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
-        """The rows of sequences that have several, in blocks of queries."""
-        size = self._loops.BLOCK_QUERIES
-        items = [
-            (span.first + start, span.position + start, min(size, span.rows - start), *span.cache.memory(layer))
-            for span in spans
-            for start in range(0, span.rows, size)
-        ]
-        pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
-        window = self._windows[layer] or NO_WINDOW
-        self._share(self._loops.attend_rows, pairs, q, spans, _balanced(items), window, bits(out))
 
-    def _share(self, loop: Any, pairs: int, q: torch.Tensor, spans: Spans, items: Any, *arguments: Any) -> None:
-        """``loop`` over every item and KV head, shared out over threads if that is worth while."""
-        kv_heads = spans[0].cache.kv_heads
-        work = len(items) * kv_heads
-        least = 2 if pairs * len(q) >= SPLIT_PAIRS else work + 1
-        scale = np.float32(1 / math.sqrt(q.shape[2]))
-        self._threads.run(loop, work, words(q), items, kv_heads, scale, *arguments, least=least)
+def _scale(q: torch.Tensor) -> np.float32:
+    return np.float32(1 / math.sqrt(q.shape[2]))
+
+
+def _heads_of(out: torch.Tensor, q: torch.Tensor) -> Array:
+    """out (T, heads·head_dim) as (T, heads, head_dim)."""
+    return bits(out).reshape(len(out), q.shape[0], q.shape[2])
 
 
 def words(tensor: torch.Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tsqp.arith.bits import Array
+from tsqp.arith.bits import Array, keep_bits
 from tsqp.config.model import ModelConfig
 
 GROW_ROWS = 256
@@ -73,4 +73,4 @@ class KVCache(Positions):
         capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))
         new = old.new_empty(old.shape[0], capacity, old.shape[2])
         new[:, : old.shape[1]] = old
-        return new
+        return keep_bits(new)

@@ -135,6 +135,14 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
             out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate)), up) * _widen(up), up)
 
 
+@_kernel
+def widen(x, out, first, end):  # type: ignore[no-untyped-def]
+    """x (T, n), out float32 (T, n)."""
+    for row in range(first, end):
+        for j in range(x.shape[1]):
+            out[row, j] = _widen(x[row, j])
+
+
 @_inline
 def _rotate_head(x, row, column, cos, sin, target):  # type: ignore[no-untyped-def]
     """One head of a row of x, from ``column`` on, rotated to target (d,)."""
@@ -159,15 +167,19 @@ def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-u
 
 
 @_kernel
-def store(keys, key_column, values, value_column, cos, sin, like, table, first, end):  # type: ignore[no-untyped-def]
-    """Rows of keys, rotated, and of values (T, width) to caches: keys and values (heads, capacity, d) as ``like`` is.
+def store(  # type: ignore[no-untyped-def]
+    queries, query_column, keys, key_column, values, value_column, cos, sin, q, like, table, first, end
+):
+    """Rows of queries, rotated, to q (heads, T, d); of keys, rotated, and of values to caches as ``like`` is.
 
-    table int64 (n, 5): the row, the addresses of K and of V, the bytes from one of their heads to the next, and the
-    position.
+    Queries, keys and values (T, width) with heads from their columns on; caches (kv_heads, capacity, d). table int64
+    (n, 5): the row, the addresses of K and of V, the bytes from one of their heads to the next, and the position.
     """
     heads, d = like.shape[0], like.shape[2]
     for n in range(first, end):
         row = table[n, 0]
+        for head in range(q.shape[0]):
+            _rotate_head(queries, row, query_column + head * d, cos, sin, q[head, row])
         for head in range(heads):
             offset = head * table[n, 3] + table[n, 4] * d * like.itemsize
             k = carray(pointer(table[n, 1] + offset, like), (d,))  # type: ignore[call-arg]

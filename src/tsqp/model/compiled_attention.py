@@ -144,13 +144,42 @@ def _held(address, offset, like, rows):  # type: ignore[no-untyped-def]
     return carray(pointer(address + offset, like), (rows, like.shape[2]))  # type: ignore[call-arg]
 
 
+# Without leave to reorder sums: it is compiled alone and as a part of `attend_steps`, and rounds the same in both.
+@kernel
+def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyped-def]
+    """The parts ``starts[s]`` to ``starts[s + 1]`` of each sequence, in their order, to its row of out.
+
+    out (T, heads, d).
+    """
+    d = out.shape[2]
+    for sequence in range(first, end):
+        row = caches[sequence, 0]
+        for head in range(out.shape[1]):
+            top = _NOTHING
+            for part in range(starts[sequence], starts[sequence + 1]):
+                top = max(top, parts[part, head, d])
+            sums = parts[starts[sequence], head]
+            own = _exp(sums[d] - top)
+            for i in range(d):
+                sums[i] *= own
+            total = sums[d + 1] * own
+            for part in range(starts[sequence] + 1, starts[sequence + 1]):
+                own = _exp(parts[part, head, d] - top)
+                total += parts[part, head, d + 1] * own
+                for i in range(d):
+                    sums[i] += parts[part, head, i] * own
+            for i in range(d):
+                out[row, head, i] = _narrow(sums[i] / total, out[row, head, i])
+
+
 @_kernel
-def attend_steps(q, items, kv_heads, scale, caches, parts, first, end):  # type: ignore[no-untyped-def]
+def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
     """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
 
     q words (heads, T, n); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the bytes from
     one of their heads to the next; items int64 (n, 3): sequence, first key, end key. parts float32 (n, heads, d + 2)
-    becomes the weighted sum of V, then the greatest score, then the sum of weights.
+    becomes the weighted sum of V, then the greatest score, then the sum of weights. Whoever does all of the work joins
+    the parts as well; ``starts`` and ``out`` are those of ``join_parts``.
     """
     width, d = q.shape[2], parts.shape[2] - 2
     group, numbers = len(q) // kv_heads, d // width
@@ -187,33 +216,8 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, first, end):  # type:
             for i in range(d):
                 part[i] = sums[g, i]
             part[d], part[d + 1] = state[g, 0], state[g, 1]
-
-
-@_kernel
-def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyped-def]
-    """The parts ``starts[s]`` to ``starts[s + 1]`` of each sequence, in their order, to its row of out.
-
-    out (T, heads, d).
-    """
-    d = out.shape[2]
-    for sequence in range(first, end):
-        row = caches[sequence, 0]
-        for head in range(out.shape[1]):
-            top = _NOTHING
-            for part in range(starts[sequence], starts[sequence + 1]):
-                top = max(top, parts[part, head, d])
-            sums = parts[starts[sequence], head]
-            own = _exp(sums[d] - top)
-            for i in range(d):
-                sums[i] *= own
-            total = sums[d + 1] * own
-            for part in range(starts[sequence] + 1, starts[sequence + 1]):
-                own = _exp(parts[part, head, d] - top)
-                total += parts[part, head, d + 1] * own
-                for i in range(d):
-                    sums[i] += parts[part, head, i] * own
-            for i in range(d):
-                out[row, head, i] = _narrow(sums[i] / total, out[row, head, i])
+    if first == 0 and end == len(items) * kv_heads:
+        join_parts(parts, starts, caches, out, _FIRST, len(caches))
 
 
 @kernel
@@ -290,9 +294,9 @@ def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ig
     panels = _whole(d, COLUMNS) // COLUMNS
     keys_of = _aligned(_BLOCK // COLUMNS * width, _COLUMNS, q).reshape(-1, width, COLUMNS)
     values_of = _aligned(panels * BLOCK_KEYS // numbers, _COLUMNS, q).reshape(panels, -1, COLUMNS)
-    scores, weights = _aligned(_ROWS, _BLOCK, out), _aligned(_ROWS, _BLOCK // numbers, q)
-    mixed, own = _aligned(_ROWS, panels * COLUMNS, out), _numbers(weights)
     sums, state = np.empty((group * BLOCK_QUERIES, d), np.float32), np.empty((group * BLOCK_QUERIES, 3), np.float32)
+    scores, weights = _aligned(_ROWS, _BLOCK, sums), _aligned(_ROWS, _BLOCK // numbers, q)
+    mixed, own = _aligned(_ROWS, panels * COLUMNS, sums), _numbers(weights)
     for work in range(first, end):
         item, head = work % len(items), work // len(items)
         row, position, count = items[item, 0], items[item, 1], items[item, 2]

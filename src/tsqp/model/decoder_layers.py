@@ -1,10 +1,11 @@
-"""One layer of a Llama-family model, as a computation that hands out its products.
+"""The layers of a Llama-family model, as a computation that hands out its products.
 
 Both sides run this: the trusted side with products on a worker, a worker that holds whole layers with its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,13 +13,14 @@ import torch
 
 from tsqp.arith.bits import keep_bits
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.groups import GroupKey
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.kernels import Kernels
+from tsqp.model.kernels import Heads, Kernels
 from tsqp.model.meter import Meter
-from tsqp.model.operators import Attention, Linears
-from tsqp.model.pending import CACHE_BARRIER, Steps
+from tsqp.model.operators import Attention, ChunkAttention, Linears
+from tsqp.model.pending import CACHE_BARRIER, Pending, Steps
 from tsqp.model.rotary import Rotary
 
 
@@ -31,15 +33,7 @@ class ChunkWork(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
     q: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, rotary: Rotary, config: ModelConfig, chunk: Chunk[KVCache], positions: torch.Tensor | None = None
-    ) -> ChunkWork:
-        """``positions`` (T,): those of the chunk unless given."""
-        cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
-        q = cos.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=chunk.spans[0].cache.dtype)
-        return cls(keep_bits(cos), keep_bits(sin), keep_bits(q))
+    attention: ChunkAttention
 
 
 @dataclass(frozen=True)
@@ -90,62 +84,84 @@ class DecoderLayers:
     kernels: Kernels
     meter: Meter
 
-    def steps(self, layer: int, hidden: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork) -> Steps[None]:
-        """Put the rows of one chunk through one layer: ``hidden`` (T, hidden_size) is changed in place.
+    def work(self, rotary: Rotary, chunk: Chunk[KVCache], positions: torch.Tensor | None = None) -> ChunkWork:
+        """What ``steps`` takes for a chunk. ``positions`` (T,): those of the chunk unless given."""
+        cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
+        shape = (self.config.num_heads, len(cos), self.config.head_dim)
+        q = cos.new_empty(shape, dtype=chunk.spans[0].cache.dtype)
+        return ChunkWork(keep_bits(cos), keep_bits(sin), keep_bits(q), self.attention.of(chunk))
+
+    def steps(self, layers: Sequence[int], hidden: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork) -> Steps[None]:
+        """Put the rows of one chunk through layers, one after another: ``hidden`` (T, hidden_size) is changed in place.
 
         Appends to the caches of the chunk's sequences at the positions of their rows.
         """
-        norms, eps, rows = self.norms.layers[layer], self.config.rms_norm_eps, chunk.rows
-        x = self.linears.input(("qkv", layer), rows)
+        asked: Pending | None = None  # between layers: a product that is still to be added to hidden
+        for layer in layers:
+            norms = self.norms.layers[layer]
+            if asked is None:
+                x = self._normed(("qkv", layer), hidden, norms.attention)
+            else:
+                x = self._added(("qkv", layer), hidden, (yield asked), norms.attention)
+                asked.release()
+            asked = self.linears.start(("qkv", layer), x)
+            qkv = yield asked
+            yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys come first
+            mixed = self.linears.input(("o", layer), chunk.rows)
+            yield from self._attend(layer, qkv, chunk, work, mixed)
+            del qkv, x  # the memory of large ones is free again when nothing refers to it
+            asked.release()
+            asked = self.linears.start(("o", layer), mixed)
+            x = self._added(("gate_up", layer), hidden, (yield asked), norms.mlp)
+            del mixed
+            asked.release()
+            asked = self.linears.start(("gate_up", layer), x)
+            gate_up = yield asked
+            inner = self.linears.input(("down", layer), chunk.rows)
+            with self.meter.operator("silu"):
+                self.kernels.silu_mul(gate_up, inner)
+            del gate_up, x
+            asked.release()
+            asked = self.linears.start(("down", layer), inner)
+            del inner
+        if asked is not None:
+            hidden.add_((yield asked))
+            asked.release()
+
+    def _normed(self, key: GroupKey, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The input of a product: ``hidden``, normed."""
+        x = self.linears.input(key, len(hidden))
         with self.meter.operator("rms_norm"):
-            self.kernels.rms_norm(hidden, norms.attention, eps, x)
-        asked = self.linears.start(("qkv", layer), x)
-        qkv = yield asked
-        yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys must be there first
-        mixed = self.linears.input(("o", layer), rows)
-        yield from self._attend(layer, qkv, chunk, work, mixed)
-        del qkv, x  # the memory of large ones is free again when nothing refers to it
-        asked.release()
-        asked = self.linears.start(("o", layer), mixed)
-        o = yield asked
-        x = self.linears.input(("gate_up", layer), rows)
+            self.kernels.rms_norm(hidden, weight, self.config.rms_norm_eps, x)
+        return x
+
+    def _added(self, key: GroupKey, hidden: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The same after ``hidden += y``."""
+        x = self.linears.input(key, len(hidden))
         with self.meter.operator("rms_norm"):
-            self.kernels.add_rms_norm(hidden, o, norms.mlp, eps, x)
-        del o, mixed
-        asked.release()
-        asked = self.linears.start(("gate_up", layer), x)
-        gate_up = yield asked
-        inner = self.linears.input(("down", layer), rows)
-        with self.meter.operator("silu"):
-            self.kernels.silu_mul(gate_up, inner)
-        del gate_up, x
-        asked.release()
-        asked = self.linears.start(("down", layer), inner)
-        hidden.add_((yield asked))
-        asked.release()
+            self.kernels.add_rms_norm(hidden, y, weight, self.config.rms_norm_eps, x)
+        return x
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork, mixed: torch.Tensor
     ) -> Steps[None]:
         """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
-        config, (cos, sin, q) = self.config, work
-        queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
-        value_column = config.q_size + config.kv_size
+        config, (cos, sin, q, attention) = self.config, work
+        queries, keys = self._queries_and_keys(layer, qkv)
+        values = Heads(qkv, config.q_size + config.kv_size)
         with self.meter.operator("rotary"):
-            self.kernels.rotate(queries, query_column, cos, sin, q, 0)
             # All keys before any attention, which may have to wait for products.
-            self.kernels.store(layer, keys, key_column, qkv, value_column, cos, sin, chunk.spans)
-        out = mixed.view(chunk.rows, config.num_heads, config.head_dim)
-        yield from self.attention.steps(layer, q, chunk.spans, out)
+            self.kernels.store(layer, queries, keys, values, cos, sin, q, chunk.spans)
+        yield from attention.steps(layer, q, mixed)
 
-    def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
-        """Rows that hold the queries, and their first column there; the same of the keys. Normed where they are."""
+    def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[Heads, Heads]:
+        """Normed where the family norms them."""
         config, norms = self.config, self.norms.layers[layer]
         if norms.q is None or norms.k is None:
-            return qkv, 0, qkv, config.q_size
+            return Heads(qkv, 0), Heads(qkv, config.q_size)
         queries = self._norm_heads(qkv[:, : config.q_size], norms.q)
         keys = self._norm_heads(qkv[:, config.q_size : config.q_size + config.kv_size], norms.k)
-        return queries, 0, keys, 0
+        return Heads(queries, 0), Heads(keys, 0)
 
     def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,)."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
 SPLIT_ROWS = 128  # fewer rows than this are done by one thread: waking another takes longer
+
+
+class Heads(NamedTuple):
+    """Rows (T, width) that hold some heads one after another, from ``column`` on."""
+
+    rows: torch.Tensor
+    column: int
 
 
 class Kernels(Protocol):
@@ -42,6 +49,9 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """``out = silu(gate) · up`` of the two halves of (T, 2·inner): out (T, inner)."""
 
+    def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = x``, both (T, n), out of float32."""
+
     def rotate(
         self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
@@ -54,17 +64,17 @@ class Kernels(Protocol):
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        queries: Heads,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        """Keys, rotated as by ``rotate``, and values of every row to ``layer`` of its sequence's cache.
+        """Queries of every row, rotated as by ``rotate``, to q (heads, T, head_dim), of the caches' dtype.
 
-        Both (T, width) with heads from their columns on.
+        Keys, rotated alike, and values to ``layer`` of the row's sequence's cache.
         """
 
 
@@ -83,6 +93,9 @@ class TorchKernels:
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(silu_mul(gate_up))
 
+    def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(x)
+
     def rotate(
         self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
@@ -93,19 +106,20 @@ class TorchKernels:
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        queries: Heads,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
+        self.rotate(*queries, cos, sin, q, 0)
         for span in spans:
             at = span.slice
             k, v = span.cache.reserve(layer, span.end)
-            self.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
-            rows = values[at, value_column : value_column + k.shape[0] * k.shape[2]]
+            self.rotate(keys.rows[at], keys.column, cos[at], sin[at], k, span.position)
+            rows = values.rows[at, values.column : values.column + k.shape[0] * k.shape[2]]
             v[:, span.position : span.end] = rows.view(-1, k.shape[0], k.shape[2]).transpose(0, 1)
 
 
@@ -138,6 +152,9 @@ class CompiledKernels(TorchKernels):
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.silu_mul, len(out), bits(gate_up), bits(out), least=SPLIT_ROWS)
 
+    def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._threads.run(self._compiled.widen, len(out), bits(x), bits(out), least=SPLIT_ROWS)
+
     def rotate(
         self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
@@ -148,36 +165,37 @@ class CompiledKernels(TorchKernels):
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        queries: Heads,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
         if any(span.rows > 1 for span in spans):
-            return super().store(layer, keys, key_column, values, value_column, cos, sin, spans)
+            return super().store(layer, queries, keys, values, cos, sin, q, spans)
         for span in spans:
             k, _ = span.cache.reserve(layer, span.end)
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
         table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in spans], np.int64)
-        return self.store_rows(keys, key_column, values, value_column, cos, sin, k, table)
+        return self.store_rows(queries, keys, values, cos, sin, q, k, table)
 
     def store_rows(
         self,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        queries: Heads,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        q: torch.Tensor,
         like: torch.Tensor,
         table: Array,
     ) -> None:
         """One row of each of several sequences; ``table`` is that of the loop, ``like`` keys of one of the caches."""
-        rows = (bits(keys), key_column, bits(values), value_column, bits(cos), bits(sin))
-        self._threads.run(self._compiled.store, len(table), *rows, bits(like), table, least=SPLIT_ROWS)
+        heads = [part for one in (queries, keys, values) for part in (bits(one.rows), one.column)]
+        arrays = (bits(cos), bits(sin), bits(q), bits(like), table)
+        self._threads.run(self._compiled.store, len(table), *heads, *arrays, least=SPLIT_ROWS)
 
 
 def pick_kernels(
@@ -204,7 +222,8 @@ def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledK
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
-    kept = out.view(1, 1, 2).to(cache_dtype)
-    kernels.rotate(row, 0, row, row, kept, 0)
-    kernels.store_rows(row, 0, row, 0, row, row, kept, np.zeros((0, 5), np.int64))
+    kernels.widen(row, torch.empty(1, 2))
+    kept, heads = out.view(1, 1, 2).to(cache_dtype), Heads(row, 0)
+    kernels.rotate(*heads, row, row, kept, 0)
+    kernels.store_rows(heads, heads, heads, row, row, kept, kept, np.zeros((0, 5), np.int64))
     return kernels

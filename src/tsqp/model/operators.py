@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from tsqp.config.groups import GroupKey
-from tsqp.model.batch import SequenceRows
+from tsqp.model.batch import Chunk
 from tsqp.model.cache import KVCache
 from tsqp.model.pending import Pending, Steps
 
@@ -35,12 +34,17 @@ class Embedding(Protocol):
 
 
 class Attention(Protocol):
-    """Causal attention of the rows of a chunk, each over the cache of its sequence."""
+    """Causal attention, of each row over the cache of its sequence."""
 
-    def steps(
-        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
-    ) -> Steps[None]:
-        """q (heads, T, head_dim) of the chunk's rows to out (T, heads, head_dim); the caches already hold their keys.
+    def of(self, chunk: Chunk[KVCache]) -> ChunkAttention:
+        """Attention of the rows of one chunk, in every layer."""
+
+
+class ChunkAttention(Protocol):
+    """Attention of the rows of one chunk. What its layers share is made once."""
+
+    def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
+        """q (heads, T, head_dim) of the chunk's rows to out (T, heads·head_dim); the caches already hold their keys.
 
         q has the dtype of the caches.
         """

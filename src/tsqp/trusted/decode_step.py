@@ -26,7 +26,7 @@ from tsqp.config.groups import group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import PadsExhausted
 from tsqp.model.batch import SequenceRows
-from tsqp.model.block_attention import NO_WINDOW, SPLIT_PAIRS, BlockAttention, words
+from tsqp.model.block_attention import NO_WINDOW, SPLIT_PAIRS, BlockAttention, BlocksOfChunk, words
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, Norms
 from tsqp.model.meter import CallKind, OperatorKind
@@ -81,8 +81,9 @@ class DecodeStep:
     def compile(self) -> None:
         """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
         plan, config = self._plan(1), self._model.config
-        table = torch.zeros(1, config.head_dim)
-        work = ChunkWork(table, table, torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype))
+        table, attention = torch.zeros(1, config.head_dim), BlocksOfChunk(self._model.attention, ())
+        q = torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype)
+        work = ChunkWork(table, table, q, attention)
         plan.at[loops.CALL] = len(plan.keys)
         hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
         loops.decode(plan.at, plan.calls, *plan.arguments(bits(hidden), bits(logits), work))
@@ -130,13 +131,14 @@ class DecodeStep:
         numbers, ids = self._line.numbers(len(plan.keys)), self._session.direct_ids(len(plan.keys))
         plan.at[:] = 0, loops.OPERATE, numbers, ids
         arguments = plan.arguments(bits(hidden), bits(logits), work)
+        blocks = BlocksOfChunk(self._model.attention, spans)
         while True:
             why, size = loops.decode(plan.at, plan.calls, *arguments)
             if why == loops.OVER:
                 break
             if why == loops.ATTEND:
-                mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, len(work.q), -1)
-                self._model.attention.attend_steps(plan.layer(), work.q, spans, mixed)
+                mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, -1)
+                self._model.attention.attend_steps(plan.layer(), work.q, blocks, mixed)
             elif why == loops.REFUSED:
                 refuse(plan.verdicts)
             else:

@@ -20,8 +20,8 @@ from numba.core.cgutils import voidptr_t
 from numba.extending import intrinsic
 
 from tsqp.arith.jit import inline, kernel
-from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, rotate, silu_mul, store
-from tsqp.model.compiled_attention import PART_KEYS, attend_steps, join_parts
+from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, silu_mul, store
+from tsqp.model.compiled_attention import PART_KEYS, attend_steps
 from tsqp.trusted.guard.kernels import OK, UNSEEN, quantise_and_mask, verify_and_unmask
 from tsqp.wire.exchange import ANSWERED, exchange, now
 
@@ -136,8 +136,7 @@ def _attend(q, caches, window, kv_heads, scale, out):  # type: ignore[no-untyped
             edge = (first // PART_KEYS + n - starts[row]) * PART_KEYS
             items[n, 0], items[n, 1], items[n, 2] = row, max(edge, first), min(edge + PART_KEYS, end)
     parts = np.empty((count, len(q), out.shape[2] + 2), np.float32)
-    attend_steps(q, items, kv_heads, scale, caches, parts, _FIRST, count * kv_heads)
-    join_parts(parts, starts, caches, out, _FIRST, rows)
+    attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, _FIRST, count * kv_heads)
 
 
 @kernel
@@ -174,9 +173,8 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
             before = y_memory[: rows * width].reshape(rows, width)  # the last product
             if kind == O:
                 table, q_size, kv_size = tables[layer], len(q) * q.shape[2], kv_heads * q.shape[2]
-                rotate(before, _FIRST, cos, sin, q, _FIRST, _FIRST, rows)
-                like = q[:kv_heads]
-                store(before, q_size, before, q_size + kv_size, cos, sin, like, table, _FIRST, rows)
+                queries, keys, values = (before, _FIRST), (before, q_size), (before, q_size + kv_size)
+                store(*queries, *keys, *values, cos, sin, q, q[:kv_heads], table, _FIRST, rows)
                 times[c, ROTATED] = now(clock)
                 at[NEXT] = MIX
             else:

@@ -16,7 +16,7 @@ from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
 from tsqp.model.kernels import pick_kernels
-from tsqp.model.local import LocalAttention, LocalLinears
+from tsqp.model.local import LocalLinears, pick_attention
 from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
 from tsqp.model.rotary import Rotary
@@ -51,7 +51,7 @@ class LayerState:
             config,
             weights.norms,
             LocalLinears(weights.groups, Unmetered()),
-            LocalAttention(config.windows, Unmetered()),
+            pick_attention(config.windows, dtype, Unmetered(), device),
             pick_kernels(dtype, device),
             Unmetered(),
         )
@@ -68,7 +68,7 @@ class LayerState:
         caches = [self._cache(place.sequence, place.position) for place in call.places]
         batch = Batch(tokens.split([place.rows for place in call.places]), caches)
         chunks = list(batch.chunks(call.max_rows))
-        work = [ChunkWork.of(self._rotary, self._weights.config, chunk) for chunk in chunks]
+        work = [self._block.work(self._rotary, chunk) for chunk in chunks]
         hidden = F.embedding(tokens.to(self._weights.device), self._weights.embedding)
         self._passes[call.id] = _Pass(batch, hidden, chunks, work)
 
@@ -78,7 +78,8 @@ class LayerState:
         if call.layer >= self._weights.config.num_layers or call.chunk >= len(under_way.chunks):
             raise ProtocolError(f"there is no layer {call.layer} or no chunk {call.chunk}")
         chunk = under_way.chunks[call.chunk]
-        run(self._block.steps(call.layer, under_way.hidden[chunk.slice], chunk, under_way.work[call.chunk]))
+        hidden = under_way.hidden[chunk.slice]
+        run(self._block.steps([call.layer], hidden, chunk, under_way.work[call.chunk]))
 
     def finish(self, call: Finish) -> torch.Tensor:
         """Logits of the wanted rows, (n, vocab_size); the pass ends. Raises ProtocolError."""

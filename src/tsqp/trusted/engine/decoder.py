@@ -69,7 +69,7 @@ class Decoder:
         if self._step is not None and len(hidden) == len(batch.tokens) <= self._max_rows:
             (chunk,) = batch.chunks(self._max_rows)
             if self._step.serves(chunk.spans):
-                logits = self._step.run(hidden, chunk.spans, ChunkWork.of(self._rotary, self.config, chunk))
+                logits = self._step.run(hidden, chunk.spans, self._layers.work(self._rotary, chunk))
                 self._stats.chunks += 1
                 batch.advance()
                 self._stats.forward_passes += 1
@@ -78,16 +78,19 @@ class Decoder:
         for chunk in batch.chunks(self._max_rows):
             parts = chunk.split(self._micro_batches)
             yield from interleaved([self._through_layers(hidden[part.slice], part) for part in parts])
-            rows = hidden[chunk.slice]
-            wanted.append(rows if batch.every_row else rows[chunk.last_rows()])
+            rows, last_rows = hidden[chunk.slice], chunk.last_rows()
+            wanted.append(rows if batch.every_row or len(last_rows) == chunk.rows else rows[last_rows])
             self._stats.chunks += 1
             self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
-        last = torch.cat(wanted)
+        last = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
             self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)
         asked = self._layers.linears.start(("lm_head", None), final)
-        logits = (yield asked).to(torch.float32, copy=True)  # the caller's own: what was handed out is used again
+        product = yield asked
+        logits = torch.empty(product.shape, dtype=torch.float32)  # the caller's own: what was handed out is used again
+        self._layers.kernels.widen(product, logits)
+        del product
         asked.release()
         batch.advance()
         self._stats.forward_passes += 1
@@ -95,7 +98,6 @@ class Decoder:
 
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):
-            work = ChunkWork.of(self._rotary, self.config, chunk)
+            work = self._layers.work(self._rotary, chunk)
             keep_bits(hidden)
-        for layer in range(self.config.num_layers):
-            yield from self._layers.steps(layer, hidden, chunk, work)
+        yield from self._layers.steps(range(self.config.num_layers), hidden, chunk, work)

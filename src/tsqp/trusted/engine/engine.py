@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from tsqp.config.model import ModelConfig
@@ -151,7 +152,7 @@ class Generation:
         fresh = [one.tokens if prefill else one.tokens[-1:] for one in self._live]
         start = time.perf_counter()
         logits = self._engine.run(Batch(fresh, [one.cache for one in self._live]))
-        if not torch.isfinite(logits).all():
+        if not np.isfinite(logits.numpy()).all():  # torch would wake a thread for each core
             raise NumericError(
                 "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
                 fields=("compute.dtype",),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from tsqp.model.attention import causal_mask, first_visible, masked_softmax
-from tsqp.model.batch import SequenceRows
+from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.pending import Steps
 from tsqp.trusted.remote.session import WorkerSession
@@ -20,11 +20,21 @@ class OpenAttention:
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
 
-    def steps(
-        self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
-    ) -> Steps[None]:
-        for span in spans:
-            yield from self._of_one(layer, q[:, span.slice], span, out[span.slice])
+    def of(self, chunk: Chunk[KVCache]) -> OpenChunkAttention:
+        return OpenChunkAttention(self._session, chunk)
+
+
+@dataclass(frozen=True)
+class OpenChunkAttention:
+    """The same, of one chunk."""
+
+    _session: WorkerSession
+    _chunk: Chunk[KVCache]
+
+    def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
+        heads = out.view(len(out), q.shape[0], q.shape[2])
+        for span in self._chunk.spans:
+            yield from self._of_one(layer, q[:, span.slice], span, heads[span.slice])
 
     def _of_one(self, layer: int, q: torch.Tensor, span: SequenceRows[KVCache], out: torch.Tensor) -> Steps[None]:
         config, session = self._session.config, self._session
