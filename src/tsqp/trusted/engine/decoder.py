@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tsqp.arith.bits import keep_bits
+from tsqp.arith.large_memory import large_memory
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
@@ -67,6 +68,7 @@ class Decoder:
         logits = (yield asked).to(torch.float32, copy=True)  # the caller's own: what was handed out is used again
         asked.release()
         batch.advance()
+        large_memory().give_back()  # the next pass is likely to be one of few rows
         self._stats.forward_passes += 1
         return logits
 
