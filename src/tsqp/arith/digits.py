@@ -49,10 +49,10 @@ def join(sums, offsets, out, first, end):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def clear_top_bits(words, first, end):  # type: ignore[no-untyped-def]
-    """Words uint32 (n,) to 31 bits each; the number of those that are p."""
-    count = 0
-    for i in range(first, end):
-        words[i] &= np.uint32(_P)
-        count += words[i] == np.uint32(_P)
-    return count
+def clear_top_bits(words):  # type: ignore[no-untyped-def]
+    """Words uint32 (n,) to 31 bits each; the greatest of them."""
+    greatest = np.uint32(0)
+    for i in range(words.shape[0]):
+        words[i] = np.uint32(words[i] & np.uint32(_P))  # the cast keeps numba in 32 bits
+        greatest = max(greatest, words[i])
+    return greatest

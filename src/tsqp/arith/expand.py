@@ -44,10 +44,10 @@ def expand(stream: KeyStream, out: np.ndarray[Any, np.dtype[np.uint32]]) -> None
     """Fill ``out``, uint32 and contiguous, with elements of F_p."""
     words = out.reshape(-1)
     stream.fill(words.data.cast("B"))
-    if clear_top_bits(words, 0, len(words)):
+    if clear_top_bits(words) == P:
         fresh = np.empty(1, np.uint32)
         for index in np.flatnonzero(words == P):
             while words[index] == P:
                 stream.fill(fresh.data.cast("B"))
-                clear_top_bits(fresh, 0, 1)
+                clear_top_bits(fresh)
                 words[index] = fresh[0]

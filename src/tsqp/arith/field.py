@@ -14,6 +14,7 @@ import torch
 
 from tsqp.arith.bits import bits
 from tsqp.arith.digits import join, split
+from tsqp.arith.large_memory import large_memory
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.row_threads import least_rows, row_threads
 
@@ -59,7 +60,7 @@ class FieldWeights:
 
     def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
         """Every digit of x, plus 128: uint8 (digits, T, K)."""
-        out = torch.empty(digits, *x.shape, dtype=torch.uint8)
+        out = torch.from_numpy(large_memory().array((digits, *x.shape), np.uint8))
         values = x.view(torch.uint32 if digits == 4 else torch.int16)
         row_threads().run(split, len(x), bits(values), bits(out), least=least_rows(x.shape[1]))
         return out

@@ -19,7 +19,8 @@ def quantise_row(x, levels, values):  # type: ignore[no-untyped-def]
     bits = x.view(np.uint32)
     largest = np.uint32(0)
     for i in range(bits.shape[0]):
-        largest = max(largest, bits[i] & _ABS_BITS)  # of floats without sign, the order of the bits is the order
+        # Of floats without sign, the order of the bits is the order. (The cast keeps numba in 32 bits.)
+        largest = max(largest, np.uint32(bits[i] & _ABS_BITS))
     scale = np.uint32(largest).view(np.float32) / levels
     if scale < _LEAST_SCALE:
         scale = np.float32(1.0)

@@ -255,7 +255,7 @@ MUTANTS = [
     mutant(
         "an erased pad masks",
         ERASED_PAD,
-        (KERNELS, "quantise_and_mask", storing("erased"), value("np.uint32(0)")),
+        (KERNELS, "quantise_and_mask", storing("greatest"), value("np.uint32(0)")),
     ),
     mutant(
         "a verdict on what is sent is ignored",
@@ -330,7 +330,7 @@ MUTANTS = [
     mutant(
         "no range check",
         core("test_another_way_to_write_the_right_number_is_out_of_range[masked]"),
-        (KERNELS, "verify_and_unmask", storing("outside"), value("np.uint32(0)")),
+        (KERNELS, "verify_and_unmask", storing("largest"), value("np.uint32(0)")),
     ),
     mutant(
         "a reply is checked where the worker can change it",

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from tsqp.arith.bits import keep_bits
+from tsqp.arith.large_memory import large_memory
 from tsqp.model.batch import Batch, Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
@@ -93,6 +94,7 @@ class Decoder:
         del product
         asked.release()
         batch.advance()
+        large_memory().give_back()  # the next pass is likely to be one of few rows
         self._stats.forward_passes += 1
         return logits
 

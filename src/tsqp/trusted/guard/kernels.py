@@ -1,7 +1,7 @@
 """Compiled loops of the guard: quantise and mask a row, check and unmask a row; see ``docs/masking.md``.
 
 Rows are independent. Numbers mod p are uint32 below p; sums of their products are kept in two halves, since 2³¹ ≡ 1:
-lo adds up the lower 31 bits, hi the upper, each below 2⁶⁴ for 2³³ terms. Every loop reads what it may trust only:
+lo adds up the lower 31 bits, hi what is above, each below 2⁶⁴ for 2³³ terms. Every loop reads what it may trust only:
 inputs are private memory, ``out`` may be memory that the worker reads and writes, and is never read here.
 
 Covers: what each loop computes (test_kernels.py, tests/vectors), one pass over each secret
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tsqp.arith.digits import reduced
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.loops import quantise_row
 from tsqp.arith.modulus import MAX_CENTRED, P
@@ -20,8 +21,7 @@ from tsqp.arith.modulus import MAX_CENTRED, P
 OK, NOT_FINITE, ERASED_PAD, OUT_OF_RANGE, MISMATCH, UNSEEN = range(6)  # verdicts on a row, UNSEEN before there is one
 ERASED = np.uint32(0xFFFFFFFF)  # what used pads are overwritten with: no number mod p, so it cannot pass for one
 
-_P = np.uint32(P)
-_P64 = np.uint64(P)
+_P, _P64 = np.uint32(P), np.uint64(P)
 _HALF = np.uint32(MAX_CENTRED)
 _SHIFT = np.uint64(31)
 
@@ -40,17 +40,19 @@ def _reduce(value):  # type: ignore[no-untyped-def]
 
 @inline
 def _dot(a, b):  # type: ignore[no-untyped-def]
-    """a · b mod p, both (n,)."""
-    lo = np.uint64(0)
-    hi = np.uint64(0)
-    for i in range(a.shape[0]):
-        product = np.uint64(a[i]) * np.uint64(b[i])
-        lo += product & _P64
-        hi += product >> _SHIFT
-    total = (lo & _P64) + (lo >> _SHIFT) + (hi & _P64) + (hi >> _SHIFT)
-    total = (total & _P64) + (total >> _SHIFT)
-    total = (total & _P64) + (total >> _SHIFT)
-    return np.uint32(0) if total == _P64 else np.uint32(total)
+    """a · b mod p, both (n,). Four products, each below 2⁶², are added up and split as one."""
+    lo = hi = np.uint64(0)
+    quarter = a.shape[0] // 4  # the four lie apart, so that each is one of a vector's neighbours
+    for i in range(quarter):
+        total = np.uint64(a[i]) * np.uint64(b[i])
+        total += np.uint64(a[i + quarter]) * np.uint64(b[i + quarter])
+        total += np.uint64(a[i + 2 * quarter]) * np.uint64(b[i + 2 * quarter])
+        total += np.uint64(a[i + 3 * quarter]) * np.uint64(b[i + 3 * quarter])
+        lo += total & _P64
+        hi += total >> _SHIFT
+    for i in range(4 * quarter, a.shape[0]):
+        lo += np.uint64(a[i]) * np.uint64(b[i])  # at most three, on top of less than 2⁶²
+    return reduced(np.int64((lo & _P64) + (lo >> _SHIFT) + (hi & _P64) + (hi >> _SHIFT)))
 
 
 @kernel
@@ -64,18 +66,17 @@ def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected
     without_pads = masked and pads.shape[1] != x.shape[1]
     for row in range(first, end):
         scale = quantise_row(x[row], limit, values)
-        erased = np.uint32(without_pads)
+        greatest = ERASED if without_pads else np.uint32(0)  # of the row's pads
         for i in range(values.shape[0]):
             field[i] = _canonical(values[i])
-        if masked and not without_pads:
-            for i in range(values.shape[0]):
+            if masked and not without_pads:
                 pad = pads[row, i]  # read once: another thread may be erasing it
-                erased |= np.uint32(pad >= _P)
+                greatest = max(greatest, pad)
                 field[i] = _reduce(np.uint32(pad + field[i]))
                 pads[row, i] = ERASED
         if not np.isfinite(scale):
             verdicts[row] = NOT_FINITE
-        elif erased != 0:
+        elif greatest >= _P:
             verdicts[row] = ERASED_PAD  # used before: this row would be in clear, so it goes nowhere
         else:
             for i in range(values.shape[0]):
@@ -89,9 +90,8 @@ def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected
 @kernel
 def project_weights(wq, vectors, out, first, end):  # type: ignore[no-untyped-def]
     """vectors uint32 (k, N) times wq int8 (N, K) mod p: out uint32 (k, K). (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)"""
-    total = np.empty(wq.shape[1], np.int64)
     for k in range(first, end):
-        total[:] = 0
+        total = np.zeros(wq.shape[1], np.int64)
         for j in range(wq.shape[0]):
             element = np.int64(vectors[k, j])
             for i in range(wq.shape[1]):
@@ -112,28 +112,29 @@ def project(values, vectors, out, first, end):  # type: ignore[no-untyped-def]
 def verify_and_unmask(reply, vectors, expected, masked, products, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
     """Check a private copy of a reply, uint32 (T, N), unmask and rescale it: out float32 (T, N).
 
-    ``masked``: with the pads' ``products``, uint32 (T, N), which are erased.
+    ``masked``: with the pads' ``products``, uint32 (T, N), which are erased. A row of out counts if its verdict is OK.
     """
     for row in range(first, end):
-        outside = np.uint32(0)
+        largest = np.uint32(0)
         for j in range(reply.shape[1]):
-            outside |= np.uint32(reply[row, j] >= _P)
-        verdict = OUT_OF_RANGE if outside != 0 else OK
+            largest = max(largest, reply[row, j])
+        verdict = OUT_OF_RANGE if largest >= _P else OK
         for k in range(vectors.shape[0]):
             if verdict == OK and _dot(reply[row], vectors[k]) != expected[row, k]:
                 verdict = MISMATCH
-        if verdict == OK and masked:
-            erased = np.uint32(products.shape[1] != reply.shape[1])
-            for j in range(products.shape[1]):
-                product = products[row, j]
-                erased |= np.uint32(product >= _P)
-                reply[row, j] = _reduce(np.uint32(reply[row, j] + np.uint32(_P - product)))
-                products[row, j] = ERASED
-            if erased != 0:
+        if verdict == OK and masked and products.shape[1] != reply.shape[1]:
+            verdict = ERASED_PAD
+        if verdict == OK:
+            scale, greatest = scales[row], np.uint32(0)  # of the products
+            for j in range(reply.shape[1]):
+                value = reply[row, j]
+                if masked:
+                    product = products[row, j]  # read once: another thread may be erasing it
+                    greatest = max(greatest, product)
+                    value = _reduce(np.uint32(value + np.uint32(_P - product)))
+                    products[row, j] = ERASED
+                centred = np.int32(np.int32(value) - np.int32(_P)) if value > _HALF else np.int32(value)
+                out[row, j] = np.float32(np.float32(centred) * scale) * w_scales[j] + bias[j]
+            if greatest >= _P:
                 verdict = ERASED_PAD
         verdicts[row] = verdict
-        if verdict == OK:
-            for j in range(reply.shape[1]):
-                value = np.int32(reply[row, j])
-                centred = np.int32(value - np.int32(_P)) if value > np.int32(_HALF) else value
-                out[row, j] = np.float32(np.float32(centred) * scales[row]) * w_scales[j] + bias[j]

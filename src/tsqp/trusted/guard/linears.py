@@ -20,6 +20,7 @@ import torch
 from tsqp.arith.bits import bits, keep_bits
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import Array, Digits
+from tsqp.arith.large_memory import large_memory
 from tsqp.arith.row_threads import row_threads
 from tsqp.config.groups import GroupKey
 from tsqp.errors import (
@@ -54,7 +55,7 @@ class Desk:
         self.scales, self.verdicts = np.empty(rows, np.float32), np.empty(rows, np.uint8)
         shapes = (rows, len(group.projections)), (min(rows, BLOCK_ROWS), outer)
         self.expected, self.unchecked_y = (np.empty(shape, np.uint32) for shape in shapes)
-        self.x, self.y = keep_bits(torch.empty(rows, inner)), keep_bits(torch.empty(rows, outer))
+        self.x, self.y = (keep_bits(large_memory().floats(rows, width)) for width in (inner, outer))
 
 
 @dataclass(repr=False)
