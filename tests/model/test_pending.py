@@ -104,6 +104,13 @@ def test_a_part_that_has_ended_holds_nobody_up() -> None:
     assert [note for note in notes if note.startswith("turn")] == ["turn a0", "turn b0", "turn b1", "turn b2"]
 
 
+def test_one_computation_alone_runs_as_it_is() -> None:
+    notes, alone = [], []  # type: ignore[var-annotated]
+    run(interleaved([part("a", notes, turns=True, products=3)]))
+    run(part("a", alone, turns=True, products=3))
+    assert notes == alone != []
+
+
 def test_a_turn_alone_waits_for_nothing() -> None:
     ends: list[str] = []
 

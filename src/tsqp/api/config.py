@@ -144,7 +144,9 @@ class ComputeConfig:
     micro_batches: int = _model(
         1, "Parts of a chunk that cross the layers in turn: one is computed here, the others there.", variable=False
     )
-    compiled_kernels: bool = _model(True, "Element-wise operators compiled by numba, for bfloat16 and float32.")
+    compiled_kernels: bool = _model(
+        True, "Element-wise operators and attention compiled by numba, for bfloat16 and float32."
+    )
     kernel_cache: str = _model(
         "auto", "Where compiled kernels are kept: a directory, off, or auto (the user's cache, none in a TEE)."
     )

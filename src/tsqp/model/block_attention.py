@@ -98,7 +98,7 @@ class BlockAttention:
 
     def _shared(self, loop: Any, pairs: int, work: int, q: torch.Tensor, *arguments: Any) -> bool:
         """``loop`` over all work, shared out over threads if that is worth while; whether it was shared out."""
-        share = self._threads.threads > 1 and work > 1 and pairs * len(q) >= SPLIT_PAIRS
+        share = self._threads.threads > 1 and work > 1 and pairs * q.shape[0] >= SPLIT_PAIRS
         self._threads.run(loop, work, words(q), *arguments, least=2 if share else work + 1)
         return share
 
@@ -159,7 +159,7 @@ def _scale(q: torch.Tensor) -> np.float32:
 
 def _heads_of(out: torch.Tensor, q: torch.Tensor) -> Array:
     """out (T, heads·head_dim) as (T, heads, head_dim)."""
-    return bits(out).reshape(len(out), q.shape[0], q.shape[2])
+    return bits(out).reshape(out.shape[0], q.shape[0], q.shape[2])
 
 
 def words(tensor: torch.Tensor) -> Any:

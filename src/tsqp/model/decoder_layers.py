@@ -96,6 +96,7 @@ class DecoderLayers:
 
         Appends to the caches of the chunk's sequences at the positions of their rows.
         """
+        rows = chunk.rows
         asked: Pending | None = None  # between layers: a product that is still to be added to hidden
         for layer in layers:
             norms = self.norms.layers[layer]
@@ -107,7 +108,7 @@ class DecoderLayers:
             asked = self.linears.start(("qkv", layer), x)
             qkv = yield asked
             yield CACHE_BARRIER  # earlier rows of a sequence may be another computation's: their keys come first
-            mixed = self.linears.input(("o", layer), chunk.rows)
+            mixed = self.linears.input(("o", layer), rows)
             yield from self._attend(layer, qkv, chunk, work, mixed)
             del qkv, x  # the memory of large ones is free again when nothing refers to it
             asked.release()
@@ -117,7 +118,7 @@ class DecoderLayers:
             asked.release()
             asked = self.linears.start(("gate_up", layer), x)
             gate_up = yield asked
-            inner = self.linears.input(("down", layer), chunk.rows)
+            inner = self.linears.input(("down", layer), rows)
             with self.meter.operator("silu"):
                 self.kernels.silu_mul(gate_up, inner)
             del gate_up, x
@@ -130,14 +131,14 @@ class DecoderLayers:
 
     def _normed(self, key: GroupKey, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The input of a product: ``hidden``, normed."""
-        x = self.linears.input(key, len(hidden))
+        x = self.linears.input(key, hidden.shape[0])
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, weight, self.config.rms_norm_eps, x)
         return x
 
     def _added(self, key: GroupKey, hidden: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same after ``hidden += y``."""
-        x = self.linears.input(key, len(hidden))
+        x = self.linears.input(key, hidden.shape[0])
         with self.meter.operator("rms_norm"):
             self.kernels.add_rms_norm(hidden, y, weight, self.config.rms_norm_eps, x)
         return x

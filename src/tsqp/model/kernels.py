@@ -5,6 +5,8 @@ float32 on the CPU. ``TorchKernels`` says plainly what is computed, for every dt
 two together. Results go straight where they are needed: ``out`` may be memory that a transport sends from, keys and
 values go into the cache.
 
+Rows are counted by ``shape[0]``: ``len`` of a tensor runs Python code of torch, microseconds of a decode step.
+
 numba compiles a loop for a dtype when it first runs, about a second in all, so ``pick_kernels`` runs each once;
 ``tsqp.arith.jit`` can keep the compiled code.
 """
@@ -133,14 +135,14 @@ class CompiledKernels(TorchKernels):
         self._threads = row_threads()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-        self._threads.run(self._compiled.rms_norm, len(x), bits(x), bits(weight), eps, bits(out), least=SPLIT_ROWS)
+        self._threads.run(self._compiled.rms_norm, x.shape[0], bits(x), bits(weight), eps, bits(out), least=SPLIT_ROWS)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
     ) -> None:
         self._threads.run(
             self._compiled.add_rms_norm,
-            len(hidden),
+            hidden.shape[0],
             bits(hidden),
             bits(y),
             bits(weight),
@@ -150,16 +152,24 @@ class CompiledKernels(TorchKernels):
         )
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        self._threads.run(self._compiled.silu_mul, len(out), bits(gate_up), bits(out), least=SPLIT_ROWS)
+        self._threads.run(self._compiled.silu_mul, out.shape[0], bits(gate_up), bits(out), least=SPLIT_ROWS)
 
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        self._threads.run(self._compiled.widen, len(out), bits(x), bits(out), least=SPLIT_ROWS)
+        self._threads.run(self._compiled.widen, out.shape[0], bits(x), bits(out), least=SPLIT_ROWS)
 
     def rotate(
         self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
     ) -> None:
         self._threads.run(
-            self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position, least=SPLIT_ROWS
+            self._compiled.rotate,
+            x.shape[0],
+            bits(x),
+            column,
+            bits(cos),
+            bits(sin),
+            bits(out),
+            position,
+            least=SPLIT_ROWS,
         )
 
     def store(

@@ -83,6 +83,9 @@ def interleaved(parts: Sequence[Steps[None]]) -> Steps[None]:
     They go round, one product each. None passes its n-th ``CACHE_BARRIER`` before the one in front of it has: what a
     part reads behind a barrier, the parts in front of it have written before theirs.
     """
+    if len(parts) == 1:  # nothing to take turns with: its barriers are handed out, and wait for nothing
+        yield from parts[0]
+        return
     under_way = [_Part(steps) for steps in parts]
     while any(part.pending is not None for part in under_way):
         for index, part in enumerate(under_way):
