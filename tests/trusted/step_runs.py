@@ -20,7 +20,7 @@ from tsqp.model.batch import Batch
 from tsqp.model.cache import KVCache
 from tsqp.trusted import step_loops
 from tsqp.trusted.decode_step import DecodeStep
-from tsqp.wire.channel import Arrival, Frames
+from tsqp.wire.channel import Arrival, Frames, Listener
 
 MODEL = "synthetic:tiny"
 CALLS = 4 * 2 + 1  # of a step of a model of two layers
@@ -28,12 +28,19 @@ PAD_ROWS = 16  # of a block
 
 
 class RecordingWorker(HostileWorker):
-    """Keeps a copy of every product that it is asked for, as it was when it arrived."""
+    """Keeps a copy of every product that it is asked for, as it arrived. ``every``: attacks each of them."""
 
-    def __init__(self, model: str, attack: Attack | None = None, at: int = 0) -> None:
+    listener: Listener
+
+    def __init__(self, model: str, attack: Attack | None = None, at: int = 0, *, every: bool = False) -> None:
         super().__init__(store_of(model), attack, at)
         self.seen: list[tuple[AnyProduct, bytes]] = []
         self.control_bytes = 0
+        self._every = every
+
+    def serve(self, listener: Listener) -> None:
+        self.listener = listener
+        super().serve(listener)
 
     def answer(self, arrival: Arrival) -> Frames | None:
         products, (x, *_) = self.products, [*arrival.frames.tensors, b""]
@@ -42,6 +49,8 @@ class RecordingWorker(HostileWorker):
         if self.products > products:
             self.seen.append((self.calls[-1], payload))
             self.control_bytes += len(arrival.frames.control)
+            if self._every:
+                self.attacked = None
         return answer
 
     def rows(self, item: Any) -> list[Array]:
@@ -56,6 +65,7 @@ def opened(
     *,
     attack: Attack | None = None,
     at: int = 0,
+    every: bool = False,
     ahead: int = 0,
     refuse: bool = False,
     kv_dtype: PrivateKVDtype | None = None,
@@ -66,7 +76,7 @@ def opened(
 
     Nothing is made ahead but by ``fill``.
     """
-    worker = RecordingWorker(model, attack, at)
+    worker = RecordingWorker(model, attack, at, every=every)
     options = GuardConfig(pads_ahead=ahead, pads_empty="refuse" if refuse else "wait") if mode == "masked" else None
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -116,9 +126,9 @@ class Taken:
         real = step_loops.decode
 
         def decode(*arguments: Any) -> tuple[int, int]:
-            why, size = real(*arguments)
-            self.why.append(why)
-            return why, size
+            self.why.append(-1)  # an interrupt is raised as soon as it is back in Python
+            self.why[-1], size = real(*arguments)
+            return self.why[-1], size
 
         monkeypatch.setattr(step_loops, "decode", decode)
 
