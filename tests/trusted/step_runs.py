@@ -35,7 +35,7 @@ class RecordingWorker(HostileWorker):
     def __init__(self, model: str, attack: Attack | None = None, at: int = 0, *, every: bool = False) -> None:
         super().__init__(store_of(model), attack, at)
         self.seen: list[tuple[AnyProduct, bytes]] = []
-        self.control_bytes = 0
+        self.controls: list[int] = []  # the bytes of their control frames
         self._every = every
 
     def serve(self, listener: Listener) -> None:
@@ -48,7 +48,7 @@ class RecordingWorker(HostileWorker):
         answer = super().answer(arrival)
         if self.products > products:
             self.seen.append((self.calls[-1], payload))
-            self.control_bytes += len(arrival.frames.control)
+            self.controls.append(len(arrival.frames.control))
             if self._every:
                 self.attacked = None
         return answer
@@ -125,9 +125,11 @@ class Taken:
         self.why: list[int] = []
         real = step_loops.decode
 
-        def decode(*arguments: Any) -> tuple[int, int]:
+        def decode(at: Array, calls: Array, *arguments: Any) -> tuple[int, int]:
+            if at[step_loops.CALL] == len(calls):  # no step: it is to be compiled
+                return real(at, calls, *arguments)
             self.why.append(-1)  # an interrupt is raised as soon as it is back in Python
-            self.why[-1], size = real(*arguments)
+            self.why[-1], size = real(at, calls, *arguments)
             return self.why[-1], size
 
         monkeypatch.setattr(step_loops, "decode", decode)

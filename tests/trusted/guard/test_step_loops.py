@@ -42,7 +42,8 @@ class Loops:
         if not size:
             return np.empty((rows, width), like.dtype)
         self.held.append((int(address), size))
-        return np.frombuffer((ctypes.c_char * size).from_address(int(address)), like.dtype).reshape(rows, width)
+        memory: Any = (ctypes.c_char * size).from_address(int(address))
+        return np.frombuffer(memory, like.dtype).reshape(rows, width)
 
     def copy(self, target: int, source: int, count: int) -> None:
         self.copied.append((int(target), int(source), int(count)))
@@ -297,7 +298,7 @@ def test_a_reply_is_read_once_into_private_memory(mode: str, monkeypatch: pytest
 def test_memory_of_the_line_is_written_and_never_read_back(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check is to find comes of private numbers, whatever the worker does to those that were sent."""
     loops, call = Loops(monkeypatch, as_written=True), Call(mode)
-    real = step_loops.quantise_and_mask
+    real = kernels.quantise_and_mask
 
     def spoil(*arguments: Any) -> None:
         real(*arguments)
