@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[1]
 HERE = next((ROOT / "tests").rglob("guard/test_core.py")).parent
 GUARD = ("kernels", "linears", "pads", "pool", "sources", "weights")
 FILES = [*(f"trusted/guard/{name}.py" for name in GUARD), "arith/expand.py", "arith/digits.py", "arith/field.py"]
+FILES.append("trusted/step_loops.py")
+FUNCTIONS = {"trusted/step_loops.py": ("_mask", "_unmask")}  # what of a file is the guard's, where that is not all
 TESTS = ["test_core.py", "test_lives.py", "test_pads.py", "test_kernels.py", "test_weights.py", "test_pool.py"]
+TESTS.append("test_step_loops.py")
 # Whole models, threads and processes, and the largest shapes: too slow with loops uncompiled.
 SLOW = "hostile or LLM or idle or thread or restart or digest or pinned or are_refused or interrupt or norms or a_run"
 SLOW += " or 6553 or 140000"
@@ -100,6 +103,9 @@ def mutants(file: str) -> Iterator[tuple[str, str]]:
     source = (ROOT / "src" / "tsqp" / file).read_text()
     tree = ast.parse(source)
     hints = {id(part) for node in ast.walk(tree) for hint in _hints(node) for part in ast.walk(hint)}
+    if file in FUNCTIONS:
+        parts = [node for node in tree.body if getattr(node, "name", "") in FUNCTIONS[file]]
+        hints |= {id(node) for node in ast.walk(tree)} - {id(node) for part in parts for node in ast.walk(part)}
     for number, node in enumerate(visited(tree)):
         if id(node) in hints:
             continue

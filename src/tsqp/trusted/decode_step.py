@@ -24,7 +24,7 @@ from tsqp.arith.bits import Array, bits
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.config.groups import group_keys
 from tsqp.config.model import ModelConfig
-from tsqp.errors import PadsExhausted
+from tsqp.errors import NumericError, PadsExhausted
 from tsqp.model.batch import SequenceRows
 from tsqp.model.block_attention import NO_WINDOW, SPLIT_PAIRS, BlockAttention, BlocksOfChunk, words
 from tsqp.model.cache import KVCache
@@ -99,6 +99,7 @@ class DecodeStep:
         """
         rows, linears = len(spans), self._linears
         plan = self._plan(rows)
+        ids = self._session.direct_ids(len(plan.keys))  # first: whoever asks a session that is over hears why it is
         taken: list[Sequence[PadSlice]] = []
         try:
             for n, key in enumerate(plan.keys):
@@ -106,9 +107,9 @@ class DecodeStep:
                 linears.pads.supply(key, taken[-1])
                 if linears.masked:
                     plan.point_at(n, taken[-1])
-            return self._through(plan, hidden, spans, work)
+            return self._through(plan, ids, hidden, spans, work)
         except BaseException as error:
-            if not isinstance(error, PadsExhausted):
+            if not isinstance(error, PadsExhausted | NumericError):  # which no call is under way at
                 linears.end(error)
             for slices in taken:
                 lose(slices)
@@ -122,14 +123,13 @@ class DecodeStep:
             plan = self._plans[rows] = _Plan(self._model, self._linears, self._session, self._line, rows)
         return plan
 
-    def _through(self, plan: _Plan, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
+    def _through(self, plan: _Plan, ids: int, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
         caches = plan.caches
         for row, span in enumerate(spans):
             caches[:, row, 1:4] = span.cache.addresses(span.end)
             caches[:, row, 4] = span.position
         logits = torch.empty(plan.rows, self._model.config.vocab_size)
-        numbers, ids = self._line.numbers(len(plan.keys)), self._session.direct_ids(len(plan.keys))
-        plan.at[:] = 0, loops.OPERATE, numbers, ids
+        plan.at[:] = 0, loops.OPERATE, self._line.numbers(len(plan.keys)), ids
         arguments = plan.arguments(bits(hidden), bits(logits), work)
         blocks = BlocksOfChunk(self._model.attention, spans)
         while True:
