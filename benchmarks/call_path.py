@@ -3,9 +3,10 @@
     python -m benchmarks.call_path [--model synthetic:llama-3.2-1b] [--protection masked] [--steps 32] [--runs 3]
 
 A worker over shm and this process decode ``--steps`` tokens after a prompt of 64, ``--runs`` times. Pads are ready.
-Once only the whole step and the waiting for replies are timed, then every piece on its own: what a function takes
-without the pieces that it calls, as processor time of its thread, which other processes do not count into. Each piece
-takes some 2 µs more for being timed, which its caller shows: the sum of the pieces is more than the whole.
+Once only the whole step and the waiting for replies are timed, in private modes as the one loop that a decode step is
+and call by call in Python; then every piece of the latter on its own: what a function takes without the pieces that it
+calls, as processor time of its thread, which other processes do not count into. Each piece takes some 2 µs more for
+being timed, which its caller shows: the sum of the pieces is more than the whole.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PIECES = {
     "rotary of queries": "tsqp.model.kernels:CompiledKernels.rotate",
     "keys and values stored": "tsqp.model.kernels:CompiledKernels.store",
     "SiLU·up": "tsqp.model.kernels:CompiledKernels.silu_mul",
-    "attention": "tsqp.model.block_attention:BlockAttention._attend_steps",
+    "attention": "tsqp.model.block_attention:BlockAttention.attend_steps",
     "attention by torch": "tsqp.model.local:attend",
     "counting, start": "tsqp.trusted.metered:MeteredLinears.start",
     "counting, finish": "tsqp.trusted.metered:MeteredProduct.wait",
@@ -139,8 +140,10 @@ def serve(report: str, options: list[str]) -> int:
     return code
 
 
-def measure(options: argparse.Namespace, pieces: dict[str, str], report: str) -> tuple[dict[str, float], Book]:
-    """Figures of a token, in ms, and the times of the pieces."""
+def measure(
+    options: argparse.Namespace, pieces: dict[str, str], report: str, *, compiled: bool
+) -> tuple[dict[str, float], Book]:
+    """Figures of a token, in ms, and the times of the pieces. ``compiled``: as one loop, in a private mode."""
     masked, threads, address = options.protection == "masked", len(os.sched_getaffinity(0)), new_shm_address()
     dtype = "bfloat16" if options.protection == "open" else "field"
     command = [sys.executable, "-m", "benchmarks.call_path", "--serve", report, "--model", options.model]
@@ -150,7 +153,9 @@ def measure(options: argparse.Namespace, pieces: dict[str, str], report: str) ->
         if worker.stdin is None or worker.stdout is None or not worker.stdout.readline():
             raise SystemExit("the worker did not start; what it said is above")
         compute = ComputeConfig(dtype="bfloat16" if dtype == "bfloat16" else "auto", threads=threads)
-        guard = GuardConfig(pads_ahead=TOKENS + options.steps + 64, pad_memory=8 << 30) if masked else None
+        guard = GuardConfig(compiled_step=compiled) if options.protection != "open" else None
+        if masked:
+            guard = GuardConfig(compiled_step=compiled, pads_ahead=TOKENS + options.steps + 64, pad_memory=8 << 30)
         run = LLM(
             options.model, protection=options.protection, worker=WorkerConfig(address), guard=guard, compute=compute
         )
@@ -212,16 +217,22 @@ def main() -> None:
     check_tree(options)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     load = os.getloadavg()[0]
-    whole, book = measure(options, WHOLE, "-")
-    result: dict[str, Any] = {"token": whole, "whole": rows_of(book.times, options.steps * options.runs)}
+    whole, book = measure(options, WHOLE, "-", compiled=True)
+    without, _ = measure(options, WHOLE, "-", compiled=False)
+    result: dict[str, Any] = {
+        "token": whole,
+        "token_in_python": without,
+        "whole": rows_of(book.times, options.steps * options.runs),
+    }
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "worker.json"
-        _, book = measure(options, PIECES, str(report))
+        _, book = measure(options, PIECES, str(report), compiled=False)
         result["pieces"] = rows_of(book.times, options.steps * options.runs)
         result["worker"] = rows_of(json.loads(report.read_text()), options.steps * (options.runs + 1))
     for name, row in {**result["whole"], **result["pieces"], **result["worker"]}.items():
         print(f"{name:26s} {row['per_step']:7.1f} a step, median {row['median_us']:8.1f} µs", flush=True)
-    print(", ".join(f"{name} {value:.2f}" for name, value in whole.items()))
+    for way, token in (("the step compiled", whole), ("call by call", without)):
+        print(f"{way}: " + ", ".join(f"{name} {value:.2f}" for name, value in token.items()))
     result |= {"benchmark": "call_path", "model": options.model, "protection": options.protection}
     result |= {"steps": options.steps, "runs": options.runs, "load_before": load, "machine": machine()}
     options.output.write_text(json.dumps(result, indent=2) + "\n")
