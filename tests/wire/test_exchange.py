@@ -38,6 +38,7 @@ from tsqp.wire.transport.shm.packets import PACKET_BYTES
 DONE = encode(Done(0))[:6]
 LONG_NS = 10**11  # longer than any test
 PACKET = b"a request"
+CALL_ID = 5
 
 
 class Caller:
@@ -52,12 +53,12 @@ class Caller:
         self._answer = np.zeros(PACKET_BYTES, np.uint8)
         self._clock = np.zeros(2, np.int64)
 
-    def call(self, number: int, packet: bytes = PACKET) -> tuple[int, bytes]:
+    def call(self, number: int, packet: bytes = PACKET, call_id: int = CALL_ID) -> tuple[int, bytes]:
         """The verdict, and what is left in ``answer``."""
         memory = np.frombuffer(packet, np.uint8)
         done, self._answer[:] = np.frombuffer(DONE, np.uint8), 0xEE
-        address = memory.ctypes.data
-        verdict, size = exchange(self.line, address, len(packet), number, done, self._answer, self.slow, self._clock)
+        sent, room = (memory.ctypes.data, len(packet), number), (self._answer, self.slow, self._clock)
+        verdict, size = exchange(self.line, *sent, done, call_id, *room)
         return int(verdict), self._answer[:size].tobytes()
 
     def now(self) -> int:
@@ -89,8 +90,14 @@ def beside(work: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def answer(number: int, rest: bytes = b"\x00\x01") -> bytes:
+def answer(number: int, rest: bytes = bytes([CALL_ID, 1])) -> bytes:
     return number.to_bytes(8, "little") + DONE + rest
+
+
+def names_the_call(rest: bytes) -> bool:
+    """Whether a number of MessagePack, of any width, stands there first, and is that of the call."""
+    wide = [bytes([0xCC + index]) + CALL_ID.to_bytes(1 << index, "big") for index in range(4)]
+    return any(rest.startswith(one) for one in (bytes([CALL_ID]), *wide))
 
 
 def until_asleep(thread: int) -> None:
@@ -171,15 +178,25 @@ def test_every_byte_of_a_packet_is_sent(packet: bytes, number: int) -> None:
 @given(st.data())
 def test_an_answer_is_what_names_the_call_and_is_short_and_done(data: st.DataObject) -> None:
     number = data.draw(st.integers(0, 2**63 - 1))
-    packet = bytearray(answer(number, data.draw(st.binary(max_size=SHORT_ANSWER))))
+    ids = st.sampled_from([encode(Done(CALL_ID, 9))[6:], b"\xcc\x05", b"\xcf" + bytes(7) + b"\x05", b"\xcd\x05\x00"])
+    packet = bytearray(answer(number, data.draw(st.one_of(ids, st.binary(max_size=SHORT_ANSWER)))))
     if data.draw(st.booleans()):
         del packet[data.draw(st.integers(1, len(packet))) :]
     if data.draw(st.booleans()):
         packet[data.draw(st.integers(0, len(packet) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    good = packet[:14] == answer(number, b"") and len(packet) <= SHORT_ANSWER
+    good = packet[:14] == answer(number, b"") and len(packet) <= SHORT_ANSWER and names_the_call(packet[14:])
     with connected() as caller:
         caller.peer.send(packet)
         assert caller.call(number) == (ANSWERED if good else UNUSUAL, bytes(packet))
+
+
+@given(st.integers(0, 2**62 - 1), st.integers(0, 2**62 - 1), st.integers(0, 2**62 - 1))
+def test_an_answer_to_another_call_is_unusual(call_id: int, other: int, busy_ns: int) -> None:
+    with connected() as caller:
+        for named in (call_id, other):
+            packet = (7).to_bytes(8, "little") + encode(Done(named, busy_ns))
+            caller.peer.send(packet)
+            assert caller.call(7, call_id=call_id) == (ANSWERED if named == call_id else UNUSUAL, packet)
 
 
 @pytest.mark.parametrize("bit", range(64))
@@ -200,9 +217,9 @@ def test_every_byte_of_done_counts(caller: Caller, at: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 8, 13, 14, 63, 64, 65, 1000, PACKET_BYTES, PACKET_BYTES + 1, 100_000])
 def test_the_size_of_an_answer(caller: Caller, size: int) -> None:
-    packet = answer(9, bytes(range(256)) * 400)[:size]
+    packet = answer(9, bytes([CALL_ID]) * 100_000)[:size]
     caller.peer.send(packet)
-    good = 14 <= size <= SHORT_ANSWER
+    good = 15 <= size <= SHORT_ANSWER
     assert caller.call(9) == (ANSWERED if good else UNUSUAL, packet[:PACKET_BYTES])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -118,6 +118,7 @@ def build_private_engine(
         if plan.run.guard.compiled_step:
             cache_dtype = TORCH_DTYPES[plan.kv_dtype]
             step = DecodeStep.of(Model(checkpoint.config, norms, attention, cache_dtype), guard.linears, worker)
+            guard = replace(guard, step=step)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
         opened.pop_all()
     stats.guard = guard.report

@@ -88,6 +88,10 @@ class DecodeStep:
         hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
         loops.decode(plan.at, plan.calls, *plan.arguments(bits(hidden), bits(logits), work))
 
+    def close(self) -> None:
+        """Let go of the memory of the connection, and of the guard's. Closing twice is allowed."""
+        self._plans.clear()
+
     def serves(self, spans: Spans) -> bool:
         """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
         return len(spans) <= KEPT_ROWS and self._session.stats.trace is None and all(span.alone for span in spans)

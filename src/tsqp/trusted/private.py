@@ -20,6 +20,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.trusted.decode_step import DecodeStep
 from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.kernels import project, quantise_and_mask, verify_and_unmask
 from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears
@@ -48,6 +49,7 @@ class Guard:
     model_digest: str
     filler: PadFiller | None
     dealer: WorkerSession | None
+    step: DecodeStep | None = None  # which has memory of the guard
 
     def report(self) -> dict[str, object]:
         """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
@@ -76,6 +78,8 @@ class Guard:
             if self.filler is not None:
                 closing.callback(self.filler.close)  # may wait for a dealer
             self.linears.close()
+            if self.step is not None:
+                self.step.close()
 
 
 def load_private_model(

@@ -203,7 +203,8 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
             times[c, MASKED] = now(clock)
             at[NEXT] = SEND
         if at[NEXT] == SEND:
-            verdict, size = exchange(socket, call[PACKET], call[SIZE], at[SEQUENCE], done, answer, slow[c], clock)
+            packet, size, number = call[PACKET], call[SIZE], at[SEQUENCE]
+            verdict, size = exchange(socket, packet, size, number, done, at[ID], answer, slow[c], clock)
             if verdict != ANSWERED:
                 return LINE + verdict, size
             sizes[c] = size

@@ -45,12 +45,28 @@ def now(clock):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def exchange(line, packet, size, sequence, done, answer, slow, clock):  # type: ignore[no-untyped-def]
+def _number(answer, at, end):  # type: ignore[no-untyped-def]
+    """The whole number of MessagePack that begins at ``at``, before ``end``; -1 where there is none."""
+    first = np.int64(answer[at]) if at < end else np.int64(0xFF)
+    if first < 0x80:
+        return first
+    count = np.int64(1) << (first - np.int64(0xCC))  # bytes, highest first
+    if first < 0xCC or first > 0xCF or at + count >= end:
+        return np.int64(-1)
+    number = np.int64(0)
+    for i in range(count):
+        number = (number << np.int64(8)) | np.int64(answer[at + 1 + i])
+    return number
+
+
+@kernel
+def exchange(line, packet, size, sequence, done, call_id, answer, slow, clock):  # type: ignore[no-untyped-def]
     """Send ``size`` bytes at the address ``packet``, and await what comes: a verdict, and the bytes in ``answer``.
 
-    ANSWERED: ``answer`` is short, names ``sequence``, and goes on with ``done``, uint8 (n,). UNSENT: nothing has
-    happened. UNANSWERED: nothing has come yet, or never will. UNUSUAL: something else came. ``answer`` uint8 (m,) has
-    room for any packet. slow uint8 (1,): whether the last such call took so long that spinning for this one is a waste.
+    ANSWERED: ``answer`` is short, names ``sequence``, and goes on with ``done``, uint8 (n,), and ``call_id``. UNSENT:
+    nothing has happened. UNANSWERED: nothing has come yet, or never will. UNUSUAL: something else came. ``answer``
+    uint8 (m,) has room for any packet. slow uint8 (1,): whether the last such call took so long that spinning for this
+    one is a waste.
     """
     if _send(np.int32(line[DESCRIPTOR]), packet, size, _AT_ONCE) != size:
         return UNSENT, 0
@@ -67,6 +83,8 @@ def exchange(line, packet, size, sequence, done, answer, slow, clock):  # type: 
     for i in range(len(done)):
         if answer[_SEQUENCE_BYTES + i] != done[i]:
             return UNUSUAL, came
+    if _number(answer, _SEQUENCE_BYTES + len(done), came) != call_id:
+        return UNUSUAL, came
     return ANSWERED, came
 
 

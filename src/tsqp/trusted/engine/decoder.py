@@ -67,7 +67,8 @@ class Decoder:
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
         hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
-        if self._step is not None and len(hidden) == len(batch.tokens) <= self._max_rows:
+        alone = len(hidden) == len(batch.tokens) <= self._max_rows and self._micro_batches == 1
+        if self._step is not None and alone:
             (chunk,) = batch.chunks(self._max_rows)
             if self._step.serves(chunk.spans):
                 logits = self._step.run(hidden, chunk.spans, self._layers.work(self._rotary, chunk))
