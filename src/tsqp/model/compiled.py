@@ -158,18 +158,28 @@ def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-u
             _rotate_head(x, row, column + head * out.shape[2], cos, sin, out[head, position + row])
 
 
+@inline
+def _sequence(table, n, row):  # type: ignore[no-untyped-def]
+    """Whose row it is, ``n`` or later: the last sequence that begins at the row or before."""
+    while n + 1 < len(table) and table[n + 1, 0] <= row:
+        n += 1
+    return n
+
+
 @_kernel
 def store(keys, key_column, values, value_column, cos, sin, like, table, first, end):  # type: ignore[no-untyped-def]
     """Rows of keys, rotated, and of values (T, width) to caches: keys and values (heads, capacity, d) as ``like`` is.
 
-    table int64 (n, 5): the row, the addresses of K and of V, the bytes from one of their heads to the next, and the
-    position.
+    table int64 (n, 5), in the order of rows: a sequence's first row, the addresses of K and of V, the bytes from one of
+    their heads to the next, and the first row's position. Its last row is the one before the next sequence's.
     """
     heads, d = like.shape[0], like.shape[2]
-    for n in range(first, end):
-        row = table[n, 0]
+    n = 0
+    for row in range(first, end):
+        n = _sequence(table, n, row)
+        place = (table[n, 4] + row - table[n, 0]) * d * like.itemsize
         for head in range(heads):
-            offset = head * table[n, 3] + table[n, 4] * d * like.itemsize
+            offset = head * table[n, 3] + place
             k = carray(pointer(table[n, 1] + offset, like), (d,))  # type: ignore[call-arg]
             v = carray(pointer(table[n, 2] + offset, like), (d,))
             _rotate_head(keys, row, key_column + head * d, cos, sin, k)

@@ -15,7 +15,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
 from tsqp.model.cache import KVCache
-from tsqp.model.kernels import Kernels
+from tsqp.model.kernels import Heads, Kernels
 from tsqp.model.meter import Meter
 from tsqp.model.operators import Attention, Linears
 from tsqp.model.pending import CACHE_BARRIER, Steps
@@ -129,23 +129,23 @@ class DecoderLayers:
     ) -> Steps[None]:
         """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
         config, (cos, sin, q) = self.config, work
-        queries, query_column, keys, key_column = self._queries_and_keys(layer, qkv)
-        value_column = config.q_size + config.kv_size
+        queries, keys = self._queries_and_keys(layer, qkv)
+        values = Heads(qkv, config.q_size + config.kv_size)
         with self.meter.operator("rotary"):
-            self.kernels.rotate(queries, query_column, cos, sin, q, 0)
+            self.kernels.rotate(queries, cos, sin, q, 0)
             # All keys before any attention, which may have to wait for products.
-            self.kernels.store(layer, keys, key_column, qkv, value_column, cos, sin, chunk.spans)
+            self.kernels.store(layer, keys, values, cos, sin, chunk.spans)
         out = mixed.view(chunk.rows, config.num_heads, config.head_dim)
         yield from self.attention.steps(layer, q, chunk.spans, out)
 
-    def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, int]:
-        """Rows that hold the queries, and their first column there; the same of the keys. Normed where they are."""
+    def _queries_and_keys(self, layer: int, qkv: torch.Tensor) -> tuple[Heads, Heads]:
+        """The heads of the queries and of the keys, normed where the family norms them."""
         config, norms = self.config, self.norms.layers[layer]
         if norms.q is None or norms.k is None:
-            return qkv, 0, qkv, config.q_size
+            return Heads(qkv, 0), Heads(qkv, config.q_size)
         queries = self._norm_heads(qkv[:, : config.q_size], norms.q)
         keys = self._norm_heads(qkv[:, config.q_size : config.q_size + config.kv_size], norms.k)
-        return queries, 0, keys, 0
+        return Heads(queries, 0), Heads(keys, 0)
 
     def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,)."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
 SPLIT_ROWS = 128  # fewer rows than this are done by one thread: waking another takes longer
+
+
+class Heads(NamedTuple):
+    """Heads of every row, one after another: (T, width), from ``column`` on."""
+
+    rows: torch.Tensor
+    column: int
 
 
 class Kernels(Protocol):
@@ -42,30 +49,22 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """``out = silu(gate) · up`` of the two halves of (T, 2·inner): out (T, inner)."""
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        """``out[:, position:]`` = heads of ``x`` rotated by their positions' tables, cos and sin (T, head_dim).
+    def rotate(self, x: Heads, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int) -> None:
+        """``out[:, position:]`` = heads rotated by their positions' tables, cos and sin (T, head_dim).
 
-        x (T, width) holds the heads one after another from ``column`` on; out (heads, ≥ position + T, head_dim), which
-        may be of a dtype of its own.
+        out (heads, ≥ position + T, head_dim), which may be of a dtype of its own.
         """
 
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        """Keys, rotated as by ``rotate``, and values of every row to ``layer`` of its sequence's cache.
-
-        Both (T, width) with heads from their columns on.
-        """
+        """Keys, rotated as by ``rotate``, and values of every row of a chunk to ``layer`` of its sequence's cache."""
 
 
 class TorchKernels:
@@ -83,20 +82,14 @@ class TorchKernels:
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(silu_mul(gate_up))
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        heads, _, head_dim = out.shape
-        split = x[:, column : column + heads * head_dim].view(-1, heads, head_dim)
-        out[:, position : position + len(x)] = rotate(split, cos, sin).transpose(0, 1)
+    def rotate(self, x: Heads, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int) -> None:
+        out[:, position : position + len(x.rows)] = rotate(_split(x, out), cos, sin).transpose(0, 1)
 
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
@@ -104,9 +97,14 @@ class TorchKernels:
         for span in spans:
             at = span.slice
             k, v = span.cache.reserve(layer, span.end)
-            self.rotate(keys[at], key_column, cos[at], sin[at], k, span.position)
-            rows = values[at, value_column : value_column + k.shape[0] * k.shape[2]]
-            v[:, span.position : span.end] = rows.view(-1, k.shape[0], k.shape[2]).transpose(0, 1)
+            k[:, span.position : span.end] = rotate(_split(keys, k)[at], cos[at], sin[at]).transpose(0, 1)
+            v[:, span.position : span.end] = _split(values, v)[at].transpose(0, 1)
+
+
+def _split(x: Heads, like: torch.Tensor) -> torch.Tensor:
+    """Heads as (T, heads, head_dim), as many and as wide as those of ``like`` (heads, n, head_dim)."""
+    heads, _, head_dim = like.shape
+    return x.rows[:, x.column : x.column + heads * head_dim].view(-1, heads, head_dim)
 
 
 class CompiledKernels(TorchKernels):
@@ -138,46 +136,38 @@ class CompiledKernels(TorchKernels):
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.silu_mul, len(out), bits(gate_up), bits(out), least=SPLIT_ROWS)
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        self._threads.run(
-            self._compiled.rotate, len(x), bits(x), column, bits(cos), bits(sin), bits(out), position, least=SPLIT_ROWS
-        )
+    def rotate(self, x: Heads, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int) -> None:
+        arguments = bits(x.rows), x.column, bits(cos), bits(sin), bits(out), position
+        self._threads.run(self._compiled.rotate, len(x.rows), *arguments, least=SPLIT_ROWS)
 
     def store(
         self,
         layer: int,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        if any(span.rows > 1 for span in spans):
-            return super().store(layer, keys, key_column, values, value_column, cos, sin, spans)
         for span in spans:
             k, _ = span.cache.reserve(layer, span.end)
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
         table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in spans], np.int64)
-        return self.store_rows(keys, key_column, values, value_column, cos, sin, k, table)
+        self.store_rows(keys, values, cos, sin, k, table, spans[-1].first + spans[-1].rows)
 
     def store_rows(
         self,
-        keys: torch.Tensor,
-        key_column: int,
-        values: torch.Tensor,
-        value_column: int,
+        keys: Heads,
+        values: Heads,
         cos: torch.Tensor,
         sin: torch.Tensor,
         like: torch.Tensor,
         table: Array,
+        rows: int,
     ) -> None:
-        """One row of each of several sequences; ``table`` is that of the loop, ``like`` keys of one of the caches."""
-        rows = (bits(keys), key_column, bits(values), value_column, bits(cos), bits(sin))
-        self._threads.run(self._compiled.store, len(table), *rows, bits(like), table, least=SPLIT_ROWS)
+        """``rows`` rows; ``table`` is that of the loop, ``like`` keys of one of the caches."""
+        arguments = bits(keys.rows), keys.column, bits(values.rows), values.column, bits(cos), bits(sin)
+        self._threads.run(self._compiled.store, rows, *arguments, bits(like), table, least=SPLIT_ROWS)
 
 
 def pick_kernels(
@@ -205,6 +195,7 @@ def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledK
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
     kept = out.view(1, 1, 2).to(cache_dtype)
-    kernels.rotate(row, 0, row, row, kept, 0)
-    kernels.store_rows(row, 0, row, 0, row, row, kept, np.zeros((0, 5), np.int64))
+    heads = Heads(row, 0)
+    kernels.rotate(heads, row, row, kept, 0)
+    kernels.store_rows(heads, heads, row, row, kept, np.zeros((0, 5), np.int64), 0)
     return kernels
