@@ -135,6 +135,54 @@ def test_store(rows: list[int], seed: int, gap: int, dtypes: tuple[torch.dtype, 
         assert torch.equal(ours == 0, plain == 0), "other positions stay as they were"
 
 
+@few
+@given(
+    rows=st.lists(st.sampled_from([1, 1, 2, 3, 150]), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    gap=st.integers(0, 3),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+)
+def test_store_in_8_bits(rows: list[int], seed: int, gap: int, scale: float) -> None:
+    """The same integers and scales, bit for bit; zeros have scale 1."""
+    config, dtype = open_checkpoint("synthetic:tiny").config, torch.float32
+    size, width, total = config.head_dim, config.kv_size, sum(rows)
+    x, v = (random(total, gap + width + 2, seed=seed + i, scale=scale, dtype=dtype) for i in (0, 1))
+    x[0], v[-1] = 0, 0
+    cos, sin = (random(total, size, seed=seed + i, dtype=dtype) for i in (2, 3))
+    found = []
+    for kernels in (COMPILED, PLAIN):
+        caches = [KVCache(config, torch.int8) for _ in rows]
+        spans = [SequenceRows(cache, 5 + i, sum(rows[:i]), rows[i], last=True) for i, cache in enumerate(caches)]
+        for cache in caches:
+            for held in (*cache.reserve(1, 12 + total), *cache.scales(1)):
+                held.fill_(7)
+        kernels.store(1, Heads(x, gap), Heads(v, gap + 1), cos, sin, spans)
+        found.append([(torch.stack(cache.view(1, 0, 12 + total)), torch.stack(cache.scales(1))) for cache in caches])
+    for (integers, scales), (plain, plain_scales) in zip(*found, strict=True):
+        assert torch.equal(scales, plain_scales)
+        assert torch.equal(integers, plain)
+    first, last = found[0][0], found[0][-1]
+    assert (first[0][0, :, 5] == 0).all()
+    assert (first[1][0, :, 5] == 1).all()
+    assert (last[1][1, :, len(rows) + 3 + rows[-1]] == 1).all()
+    assert (first[0][:, :, :5] == 7).all(), "other positions stay as they were"
+    assert (first[1][:, :, 5 + rows[0] : 12 + total] == 7).all()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_row_that_is_not_finite_has_a_scale_that_is_not_either(bad: float) -> None:
+    """Attention makes of it what is not finite, and the guard refuses that."""
+    config = open_checkpoint("synthetic:tiny").config
+    x = random(3, config.kv_size, seed=1, dtype=torch.float32)
+    x[1, 3] = bad
+    cache, ones = KVCache(config, torch.int8), torch.ones(3, config.head_dim)
+    COMPILED.store(0, Heads(x, 0), Heads(x, 0), ones, ones, [SequenceRows(cache, 0, 0, 3, last=True)])
+    for scales in cache.scales(0):
+        assert not scales[0, 1].isfinite()
+        assert scales[:, [0, 2]].isfinite().all()
+        assert scales[1:, :3].isfinite().all()
+
+
 def test_the_choice_of_kernels() -> None:
     assert isinstance(pick_kernels(torch.bfloat16), CompiledKernels)
     assert isinstance(pick_kernels(torch.bfloat16, compiled=False), TorchKernels)

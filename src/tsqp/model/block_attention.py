@@ -11,6 +11,7 @@ by the chunk, the batch, a micro-batch or the number of threads.
 
 Which of both does a row is not a question of chunks either: see ``SequenceRows.alone``. Both keep the greatest score
 and the sum of weights while they go over the keys (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022).
+Caches of int8 have loops of their own, in the same order, whose products are exact (``int8_attention.py``).
 
 Covers: equal bits on processors of one kind with one version of numba. Does not cover: another processor, whose
 instructions round sums otherwise (``attention_tiles.py``). Tests: ``tests/model/test_block_attention.py``.
@@ -30,7 +31,7 @@ from tsqp.arith.bits import bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.attention import first_visible
 from tsqp.model.batch import SequenceRows
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.meter import Meter
 from tsqp.model.pending import Steps
 
@@ -41,23 +42,29 @@ Spans = Sequence[SequenceRows[KVCache]]
 
 
 class BlockAttention:
-    """Attention in this process over caches of bfloat16 or float32 on the CPU."""
+    """Attention in this process over caches of bfloat16, float32 or int8 on the CPU."""
 
     def __init__(self, windows: tuple[int | None, ...], meter: Meter) -> None:
-        from tsqp.model import compiled_attention  # compiling costs seconds: only for those who attend this way
+        # Compiling costs seconds: only for those who attend this way.
+        from tsqp.model import compiled_attention, int8_attention
 
-        self._loops = compiled_attention
+        self._float_loops: Any = compiled_attention
+        self._int8_loops: Any = int8_attention
         self._windows = windows
         self._meter = meter
         self._threads = row_threads()
 
     def compile(self, dtype: torch.dtype) -> None:
         """Have numba compile the loops for caches of ``dtype`` by work of no rows, so that no call waits for it."""
-        loops, one, floats = self._loops, np.float32(1), np.zeros((1, 1, 2), np.float32)
-        q, table = words(torch.zeros(1, 1, 2, dtype=dtype)), np.zeros((1, 6), np.int64)
+        loops, one, floats = self._loops_for(dtype), np.float32(1), np.zeros((1, 1, 2), np.float32)
+        q, table = words(torch.zeros(1, 1, 2, dtype=query_dtype(dtype))), np.zeros((1, 8), np.int64)
         loops.attend_steps(q, table, 1, one, table, floats, 0, 0)
         loops.join_parts(floats, table[0], table, floats, 0, 0)
         loops.attend_rows(q, table, 1, one, NO_WINDOW, floats, 0, 0)
+
+    def _loops_for(self, dtype: torch.dtype) -> Any:
+        """Those for caches of ``dtype``; both have the same names and take the same arguments."""
+        return self._int8_loops if dtype == torch.int8 else self._float_loops
 
     def steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> Steps[None]:
         """See ``Attention.steps``."""
@@ -73,7 +80,8 @@ class BlockAttention:
 
     def _attend_steps(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
         """All decode steps of a chunk at once, each in parts of its keys."""
-        window, size = self._windows[layer], self._loops.PART_KEYS
+        loops = self._loops_for(spans[0].cache.dtype)
+        window, size = self._windows[layer], loops.PART_KEYS
         parts: list[tuple[int, int, int]] = []
         starts = [0]
         for sequence, span in enumerate(spans):
@@ -84,12 +92,13 @@ class BlockAttention:
         keys = sum(end - first for _, first, end in parts)
         caches = np.array([(span.first, *span.cache.memory(layer)) for span in spans], np.int64)
         sums = np.empty((len(parts), q.shape[0], q.shape[2] + 2), np.float32)
-        self._share(self._loops.attend_steps, keys, q, spans, np.array(parts, np.int64), caches, sums)
-        self._loops.join_parts(sums, np.array(starts, np.int64), caches, bits(out), 0, len(spans))
+        self._share(loops.attend_steps, keys, q, spans, np.array(parts, np.int64), caches, sums)
+        loops.join_parts(sums, np.array(starts, np.int64), caches, bits(out), 0, len(spans))
 
     def _attend_rows(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
         """The rows of sequences that have several, in blocks of queries."""
-        size = self._loops.BLOCK_QUERIES
+        loops = self._loops_for(spans[0].cache.dtype)
+        size = loops.BLOCK_QUERIES
         items = [
             (span.first + start, span.position + start, min(size, span.rows - start), *span.cache.memory(layer))
             for span in spans
@@ -97,7 +106,7 @@ class BlockAttention:
         ]
         pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
         window = self._windows[layer] or NO_WINDOW
-        self._share(self._loops.attend_rows, pairs, q, spans, _balanced(items), window, bits(out))
+        self._share(loops.attend_rows, pairs, q, spans, _balanced(items), window, bits(out))
 
     def _share(self, loop: Any, pairs: int, q: torch.Tensor, spans: Spans, items: Any, *arguments: Any) -> None:
         """``loop`` over every item and KV head, shared out over threads if that is worth while."""

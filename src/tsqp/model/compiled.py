@@ -15,6 +15,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from tsqp.arith.jit import inline, kernel
+from tsqp.arith.loops import LEVELS, quantise_row
 
 # Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -185,3 +186,30 @@ def store(keys, key_column, values, value_column, cos, sin, like, table, first, 
             _rotate_head(keys, row, key_column + head * d, cos, sin, k)
             for j in range(d):
                 v[j] = _narrow(_widen(values[row, value_column + head * d + j]), v[j])
+
+
+# Without leave to reorder sums, which would undo how the quantiser rounds.
+@kernel
+def _quantise(x, address, scale_address, like):  # type: ignore[no-untyped-def]
+    """x float32 (n,) to integers and a scale at their addresses."""
+    scale = carray(pointer(scale_address, x), (1,))  # type: ignore[call-arg]
+    scale[0] = quantise_row(x, LEVELS, carray(pointer(address, like), x.shape))
+
+
+@kernel
+def store_int8(keys, key_column, values, value_column, cos, sin, like, table, first, end):  # type: ignore[no-untyped-def]
+    """The same for caches of int8: table (n, 7) has the addresses of the scales of K and of V before the position."""
+    heads, d = like.shape[0], like.shape[2]
+    rotated, plain = np.empty(d, np.float32), np.empty(d, np.float32)
+    n = 0
+    for row in range(first, end):
+        n = _sequence(table, n, row)
+        place = (table[n, 6] + row - table[n, 0]) * d
+        for head in range(heads):
+            offset = head * table[n, 3] + place
+            _rotate_head(keys, row, key_column + head * d, cos, sin, rotated)
+            for j in range(d):
+                plain[j] = _widen(values[row, value_column + head * d + j])
+            of_scales = offset // d * rotated.itemsize
+            _quantise(rotated, table[n, 1] + offset, table[n, 4] + of_scales, like)
+            _quantise(plain, table[n, 2] + offset, table[n, 5] + of_scales, like)

@@ -14,7 +14,7 @@ from tsqp.arith.bits import keep_bits
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.kernels import Heads, Kernels
 from tsqp.model.meter import Meter
 from tsqp.model.operators import Attention, Linears
@@ -25,7 +25,7 @@ from tsqp.model.rotary import Rotary
 class ChunkWork(NamedTuple):
     """What one chunk needs in every layer, made once: cos and sin of its positions, (T, D), and room for its queries.
 
-    ``q`` (heads, T, D) is of the caches' dtype.
+    ``q`` (heads, T, D) is of the dtype that attention over the caches takes.
     """
 
     cos: torch.Tensor
@@ -38,7 +38,8 @@ class ChunkWork(NamedTuple):
     ) -> ChunkWork:
         """``positions`` (T,): those of the chunk unless given."""
         cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
-        q = cos.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=chunk.spans[0].cache.dtype)
+        dtype = query_dtype(chunk.spans[0].cache.dtype)
+        q = cos.new_empty(config.num_heads, chunk.rows, config.head_dim, dtype=dtype)
         return cls(keep_bits(cos), keep_bits(sin), keep_bits(q))
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from tsqp.arith.bits import Array, bits
+from tsqp.arith.quantise import quantise_block
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.batch import SequenceRows
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
@@ -97,14 +98,26 @@ class TorchKernels:
         for span in spans:
             at = span.slice
             k, v = span.cache.reserve(layer, span.end)
-            k[:, span.position : span.end] = rotate(_split(keys, k)[at], cos[at], sin[at]).transpose(0, 1)
-            v[:, span.position : span.end] = _split(values, v)[at].transpose(0, 1)
+            rotated = rotate(_split(keys, k)[at], cos[at], sin[at])
+            for held, scales, new in zip(
+                (k, v), span.cache.scales(layer), (rotated, _split(values, v)[at]), strict=True
+            ):
+                own = new.transpose(0, 1)  # (heads, rows, head_dim)
+                if held.dtype == torch.int8:
+                    own, scales[:, span.position : span.end] = _quantised(own)
+                held[:, span.position : span.end] = own
 
 
 def _split(x: Heads, like: torch.Tensor) -> torch.Tensor:
     """Heads as (T, heads, head_dim), as many and as wide as those of ``like`` (heads, n, head_dim)."""
     heads, _, head_dim = like.shape
     return x.rows[:, x.column : x.column + heads * head_dim].view(-1, heads, head_dim)
+
+
+def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of x (heads, rows, n) as int8 and their scales (heads, rows)."""
+    values, scales = quantise_block(x.flatten(0, 1))
+    return values.view(x.shape), scales.view(x.shape[:2])
 
 
 class CompiledKernels(TorchKernels):
@@ -166,8 +179,9 @@ class CompiledKernels(TorchKernels):
         rows: int,
     ) -> None:
         """``rows`` rows; ``table`` is that of the loop, ``like`` keys of one of the caches."""
+        loop = self._compiled.store_int8 if like.dtype == torch.int8 else self._compiled.store
         arguments = bits(keys.rows), keys.column, bits(values.rows), values.column, bits(cos), bits(sin)
-        self._threads.run(self._compiled.store, rows, *arguments, bits(like), table, least=SPLIT_ROWS)
+        self._threads.run(loop, rows, *arguments, bits(like), table, least=SPLIT_ROWS)
 
 
 def pick_kernels(
@@ -179,7 +193,7 @@ def pick_kernels(
 ) -> Kernels:
     """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's.
 
-    ``cache_dtype`` is what rotated keys are kept as, ``dtype`` unless told otherwise.
+    ``cache_dtype`` is what keys and values are kept as, ``dtype`` unless told otherwise.
     """
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
         return _compiled_kernels(dtype, cache_dtype or dtype)
@@ -194,8 +208,7 @@ def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledK
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
-    kept = out.view(1, 1, 2).to(cache_dtype)
     heads = Heads(row, 0)
-    kernels.rotate(heads, row, row, kept, 0)
-    kernels.store_rows(heads, heads, row, row, kept, np.zeros((0, 5), np.int64), 0)
+    kernels.rotate(heads, row, row, out.view(1, 1, 2).to(query_dtype(cache_dtype)), 0)
+    kernels.store_rows(heads, heads, row, row, out.view(1, 1, 2).to(cache_dtype), np.zeros((0, 7), np.int64), 0)
     return kernels
