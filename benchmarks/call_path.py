@@ -43,8 +43,7 @@ WHOLE = {"the whole step": "tsqp.trusted.engine.engine:Engine.run", "waiting": f
 PIECES = {
     "norm": "tsqp.model.kernels:CompiledKernels.rms_norm",
     "residual and norm": "tsqp.model.kernels:CompiledKernels.add_rms_norm",
-    "rotary of queries": "tsqp.model.kernels:CompiledKernels.rotate",
-    "keys and values stored": "tsqp.model.kernels:CompiledKernels.store",
+    "rotary, keys and values stored": "tsqp.model.kernels:CompiledKernels.store",
     "SiLU·up": "tsqp.model.kernels:CompiledKernels.silu_mul",
     "attention": "tsqp.model.block_attention:BlockAttention.attend_steps",
     "attention by torch": "tsqp.model.local:attend",

@@ -39,7 +39,7 @@ SHM = "tsqp.wire.transport.shm.channel:ShmChannel"
 PIECES = {
     "norm, loop": "tsqp.model.compiled:rms_norm",
     "residual and norm, loop": "tsqp.model.compiled:add_rms_norm",
-    "rotary, loop": "tsqp.model.compiled:rotate",
+    "rotary, loop": "tsqp.model.compiled:store",
     "rotary and keys": "tsqp.model.kernels:CompiledKernels.store",
     "SiLU·up, loop": "tsqp.model.compiled:silu_mul",
     "attention, loop": "tsqp.model.compiled_attention:attend_rows",

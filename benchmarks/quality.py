@@ -32,6 +32,7 @@ MODES: dict[str, tuple[Any, ComputeConfig]] = {
     "int8, int8 wire": ("open", ComputeConfig(dtype="int8", wire_dtype="int8")),
     "verified": ("verified", ComputeConfig()),
     "masked": ("masked", ComputeConfig()),
+    "masked, int8 keys and values": ("masked", ComputeConfig(kv_dtype="int8")),
 }
 
 

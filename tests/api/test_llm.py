@@ -19,7 +19,7 @@ from tsqp.api.assemble import build_split_engine
 from tsqp.api.config import PartitionName, ProtectionName, RunConfig
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
-from tsqp.config.dtype import DtypeName, PrivateKVDtype
+from tsqp.config.dtype import DtypeName, KVDtype, PrivateKVDtype
 from tsqp.config.partition import PARTITIONS
 from tsqp.cores import cores
 from tsqp.errors import (
@@ -151,12 +151,13 @@ def test_all_cores_when_no_count_of_threads_is_given(monkeypatch: pytest.MonkeyP
         ("verified", "float32", None, "float32"),  # a small model, whose near ties bfloat16 would decide otherwise
         ("masked", "float32", "bfloat16", "bfloat16"),
         ("masked", "bfloat16", "float32", "float32"),
+        ("masked", "float32", "int8", "int8"),
         ("open", "float32", None, "float32"),
         ("open", "float16", None, "float16"),
     ],
 )
 def test_keys_and_values_are_kept_as_weights_are_stored(
-    protection: ProtectionName, stored: DtypeName, asked: PrivateKVDtype | None, kept: DtypeName
+    protection: ProtectionName, stored: DtypeName, asked: PrivateKVDtype | None, kept: KVDtype
 ) -> None:
     assert Plan.of(RunConfig(MODEL, protection, compute=ComputeConfig(kv_dtype=asked)), stored).kv_dtype == kept
 

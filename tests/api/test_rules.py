@@ -11,7 +11,7 @@ import pytest
 from tests.refusals import AWAY, BAD_VALUES, Refused, changed, conflicts, unused
 from tsqp import LLM
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
-from tsqp.api.rules import CONFLICTS, VALUES, Conflict, Unused, check
+from tsqp.api.rules import CONFLICTS, VALUES, Conflict, Unused, check, check_heads
 from tsqp.config.dtype import PLAIN_DTYPES
 from tsqp.config.protection import PROTECTIONS
 from tsqp.errors import AddressError, OptionError
@@ -127,3 +127,14 @@ def test_hosts_are_compared_without_regard_to_case(tmp_path: Path) -> None:
 def test_what_is_no_address_is_refused() -> None:
     with pytest.raises(AddressError, match="http"):
         check(RunConfig(guard=GuardConfig(pad_source="dealer=http://x")))
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 514, 516])
+def test_keys_of_8_bits_are_refused_for_heads_that_do_not_fit(head_dim: int) -> None:
+    check_heads("bfloat16", head_dim)
+    check_heads("int8", 80)
+    with pytest.raises(
+        OptionError, match=rf"^compute\.kv_dtype int8 is for heads .* heads of {head_dim}: say"
+    ) as error:
+        check_heads("int8", head_dim)
+    assert error.value.fields == ("compute.kv_dtype",)

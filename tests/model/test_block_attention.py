@@ -13,21 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsqp.arith.quantise import quantise_block
 from tsqp.arith.row_threads import RowThreads
 from tsqp.checkpoint import open_checkpoint
+from tsqp.config.dtype import INT8_HEAD_DIMS
 from tsqp.model import block_attention
 from tsqp.model.attention import causal_mask
 from tsqp.model.batch import Batch
 from tsqp.model.block_attention import BlockAttention
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.compiled_attention import BLOCK_KEYS, BLOCK_QUERIES, PART_KEYS
 from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
 
 SHAPES = [(4, 2, 16), (3, 1, 64), (2, 2, 8), (5, 1, 72)]
-DTYPES = [torch.bfloat16, torch.float32]
-# Weights are rounded to what the cache holds. A score of some tens is right to 2^-20, and so is its exponential.
-TOLERANCES = {torch.bfloat16: 6e-3, torch.float32: 2e-5}
+DTYPES = [torch.bfloat16, torch.float32, torch.int8]
+# Weights are rounded to what the cache holds. A score of some tens is right to 2^-20, and so is its exponential. With
+# int8 queries and weights have 16 bits.
+TOLERANCES = {torch.bfloat16: 6e-3, torch.float32: 2e-5, torch.int8: 1e-3}
 EDGES = [1, 2, 63, 64, 65, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300, BLOCK_KEYS - 1, BLOCK_KEYS + 1]
 LENGTHS = st.sampled_from(EDGES) | st.integers(1, 700)
 WINDOWS = st.sampled_from([None, None, 1, 7, 100, 600])
@@ -35,23 +38,38 @@ WINDOWS = st.sampled_from([None, None, 1, 7, 100, 600])
 
 @dataclass
 class Rows:
-    """Queries (heads, n, d), keys and values (kv_heads, n, d) of one sequence, in the dtype of its cache."""
+    """Queries (heads, n, d), keys and values (kv_heads, n, d) of one sequence, in the dtype of its cache.
+
+    Of int8 queries are float32, and keys and values have scales (kv_heads, n).
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    scales: tuple[torch.Tensor, ...] = ()
 
 
 def sequence(length: int, shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Rows:
     heads, kv_heads, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(n, length, head_dim, generator=generator) for n in (heads, kv_heads, kv_heads))
-    return Rows((q * 2).to(dtype), k.to(dtype), v.to(dtype))
+    return kept(q * 2, k, v, dtype)
+
+
+def kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """What a cache of ``dtype`` holds of float32 keys and values, and the queries for it."""
+    if dtype != torch.int8:
+        return Rows(q.to(dtype), k.to(dtype), v.to(dtype))
+    keys, values = (quantise_block(x.flatten(0, 1)) for x in (k, v))
+    scales = tuple(one.scales.view(k.shape[:2]) for one in (keys, values))
+    return Rows(q, keys.values.view(k.shape), values.values.view(k.shape), scales)
 
 
 def reference(one: Rows, window: int | None) -> torch.Tensor:
     """Softmax(Q·Kᵀ/√d + mask)·V in float64: (n, heads, head_dim)."""
     q, k, v = one.q.double(), one.k.double(), one.v.double()
+    if one.scales:
+        k, v = (t * scales.double().unsqueeze(2) for t, scales in zip((k, v), one.scales, strict=True))
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
     scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
     length = q.shape[1]
@@ -88,7 +106,7 @@ def outputs(
     ``passes`` has the new rows of each sequence in each forward pass, 0 for one that does not take part.
     """
     heads, _, head_dim = sequences[0].q.shape
-    dtype = sequences[0].q.dtype
+    dtype = sequences[0].k.dtype
     config = replace(
         open_checkpoint("synthetic:tiny").config,
         num_heads=heads,
@@ -106,13 +124,15 @@ def outputs(
             batch = Batch([[0] * rows[index] for index in present], [caches[index] for index in present])
             for chunk in batch.chunks(max_rows):
                 for part in chunk.split(parts):
-                    q = torch.empty(heads, part.rows, head_dim, dtype=dtype)
+                    q = torch.empty(heads, part.rows, head_dim, dtype=query_dtype(dtype))
                     for span in part.spans:
                         one = sequences[next(i for i in present if caches[i] is span.cache)]
                         at = slice(span.position, span.end)
-                        keys, values = span.cache.reserve(0, span.end)
-                        keys[:, at], values[:, at] = one.k[:, at], one.v[:, at]
-                        keys[:, span.end :] = values[:, span.end :] = float("nan")  # what was not written is not read
+                        held = span.cache.reserve(0, span.end) + (span.cache.scales(0) if one.scales else ())
+                        for tensor, new in zip(held, (one.k, one.v, *one.scales), strict=True):
+                            tensor[:, at] = new[:, at]
+                            # What was not written is not read.
+                            tensor[:, span.end :] = float("nan") if tensor.is_floating_point() else 127
                         q[:, span.slice] = one.q[:, at]
                     out = torch.empty(part.rows, heads * head_dim, dtype=out_dtype)
                     run(attention.of(part).steps(0, q, out))
@@ -205,28 +225,64 @@ def test_bfloat16_results_are_those_of_float32_rounded(dtype: torch.dtype, count
         assert torch.equal(one.bfloat16(), other)
 
 
-@pytest.mark.parametrize("out_dtype", DTYPES)
-def test_no_call_waits_for_a_compiler(out_dtype: torch.dtype) -> None:
+def test_the_greatest_sums_of_integers() -> None:
+    """Keys, values and queries that all are the greatest integer, over as many columns and keys as are added up."""
+    heads, length, head_dim = 1, BLOCK_KEYS, INT8_HEAD_DIMS[-1]
+    q, k, v = torch.full((3, heads, length, head_dim), -0.5)
+    one = kept(q, k, v, torch.int8)
+    assert (one.k == -127).all()
+    (ours,) = outputs([one], [(length - 1,), (1,)], None)
+    torch.testing.assert_close(ours.double(), reference(one, None), rtol=2**-14, atol=0)
+    (whole,) = outputs([one], [(length,)], None)
+    torch.testing.assert_close(whole.double(), reference(one, None), rtol=2**-14, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])  # powers of two, which round nothing
+def test_scales_may_be_small_and_large(scale: float) -> None:
+    one = sequence(300, (4, 2, 16), torch.int8, 1)
+    other = Rows(one.q / scale, one.k, one.v, (one.scales[0] * scale, one.scales[1] * scale))
+    (ours,), (scaled,) = outputs([one], [(299,), (1,)], None), outputs([other], [(299,), (1,)], None)
+    assert torch.equal(scaled / scale, ours)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("nan")])
+def test_a_scale_that_is_not_finite_shows_in_every_row_that_sees_it(which: int, bad: float) -> None:
+    """Other rows are as they were. So the guard, which refuses such rows, is never handed numbers in their place."""
+    one = sequence(602, (4, 2, 16), torch.int8, 1)
+    passes = [(600,), (1,), (1,)]
+    (before,) = outputs([one], passes, None)
+    one.scales[which][0, 300] = bad
+    one.k[0, 300] = one.v[0, 300] = 0  # as the quantiser leaves them
+    (after,) = outputs([one], passes, None)
+    assert not after[300:, :2].isfinite().any()
+    assert torch.equal(after[:300], before[:300])
+    assert torch.equal(after[:, 2:], before[:, 2:]), "other heads"
+
+
+@pytest.mark.parametrize(("kept", "out"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("int8", "float32")])
+def test_no_call_waits_for_a_compiler(kept: str, out: str) -> None:
     """In a process of its own: in this one every loop has been compiled."""
     code = f"""
 import torch
 from tsqp.checkpoint import open_checkpoint
-from tsqp.model import compiled_attention
+from tsqp.model import compiled_attention, int8_attention
 from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.block_attention import BlockAttention
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
-loops = [loop for loop in vars(compiled_attention).values() if hasattr(loop, "signatures")]
+modules = (compiled_attention, int8_attention)
+loops = [loop for module in modules for loop in vars(module).values() if hasattr(loop, "signatures")]
 config = open_checkpoint("synthetic:tiny").config
-attention, cache = BlockAttention(config.windows, Unmetered()), KVCache(config, torch.bfloat16)
-attention.compile(torch.bfloat16, {out_dtype})
+attention, cache = BlockAttention(config.windows, Unmetered()), KVCache(config, torch.{kept})
+attention.compile(torch.{kept}, torch.{out})
 before = [loop.signatures for loop in loops]
 for rows in (39, 1):
     cache.reserve(0, cache.length + rows)
-    q = torch.zeros(config.num_heads, rows, config.head_dim, dtype=torch.bfloat16)
+    q = torch.zeros(config.num_heads, rows, config.head_dim, dtype=query_dtype(torch.{kept}))
     spans = [SequenceRows(cache, cache.length, 0, rows, True)]
-    run(attention.of(Chunk(0, tuple(spans))).steps(0, q, torch.empty(rows, config.q_size, dtype={out_dtype})))
+    run(attention.of(Chunk(0, tuple(spans))).steps(0, q, torch.empty(rows, config.q_size, dtype=torch.{out})))
     cache.advance(rows)
 print(any(before), [loop.signatures for loop in loops] == before)
 """

@@ -70,11 +70,33 @@ def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:
     assert cache.length == 3
 
 
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=6))
+def test_scales_of_int8_stay_as_well(steps: list[int]) -> None:
+    cache, length = KVCache(CONFIG, torch.int8), 0
+    for step in steps:
+        keys, _ = cache.reserve(0, length + step)
+        for sign, scales in zip((1, -1), cache.scales(0), strict=True):
+            assert scales.shape == keys.shape[:2]
+            scales[:, length : length + step] = sign * torch.arange(length, length + step)
+        length += step
+    for sign, scales in zip((1, -1), cache.scales(0), strict=True):
+        assert (scales[:, :length] == sign * torch.arange(length)).all()
+    assert list(cache.memory(0)[3:]) == [scales.data_ptr() for scales in cache.scales(0)]
+
+
+def test_int8_takes_little_more_than_a_quarter() -> None:
+    taken = {}
+    for dtype in (torch.float32, torch.int8):
+        cache = KVCache(CONFIG, dtype)
+        taken[dtype] = sum(held.nbytes for held in (*cache.reserve(0, 100), *cache.scales(0)))
+    assert taken[torch.int8] == taken[torch.float32] / 4 * (1 + 4 / CONFIG.head_dim)
+
+
 def test_memory_is_where_a_view_lies() -> None:
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.int8, 1)):
         cache = KVCache(CONFIG, dtype)
         cache.reserve(1, 5)
-        keys, values, apart = cache.memory(1)
+        keys, values, apart, *_ = cache.memory(1)
         for address, view in zip((keys, values), cache.view(1, 0, 5), strict=True):
             assert address == view.data_ptr()
             assert apart == view[1].data_ptr() - view[0].data_ptr()

@@ -10,11 +10,13 @@ from typing import Literal, cast
 import torch
 
 from tsqp.api.plan import Plan
+from tsqp.api.rules import check_heads
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import PlainDtype, numeric_path
 from tsqp.config.partition import Partition
 from tsqp.errors import ModelMismatch
 from tsqp.model.block_attention import BlockAttention
+from tsqp.model.cache import cache_dtype
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalEmbedding, LocalLinears, pick_attention
@@ -98,8 +100,10 @@ def build_private_engine(
 ) -> tuple[Engine, WorkerSession, Guard]:
     """Linear layers on the worker that ``dial`` connects to, each product checked, the inputs masked where asked for.
 
-    Raises ModelMismatch also for a model with another digest than the plan pins.
+    Raises ModelMismatch also for a model with another digest than the plan pins, and OptionError for heads that a cache
+    of int8 cannot hold.
     """
+    check_heads(plan.kv_dtype, checkpoint.config.head_dim)
     table = checkpoint.tensor("model.embed_tokens.weight").clone()  # as it is stored: half the memory of float32
     norms = Norms.load(checkpoint, torch.float32)
     multiplies = plan.protection.masked and dial_dealer is None
@@ -112,12 +116,12 @@ def build_private_engine(
         guard, worker = _open_guard(checkpoint, plan, model, dial, dial_dealer, stats, opened)
         embedding = LocalEmbedding(table, stats, torch.float32)
         attention = BlockAttention(checkpoint.config.windows, stats)
-        attention.compile(TORCH_DTYPES[plan.kv_dtype])
+        kept = cache_dtype(plan.kv_dtype)
+        attention.compile(kept)
         placement = Placement(embedding, MeteredLinears(guard.linears, stats), attention)
         step = None
         if plan.run.guard.compiled_step:
-            cache_dtype = TORCH_DTYPES[plan.kv_dtype]
-            step = DecodeStep.of(Model(checkpoint.config, norms, attention, cache_dtype), guard.linears, worker)
+            step = DecodeStep.of(Model(checkpoint.config, norms, attention, kept), guard.linears, worker)
             guard = replace(guard, step=step)
         engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
         opened.pop_all()
@@ -183,7 +187,7 @@ def _check_pin(pinned: str | None, digest: str) -> None:
 def _attention(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Attention:
     """Attention in this process, where nothing is private."""
     compiled = plan.run.compute.compiled_kernels
-    return pick_attention(checkpoint.config.windows, TORCH_DTYPES[plan.kv_dtype], stats, compiled=compiled)
+    return pick_attention(checkpoint.config.windows, cache_dtype(plan.kv_dtype), stats, compiled=compiled)
 
 
 def _decoder(
@@ -194,20 +198,20 @@ def _decoder(
     norms: Norms | None = None,
     step: DecodeStep | None = None,
 ) -> Decoder:
-    dtype, cache_dtype = TORCH_DTYPES[plan.dtype], TORCH_DTYPES[plan.kv_dtype]
+    dtype, kept = TORCH_DTYPES[plan.dtype], cache_dtype(plan.kv_dtype)
     layers = DecoderLayers(
         checkpoint.config,
         norms or Norms.load(checkpoint, dtype),
         placement.linears,
         placement.attention,
-        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels, cache_dtype=cache_dtype),
+        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels, cache_dtype=kept),
         stats,
     )
     return Decoder(
         layers,
         placement.embedding,
         dtype=dtype,
-        cache_dtype=cache_dtype,
+        cache_dtype=kept,
         max_rows=plan.run.compute.prefill_chunk,
         micro_batches=plan.run.compute.micro_batches,
         stats=stats,

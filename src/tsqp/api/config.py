@@ -137,7 +137,7 @@ class ComputeConfig:
     kv_dtype: PrivateKVDtype | None = _model(
         None,
         "What this side keeps keys and values as, in masked and verified; when not given, float32 for weights stored "
-        "so, else bfloat16. "
+        "so, else bfloat16; int8 takes half of bfloat16. "
         "Elsewhere they are in what is computed in.",
     )
     prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)

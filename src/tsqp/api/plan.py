@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tsqp.api.config import RunConfig
 from tsqp.api.rules import check
-from tsqp.config.dtype import ComputeDtype, DtypeName, WireDtype, float_dtype
+from tsqp.config.dtype import ComputeDtype, DtypeName, KVDtype, WireDtype, float_dtype
 from tsqp.config.partition import PARTITIONS, Partition
 from tsqp.config.protection import PROTECTIONS, Protection
 
@@ -26,7 +26,7 @@ class Plan:
     dtype: DtypeName
     linear_dtype: ComputeDtype
     wire_dtype: WireDtype
-    kv_dtype: DtypeName
+    kv_dtype: KVDtype
 
     @property
     def crossing(self) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from tsqp.api.config import ComputeConfig, GuardConfig, PartitionName, RunConfig, WorkerConfig, dealer_address
-from tsqp.config.dtype import PRIVATE_KV_DTYPES, WIRE_DTYPES, AskedDtype
+from tsqp.config.dtype import INT8_HEAD_DIMS, PRIVATE_KV_DTYPES, WIRE_DTYPES, AskedDtype, KVDtype
 from tsqp.config.protection import PROTECTIONS, Protection
 from tsqp.errors import OptionError
 
@@ -254,6 +254,16 @@ def check(run: RunConfig) -> None:
     for conflict in CONFLICTS:
         if conflict.broken(run):
             raise OptionError(conflict.says, fields=conflict.fields)
+
+
+def check_heads(kept: KVDtype, head_dim: int) -> None:
+    """Raises OptionError for a model whose heads a cache of 8-bit integers cannot hold."""
+    if kept == "int8" and head_dim not in INT8_HEAD_DIMS:
+        raise OptionError(
+            f"compute.kv_dtype int8 is for heads of {INT8_HEAD_DIMS.start} to {INT8_HEAD_DIMS[-1]} columns, a multiple "
+            f"of {INT8_HEAD_DIMS.step}, and this model has heads of {head_dim}: say float32 or bfloat16",
+            fields=("compute.kv_dtype",),
+        )
 
 
 def unused(rule: Unused, choices: Choices, given: Iterable[tuple[str, object]]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ SOURCES = (
     "model/attention_tiles.py",
     "model/compiled_rows.py",
     "model/compiled_attention.py",
+    "model/int8_attention.py",
     "wire/exchange.py",
     "trusted/guard/kernels.py",
     "trusted/step_loops.py",

@@ -6,7 +6,7 @@ import numpy as np
 
 from tsqp.arith.jit import inline, kernel
 
-_LEVELS = np.float32(127.0)
+LEVELS = np.float32(127.0)  # of 8 bits
 _LEAST_SCALE = np.float32(2.0**-126)
 _INFINITE_BITS = np.uint32(0x7F800000)
 _ABS_BITS = np.uint32(0x7FFFFFFF)
@@ -37,7 +37,7 @@ def quantise_row(x, levels, values):  # type: ignore[no-untyped-def]
 def quantise(x, values, scales, first, end):  # type: ignore[no-untyped-def]
     """x float32 (rows, n) to values int8 (rows, n) and scales float32 (rows,)."""
     for row in range(first, end):
-        scales[row] = quantise_row(x[row], _LEVELS, values[row])
+        scales[row] = quantise_row(x[row], LEVELS, values[row])
 
 
 @kernel

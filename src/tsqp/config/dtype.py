@@ -30,9 +30,13 @@ WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 SCALE_BYTES = 4
 
 
-# What the private modes can keep keys and values as; elsewhere that is what the rest is computed in.
-PrivateKVDtype = Literal["bfloat16", "float32"]
+# What the private modes can keep keys and values as; elsewhere that is what the rest is computed in. int8 has one scale
+# in float32 for each position and KV head, of keys and of values.
+PrivateKVDtype = Literal["bfloat16", "float32", "int8"]
 PRIVATE_KV_DTYPES: tuple[PrivateKVDtype, ...] = get_args(PrivateKVDtype)
+KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
+# The heads that int8 is for: their rows are whole lanes of 32 bits, and sums of so many products stay below 2³¹.
+INT8_HEAD_DIMS = range(4, 513, 4)
 
 
 def payload_bytes(wire: WireDtype, shape: tuple[int, ...]) -> int:

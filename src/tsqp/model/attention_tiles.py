@@ -1,9 +1,15 @@
-"""Tiles of products for attention, in registers: ``compiled_attention.py`` builds its loops of them.
+"""Tiles of products for attention, in registers: ``compiled_attention.py`` and ``int8_attention.py`` build their loops
+of them.
 
 Keys, values and queries are words of 32 bits: two neighbouring bfloat16 numbers (uint32), or one float32. The
 instruction ``vdpbf16ps`` multiplies 16 words of two bfloat16 numbers by 16 others, and adds the two products of each to
 one of 16 float32 sums. Where the processor lacks it, both halves of a word are widened and multiplied in float32. A
 product of two bfloat16 numbers is exact there too, so the ways differ only in how their sums are rounded.
+
+Words may also be two neighbouring integers of 16 bits (int32), where sums are int32. ``vpmaddwd`` multiplies those and
+adds neighbours; LLVM makes one ``vpdpwssd`` of it and the addition to a sum where the processor has that. Keys and
+values are 8-bit integers there, and become words when a tile loads them. Such sums are exact, and wrap around past 2³¹:
+that they stay below is for the caller to see to.
 
 Nothing but the words and their order decides the bits of a sum. Each has one lane of a register and takes its terms one
 after another; a score has 16 lanes, which are added in pairs at the end. A tile of fewer rows repeats its last one, and
@@ -30,10 +36,11 @@ ROWS, VECTORS = (6, 4) if "avx512f" in features() else (3, 2)  # of many queries
 COLUMNS = VECTORS * LANES
 
 HAS_DOT = features() >= {"avx512bf16", "avx512f"}
+PAIR_SUMS = 16 if "avx512bw" in features() else 8 if "avx2" in features() else 0  # that one ``vpmaddwd`` makes
 
-_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _WORDS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_FLOAT, LANES)
-_ZEROS = ir.Constant(FLOATS, None)
+_BYTES = 4  # numbers of 8 bits that one lane of 32 bits holds
 
 
 class _BFloat16(ir.types.Type):  # type: ignore[misc]
@@ -61,7 +68,9 @@ def _splat(value: int) -> Any:
 
 
 def add_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
-    """total + x·y, lane by lane; a word of two numbers has two products."""
+    """total + x·y, lane by lane; a word of two numbers has two products. Sums of integers are of integers."""
+    if total.type == _WORDS:
+        return _add_integer_products(b, total, x, y)
     if x.type == FLOATS:
         return b.call(function(b, FLOATS, [FLOATS] * 3, "llvm.fmuladd.v16f32"), [x, y, total])
     if HAS_DOT:
@@ -71,6 +80,30 @@ def add_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     for one, other in zip(_halves(b, x), _halves(b, y), strict=True):
         total = add_products(b, total, one, other)
     return total
+
+
+def _add_integer_products(b: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
+    numbers = [b.bitcast(vector, ir.VectorType(_I16, 2 * LANES)) for vector in (x, y)]
+    return b.add(total, _pair_sums(b, *numbers))
+
+
+def _pair_sums(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    """For each word of two 16-bit integers the sum of their products."""
+    if not PAIR_SUMS:
+        parts = [_lanes_of(b, [x, y], range(part, 2 * LANES, 2)) for part in (0, 1)]
+        return b.add(*(b.mul(*(b.sext(own, _WORDS) for own in part)) for part in parts))
+    name = "llvm.x86.avx512.pmaddw.d.512" if PAIR_SUMS == LANES else "llvm.x86.avx2.pmadd.wd"
+    numbers, sums = ir.VectorType(_I16, 2 * PAIR_SUMS), ir.VectorType(_I32, PAIR_SUMS)
+    add = function(b, sums, [numbers] * 2, name)
+    starts = range(0, 2 * LANES, 2 * PAIR_SUMS)
+    parts = [b.call(add, _lanes_of(b, [x, y], range(start, start + 2 * PAIR_SUMS))) for start in starts]
+    return b.shuffle_vector(parts[0], parts[-1], ir.Constant(_WORDS, list(range(LANES))))
+
+
+def _lanes_of(b: ir.IRBuilder, vectors: Sequence[Any], lanes: Sequence[int]) -> list[Any]:
+    """The same lanes of each vector."""
+    chosen = ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
+    return [b.shuffle_vector(vector, vector, chosen) for vector in vectors]
 
 
 class _Matrix:
@@ -88,12 +121,17 @@ class _Matrix:
         """Where an element lies."""
         return self._b.gep(self._data, [self._b.add(self._b.mul(row, self.width), column)])
 
+    def along(self, place: Any, column: Any) -> Any:
+        """Where the element lies that is ``column`` further in the row."""
+        return self._b.gep(place, [column])
+
     def load(self, place: Any) -> Any:
         """A vector of 16 elements from ``place`` on."""
         return self._b.load(self._b.bitcast(place, self.vector.as_pointer()), align=4)
 
-    def load_some(self, place: Any, mask: Any) -> Any:
-        """The same, zero where ``mask`` is not set, and not read there."""
+    def load_some(self, place: Any, left: Any) -> Any:
+        """The first ``left`` of them, and zeros; not read beyond them."""
+        mask = _lanes_below(self._b, range(LANES), left)
         load = function(
             self._b,
             self.vector,
@@ -118,30 +156,75 @@ class _Matrix:
         self._b.store(vector, self._b.bitcast(place, vector.type.as_pointer()), align=4)
 
 
+class _ByteMatrix(_Matrix):
+    """An array (rows, width) of 8-bit integers, which are loaded as words of two integers of 16 bits.
+
+    ``width`` and columns count words. Rows are of whole lanes of 32 bits, so that a part of a vector is of whole ones
+    too: processors before AVX-512 read no less.
+    """
+
+    def __init__(self, context: Any, b: ir.IRBuilder, kind: Any, value: Any) -> None:
+        super().__init__(context, b, kind, value)
+        self._bytes = self.width
+        self.width = b.udiv(self.width, _I64(2))
+
+    def at(self, row: Any, column: Any) -> Any:
+        return self._b.gep(self._data, [self._b.add(self._b.mul(row, self._bytes), self._b.mul(column, _I64(2)))])
+
+    def along(self, place: Any, column: Any) -> Any:
+        return self._b.gep(place, [self._b.mul(column, _I64(2))])
+
+    def load_some(self, place: Any, left: Any) -> Any:
+        b, count = self._b, 2 * LANES // _BYTES
+        lanes = ir.VectorType(_I32, count)
+        mask = _lanes_below(b, range(0, LANES, 2), left)  # a lane has two words
+        load = function(b, lanes, [lanes.as_pointer(), _I32, mask.type, lanes], f"llvm.masked.load.v{count}i32.p0")
+        numbers = b.call(load, [b.bitcast(place, lanes.as_pointer()), _I32(1), mask, ir.Constant(lanes, None)])
+        wide = b.sext(b.bitcast(numbers, ir.VectorType(_I8, 2 * LANES)), ir.VectorType(_I16, 2 * LANES))
+        return b.bitcast(wide, _WORDS)
+
+
+def _matrices(context: Any, b: ir.IRBuilder, signature: Any, args: Any, which: Sequence[int]) -> list[_Matrix]:
+    """Those arguments that are arrays."""
+
+    def one(kind: Any, value: Any) -> _Matrix:
+        return (_ByteMatrix if kind.dtype == types.int8 else _Matrix)(context, b, kind, value)
+
+    return [one(signature.args[i], args[i]) for i in which]
+
+
+def _sums_of(b: ir.IRBuilder, matrix: _Matrix, count: int) -> list[Any]:
+    """So many vectors of what the matrix holds, in registers, all 0."""
+    zeros = ir.Constant(matrix.vector, None)
+    totals = [cgutils.alloca_once_value(b, zeros) for _ in range(count)]
+    for total in totals:
+        b.store(zeros, total)
+    return totals
+
+
 def _typed_score(_context: Any, q: Any, row: Any, k: Any, first: Any, scores: Any, at: Any, later: Any) -> Any:
     """Four rows of q (rows, ≥ width) from ``row`` on times four rows of k (keys, width) from ``first`` on.
 
-    float32 into scores (rows, n) from (row, at) on. What lies in q beyond the width counts for nothing, and is there up
-    to a whole vector. The last key stands for those beyond it. Asks for the same rows of ``later``, shaped like k.
+    float32, or int32 of integers, into scores (rows, n) from (row, at) on. What lies in q beyond the width counts for
+    nothing, and is there up to a whole vector. The last key stands for those beyond it. Asks for the same rows of
+    ``later``, shaped like k.
     """
     return types.void(q, types.int64, k, types.int64, scores, types.int64, later), _emit_score
 
 
 def _emit_score(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    q, k, scores, later = (_Matrix(context, b, signature.args[i], args[i]) for i in (0, 2, 4, 6))
+    q, k, scores, later = _matrices(context, b, signature, args, (0, 2, 4, 6))
     row, first, at = args[1], args[3], args[5]
     last = b.sub(k.rows, _I64(1))
     keys = [k.at(_least(b, b.add(first, _I64(j)), last), _I64(0)) for j in range(HEADS)]
     queries = [q.at(b.add(row, _I64(i)), _I64(0)) for i in range(HEADS)]
-    totals = [cgutils.alloca_once_value(b, _ZEROS) for _ in range(HEADS * HEADS)]
-    for total in totals:
-        b.store(_ZEROS, total)
-    with _vectors_of(b, k.width) as (column, mask):
-        own = [k.load_some(b.gep(key, [column]), mask) for key in keys]
+    totals = _sums_of(b, scores, HEADS * HEADS)
+    with _vectors_of(b, k.width) as (column, left):
+        own = [k.load_some(k.along(key, column), left) for key in keys]
         for j in range(HEADS):
             later.ask_for(later.at(b.add(first, _I64(j)), column))
         for i, query in enumerate(queries):
-            x = q.load(b.gep(query, [column]))
+            x = q.load(q.along(query, column))
             for total, y in zip(totals[i * HEADS :], own, strict=False):
                 b.store(add_products(b, b.load(total), x, y), total)
     sums = _lane_sums(b, [b.load(total) for total in totals])
@@ -157,16 +240,21 @@ def _least(b: ir.IRBuilder, one: Any, other: Any) -> Any:
 
 @contextmanager
 def _vectors_of(b: ir.IRBuilder, width: Any) -> Iterator[tuple[Any, Any]]:
-    """A loop over vectors of a row: the first column of each, and which of its lanes lie in the row."""
+    """A loop over vectors of a row: the first column of each, and how many columns are left, int32."""
     with cgutils.for_range_slice(b, _I64(0), width, _I64(LANES), inc=True) as (column, _):
-        left = b.trunc(b.sub(width, column), _I32)
-        lanes = ir.Constant(_WORDS, list(range(LANES)))
-        yield column, b.icmp_signed("<", lanes, _every_lane(b, left, _WORDS))
+        yield column, b.trunc(b.sub(width, column), _I32)
+
+
+def _lanes_below(b: ir.IRBuilder, numbers: Sequence[int], bound: Any) -> Any:
+    """Which of these numbers, one for each lane, are less than ``bound``, int32."""
+    lanes = ir.VectorType(_I32, len(numbers))
+    return b.icmp_signed("<", ir.Constant(lanes, list(numbers)), _every_lane(b, bound, lanes))
 
 
 def _every_lane(b: ir.IRBuilder, value: Any, kind: Any) -> Any:
     one = b.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
-    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_WORDS, [0] * LANES))
+    zeros = ir.Constant(ir.VectorType(_I32, kind.count), None)
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
 def _lane_sums(b: ir.IRBuilder, vectors: list[Any]) -> Any:
@@ -180,7 +268,8 @@ def _lane_sums(b: ir.IRBuilder, vectors: list[Any]) -> Any:
         stay = ir.Constant(_WORDS, [i + LANES * bool(i & step) for i in range(LANES)])
         move = ir.Constant(_WORDS, [(i ^ step) + LANES * bool(i & step) for i in range(LANES)])
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [b.fadd(b.shuffle_vector(*pair, stay), b.shuffle_vector(*pair, move)) for pair in pairs]
+        add = b.fadd if vectors[0].type == FLOATS else b.add
+        vectors = [add(b.shuffle_vector(*pair, stay), b.shuffle_vector(*pair, move)) for pair in pairs]
         step *= 2
     return vectors[0]
 
@@ -191,20 +280,20 @@ def _typed_weigh(
     """sums[i] += Σ weights[i]·v for four rows from ``row`` on, over ``steps`` words of weights, keys from ``first`` on.
 
     weights (rows, ≥ steps): a word of them is of as many neighbouring keys as a word of v (keys, width) is of columns.
-    The last key stands for those beyond it. sums float32 (rows, n); n holds the columns of whole vectors of v. Asks for
-    the rows of ``later`` that lie ``ahead`` of those of v.
+    The last key stands for those beyond it. sums (rows, n), float32 or int32 of integers; n holds the columns of whole
+    vectors of v. Asks for the rows of ``later`` that lie ``ahead`` of those of v.
     """
     return types.void(weights, types.int64, v, types.int64, types.int64, sums, later, types.int64), _emit_weigh
 
 
 def _emit_weigh(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    weights, v, sums, later = (_Matrix(context, b, signature.args[i], args[i]) for i in (0, 2, 5, 6))
+    weights, v, sums, later = _matrices(context, b, signature, args, (0, 2, 5, 6))
     row, first, steps = args[1], args[3], args[4]
     numbers = 1 if v.vector == FLOATS else 2  # of a word
     last = b.sub(v.rows, _I64(1))
     rows = [b.add(row, _I64(i)) for i in range(HEADS)]
-    totals = [[cgutils.alloca_once_value(b, _ZEROS) for _ in range(numbers)] for _ in rows]
-    with _vectors_of(b, v.width) as (column, mask):
+    totals = [_sums_of(b, sums, numbers) for _ in rows]
+    with _vectors_of(b, v.width) as (column, left):
         places = [sums.at(i, b.mul(column, _I64(numbers))) for i in rows]
         for own, place in zip(totals, places, strict=True):
             loaded = [sums.load(b.gep(place, [_I64(LANES * part)])) for part in range(numbers)]
@@ -212,7 +301,7 @@ def _emit_weigh(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any
                 b.store(vector, total)
         with cgutils.for_range(b, steps) as loop:
             keys = [b.add(b.add(first, b.mul(loop.index, _I64(numbers))), _I64(j)) for j in range(numbers)]
-            words = [v.load_some(v.at(_least(b, key, last), column), mask) for key in keys]
+            words = [v.load_some(v.at(_least(b, key, last), column), left) for key in keys]
             values = words if numbers == 1 else _paired(b, *words)
             for key in keys:
                 later.ask_for(later.at(b.add(key, args[7]), column))
@@ -255,21 +344,19 @@ def _shuffled(b: ir.IRBuilder, vectors: list[Any], lanes: Sequence[Sequence[int]
 def _typed_multiply(_context: Any, x: Any, first: Any, rows: Any, panel: Any, steps: Any, out: Any, at: Any) -> Any:
     """``rows`` (at most ``ROWS``) rows of x (n, width) from ``first`` on times ``steps`` rows of a packed panel.
 
-    The panel (≥ steps, COLUMNS) has one row for each word of x. float32 into out (≥ rows, m), columns from ``at`` on.
+    The panel (≥ steps, COLUMNS) has one row for each word of x. float32, or int32 of integers, into out (≥ rows, m),
+    columns from ``at`` on.
     """
     return types.void(x, types.int64, types.int64, panel, types.int64, out, types.int64), _emit_multiply
 
 
 def _emit_multiply(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    x, panel, out = (_Matrix(context, b, signature.args[i], args[i]) for i in (0, 3, 5))
+    x, panel, out = _matrices(context, b, signature, args, (0, 3, 5))
     first, rows, steps, at = args[1], args[2], args[4], args[6]
     last = b.sub(rows, _I64(1))
     used = [_least(b, _I64(i), last) for i in range(ROWS)]
     starts = [x.at(b.add(first, i), _I64(0)) for i in used]
-    totals = [[cgutils.alloca_once_value(b, _ZEROS) for _ in range(VECTORS)] for _ in range(ROWS)]
-    for own in totals:
-        for total in own:
-            b.store(_ZEROS, total)
+    totals = [_sums_of(b, out, VECTORS) for _ in range(ROWS)]
     with cgutils.for_range(b, steps) as loop:
         place = panel.at(loop.index, _I64(0))
         columns = [panel.load(b.gep(place, [_I64(LANES * i)])) for i in range(VECTORS)]

@@ -11,6 +11,7 @@ by the chunk, the batch, a micro-batch or the number of threads.
 
 Which of both does a row is not a question of chunks either: see ``SequenceRows.alone``. Both keep the greatest score
 and the sum of weights while they go over the keys (online softmax: Milakov and Gimelshein 2018; Dao et al. 2022).
+Caches of int8 have loops of their own, in the same order, whose products are exact (``int8_attention.py``).
 
 Covers: equal bits on processors of one kind with one version of numba. Does not cover: another processor, whose
 instructions round sums otherwise (``attention_tiles.py``). Tests: ``tests/model/test_block_attention.py``.
@@ -31,7 +32,7 @@ from tsqp.arith.bits import Array, bits
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.attention import first_visible
 from tsqp.model.batch import Chunk, SequenceRows
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.meter import Meter
 from tsqp.model.pending import Steps
 
@@ -42,24 +43,30 @@ Spans = Sequence[SequenceRows[KVCache]]
 
 
 class BlockAttention:
-    """Attention in this process over caches of bfloat16 or float32 on the CPU."""
+    """Attention in this process over caches of bfloat16, float32 or int8 on the CPU."""
 
     def __init__(self, windows: tuple[int | None, ...], meter: Meter) -> None:
-        from tsqp.model import compiled_attention  # compiling costs seconds: only for those who attend this way
+        # Compiling costs seconds: only for those who attend this way.
+        from tsqp.model import compiled_attention, int8_attention
 
-        self._loops = compiled_attention
+        self._float_loops: Any = compiled_attention
+        self._int8_loops: Any = int8_attention
         self._windows = windows
         self._meter = meter
         self._threads = row_threads()
 
     def compile(self, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32) -> None:
         """Have numba compile the loops for caches of ``dtype`` by work of no rows, so that no call waits for it."""
-        loops, one, floats = self._loops, np.float32(1), np.zeros((1, 1, 2), np.float32)
-        q, table = words(torch.zeros(1, 1, 2, dtype=dtype)), np.zeros((1, 6), np.int64)
+        loops, one, floats = self._loops_for(dtype), np.float32(1), np.zeros((1, 1, 2), np.float32)
+        q, table = words(torch.zeros(1, 1, 2, dtype=query_dtype(dtype))), np.zeros((1, 8), np.int64)
         out = bits(torch.zeros(1, 1, 2, dtype=out_dtype))
         loops.attend_steps(q, table, 1, one, table, floats, table[0], out, 0, 0)
         loops.join_parts(floats, table[0], table, out, 0, 0)
         loops.attend_rows(q, table, 1, one, NO_WINDOW, out, 0, 0)
+
+    def _loops_for(self, dtype: torch.dtype) -> Any:
+        """Those for caches of ``dtype``; both have the same names and take the same arguments."""
+        return self._int8_loops if dtype == torch.int8 else self._float_loops
 
     def of(self, chunk: Chunk[KVCache]) -> BlocksOfChunk:
         """See ``Attention.of``."""
@@ -75,17 +82,19 @@ class BlockAttention:
 
     def attend_steps(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
         """All decode steps of a chunk at once, each in parts of its keys."""
-        parts = spans.parts(self._windows[layer], self._loops.PART_KEYS, q.shape)
+        loops = self._loops_for(spans.alone[0].cache.dtype)
+        parts = spans.parts(self._windows[layer], loops.PART_KEYS, q.shape)
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
         caches = np.array([(span.first, *span.cache.memory(layer)) for span in spans.alone], np.int64)
         work = len(parts.items) * spans.kv_heads
         arguments = (parts.items, spans.kv_heads, _scale(q), caches, parts.sums, parts.starts, _heads_of(out, q))
-        if self._shared(self._loops.attend_steps, parts.keys, work, q, *arguments):
-            self._loops.join_parts(parts.sums, parts.starts, caches, arguments[-1], 0, len(caches))
+        if self._shared(loops.attend_steps, parts.keys, work, q, *arguments):
+            loops.join_parts(parts.sums, parts.starts, caches, arguments[-1], 0, len(caches))
 
     def _attend_rows(self, layer: int, q: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
         """The rows of sequences that have several, in blocks of queries."""
-        size, kv_heads = self._loops.BLOCK_QUERIES, spans[0].cache.kv_heads
+        loops = self._loops_for(spans[0].cache.dtype)
+        size, kv_heads = loops.BLOCK_QUERIES, spans[0].cache.kv_heads
         items = [
             (span.first + start, span.position + start, min(size, span.rows - start), *span.cache.memory(layer))
             for span in spans
@@ -94,7 +103,7 @@ class BlockAttention:
         pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
         window, work = self._windows[layer] or NO_WINDOW, len(items) * kv_heads
         arguments = (_balanced(items), kv_heads, _scale(q), window, _heads_of(out, q))
-        self._shared(self._loops.attend_rows, pairs, work, q, *arguments)
+        self._shared(loops.attend_rows, pairs, work, q, *arguments)
 
     def _shared(self, loop: Any, pairs: int, work: int, q: torch.Tensor, *arguments: Any) -> bool:
         """``loop`` over all work, shared out over threads if that is worth while; whether it was shared out."""

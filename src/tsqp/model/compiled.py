@@ -15,6 +15,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from tsqp.arith.jit import inline, kernel
+from tsqp.arith.loops import LEVELS, quantise_row
 
 # Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -155,15 +156,12 @@ def _rotate_head(x, row, column, cos, sin, target):  # type: ignore[no-untyped-d
         target[half + j] = _narrow(_round(high * _widen(c), c) + _round(low * _widen(s), s), target[half + j])
 
 
-@_kernel
-def rotate(x, column, cos, sin, out, position, first, end):  # type: ignore[no-untyped-def]
-    """x (T, width) with heads from ``column`` on, cos and sin (T, d), out (heads, capacity, d) from ``position`` on.
-
-    out may be of another type, as a cache is that holds bfloat16 of float32.
-    """
-    for row in range(first, end):
-        for head in range(out.shape[0]):
-            _rotate_head(x, row, column + head * out.shape[2], cos, sin, out[head, position + row])
+@inline
+def _sequence(table, n, row):  # type: ignore[no-untyped-def]
+    """Whose row it is, ``n`` or later: the last sequence that begins at the row or before."""
+    while n + 1 < len(table) and table[n + 1, 0] <= row:
+        n += 1
+    return n
 
 
 @_kernel
@@ -172,18 +170,56 @@ def store(  # type: ignore[no-untyped-def]
 ):
     """Rows of queries, rotated, to q (heads, T, d); of keys, rotated, and of values to caches as ``like`` is.
 
-    Queries, keys and values (T, width) with heads from their columns on; caches (kv_heads, capacity, d). table int64
-    (n, 5): the row, the addresses of K and of V, the bytes from one of their heads to the next, and the position.
+    Queries, keys and values (T, width) with heads from their columns on, cos and sin (T, d); caches (kv_heads,
+    capacity, d). What is kept may be of another type, as a cache is that holds bfloat16 of float32. table int64 (n, 5),
+    in the order of rows: a sequence's first row, the addresses of K and of V, the bytes from one of their heads to the
+    next, and the first row's position. Its last row is the one before the next sequence's.
     """
     heads, d = like.shape[0], like.shape[2]
-    for n in range(first, end):
-        row = table[n, 0]
+    n = 0
+    for row in range(first, end):
+        n = _sequence(table, n, row)
+        place = (table[n, 4] + row - table[n, 0]) * d * like.itemsize
         for head in range(q.shape[0]):
             _rotate_head(queries, row, query_column + head * d, cos, sin, q[head, row])
         for head in range(heads):
-            offset = head * table[n, 3] + table[n, 4] * d * like.itemsize
+            offset = head * table[n, 3] + place
             k = carray(pointer(table[n, 1] + offset, like), (d,))  # type: ignore[call-arg]
             v = carray(pointer(table[n, 2] + offset, like), (d,))
             _rotate_head(keys, row, key_column + head * d, cos, sin, k)
             for j in range(d):
                 v[j] = _narrow(_widen(values[row, value_column + head * d + j]), v[j])
+
+
+# Without leave to reorder sums, which would undo how the quantiser rounds.
+@kernel
+def _quantise(x, address, scale_address, like):  # type: ignore[no-untyped-def]
+    """x float32 (n,) to integers and a scale at their addresses."""
+    scale = carray(pointer(scale_address, x), (1,))  # type: ignore[call-arg]
+    scale[0] = quantise_row(x, LEVELS, carray(pointer(address, like), x.shape))
+
+
+@kernel
+def store_int8(  # type: ignore[no-untyped-def]
+    queries, query_column, keys, key_column, values, value_column, cos, sin, q, like, table, first, end
+):
+    """The same for caches of int8, q float32: table (n, 7) has the addresses of the scales of K and of V as well.
+
+    They come before the position.
+    """
+    heads, d = like.shape[0], like.shape[2]
+    rotated, plain = np.empty(d, np.float32), np.empty(d, np.float32)
+    n = 0
+    for row in range(first, end):
+        n = _sequence(table, n, row)
+        place = (table[n, 6] + row - table[n, 0]) * d
+        for head in range(q.shape[0]):
+            _rotate_head(queries, row, query_column + head * d, cos, sin, q[head, row])
+        for head in range(heads):
+            offset = head * table[n, 3] + place
+            _rotate_head(keys, row, key_column + head * d, cos, sin, rotated)
+            for j in range(d):
+                plain[j] = _widen(values[row, value_column + head * d + j])
+            of_scales = offset // d * rotated.itemsize
+            _quantise(rotated, table[n, 1] + offset, table[n, 4] + of_scales, like)
+            _quantise(plain, table[n, 2] + offset, table[n, 5] + of_scales, like)

@@ -16,7 +16,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.kernels import Heads, Kernels
 from tsqp.model.meter import Meter
 from tsqp.model.operators import Attention, ChunkAttention, Linears
@@ -27,7 +27,7 @@ from tsqp.model.rotary import Rotary
 class ChunkWork(NamedTuple):
     """What one chunk needs in every layer, made once: cos and sin of its positions, (T, D), and room for its queries.
 
-    ``q`` (heads, T, D) is of the caches' dtype.
+    ``q`` (heads, T, D) is of the dtype that attention over the caches takes.
     """
 
     cos: torch.Tensor
@@ -88,7 +88,7 @@ class DecoderLayers:
         """What ``steps`` takes for a chunk. ``positions`` (T,): those of the chunk unless given."""
         cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
         shape = (self.config.num_heads, len(cos), self.config.head_dim)
-        q = cos.new_empty(shape, dtype=chunk.spans[0].cache.dtype)
+        q = cos.new_empty(shape, dtype=query_dtype(chunk.spans[0].cache.dtype))
         return ChunkWork(keep_bits(cos), keep_bits(sin), keep_bits(q), self.attention.of(chunk))
 
     def steps(self, layers: Sequence[int], hidden: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork) -> Steps[None]:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from tsqp.arith.bits import Array, bits
+from tsqp.arith.quantise import quantise_block
 from tsqp.arith.row_threads import row_threads
 from tsqp.model.batch import SequenceRows
-from tsqp.model.cache import KVCache
+from tsqp.model.cache import KVCache, query_dtype
 from tsqp.model.norms import rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
@@ -54,15 +55,6 @@ class Kernels(Protocol):
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """``out = x``, both (T, n), out of float32."""
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        """``out[:, position:]`` = heads of ``x`` rotated by their positions' tables, cos and sin (T, head_dim).
-
-        x (T, width) holds the heads one after another from ``column`` on; out (heads, ≥ position + T, head_dim), which
-        may be of a dtype of its own.
-        """
-
     def store(
         self,
         layer: int,
@@ -74,9 +66,10 @@ class Kernels(Protocol):
         q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        """Queries of every row, rotated as by ``rotate``, to q (heads, T, head_dim), of the caches' dtype.
+        """Queries of every row, rotated by the tables of its position, to q (heads, T, head_dim).
 
-        Keys, rotated alike, and values to ``layer`` of the row's sequence's cache.
+        Keys, rotated alike, and values to ``layer`` of the cache of the row's sequence. cos and sin (T, head_dim). q is
+        of the dtype that attention over the caches takes. ``spans`` are all of a chunk, in the order of their rows.
         """
 
 
@@ -98,13 +91,6 @@ class TorchKernels:
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(x)
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        heads, _, head_dim = out.shape
-        split = x[:, column : column + heads * head_dim].view(-1, heads, head_dim)
-        out[:, position : position + len(x)] = rotate(split, cos, sin).transpose(0, 1)
-
     def store(
         self,
         layer: int,
@@ -116,13 +102,30 @@ class TorchKernels:
         q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        self.rotate(*queries, cos, sin, q, 0)
+        q.copy_(rotate(_split(queries, q), cos, sin).transpose(0, 1))
         for span in spans:
             at = span.slice
             k, v = span.cache.reserve(layer, span.end)
-            self.rotate(keys.rows[at], keys.column, cos[at], sin[at], k, span.position)
-            rows = values.rows[at, values.column : values.column + k.shape[0] * k.shape[2]]
-            v[:, span.position : span.end] = rows.view(-1, k.shape[0], k.shape[2]).transpose(0, 1)
+            rotated = rotate(_split(keys, k)[at], cos[at], sin[at])
+            for held, scales, new in zip(
+                (k, v), span.cache.scales(layer), (rotated, _split(values, v)[at]), strict=True
+            ):
+                own = new.transpose(0, 1)  # (heads, rows, head_dim)
+                if held.dtype == torch.int8:
+                    own, scales[:, span.position : span.end] = _quantised(own)
+                held[:, span.position : span.end] = own
+
+
+def _split(x: Heads, like: torch.Tensor) -> torch.Tensor:
+    """Heads as (T, heads, head_dim), as many and as wide as those of ``like`` (heads, n, head_dim)."""
+    heads, _, head_dim = like.shape
+    return x.rows[:, x.column : x.column + heads * head_dim].view(-1, heads, head_dim)
+
+
+def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of x (heads, rows, n) as int8 and their scales (heads, rows)."""
+    values, scales = quantise_block(x.flatten(0, 1))
+    return values.view(x.shape), scales.view(x.shape[:2])
 
 
 class CompiledKernels(TorchKernels):
@@ -157,21 +160,6 @@ class CompiledKernels(TorchKernels):
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.widen, out.shape[0], bits(x), bits(out), least=SPLIT_ROWS)
 
-    def rotate(
-        self, x: torch.Tensor, column: int, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, position: int
-    ) -> None:
-        self._threads.run(
-            self._compiled.rotate,
-            x.shape[0],
-            bits(x),
-            column,
-            bits(cos),
-            bits(sin),
-            bits(out),
-            position,
-            least=SPLIT_ROWS,
-        )
-
     def store(
         self,
         layer: int,
@@ -183,13 +171,11 @@ class CompiledKernels(TorchKernels):
         q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        if any(span.rows > 1 for span in spans):
-            return super().store(layer, queries, keys, values, cos, sin, q, spans)
         for span in spans:
             k, _ = span.cache.reserve(layer, span.end)
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
         table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in spans], np.int64)
-        return self.store_rows(queries, keys, values, cos, sin, q, k, table)
+        self.store_rows(queries, keys, values, cos, sin, q, k, table, spans[-1].first + spans[-1].rows)
 
     def store_rows(
         self,
@@ -201,11 +187,13 @@ class CompiledKernels(TorchKernels):
         q: torch.Tensor,
         like: torch.Tensor,
         table: Array,
+        rows: int,
     ) -> None:
-        """One row of each of several sequences; ``table`` is that of the loop, ``like`` keys of one of the caches."""
+        """``rows`` rows; ``table`` is that of the loop, ``like`` keys of one of the caches."""
+        loop = self._compiled.store_int8 if like.dtype == torch.int8 else self._compiled.store
         heads = [part for one in (queries, keys, values) for part in (bits(one.rows), one.column)]
         arrays = (bits(cos), bits(sin), bits(q), bits(like), table)
-        self._threads.run(self._compiled.store, len(table), *heads, *arrays, least=SPLIT_ROWS)
+        self._threads.run(loop, rows, *heads, *arrays, least=SPLIT_ROWS)
 
 
 def pick_kernels(
@@ -217,7 +205,7 @@ def pick_kernels(
 ) -> Kernels:
     """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's.
 
-    ``cache_dtype`` is what rotated keys are kept as, ``dtype`` unless told otherwise.
+    ``cache_dtype`` is what keys and values are kept as, ``dtype`` unless told otherwise.
     """
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
         return _compiled_kernels(dtype, cache_dtype or dtype)
@@ -233,7 +221,7 @@ def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledK
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
     kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
     kernels.widen(row, torch.empty(1, 2))
-    kept, heads = out.view(1, 1, 2).to(cache_dtype), Heads(row, 0)
-    kernels.rotate(*heads, row, row, kept, 0)
-    kernels.store_rows(heads, heads, heads, row, row, kept, kept, np.zeros((0, 5), np.int64))
+    heads, like = Heads(row, 0), out.view(1, 1, 2).to(cache_dtype)
+    q = like.to(query_dtype(cache_dtype))
+    kernels.store_rows(heads, heads, heads, row, row, q, like, np.zeros((0, 7), np.int64), 0)
     return kernels

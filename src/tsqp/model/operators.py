@@ -46,5 +46,5 @@ class ChunkAttention(Protocol):
     def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
         """q (heads, T, head_dim) of the chunk's rows to out (T, heads·head_dim); the caches already hold their keys.
 
-        q has the dtype of the caches.
+        q has the dtype of the caches, or float32 where they hold int8.
         """

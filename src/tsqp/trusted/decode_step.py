@@ -70,7 +70,7 @@ class DecodeStep:
 
     @classmethod
     def of(cls, model: Model, linears: CheckedLinears, session: WorkerSession) -> DecodeStep | None:
-        """None where the plain way is the only one: over other transports, with norms of heads."""
+        """None where the plain way is the only one: over other transports, with norms of heads, with caches of int8."""
         line = session.direct()
         if line is None or model.config.qk_norm or model.cache_dtype not in (torch.float32, torch.bfloat16):
             return None

@@ -22,6 +22,7 @@ from tsqp.checkpoint.default import fetch_default
 from tsqp.config.dtype import PRIVATE_KV_DTYPES, PrivateKVDtype
 from tsqp.config.groups import GroupKey
 from tsqp.model.block_attention import BlockAttention
+from tsqp.model.cache import cache_dtype
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import LinearWeights, load_groups
@@ -30,7 +31,6 @@ from tsqp.model.pending import Deferred, Pending
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.stats import Stats
-from tsqp.wire.payload import TORCH_DTYPES
 
 P = 2**31 - 1
 LEAST_SCALE = torch.tensor(2.0**-126)
@@ -86,7 +86,7 @@ def integer_engine(
         norms,
         IntegerLinears(checkpoint),
         BlockAttention(checkpoint.config.windows, stats),
-        pick_kernels(torch.float32, compiled=True, cache_dtype=TORCH_DTYPES[kept]),
+        pick_kernels(torch.float32, compiled=True, cache_dtype=cache_dtype(kept)),
         stats,
     )
     table = checkpoint.tensor("model.embed_tokens.weight").float()
@@ -94,7 +94,7 @@ def integer_engine(
         block,
         LocalEmbedding(table, stats),
         dtype=torch.float32,
-        cache_dtype=TORCH_DTYPES[kept],
+        cache_dtype=cache_dtype(kept),
         max_rows=prefill_chunk,
         micro_batches=micro_batches,
         stats=stats,

@@ -13,6 +13,7 @@ from tests.trusted.guard.hostile import serve
 from tsqp import LLM
 from tsqp.api.config import ComputeConfig, ProtectionName
 from tsqp.arith.row_threads import row_threads
+from tsqp.config.dtype import PRIVATE_KV_DTYPES, PrivateKVDtype
 from tsqp.model.batch import Batch
 from tsqp.trusted.engine.engine import Engine
 
@@ -32,26 +33,38 @@ def logits(engine: Engine, chosen: Sequence[int]) -> list[torch.Tensor]:
     return [torch.cat(own) for own in found]
 
 
-def opened(model: str, mode: ProtectionName, address: str, prefill_chunk: int, micro_batches: int) -> LLM:
-    schedule = ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches)
-    return LLM(model, protection=mode, worker=address, compute=schedule)
+def opened(
+    model: str,
+    mode: ProtectionName,
+    address: str,
+    prefill_chunk: int,
+    micro_batches: int,
+    kept: PrivateKVDtype | None = None,
+) -> LLM:
+    compute = ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches, kv_dtype=kept)
+    return LLM(model, protection=mode, worker=address, compute=compute)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_alone_and_in_any_batch_and_schedule(family: str, mode: ProtectionName) -> None:
+@pytest.mark.parametrize(
+    ("family", "mode", "kept"),
+    [
+        *((family, mode, None) for family in FAMILIES for mode in MODES),
+        *(("llama", "masked", kept) for kept in PRIVATE_KV_DTYPES),
+    ],
+)
+def test_alone_and_in_any_batch_and_schedule(family: str, mode: ProtectionName, kept: PrivateKVDtype | None) -> None:
     model = str(tiny_model(family).directory)
     with serve(model) as (_, address):
-        with opened(model, mode, address, 2048, 1) as llm:
+        with opened(model, mode, address, 2048, 1, kept) as llm:
             alone = [logits(llm.engine, [index])[0] for index in range(len(PROMPTS))]
         for chunk, parts in ((2048, 1), (2048, 3), (7, 1), (130, 2)):
-            with opened(model, mode, address, chunk, parts) as llm:
+            with opened(model, mode, address, chunk, parts, kept) as llm:
                 for ours, expected in zip(logits(llm.engine, range(len(PROMPTS))), alone, strict=True):
                     assert torch.equal(ours, expected), (chunk, parts)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_on_any_number_of_threads(mode: ProtectionName) -> None:
+@pytest.mark.parametrize(("mode", "kept"), [*((mode, None) for mode in MODES), ("masked", "int8")])
+def test_on_any_number_of_threads(mode: ProtectionName, kept: PrivateKVDtype | None) -> None:
     model = str(tiny_model("llama").directory)
     found = []
     with serve(model) as (_, address):
@@ -59,7 +72,7 @@ def test_on_any_number_of_threads(mode: ProtectionName) -> None:
             torch.set_num_threads(count)
             row_threads.cache_clear()
             try:
-                with opened(model, mode, address, 2048, 1) as llm:
+                with opened(model, mode, address, 2048, 1, kept) as llm:
                     found.append(torch.cat(logits(llm.engine, range(len(PROMPTS)))))
             finally:
                 torch.set_num_threads(1)
