@@ -164,6 +164,7 @@ STRUCTURED: list[tuple[dict[str, Any], str]] = [
     ({"regex": 3}, r"structured_outputs\.regex must be text"),
     ({"regex": "\ud800"}, r"structured_outputs\.regex must be Unicode text"),
     ({"grammar": b"start: 1"}, r"structured_outputs\.grammar must be text"),
+    ({"grammar": 'start: "a"\n%llguidance {}'}, r"structured_outputs\.grammar must be without options"),
     ({"choice": "yes"}, r"structured_outputs\.choice must be a list of strings"),
     ({"choice": ()}, r"structured_outputs\.choice must be a list of 1 to"),
     ({"choice": ["yes", ""]}, r"structured_outputs\.choice must be text"),

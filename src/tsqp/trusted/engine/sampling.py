@@ -68,12 +68,13 @@ class Sampler:
         self._matcher = matcher
         self._key = secrets.token_bytes(16) if params.seed is None else params.seed.to_bytes(8, "little", signed=True)
         self._history: _History | None = None
+        self.logprobs: list[TokenLogprobs] = []  # of the tokens so far, where they are asked for
         self._bias = _Bias.of(params)
 
     def choose(self, logits: torch.Tensor, text: Sequence[int]) -> int:
         """The next token from logits (vocab_size,), float32; ``text`` holds every token so far.
 
-        Raises InputError when the grammar cannot go on.
+        Its log-probabilities are added to ``logprobs``. Raises InputError when the grammar cannot go on.
         """
         params = self._params
         if self._prompt_tokens is None:
@@ -87,13 +88,14 @@ class Sampler:
             token = at if ids is None else int(ids[at])
         if self._matcher is not None:
             self._matcher.accept(token)
+        if params.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, params.logprobs))
         return token
 
     def sample(self, logits: torch.Tensor, text: Sequence[int]) -> SampledToken:
-        """As ``choose``, with the log-probabilities that were asked for."""
+        """As ``choose``, and the log-probabilities beside the token."""
         token = self.choose(logits, text)
-        count = self._params.logprobs
-        return SampledToken(token, None if count is None else token_logprobs(logits, token, count))
+        return SampledToken(token, None if self._params.logprobs is None else self.logprobs[-1])
 
     def _changed(self, scores: Scores, text: Sequence[int]) -> Scores:
         """Logits after bias, grammar and penalties; the same array where there are none."""

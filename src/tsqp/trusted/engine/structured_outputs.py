@@ -9,7 +9,7 @@ from typing import Any
 
 from tsqp.errors import OptionError
 
-MAX_CHARACTERS = 1 << 18  # of a schema, an expression or a grammar: far beyond use, and read in milliseconds
+MAX_CHARACTERS = 1 << 16  # of a schema, an expression or a grammar: what it takes to read them grows with it
 MAX_CHOICES = 1024
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
@@ -19,9 +19,9 @@ class StructuredOutputsParams:
     """The form that an answer must have: exactly one of these.
 
     ``json``: a JSON schema, as a mapping or as the text of one. ``json_object``: any JSON object. ``regex``: a regular
-    expression that the whole answer matches, without look-around and back-references. ``choice``: one of these
-    strings. ``grammar``: a context-free grammar in the Lark dialect of llguidance, with a rule ``start``. JSON is
-    written without white space between its parts, so that no answer consists of white space.
+    expression of the whole answer, as Rust writes them: classes such as ``\\d`` are Unicode's, and there is no
+    look-around. ``choice``: one of these strings. ``grammar``: a context-free grammar in llguidance's dialect of Lark,
+    with a rule ``start``. JSON is written without white space between its parts, so that no answer consists of it.
 
     Raises OptionError for a value of the wrong kind, and for none or several of them. A schema, an expression or a
     grammar is read where its tokenizer is known: ``Tokenizer.grammar``.
@@ -45,7 +45,9 @@ class StructuredOutputsParams:
         elif self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
         elif self.json_object is False:
-            _text(self.kind, getattr(self, self.kind))
+            text = _text(self.kind, getattr(self, self.kind))
+            if self.grammar is not None and "%llguidance" in text:
+                raise _wrong("grammar", "without options of the library: a line %llguidance")
         elif self.json_object is not True:
             raise _wrong("json_object", "True or False")
 

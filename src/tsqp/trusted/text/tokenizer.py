@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -12,6 +13,10 @@ from tsqp.trusted.text.control import ControlTokens
 from tsqp.trusted.text.conversation import ChatMessage, Messages, template_values
 from tsqp.trusted.text.template import ChatTemplate
 from tsqp.trusted.text.traced import Traced, own_text
+
+if TYPE_CHECKING:
+    from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+    from tsqp.trusted.text.grammar import Grammar, Grammars
 
 __all__ = ["ChatMessage", "TextStream", "Tokenizer"]
 
@@ -31,6 +36,7 @@ class Tokenizer:
         self._special_tokens = {name: own_text(token) for name, token in text_format.special_tokens.items()}
         self._chats: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
         self._without_template = ControlTokens(self._tokenizer)
+        self._grammars: dict[int, Grammars] = {}
         self.eos_token_ids = text_format.eos_token_ids
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -82,6 +88,19 @@ class Tokenizer:
         text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
         _refuse_surrogates(text)
         return control.encode(text, special_tokens=False)
+
+    def grammar(self, params: StructuredOutputsParams, vocab_size: int) -> Grammar:
+        """The form of an answer as a grammar over the tokens of a model. The first one takes a fraction of a second.
+
+        Raises OptionError, with the reason in one line, for a form that cannot be read or that no text has, and
+        UnsupportedModel where this tokenizer can have no grammars.
+        """
+        from tsqp.trusted.text.grammar import Grammars
+
+        if vocab_size not in self._grammars:
+            own_size = self._tokenizer.get_vocab_size()
+            self._grammars[vocab_size] = Grammars(self._tokenizer.to_str(), self.eos_token_ids, vocab_size, own_size)
+        return self._grammars[vocab_size].compile(params)
 
 
 def _refuse_surrogates(text: str) -> None:
