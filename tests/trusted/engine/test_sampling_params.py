@@ -53,7 +53,7 @@ WRONG: list[dict[str, Any]] = [
     {"stop": {"a": 1}},
     {"stop": b"bytes"},
     {"stop": ["x"] * 65},
-    {"stop": "x" * 1025},
+    {"stop": "x" * 257},
     {"stop_token_ids": (3, -1)},
     {"stop_token_ids": "34"},
     {"stop_token_ids": 3},

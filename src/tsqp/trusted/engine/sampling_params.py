@@ -16,7 +16,7 @@ MAX_BIAS = 100.0  # as OpenAI's API has it: more than any difference between log
 MAX_LOGPROBS = 20
 # Stop strings are looked for after every token: these bounds keep that short. OpenAI's API takes 4 strings.
 MAX_STOPS = 64
-MAX_STOP_CHARACTERS = 1024
+MAX_STOP_CHARACTERS = 256
 
 
 def _says(text: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class SamplingParams:
     and its position in the answer, not on what runs beside it. ``logprobs`` asks for the log-probability of each token
     and of so many of the likeliest in its place, 0 to 20, in the model's own distribution: before all of the above.
 
-    ``stop`` strings (up to 64, of up to 1,024 characters) end a generation and are not part of its text, nor are
+    ``stop`` strings (up to 64, of up to 256 characters) end a generation and are not part of its text, nor are
     ``stop_token_ids``; ``ignore_eos`` keeps going at the model's own end tokens. ``structured_outputs`` says what form
     the answer must have; then it can end only when it has that form.
 
