@@ -28,7 +28,7 @@ class StopStrings:
             _, at = min(ends)
             self.found, self.held = True, ""
             return text[:at]
-        undecided = min((_beginning(text, stop) for stop in self._stop), default=len(text))
+        undecided = min((beginning_of(text, stop) for stop in self._stop), default=len(text))
         self.held = text[undecided:]
         return text[:undecided]
 
@@ -38,7 +38,7 @@ class StopStrings:
         return held
 
 
-def _beginning(text: str, stop: str) -> int:
+def beginning_of(text: str, stop: str) -> int:
     """Where the end of a text begins that may become ``stop``; the length of the text where nothing may."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):

@@ -15,6 +15,7 @@ from tsqp.trusted.text.conversation import ChatMessage, Messages, template_value
 from tsqp.trusted.text.stop_strings import StopStrings
 from tsqp.trusted.text.template import ChatTemplate
 from tsqp.trusted.text.token_bytes import ByteStream, TokenBytes, bytes_of
+from tsqp.trusted.text.tool_calls import ToolFormat, tool_format
 from tsqp.trusted.text.traced import Traced, own_text
 
 if TYPE_CHECKING:
@@ -102,6 +103,19 @@ class Tokenizer:
         text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
         _refuse_surrogates(text)
         return control.encode(text, special_tokens=False)
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls, by its template. Raises OptionError where it has none for tools."""
+        source = self._tool_template
+        found = None if source is None or "tools" not in ChatTemplate(source).variables else tool_format(source)
+        if found is None:
+            raise OptionError(
+                "tools need a chat template that asks for calls in the format of Hermes or Llama 3; that of this "
+                "checkpoint does not",
+                fields=("tools",),
+            )
+        return found
 
     def grammar(self, params: StructuredOutputsParams, vocab_size: int) -> Grammar:
         """The form of an answer as a grammar over the tokens of a model. The first one takes a fraction of a second.
