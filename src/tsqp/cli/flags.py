@@ -28,6 +28,7 @@ NAMES = {
     "arena_bytes": "--arena",
     "compiled": "--compile",
     "deadline_s": "--deadline",
+    "json": "--json-schema",
     "server_key": "--worker-key",
     "stop_token_ids": "--stop-token",
 }
