@@ -114,6 +114,8 @@ def test_frequency_and_presence_penalties_are_those_of_the_api_and_count_the_ans
     assert sampler.choose(logits + torch.tensor([0.0, 0.0, 0.0, 0.01]), prompt + answer) == 3
     assert sampler.choose(logits + torch.tensor([0.0, 0.0, 0.01, 0.0]), [*prompt, *answer]) == 2
     assert sampler.choose(logits, [*prompt, *answer, 2, 2, 3]) == 1  # 2: 5 - 3·0.5 - 1.5 = 2; 3: 3 - 0.5 - 1.5 = 1
+    twice_and_once = Sampler(SamplingParams(frequency_penalty=0.5, presence_penalty=1.5), prompt_tokens=len(prompt))
+    assert twice_and_once.choose(torch.tensor([0.0, 5.0, 4.6, 0.0]), [*prompt, *answer]) == 2  # 2.6 against 2.5
 
 
 def test_a_penalty_below_0_makes_tokens_of_the_answer_likelier() -> None:
@@ -176,6 +178,8 @@ def test_a_seeded_token_depends_on_logits_and_position_alone() -> None:
     for position in range(0, 50, 7):
         again = Sampler(SamplingParams(temperature=1.0, seed=7), prompt_tokens=1)
         assert again.choose(random_logits(1), [0] * (position + 1)) == whole[position]
+        longer = Sampler(SamplingParams(temperature=1.0, seed=7), prompt_tokens=30)
+        assert longer.choose(random_logits(1), [0] * (position + 30)) == whole[position], "not on the prompt's length"
 
 
 def test_seeded_tokens_stay_those_of_earlier_versions() -> None:

@@ -106,6 +106,13 @@ def test_the_first_space_is_left_out_once() -> None:
     assert [sentencepiece.token_text(token) for token in (1, a)] == ["<s>", " a"]
 
 
+@pytest.mark.parametrize("name", sorted(VOCABULARIES))
+def test_control_tokens_before_a_text_do_not_count_as_its_first(name: str) -> None:
+    control = [token for token, added in library(name).get_added_tokens_decoder().items() if added.special]
+    tokens = [control[0], 10**6, *library(name).encode("  a b").ids, control[0], *library(name).encode(" a").ids]
+    assert tokenizer(name).decode(tokens) == library(name).decode(tokens)
+
+
 @given(TEXT, st.text("ab", min_size=1, max_size=4))
 def test_a_stop_string_ends_the_text_before_it(text: str, stop: str) -> None:
     whole = text + "ab" + text

@@ -158,6 +158,7 @@ CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
     ("llama3", '{"name":"f","parameters":{}} Done.', "Done.", [ToolCall("f", "{}")]),
     ("llama3", '{"name":"f","parameters":{}}; {"x":1}', '; {"x":1}', [ToolCall("f", "{}")]),
     ("hermes", 'a\n\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n\nb', "ab", [ToolCall("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_call> a b  c', "a b  c", [ToolCall("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {}}', "", [ToolCall("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_c', "", [ToolCall("f", "{}")]),
     (
@@ -179,6 +180,7 @@ CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
 @pytest.mark.parametrize(("format", "answer", "text", "calls"), CALLS_OF_MODELS)
 def test_what_models_write(format: ToolFormat, answer: str, text: str, calls: list[ToolCall]) -> None:
     assert parse(answer, format) == (text, calls)
+    assert collect(streamed(format, list(answer))) == (text, calls)
 
 
 def test_the_format_is_the_one_that_the_template_asks_for() -> None:

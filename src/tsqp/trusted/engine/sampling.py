@@ -215,8 +215,8 @@ def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
 def pick(weights: NDArray[np.float64], share: float) -> int:
     """The index where the running sum of the weights first exceeds a share of the whole, 0 to below 1."""
     sums = np.cumsum(weights)
-    target = min(share * sums[-1], np.nextafter(sums[-1], 0.0))  # a product that is rounded up stays below the whole
-    return int(np.searchsorted(sums, target, side="right"))
+    # The largest share is 1 - 2^-53, and its product with a float64 is rounded to a smaller one: never to the whole.
+    return int(np.searchsorted(sums, share * sums[-1], side="right"))
 
 
 def uniform(key: bytes, position: int) -> float:
