@@ -148,6 +148,7 @@ def test_what_is_no_call_is_text_all_of_it(format: ToolFormat, answer: str) -> N
 CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}', "", [ToolCall("f", "{}")]),
     ("llama3", '{"type": "function", "name": "f", "parameters": {"a": null}}', "", [ToolCall("f", '{"a": null}')]),
+    ("llama3", '{"name": "f", "name": "g", "parameters": {}}', "", [ToolCall("f", "{}")]),
     ("llama3", '{"parameters": {"b": "}"}, "name": "f"}\n', "", [ToolCall("f", '{"b": "}"}')]),
     (
         "llama3",
@@ -181,6 +182,11 @@ CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
 def test_what_models_write(format: ToolFormat, answer: str, text: str, calls: list[ToolCall]) -> None:
     assert parse(answer, format) == (text, calls)
     assert collect(streamed(format, list(answer))) == (text, calls)
+
+
+def test_json_that_is_no_call_is_not_held_back() -> None:
+    assert collect(PARSERS["llama3"]().push('{"city": "Par')) == ('{"city": "Par', [])
+    assert collect(PARSERS["hermes"]().push('<tool_call>{"city": "Par')) == ('<tool_call>{"city": "Par', [])
 
 
 def test_the_format_is_the_one_that_the_template_asks_for() -> None:
