@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tsqp.api.llm import LLM
     from tsqp.errors import TsqpError
     from tsqp.trusted.engine.sampling_params import SamplingParams
+    from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -19,6 +20,7 @@ __all__ = [
     "ComputeConfig",
     "GuardConfig",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TsqpError",
     "WorkerConfig",
     "__version__",
@@ -34,6 +36,7 @@ _HOMES = {
     "GuardConfig": "tsqp.api.config",
     "WorkerConfig": "tsqp.api.config",
     "SamplingParams": "tsqp.trusted.engine.sampling_params",
+    "StructuredOutputsParams": "tsqp.trusted.engine.structured_outputs",
     "TsqpError": "tsqp.errors",
 }
 

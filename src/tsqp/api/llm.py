@@ -279,16 +279,26 @@ class LLM:
     def _run(
         self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool, template_args: Mapping[str, object]
     ) -> Iterator[tuple[int, Delta]]:
+        from tsqp.trusted.engine.sampling import Sampler
+
+        vocab_size, form = self.config.vocab_size, params.structured_outputs
+        params.check_vocabulary(vocab_size)
+        grammar = None if form is None else self.tokenizer.grammar(form, vocab_size)
+        samplers = [Sampler(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
         answers = [
-            Answer(self._tokens(prompt, raw, template_args), TextStream(self.tokenizer, params.stop))
-            for prompt in prompts
+            Answer(
+                self._tokens(prompt, raw, template_args),
+                TextStream(self.tokenizer, params.stop),
+                None if params.logprobs is None else sampler.logprobs,
+            )
+            for prompt, sampler in zip(prompts, samplers, strict=True)
         ]
         if self._guard is not None and self._guard.filler is not None:
             from tsqp.api.pads import check_prompts
 
             check_prompts(sum(len(answer.prompt) for answer in answers), self.plan.run.guard, self._guard.filler)
         try:
-            generation = self._engine.generate([answer.prompt for answer in answers], params)
+            generation = self._engine.generate([answer.prompt for answer in answers], params, samplers)
             for new in generation:
                 delta = answers[new.sequence].extend(new.token, new.finish_reason)
                 if delta.completion is not None:

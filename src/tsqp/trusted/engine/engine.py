@@ -47,14 +47,14 @@ class PassDecoder(Protocol):
 class Sequence:
     """One prompt and its answer so far. ``cache`` is the decoder's; ``tokens`` are the prompt's and the answer's."""
 
-    def __init__(self, index: int, prompt: Tokens, cache: Any, params: SamplingParams) -> None:
+    def __init__(self, index: int, prompt: Tokens, cache: Any, params: SamplingParams, sampler: Sampler) -> None:
         self.index = index
         self.tokens = list(prompt)
         self.cache = cache
         self.finished = False
         self._end = len(prompt) + params.max_tokens
         self._params = params
-        self._sampler = Sampler(params)
+        self._sampler = sampler
 
     def extend(self, logits: torch.Tensor, eos_token_ids: Tokens, max_positions: int) -> NewToken:
         """Choose the next token from the logits after the last one, float32 (vocab_size,)."""
@@ -104,15 +104,23 @@ class Engine:
         self.check_prompt(prompt)
         return self.run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
 
-    def generate(self, prompts: Iterable[Tokens], params: SamplingParams) -> Generation:
+    def generate(
+        self, prompts: Iterable[Tokens], params: SamplingParams, samplers: Iterable[Sampler] | None = None
+    ) -> Generation:
         """All prompts together. Several generations may be open at once and take turns.
+
+        ``samplers``: one for each prompt; made of ``params`` when not given.
 
         Raises PromptError before anything is sent.
         """
         prompts = list(prompts)
         for prompt in prompts:
             self.check_prompt(prompt)
-        sequences = [Sequence(index, prompt, self.decoder.new_cache(), params) for index, prompt in enumerate(prompts)]
+        samplers = [Sampler(params) for _ in prompts] if samplers is None else samplers
+        sequences = [
+            Sequence(index, prompt, self.decoder.new_cache(), params, sampler)
+            for index, (prompt, sampler) in enumerate(zip(prompts, samplers, strict=True))
+        ]
         return Generation(self, sequences)
 
     def run(self, batch: Batch[Any]) -> torch.Tensor:
