@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tsqp.errors import TsqpError
+from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream
 
 
@@ -33,9 +35,11 @@ class Answer:
         self._text = text
         self._tokens: list[int] = []
 
-    def extend(self, token: int, finish_reason: str | None) -> Delta:
-        """Take one more token; the Delta is complete when the answer ends with it."""
-        piece = ""
+    def extend(self, output: Output) -> Delta:
+        """Take one more token; the Delta is complete when the answer ends with it. Raises the error of its request."""
+        if output.error is not None or output.token is None:
+            raise output.error or TsqpError("a request ended without a word")
+        token, finish_reason, piece = output.token, output.finish_reason, ""
         if finish_reason != "stop":  # the end token is not part of the answer
             self._tokens.append(token)
             piece = self._text.push(token)
