@@ -242,7 +242,12 @@ class Engine:
     def run(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass; the passes of several threads take turns. Raises InputError in a forked process."""
         self._refuse_fork()
-        with self._one_at_a_time, torch.inference_mode():
+        with self._one_at_a_time:
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch[Any]) -> torch.Tensor:
+        """One forward pass, for who has the turn."""
+        with torch.inference_mode():
             return run(self.decoder.forward(batch))
 
     def _step(self) -> list[Output]:
@@ -276,8 +281,7 @@ class Engine:
             first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
         )
         start = time.perf_counter()
-        with torch.inference_mode():
-            logits = run(self.decoder.forward(batch))
+        logits = self._forward(batch)
         rows = prefilled or [1] * len(decoding)
         self.stats.passed(start, time.perf_counter(), rows, prefill=bool(prefilled))
         sampled = [request for request in shares if not request.rest]
