@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.trusted.engine.fakes import CONTEXT, GROW, SIZE, VOCABULARY, FakeCache, FakeDecoder, alone, fake_engine
 from tsqp.errors import InputError, NumericError, PadsExhausted, PromptError, QueueFull, WorkerLost
 from tsqp.trusted.engine.caller import Caller
-from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.engine.engine import Engine, _finite_rows
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -267,6 +267,15 @@ def test_an_error_of_one_request_ends_this_one_alone() -> None:
         (ValueError, None, "error"),
     ]
     assert engine.counts().ended == {"stop": 0, "length": 1, "abort": 0, "error": 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 7, VOCABULARY - 1])
+def test_one_logit_that_is_no_number_is_found_in_its_own_row(bad: float, place: int) -> None:
+    logits = torch.randn(3, VOCABULARY)
+    logits[1, place] = bad
+    assert _finite_rows(logits) == [True, False, True]
+    assert _finite_rows(logits[:0]) == []
 
 
 def test_an_interruption_between_a_pass_and_its_tokens_loses_none() -> None:
