@@ -49,7 +49,8 @@ def test_public_names_are_exactly_these() -> None:
 
     configs = {"ComputeConfig", "GuardConfig", "WorkerConfig"}
     params = {"SamplingParams", "StructuredOutputsParams"}
-    assert set(tsqp.__all__) == {"LLM", "Completion", *params, "TsqpError", "__version__", *configs}
+    answers = {"AsyncAnswer", "AsyncLLM", "Completion", "Delta", "LLM", "Limits", *params}
+    assert set(tsqp.__all__) == {*answers, "TsqpError", "__version__", *configs}
     assert all(hasattr(tsqp, name) for name in tsqp.__all__)
     with pytest.raises(AttributeError):
         tsqp.nothing  # noqa: B018

@@ -184,7 +184,7 @@ def test_an_answer_is_what_names_the_call_and_is_short_and_done(data: st.DataObj
         del packet[data.draw(st.integers(1, len(packet))) :]
     if data.draw(st.booleans()):
         packet[data.draw(st.integers(0, len(packet) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    good = packet[:14] == answer(number, b"") and len(packet) <= SHORT_ANSWER and names_the_call(packet[14:])
+    good = packet[:14] == answer(number, b"") and len(packet) <= SHORT_ANSWER and names_the_call(bytes(packet[14:]))
     with connected() as caller:
         caller.peer.send(packet)
         assert caller.call(number) == (ANSWERED if good else UNUSUAL, bytes(packet))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tsqp.errors import TsqpError
 from tsqp.trusted.engine.logprobs import TokenLogprobs
+from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream
 
 
@@ -47,9 +49,11 @@ class Answer:
         self._tokens: list[int] = []
         self._logprobs = logprobs
 
-    def extend(self, token: int, finish_reason: str | None) -> Delta:
-        """Take one more token; the Delta is complete when the answer ends with it."""
-        piece, logprobs = "", None
+    def extend(self, output: Output) -> Delta:
+        """Take one more token; the Delta is complete when the answer ends with it. Raises the error of its request."""
+        if output.error is not None or output.token is None:
+            raise output.error or TsqpError("a request ended without a word")
+        token, finish_reason, piece, logprobs = output.token, output.finish_reason, "", None
         if finish_reason != "stop":  # the end token is not part of the answer
             logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
             self._tokens.append(token)

@@ -183,13 +183,17 @@ class CompiledKernels(TorchKernels):
         q: torch.Tensor,
         spans: Sequence[SequenceRows[KVCache]],
     ) -> None:
-        if any(span.rows > 1 for span in spans):
-            return super().store(layer, queries, keys, values, cos, sin, q, spans)
-        for span in spans:
+        several = [span for span in spans if span.rows > 1]
+        if several:
+            super().store(layer, queries, keys, values, cos, sin, q, several)
+        ones = [span for span in spans if span.rows == 1]
+        if not ones:
+            return
+        for span in ones:
             k, _ = span.cache.reserve(layer, span.end)
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
-        table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in spans], np.int64)
-        return self.store_rows(queries, keys, values, cos, sin, q, k, table)
+        table = np.array([(span.first, *span.cache.memory(layer), span.position) for span in ones], np.int64)
+        self.store_rows(queries, keys, values, cos, sin, q, k, table)
 
     def store_rows(
         self,
