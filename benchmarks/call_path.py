@@ -39,7 +39,10 @@ from tsqp.wire.transport import new_shm_address
 
 TOKENS = 64
 SHM = "tsqp.wire.transport.shm"
-WHOLE = {"the whole step": "tsqp.trusted.engine.engine:Engine.run", "waiting": f"{SHM}.channel:ShmChannel._receive"}
+WHOLE = {
+    "the whole step": "tsqp.trusted.engine.engine:Engine._forward",
+    "waiting": f"{SHM}.channel:ShmChannel._receive",
+}
 PIECES = {
     "norm": "tsqp.model.kernels:CompiledKernels.rms_norm",
     "residual and norm": "tsqp.model.kernels:CompiledKernels.add_rms_norm",

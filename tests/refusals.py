@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.rules import CONFLICTS, UNUSED, Conflict, Unused
 from tsqp.wire.transport.keys import create_keys
 
@@ -40,6 +40,7 @@ BAD_VALUES: list[tuple[str, Any, str | None]] = [
     ("compute.dtype", "int4", None),
     ("compute.wire_dtype", "int4", None),
     ("compute.kv_dtype", "int4", None),
+    ("compute.kv_memory", 0, "0"),
     ("compute.prefill_chunk", 0, "0"),
     ("compute.micro_batches", 0, "0"),
     ("compute.threads", 0, "0"),
@@ -134,6 +135,10 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
+        (
+            RunConfig(protection="open", compute=ComputeConfig("layer", kv_memory=1 << 30)),
+            ("--partition", "layer", "--kv-memory", "1GiB"),
+        ),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (
             RunConfig(protection="open", worker=WorkerConfig(AWAY, server_key=theirs)),

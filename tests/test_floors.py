@@ -48,7 +48,9 @@ def test_public_names_are_exactly_these() -> None:
     import tsqp
 
     configs = {"ComputeConfig", "GuardConfig", "WorkerConfig"}
-    assert set(tsqp.__all__) == {"LLM", "Completion", "SamplingParams", "TsqpError", "__version__", *configs}
+    params = {"SamplingParams", "StructuredOutputsParams"}
+    answers = {"AsyncAnswer", "AsyncLLM", "Completion", "Delta", "LLM", "Limits", *params}
+    assert set(tsqp.__all__) == {*answers, "TsqpError", "__version__", *configs}
     assert all(hasattr(tsqp, name) for name in tsqp.__all__)
     with pytest.raises(AttributeError):
         tsqp.nothing  # noqa: B018

@@ -6,6 +6,7 @@
     ├── InputError                the caller asked for something that cannot be done
     │   ├── OptionError           an unknown or unsupported option value
     │   └── PromptError           empty, or longer than the context
+    ├── QueueFull                 as many requests wait as may wait; another time there may be room
     ├── CheckpointError
     │   ├── CheckpointNotFound
     │   ├── CorruptCheckpoint
@@ -92,6 +93,10 @@ class OptionError(InputError):
 
 class PromptError(InputError):
     """An empty prompt, or one longer than the context."""
+
+
+class QueueFull(TsqpError):
+    """As many requests wait as may wait. Nothing was begun; the same request may be asked again later."""
 
 
 class CheckpointError(TsqpError):

@@ -194,9 +194,15 @@ def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) ->
         stats = llm.stats.as_dict()
         assert stats["pads_missed"] == 0
         assert stats["pads_drained_s"] == float(str(stats["pads_ready"])) / float(str(stats["tokens_per_s"]))
+        assert llm.guard is not None
+        assert llm.guard.filler is not None
+        llm.guard.filler.fill()
         sent = llm.stats.rpc_calls
-        with pytest.raises(PadsExhausted, match=r"32 of the 33 tokens asked for: raise guard\.pads_ahead"):
-            llm.generate([random_tokens(20), random_tokens(13)])
+        # What is left of a block comes on top of the 32: never more than 47 are free.
+        with pytest.raises(PadsExhausted, match="of the 18 tokens that prompt and answer may have"):
+            llm.generate([random_tokens(30), random_tokens(18)], SamplingParams(max_tokens=1))
+        with pytest.raises(PadsExhausted, match="of the 48 tokens"):
+            llm.generate(random_tokens(30), SamplingParams(max_tokens=19))
         with pytest.raises(PadsExhausted, match=r"guard\.warm_pads, guard\.pads_ahead, guard\.pad_memory"):
             llm.logits(random_tokens(200))
         assert llm.stats.rpc_calls == sent

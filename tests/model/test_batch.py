@@ -79,3 +79,25 @@ def test_advancing_moves_every_cache_by_its_own_tokens(sequences: list[tuple[int
     batch = batch_of(sequences)
     batch.advance()
     assert [cache.length for cache in batch.caches] == [held + new for held, new in sequences]
+
+
+@given(SEQUENCES, st.lists(st.tuples(st.booleans(), st.integers(0, 25)), min_size=5, max_size=5), st.integers(1, 20))
+def test_rows_are_of_the_kind_that_the_batch_says(
+    sequences: list[tuple[int, int]], said: list[tuple[bool, int]], max_rows: int
+) -> None:
+    """A row from the first decode step on is one, alone in its part; logits are those of the sampled sequences."""
+    whole = batch_of(sequences)
+    sampled, firsts = [wanted for wanted, _ in said[: len(sequences)]], [first for _, first in said[: len(sequences)]]
+    batch = Batch(whole.tokens, whole.caches, sampled=sampled, first_steps=firsts)
+    found, ends = [], []
+    for chunk in batch.chunks(max_rows):
+        for part in chunk.split(2):
+            rows = rows_of(part, list(batch.caches))
+            found += rows
+            ends += [rows[row] for row in part.last_rows()]
+            for span in part.spans:
+                index = next(number for number, cache in enumerate(batch.caches) if cache is span.cache)
+                assert span.alone == (span.position >= firsts[index])
+                assert span.rows == 1 or span.end <= firsts[index]
+    assert found == all_rows(sequences)
+    assert ends == [(index, held + new - 1) for index, (held, new) in enumerate(sequences) if sampled[index]]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,10 +101,12 @@ def outputs(
     parts: int = 1,
     count: int = 1,
     out_dtype: torch.dtype = torch.float32,
+    first_steps: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
     """Attention of every row, (n, heads, d) for each sequence.
 
     ``passes`` has the new rows of each sequence in each forward pass, 0 for one that does not take part.
+    ``first_steps``: see Batch.
     """
     heads, _, head_dim = sequences[0].q.shape
     dtype = sequences[0].k.dtype
@@ -121,11 +124,14 @@ def outputs(
     with threads(count, attention):
         for rows in passes:
             present = [index for index, n in enumerate(rows) if n]
-            batch = Batch([[0] * rows[index] for index in present], [caches[index] for index in present])
+            firsts = None if first_steps is None else [first_steps[index] for index in present]
+            batch = Batch(
+                [[0] * rows[index] for index in present], [caches[index] for index in present], first_steps=firsts
+            )
             for chunk in batch.chunks(max_rows):
                 for part in chunk.split(parts):
                     q = torch.empty(heads, part.rows, head_dim, dtype=query_dtype(dtype))
-                    for span in part.spans:
+                    for span in part.spans:  # all keys before any attention
                         one = sequences[next(i for i in present if caches[i] is span.cache)]
                         at = slice(span.position, span.end)
                         held = span.cache.reserve(0, span.end) + (span.cache.scales(0) if one.scales else ())
@@ -162,6 +168,22 @@ def test_a_decode_step_over_several_parts_is_the_formula(dtype: torch.dtype, win
     one = sequence(length, (4, 2, 16), dtype, 1)
     (ours,) = outputs([one], [(length - 1,), (1,)], window)
     torch.testing.assert_close(ours[-1].double(), reference(one, window)[-1], rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), shape=st.sampled_from(SHAPES), length=LENGTHS, steps=st.integers(1, 40))
+def test_rows_of_an_answer_are_decode_steps_however_many_a_pass_has(
+    dtype: torch.dtype, data: st.DataObject, shape: tuple[int, int, int], length: int, steps: int
+) -> None:
+    """A prompt in parts, one of them a single row, and an answer computed again in one pass: the same bits."""
+    one = sequence(length + steps, shape, dtype, 3)
+    (expected,) = outputs([one], [(length,), *[(1,)] * steps], None)
+    edges = sorted(data.draw(st.sets(st.integers(1, length + steps - 1), max_size=4), label="edges"))
+    passes = [(end - start,) for start, end in pairwise([0, *edges, length + steps])]
+    max_rows, parts = data.draw(st.sampled_from([(10_000, 1), (50, 1), (10_000, 3)]), label="chunks")
+    (ours,) = outputs([one], passes, None, max_rows=max_rows, parts=parts, first_steps=[length])
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,15 +51,66 @@ def test_one_layer_does_not_grow_another() -> None:
 
 
 @given(st.integers(1, 5_000))
-def test_growth_is_by_doubling_and_ends_at_the_context(needed: int) -> None:
+def test_growth_is_by_many_positions_and_ends_at_the_context(needed: int) -> None:
     """Decode is one row at a time: without room ahead every token would copy the whole cache."""
     context = 1_000
     cache = KVCache(replace(CONFIG, max_positions=context), torch.float32)
     capacity = cache.reserve(0, needed)[0].shape[1]
-    assert capacity == max(needed, min(needed + GROW_ROWS, context))
+    assert needed <= capacity < needed + GROW_ROWS
+    assert capacity % GROW_ROWS == 0 or capacity == max(needed, context)
     grown = cache.reserve(0, capacity + 1)[0].shape[1]
-    assert grown == max(capacity + 1, min(max(capacity + 1 + GROW_ROWS, 2 * capacity), context))
+    assert grown > capacity
     assert cache.reserve(0, 1)[0].shape[1] == grown, "it never shrinks"
+
+
+@given(st.integers(1, 1_500), st.integers(1, 1_500), st.sampled_from([torch.bfloat16, torch.int8]))
+def test_bytes_are_those_of_the_memory_that_will_be_there(first: int, second: int, dtype: torch.dtype) -> None:
+    cache = KVCache(replace(CONFIG, max_positions=1_000), dtype)
+    for end in (first, second):
+        expected = cache.bytes_for(end)
+        held = [(*cache.reserve(layer, end), *cache.scales(layer)) for layer in range(CONFIG.num_layers)]
+        assert expected == cache.bytes_for(0) == sum(one.nbytes for layer in held for one in layer)
+
+
+def test_a_copy_holds_the_beginning_and_is_independent() -> None:
+    cache = KVCache(CONFIG, torch.float32)
+    for layer in range(CONFIG.num_layers):
+        write(cache, layer, 0, 300)
+    cache.advance(300)
+    twin = cache.copied(7)
+    assert (twin.length, cache.length) == (7, 300)
+    for layer in range(CONFIG.num_layers):
+        assert torch.equal(twin.view(layer, 0, 7)[0], cache.view(layer, 0, 7)[0])
+        assert torch.equal(twin.view(layer, 0, 7)[1], cache.view(layer, 0, 7)[1])
+        assert twin.memory(layer)[0] == twin.view(layer, 0, 7)[0].data_ptr() != cache.memory(layer)[0]
+        write(twin, layer, 3, 9)
+        assert cache.view(layer, 0, 300)[0][0, :, 0].tolist() == [row + 10_000 * layer for row in range(300)]
+    assert twin.bytes_for(0) < cache.bytes_for(0)
+
+
+def test_a_copy_has_scales_of_its_own() -> None:
+    cache = KVCache(CONFIG, torch.int8)
+    for layer in range(CONFIG.num_layers):
+        for held in (*cache.reserve(layer, 300), *cache.scales(layer)):
+            held.fill_(3 + layer)
+    cache.advance(300)
+    twin = cache.copied(7)
+    for layer in range(CONFIG.num_layers):
+        for held in (*twin.view(layer, 0, 7), *(scales[:, :7] for scales in twin.scales(layer))):
+            assert (held == 3 + layer).all()
+            held.fill_(1)
+        assert list(twin.memory(layer)[3:]) == [scales.data_ptr() for scales in twin.scales(layer)]
+        assert all((scales == 3 + layer).all() for scales in cache.scales(layer))
+
+
+def test_what_was_cut_off_is_written_again() -> None:
+    cache = KVCache(CONFIG, torch.float32)
+    write(cache, 0, 0, 10)
+    cache.advance(10)
+    cache.truncate(20)
+    assert cache.length == 10
+    cache.truncate(4)
+    assert cache.length == 4
 
 
 def test_length_is_what_was_advanced_by_not_what_was_reserved() -> None:

@@ -187,6 +187,31 @@ def test_a_row_that_is_not_finite_has_a_scale_that_is_not_either(bad: float) -> 
         assert scales[1:, :3].isfinite().all()
 
 
+@few
+@given(counts=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_store_of_decode_steps_and_prompts_together(counts: list[int], seed: int) -> None:
+    """Sequences with one row and with several, and one sequence in two parts, the second of which grows its cache."""
+    config = open_checkpoint("synthetic:tiny").config
+    total = sum(counts) + 2
+    x, v = (random(total, config.kv_size, seed=seed + i, dtype=torch.float32) for i in (0, 1))
+    cos, sin = (random(total, config.head_dim, seed=seed + i, dtype=torch.float32) for i in (2, 3))
+    y = random(total, config.q_size, seed=seed + 4, dtype=torch.float32)
+    found = []
+    for kernels in (COMPILED, PLAIN):
+        caches = [KVCache(config, torch.float32) for _ in counts]
+        firsts = [sum(counts[:index]) for index in range(len(counts))]
+        spans = [SequenceRows(*it, last=True) for it in zip(caches, counts, firsts, counts, strict=True)]
+        spans += [SequenceRows(caches[0], 2 * counts[0] + i, total - 2 + i, 1, last=True, step=True) for i in (0, 1)]
+        for cache in caches:
+            cache.reserve(1, 1)[0].zero_()
+        q = torch.empty(config.num_heads, total, config.head_dim)
+        kernels.store(1, Heads(y, 0), Heads(x, 0), Heads(v, 0), cos, sin, q, spans)
+        held = [torch.stack(cache.view(1, n, 2 * n)) for cache, n in zip(caches, counts, strict=True)]
+        found.append([q, *held, torch.stack(caches[0].view(1, 2 * counts[0], 2 * counts[0] + 2))])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-6)
+
+
 def test_the_choice_of_kernels() -> None:
     assert isinstance(pick_kernels(torch.bfloat16), CompiledKernels)
     assert isinstance(pick_kernels(torch.bfloat16, compiled=False), TorchKernels)

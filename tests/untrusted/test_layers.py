@@ -15,6 +15,7 @@ from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, arrival
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
+from tsqp.model.batch import Batch
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
@@ -179,9 +180,11 @@ def test_a_worker_that_lost_the_cache_is_reported(monkeypatch: pytest.MonkeyPatc
             list(stream)
 
 
-def test_too_many_prompts_at_once_are_refused_before_anything_is_sent(start_worker: StartWorker) -> None:
+def test_a_pass_has_no_more_sequences_than_the_protocol_allows(start_worker: StartWorker) -> None:
     directory = str(tiny_model("llama").directory)
     with at_layer(directory, start_worker(directory)) as llm:
+        engine = llm.engine
         with pytest.raises(InputError, match="65 prompts"):
-            llm.generate([[1]] * 65)
-        assert len(llm.generate([[1]] * 64, SamplingParams(max_tokens=2))) == 64
+            engine.run(Batch([[1]] * 65, [engine.decoder.new_cache() for _ in range(65)]))
+        answers = llm.generate([[1]] * 65, SamplingParams(max_tokens=2))  # one waits until another has ended
+        assert [answer.token_ids for answer in answers] == [answers[0].token_ids] * 65

@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tsqp.errors import TsqpError
+from tsqp.trusted.engine.logprobs import TokenLogprobs
+from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt. ``finish_reason`` is ``stop`` or ``length``."""
+    """The answer to one prompt. ``finish_reason`` is ``stop`` or ``length``.
+
+    ``logprobs``: one entry for each of ``token_ids``; None unless they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that became certain while generating; the last one carries the whole answer."""
+    """Text that became certain while generating; the last one carries the whole answer.
+
+    ``logprobs``: of the token that was taken, where they were asked for; the text may be that of other tokens.
+    """
 
     text: str
     completion: Completion | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Answer:
-    """The text and tokens of one answer under way."""
+    """The text and tokens of one answer under way.
 
-    def __init__(self, prompt: list[int], text: TextStream) -> None:
+    ``logprobs``: the sampler's list, which has an entry for each token that comes; None where there are none.
+    """
+
+    def __init__(self, prompt: list[int], text: TextStream, logprobs: Sequence[TokenLogprobs] | None = None) -> None:
         self.prompt = prompt
         self._text = text
         self._tokens: list[int] = []
+        self._logprobs = logprobs
 
-    def extend(self, token: int, finish_reason: str | None) -> Delta:
-        """Take one more token; the Delta is complete when the answer ends with it."""
-        piece = ""
+    def extend(self, output: Output) -> Delta:
+        """Take one more token; the Delta is complete when the answer ends with it. Raises the error of its request."""
+        if output.error is not None or output.token is None:
+            raise output.error or TsqpError("a request ended without a word")
+        token, finish_reason, piece, logprobs = output.token, output.finish_reason, "", None
         if finish_reason != "stop":  # the end token is not part of the answer
+            logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
             self._tokens.append(token)
             piece = self._text.push(token)
         if self._text.stopped:
             finish_reason = "stop"
         if finish_reason is None:
-            return Delta(piece)
+            return Delta(piece, logprobs=logprobs)
         piece += self._text.finish()
-        completion = Completion(self._text.text, tuple(self._tokens), finish_reason, tuple(self.prompt))
-        return Delta(piece, completion)
+        tokens = tuple(self._tokens)
+        every = None if self._logprobs is None else tuple(self._logprobs[: len(tokens)])
+        completion = Completion(self._text.text, tokens, finish_reason, tuple(self.prompt), every)
+        return Delta(piece, completion, logprobs)

@@ -31,7 +31,7 @@ def fitting_arena(worker: int | None) -> int:
 
     Raises AddressError where the limits leave next to nothing.
     """
-    size = min([ARENA_BYTES, *(left // SHARE for left in _left(worker))])
+    size = min([ARENA_BYTES, *(left // SHARE for left in limits_left(worker))])
     if size < LEAST_BYTES:
         raise AddressError(
             f"limits on memory leave {max(0, size)} bytes to share with the worker: raise the limits (ulimit -v), or "
@@ -41,7 +41,7 @@ def fitting_arena(worker: int | None) -> int:
     return size >> 20 << 20
 
 
-def _left(worker: int | None) -> Iterator[int]:
+def limits_left(worker: int | None) -> Iterator[int]:
     """What each limit leaves, to this process and to its worker, which has inherited the limits."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:

@@ -9,6 +9,8 @@ from typing import Literal, cast
 
 import torch
 
+from tsqp.api.kv_memory import fitting_kv_memory
+from tsqp.api.pads import pool_targets
 from tsqp.api.plan import Plan
 from tsqp.api.rules import check_heads
 from tsqp.checkpoint.base import Checkpoint
@@ -25,10 +27,12 @@ from tsqp.model.weights import ModelWeights
 from tsqp.trusted.decode_step import DecodeStep, Model
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
-from tsqp.trusted.filler import PadFiller, targets
+from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.sources import DealerPadSource, LocalPadSource
 from tsqp.trusted.metered import MeteredLinears, MeteredPool
+from tsqp.trusted.pad_reserve import PadReserve
 from tsqp.trusted.private import Guard, PrivateModel, compile_loops, load_private_model
 from tsqp.trusted.remote.attention import OpenAttention
 from tsqp.trusted.remote.embedding import OpenEmbedding
@@ -49,12 +53,19 @@ class Placement:
     attention: Attention
 
 
-def build_local_engine(checkpoint: Checkpoint, plan: Plan, eos_token_ids: tuple[int, ...], stats: Stats) -> Engine:
+def build_local_engine(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    eos_token_ids: tuple[int, ...],
+    stats: Stats,
+    limits: Limits | None = None,
+) -> Engine:
     """Everything on the trusted side."""
     weights = ModelWeights.load(checkpoint, cast(PlainDtype, plan.linear_dtype), torch.device("cpu"))
     embedding, linears = LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats)
     placement = Placement(embedding, linears, _attention(checkpoint, plan, stats))
-    return Engine(_decoder(checkpoint, plan, placement, stats, weights.norms), eos_token_ids, stats)
+    decoder = _decoder(checkpoint, plan, placement, stats, weights.norms)
+    return Engine(decoder, eos_token_ids, stats, limits=limits, kv_memory=_kv_memory(plan))
 
 
 def build_split_engine(
@@ -64,6 +75,7 @@ def build_split_engine(
     dial: Callable[[], Channel],
     eos_token_ids: tuple[int, ...],
     stats: Stats,
+    limits: Limits | None = None,
 ) -> tuple[Engine, WorkerSession]:
     """What ``partition`` names on the worker that ``dial`` connects to, the rest here; and the session with it.
 
@@ -81,13 +93,15 @@ def build_split_engine(
         path=numeric_path(plan.linear_dtype),
     )
     if partition.whole_layers:
-        return Engine(LayerDecoder(session, max_rows=plan.run.compute.prefill_chunk), eos_token_ids, stats), session
+        remote = LayerDecoder(session, max_rows=plan.run.compute.prefill_chunk)
+        return Engine(remote, eos_token_ids, stats, limits=limits), session
     placement = Placement(
         OpenEmbedding(session) if table is None else LocalEmbedding(table, stats),
         OpenLinears(session, split=partition.split_groups),
         OpenAttention(session) if partition.remote_attention else _attention(checkpoint, plan, stats),
     )
-    return Engine(_decoder(checkpoint, plan, placement, stats), eos_token_ids, stats), session
+    decoder = _decoder(checkpoint, plan, placement, stats)
+    return Engine(decoder, eos_token_ids, stats, limits=limits, kv_memory=_kv_memory(plan)), session
 
 
 def build_private_engine(
@@ -97,6 +111,7 @@ def build_private_engine(
     dial_dealer: Callable[[], Channel] | None,
     eos_token_ids: tuple[int, ...],
     stats: Stats,
+    limits: Limits | None = None,
 ) -> tuple[Engine, WorkerSession, Guard]:
     """Linear layers on the worker that ``dial`` connects to, each product checked, the inputs masked where asked for.
 
@@ -123,7 +138,18 @@ def build_private_engine(
         if plan.run.guard.compiled_step:
             step = DecodeStep.of(Model(checkpoint.config, norms, attention, kept), guard.linears, worker)
             guard = replace(guard, step=step)
-        engine = Engine(_decoder(checkpoint, plan, placement, stats, norms, step), eos_token_ids, stats)
+        reserve = None
+        if guard.filler is not None and plan.run.guard.pads_empty == "refuse":
+            reserve = PadReserve(guard.filler)
+        engine = Engine(
+            _decoder(checkpoint, plan, placement, stats, norms, step),
+            eos_token_ids,
+            stats,
+            limits=limits,
+            kv_memory=_kv_memory(plan),
+            same_bits=True,
+            pads=reserve,
+        )
         opened.pop_all()
     stats.guard = guard.report
     if guard.filler is not None:
@@ -167,7 +193,7 @@ def _open_guard(
             dealer = session(dial_dealer, Stats(), "dealer")
         source = LocalPadSource() if dealer is None else DealerPadSource(dealer)
         pool = MeteredPool(model.groups, source, stats, wait=options.pads_empty == "wait")
-        filler = PadFiller(pool, targets(checkpoint.config, options.pads_ahead, options.pad_memory))
+        filler = PadFiller(pool, pool_targets(checkpoint.config, options))
         linears = MaskedLinears(worker, model.groups, pool)
     guard = Guard(linears, options.checks, model.digest, filler, dealer)
     opened.callback(guard.close)
@@ -217,6 +243,11 @@ def _decoder(
         stats=stats,
         step=step,
     )
+
+
+def _kv_memory(plan: Plan) -> int:
+    """Bytes for keys and values on this side: as asked for, or what fits."""
+    return plan.run.compute.kv_memory or fitting_kv_memory()
 
 
 def _embedding_table(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:

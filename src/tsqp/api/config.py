@@ -140,6 +140,13 @@ class ComputeConfig:
         "so, else bfloat16; int8 takes half of bfloat16. "
         "Elsewhere they are in what is computed in.",
     )
+    kv_memory: int | None = _model(
+        None,
+        "The most memory for keys and values on this side: bytes, or such as 512MB or 2GB; half of what is available "
+        "when not given.",
+        variable=False,
+        size=True,
+    )
     prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)
     micro_batches: int = _model(
         1, "Parts of a chunk that cross the layers in turn: one is computed here, the others there.", variable=False

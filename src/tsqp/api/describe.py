@@ -56,5 +56,5 @@ def ahead_text(config: ModelConfig, guard: GuardConfig, ahead: int) -> str:
         return f"{ahead} tokens ahead"
     from tsqp.api.pads import pool_bytes
 
-    needed = pool_bytes(config, guard.pads_ahead)
+    needed = pool_bytes(config, guard.pads_ahead, whole_answers=guard.pads_empty == "refuse")
     return f"{ahead} of {guard.pads_ahead} tokens ahead: pads may take {guard.pad_memory} bytes of {needed}"

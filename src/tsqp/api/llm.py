@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tsqp.checkpoint.base import Checkpoint
     from tsqp.config.model import ModelConfig
     from tsqp.trusted.engine.engine import Engine
+    from tsqp.trusted.engine.limits import Limits
     from tsqp.trusted.private import Guard
     from tsqp.trusted.remote.session import WorkerSession
 
@@ -51,9 +52,10 @@ class LLM:
     pads come from. ``compute``: what is computed where, in which numbers. ``connect`` opens the channels to worker and
     dealer; another than the default may see or change all that crosses, as ``tsqp audit`` does. ``announce`` is called
     with what was asked for, checked, before anything is fetched, started or sent. ``pads_progress`` is told how far it
-    is, while ``warm_pads`` fills the pool.
+    is, while ``warm_pads`` fills the pool. ``limits``: how many requests are computed together.
 
-    Forward passes of several threads take turns, and so do several streams that are open at once.
+    Requests of several threads, and several streams that are open at once, are computed together, by whoever waits for
+    one of them. ``AsyncLLM`` is the same for asyncio.
 
     Raises InputError, CheckpointError, ChannelError, PadError. Use it as a context manager, or call ``close``.
     """
@@ -69,6 +71,7 @@ class LLM:
         connect: Connect = connect_to,
         announce: Callable[[Plan], None] | None = None,
         pads_progress: Callable[[Filling], None] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         if isinstance(worker, str):
             worker = WorkerConfig(worker)
@@ -76,6 +79,7 @@ class LLM:
         self.plan = Plan.of(run)
         self._dealer = Dealer.of(run)
         self._connect = connect
+        self._limits = limits
         self._security = client_keys(run.worker.key, run.worker.server_key)
         if announce is not None:
             announce(self.plan)
@@ -100,18 +104,19 @@ class LLM:
             try:
                 self._engine = self._build_engine(checkpoint, stack)
             except WorkerLost as error:
-                raise self._explained(error) from None
+                raise self.explained(error) from None
             if self._guard is not None and self._guard.filler is not None:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
 
                     fill(self._guard.filler, checkpoint.config, pads_progress)
                 self._guard.filler.start()
+            stack.callback(self._engine.forget)
             self._resources = stack.pop_all()
 
     @classmethod
     def of(cls, run: RunConfig, **hooks: Any) -> LLM:
-        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress."""
+        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress, limits."""
         return cls(
             run.model, protection=run.protection, worker=run.worker, guard=run.guard, compute=run.compute, **hooks
         )
@@ -139,7 +144,7 @@ class LLM:
                 arena_bytes=arena_for(address, worker.arena_bytes, self.worker_pid),
             )
         except WorkerUnreachable as error:
-            raise self._explained(error) from None
+            raise self.explained(error) from None
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool
@@ -164,25 +169,25 @@ class LLM:
         self.tokenizer = Tokenizer(checkpoint.text_format())
         ends = self.tokenizer.eos_token_ids
         if self.plan.partition is None:
-            return build_local_engine(checkpoint, self.plan, ends, self.stats)
+            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits)
         if self.plan.protection.checked:
             arena = self.plan.run.worker.arena_bytes
             dial_dealer = None if self._dealer is None else partial(self._dealer.dial, self._connect, arena)
             engine, self._session, self._guard = build_private_engine(
-                checkpoint, self.plan, self._dial, dial_dealer, ends, self.stats
+                checkpoint, self.plan, self._dial, dial_dealer, ends, self.stats, self._limits
             )
             stack.callback(self._session.close)
             stack.callback(self._guard.close)
             return engine
         engine, self._session = build_split_engine(
-            checkpoint, self.plan, self.plan.partition, self._dial, ends, self.stats
+            checkpoint, self.plan, self.plan.partition, self._dial, ends, self.stats, self._limits
         )
         stack.callback(self._session.close)
         return engine
 
     @property
     def engine(self) -> Engine:
-        """What runs forward passes: for benchmarks, which look at one pass at a time."""
+        """What runs requests, and single forward passes for benchmarks."""
         return self._engine
 
     @property
@@ -218,7 +223,7 @@ class LLM:
         raw: bool = False,
         **template_args: object,
     ) -> list[Completion]:
-        """Answer all prompts together, as one batch.
+        """Answer all prompts together.
 
         A prompt of text becomes the user's turn of the checkpoint's chat template when it has one; ``template_args``
         are variables of that template, such as ``enable_thinking=False``. No part of the prompt becomes a control
@@ -246,14 +251,38 @@ class LLM:
     ) -> Iterator[Delta]:
         """Answer a conversation piece by piece. Nothing in a message becomes a control token.
 
+        A conversation that goes on is not computed again from its beginning, while memory allows.
+
         ``template_args`` are variables of the chat template: ``tools`` and ``documents``, lists of mappings, and what
         else it knows. Raises PromptError when the checkpoint has no chat template, or when it refuses the conversation.
         """
-        yield from self.stream(self.tokenizer.encode_chat(messages, **template_args), params)
+        tokens = self.tokenizer.encode_chat(messages, **template_args)
+        for _, delta in self._run([tokens], params or SamplingParams(), False, {}, salt=""):
+            yield delta
 
     def logits(self, prompt: Prompt) -> torch.Tensor:
         """Logits after every token of a raw prompt, float32 (T, vocab_size)."""
-        return self._engine.logits(self._tokens(prompt, True, {}))
+        return self._engine.logits(self.encode(prompt, raw=True))
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, **template_args: object) -> list[int]:
+        """The tokens of a prompt, as ``generate`` takes it. Raises PromptError, OptionError."""
+        if template_args and (raw or not isinstance(prompt, str)):
+            raise OptionError(f"the prompt is not put into a chat template: leave out {', '.join(template_args)}")
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt.strip():
+            raise PromptError("the prompt is empty: give some text")
+        return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
+
+    def explained(self, error: ChannelError) -> ChannelError:
+        """A worker that was started here and ended can say how, and is nobody's to start again."""
+        worker = self._local_worker
+        if worker is None or error.side == "dealer":
+            return error  # not ours
+        words = worker.last_words()  # it may be ending: this waits a moment
+        if not worker.ended:
+            return error  # what was wrong is something else
+        return WorkerLost(f"that was started here went away: {words}", address=worker.address)
 
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. Closing twice is allowed."""
@@ -267,42 +296,41 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _tokens(self, prompt: Prompt, raw: bool, template_args: Mapping[str, object]) -> list[int]:
-        if template_args and (raw or not isinstance(prompt, str)):
-            raise OptionError(f"the prompt is not put into a chat template: leave out {', '.join(template_args)}")
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if not prompt.strip():
-            raise PromptError("the prompt is empty: give some text")
-        return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
-
     def _run(
-        self, prompts: Sequence[Prompt], params: SamplingParams, raw: bool, template_args: Mapping[str, object]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        raw: bool,
+        template_args: Mapping[str, object],
+        *,
+        salt: str | None = None,
     ) -> Iterator[tuple[int, Delta]]:
+        """The pieces of every answer, each with the index of its prompt; ``salt``: see ``Engine.add_request``."""
+        from tsqp.trusted.engine.caller import Caller
+        from tsqp.trusted.engine.sampling import Sampler
+
+        vocab_size, form = self.config.vocab_size, params.structured_outputs
+        params.check_vocabulary(vocab_size)
+        grammar = None if form is None else self.tokenizer.grammar(form, vocab_size)
+        samplers = [Sampler(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
         answers = [
-            Answer(self._tokens(prompt, raw, template_args), TextStream(self.tokenizer, params.stop))
-            for prompt in prompts
+            Answer(
+                self.encode(prompt, raw=raw, **template_args),
+                TextStream(self.tokenizer, params.stop),
+                None if params.logprobs is None else sampler.logprobs,
+            )
+            for prompt, sampler in zip(prompts, samplers, strict=True)
         ]
-        if self._guard is not None and self._guard.filler is not None:
-            from tsqp.api.pads import check_prompts
-
-            check_prompts(sum(len(answer.prompt) for answer in answers), self.plan.run.guard, self._guard.filler)
+        for answer in answers:
+            self._engine.check_prompt(answer.prompt)
         try:
-            generation = self._engine.generate([answer.prompt for answer in answers], params)
-            for new in generation:
-                delta = answers[new.sequence].extend(new.token, new.finish_reason)
-                if delta.completion is not None:
-                    generation.stop(new.sequence)
-                yield new.sequence, delta
+            with Caller(self._engine) as caller:
+                for answer, sampler in zip(answers, samplers, strict=True):
+                    caller.add(answer.prompt, params, salt=salt, sampler=sampler)
+                for index, output in caller:
+                    delta = answers[index].extend(output)
+                    if delta.completion is not None:
+                        caller.stop(output)
+                    yield index, delta
         except WorkerLost as error:
-            raise self._explained(error) from None
-
-    def _explained(self, error: ChannelError) -> ChannelError:
-        """A worker that was started here and ended can say how, and is nobody's to start again."""
-        worker = self._local_worker
-        if worker is None or error.side == "dealer":
-            return error  # not ours
-        words = worker.last_words()  # it may be ending: this waits a moment
-        if not worker.ended:
-            return error  # what was wrong is something else
-        return WorkerLost(f"that was started here went away: {words}", address=worker.address)
+            raise self.explained(error) from None

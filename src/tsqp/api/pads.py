@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from tsqp.api.config import GuardConfig
-from tsqp.config.groups import linear_groups
+from tsqp.config.groups import GroupKey, linear_groups
 from tsqp.config.model import ModelConfig
-from tsqp.errors import OptionError, PadsExhausted
+from tsqp.errors import OptionError
 
 if TYPE_CHECKING:
     from tsqp.trusted.filler import PadFiller
@@ -36,19 +36,28 @@ def row_bytes(config: ModelConfig, *, answer: bool) -> int:
     return 4 * (config.num_layers * layer + (head.out_features if answer else 0))
 
 
-def pool_bytes(config: ModelConfig, tokens: int) -> int:
-    """Memory of a pool that holds pads for ``tokens`` tokens."""
+def pool_bytes(config: ModelConfig, tokens: int, *, whole_answers: bool = False) -> int:
+    """Memory of a pool that holds pads for ``tokens`` tokens; of answers too, for ``whole_answers``."""
     from tsqp.arith.expand import BLOCK_ROWS
     from tsqp.trusted.filler import held_bytes
 
-    return held_bytes(config, -(-tokens // BLOCK_ROWS))
+    return held_bytes(config, -(-tokens // BLOCK_ROWS), whole_answers=whole_answers)
+
+
+def pool_targets(config: ModelConfig, options: GuardConfig) -> dict[GroupKey, int]:
+    """Blocks to keep ready of each group.
+
+    A run that refuses to make missing pads has to know of each answer that its pads are there.
+    """
+    from tsqp.trusted.filler import targets
+
+    whole_answers = options.pads_empty == "refuse"
+    return targets(config, options.pads_ahead, options.pad_memory, whole_answers=whole_answers)
 
 
 def check_pool(config: ModelConfig, options: GuardConfig) -> None:
     """Raises OptionError for a pool that stays empty in a run that does not wait for pads."""
-    from tsqp.trusted.filler import targets
-
-    if options.pads_empty == "refuse" and not any(targets(config, options.pads_ahead, options.pad_memory).values()):
+    if options.pads_empty == "refuse" and not any(pool_targets(config, options).values()):
         raise OptionError(
             f"guard.pads_empty is refuse, and the pool can hold no pads: give 1 or more as guard.pads_ahead and "
             f"{pool_bytes(config, 1)} or more as guard.pad_memory, or choose wait",
@@ -56,20 +65,12 @@ def check_pool(config: ModelConfig, options: GuardConfig) -> None:
         )
 
 
-def check_prompts(tokens: int, options: GuardConfig, filler: PadFiller) -> None:
-    """Raises PadsExhausted for prompts of more tokens than the pool has pads for, in a run that does not wait."""
-    if options.pads_empty == "refuse" and tokens > filler.ahead:
-        raise PadsExhausted(
-            f"guard.pads_empty is refuse, and the pool holds pads for {filler.ahead} of the {tokens} tokens asked for: "
-            "raise guard.pads_ahead or guard.pad_memory, or choose wait",
-            fields=FIELDS,
-        )
-
-
 def fill(filler: PadFiller, config: ModelConfig, progress: FillingProgress | None) -> None:
     """Fill the pool now, and report it from the first block to the last. Raises every error of the pads' source."""
-    tokens, wanted = filler.ahead, sum(filler.blocks.values())
-    size = pool_bytes(config, tokens)
+    from tsqp.trusted.filler import block_bytes
+
+    tokens, wanted, groups = filler.ahead, sum(filler.blocks.values()), linear_groups(config)
+    size = sum(count * block_bytes(groups[key[0]].out_features) for key, count in filler.blocks.items())
 
     def report(ready: int, wanted: int) -> None:
         if progress is not None:

@@ -110,6 +110,7 @@ VALUES = {
     "compute.dtype": one_of(get_args(AskedDtype)),
     "compute.wire_dtype": Value(", ".join(WIRE_DTYPES), lambda dtype: dtype is None or dtype in WIRE_DTYPES),
     "compute.kv_dtype": Value(", ".join(PRIVATE_KV_DTYPES), lambda dtype: dtype is None or dtype in PRIVATE_KV_DTYPES),
+    "compute.kv_memory": Value("1 or more bytes", lambda size: size is None or size >= 1),
     "compute.prefill_chunk": at_least(1, "tokens"),
     "compute.micro_batches": at_least(1, "parts"),
     "compute.threads": Value("1 or more", lambda threads: threads is None or threads >= 1),
@@ -182,6 +183,11 @@ UNUSED = (
 
 
 CONFLICTS = (
+    Conflict(
+        "at partition layer the worker keeps keys and values: leave out compute.kv_memory",
+        ("compute.kv_memory",),
+        lambda run: run.compute.partition == "layer" and run.compute.kv_memory is not None,
+    ),
     Conflict(
         "guard.warm_pads fills a pool that 0 of guard.pads_ahead keeps empty: leave out one of them",
         ("guard.warm_pads", "guard.pads_ahead"),

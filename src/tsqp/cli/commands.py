@@ -16,6 +16,7 @@ from tsqp.api.trace_file import check_output
 from tsqp.cli.audit import audit_app
 from tsqp.cli.bench import bench_app
 from tsqp.cli.evaluate import eval_app
+from tsqp.cli.form import FormOptions, with_form
 from tsqp.cli.help_groups import OUTPUT, TEXT
 from tsqp.cli.open_llm import open_llm
 from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, settle
@@ -66,6 +67,7 @@ def generate(
     template_arg: TemplateArgs = (),
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    form: FormOptions = FormOptions(),
     output: OutputOptions = OutputOptions(),
 ) -> None:
     """Answer one prompt, token by token.
@@ -76,7 +78,7 @@ def generate(
         The text, or - to read it from standard input. One that begins with a hyphen goes last, after --.
     """
     text = prompt_text(prompt, prompt_file, after_dashes)
-    arguments, sampling = template_args(template_arg, raw=raw), readable(sampling)
+    arguments, sampling = template_args(template_arg, raw=raw), with_form(readable(sampling), form)
     check_output("--trace", output.trace)
     with open_llm(run) as llm:
         from tsqp.api.trace_file import write_trace
@@ -120,10 +122,11 @@ def chat(
     template_arg: TemplateArgs = (),
     run: RunOptions = RunOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    form: FormOptions = FormOptions(),
     stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
 ) -> None:
     """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
-    arguments, sampling = template_args(template_arg), readable(sampling)
+    arguments, sampling = template_args(template_arg), with_form(readable(sampling), form)
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
         from tsqp.cli.chat import converse

@@ -1,6 +1,7 @@
 """From the fields of a configuration to flags and variables, and back from the fields that an error names.
 
-A field's flag is its name with hyphens, except for those in ``NAMES``; its variable is ``TSQP_`` and the same name.
+A field's flag is its name with hyphens, except for those in ``NAMES``; its variable is ``TSQP_`` and the same name. A
+field without help has no flag and keeps its default.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NAMES = {
     "arena_bytes": "--arena",
     "compiled": "--compile",
     "deadline_s": "--deadline",
+    "json": "--json-schema",
     "server_key": "--worker-key",
     "stop_token_ids": "--stop-token",
 }
@@ -45,7 +47,7 @@ def flags_of(config: type[T], **defaults: object) -> type[T]:
             made.append((one.name, section, field(default=section())))
         else:
             default = defaults.get(one.name, one.default)
-            made.append((one.name, _annotated(config, one), field(default=default)))
+            made.append((one.name, _annotated(config, one), field(default=default, hash=one.hash)))
     derived = make_dataclass(config.__name__, made, bases=(config,), frozen=True)
     derived.__module__ = config.__module__  # not one of the standard library, whose classes are values to cyclopts
     return Parameter(name="*")(derived)
@@ -75,6 +77,8 @@ def parse_size(text: str, name: str) -> int:
 def _parameter(one: Field[Any]) -> Parameter:
     """How cyclopts reads one field."""
     about = one.metadata
+    if "help" not in about:
+        return Parameter(parse=False)
     flag = NAMES.get(one.name, f"--{one.name.replace('_', '-')}")
     variables = [f"TSQP_{flag[2:].upper().replace('-', '_')}"] if about.get("variable") else []
     variables += [about["former"]] if about.get("former") else []

@@ -19,7 +19,8 @@ class SequenceRows(Generic[C]):
     """Consecutive new positions of one sequence within the flat rows of a chunk.
 
     Rows ``first`` to ``first + rows`` of the chunk are positions ``position`` onwards; ``last`` tells that the
-    sequence's final row of this pass is among them.
+    sequence's final row of this pass is among them, and that its logits are wanted. ``step``: whether this is a row of
+    a decode step; None where the batch does not say.
     """
 
     cache: C
@@ -27,6 +28,7 @@ class SequenceRows(Generic[C]):
     first: int
     rows: int
     last: bool
+    step: bool | None = None
 
     @property
     def end(self) -> int:
@@ -39,10 +41,12 @@ class SequenceRows(Generic[C]):
 
     @property
     def alone(self) -> bool:
-        """Whether its row is the only new position of its sequence in this pass, as in a decode step.
+        """Whether it is a decode step: as the batch says, or the only new position of its sequence in this pass.
 
-        A row that a chunk or a micro-batch has cut off from others of its sequence is not.
+        A row that a chunk or a micro-batch has cut off from others of its sequence is none.
         """
+        if self.step is not None:
+            return self.step
         return self.rows == 1 and self.last and self.position == self.cache.length
 
 
@@ -75,7 +79,8 @@ class Chunk(Generic[C]):
             low, high = max(first, span.first), min(end, span.first + span.rows)
             if low < high:
                 last = span.last and high == span.first + span.rows
-                spans.append(SequenceRows(span.cache, span.position + low - span.first, low - first, high - low, last))
+                position = span.position + low - span.first
+                spans.append(SequenceRows(span.cache, position, low - first, high - low, last, span.step))
         return Chunk(self.offset + first, tuple(spans))
 
     def positions(self) -> torch.Tensor:
@@ -83,17 +88,24 @@ class Chunk(Generic[C]):
         return torch.cat([torch.arange(span.position, span.end) for span in self.spans])
 
     def last_rows(self) -> list[int]:
-        """The rows that end a sequence."""
+        """The rows that end a sequence and whose logits are wanted."""
         return [span.first + span.rows - 1 for span in self.spans if span.last]
 
 
 @dataclass(frozen=True)
 class Batch(Generic[C]):
-    """The new tokens of several sequences, each with its cache. ``every_row`` asks for the logits of all rows."""
+    """The new tokens of several sequences, each with its cache. ``every_row`` asks for the logits of all rows.
+
+    ``sampled``: of which sequences the logits of the last row are wanted; of all when not given. ``first_steps``: the
+    position of each sequence from which on its rows are decode steps, however many of them a pass has; when not given,
+    a row that is alone of its sequence is one.
+    """
 
     tokens: Sequence[Sequence[int]]
     caches: Sequence[C]
     every_row: bool = False
+    sampled: Sequence[bool] | None = None
+    first_steps: Sequence[int] | None = None
 
     def flat_tokens(self) -> torch.Tensor:
         """All token ids, int64 (T,)."""
@@ -108,12 +120,13 @@ class Batch(Generic[C]):
         """The batch in chunks of at most ``max_rows`` rows, in causal order."""
         spans: list[SequenceRows[C]] = []
         offset = filled = 0
-        for tokens, cache in zip(self.tokens, self.caches, strict=True):
+        for index, (tokens, cache) in enumerate(zip(self.tokens, self.caches, strict=True)):
+            wanted = self.sampled is None or self.sampled[index]
             done = 0
             while done < len(tokens):
-                rows = min(len(tokens) - done, max_rows - filled)
-                last = done + rows == len(tokens)
-                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last))
+                rows, step = self._run(index, cache.length + done, min(len(tokens) - done, max_rows - filled))
+                last = wanted and done + rows == len(tokens)
+                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last, step))
                 done += rows
                 filled += rows
                 if filled == max_rows:
@@ -121,3 +134,10 @@ class Batch(Generic[C]):
                     offset, filled, spans = offset + filled, 0, []
         if spans:
             yield Chunk(offset, tuple(spans))
+
+    def _run(self, index: int, position: int, rows: int) -> tuple[int, bool | None]:
+        """How many of ``rows`` rows from ``position`` on are of one kind, and whether it is that of decode steps."""
+        if self.first_steps is None:
+            return rows, None
+        before = self.first_steps[index] - position
+        return (min(rows, before), False) if before > 0 else (1, True)

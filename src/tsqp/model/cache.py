@@ -6,6 +6,8 @@ Keys and values are of one float dtype, or int8 with a float32 scale for each po
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from tsqp.config.dtype import KVDtype
 from tsqp.config.model import ModelConfig
 from tsqp.wire.payload import TORCH_DTYPES
 
-GROW_ROWS = 256
+GROW_ROWS = 256  # positions that a cache grows by
 
 
 def cache_dtype(kept: KVDtype) -> torch.dtype:
@@ -39,7 +41,7 @@ def query_dtype(kept: torch.dtype) -> torch.dtype:
 
 
 class KVCache(Positions):
-    """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by doubling.
+    """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by ``GROW_ROWS``.
 
     ``length`` is the number of positions that every layer holds; a forward pass reserves and fills layer by layer and
     then calls ``advance``.
@@ -61,14 +63,12 @@ class KVCache(Positions):
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
         if end > self._keys[layer].shape[1]:
-            keys, values = self._grown(self._keys[layer], end), self._grown(self._values[layer], end)
-            self._keys[layer], self._values[layer] = keys, values
-            self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
+            self._keys[layer] = self._grown(self._keys[layer], end)
+            self._values[layer] = self._grown(self._values[layer], end)
             if self.dtype == torch.int8:
-                of_keys, of_values = (self._grown(scales, end) for scales in self._scales[layer])
-                self._scales[layer] = of_keys, of_values
-                self._memory[layer] += of_keys.data_ptr(), of_values.data_ptr()
-            self._addresses = None
+                of_keys, of_values = self._scales[layer]
+                self._scales[layer] = self._grown(of_keys, end), self._grown(of_values, end)
+            self._locate(layer)
         return self._keys[layer], self._values[layer]
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +95,49 @@ class KVCache(Positions):
             self._addresses = np.array(self._memory, np.int64)
         return self._addresses
 
+    def bytes_for(self, end: int) -> int:
+        """Memory of all layers once there is room for positions up to ``end``; a cache never shrinks."""
+        like = self._keys[0]
+        capacity = max(like.shape[1], self._capacity(end))
+        of_scales = self._scales[0][0].itemsize if self.dtype == torch.int8 else 0
+        return 2 * len(self._keys) * like.shape[0] * capacity * (like.shape[2] * like.itemsize + of_scales)
+
+    def truncate(self, length: int) -> None:
+        """Hold the first ``length`` positions only; their memory stays."""
+        self.length = min(self.length, length)
+
+    def copied(self, length: int) -> KVCache:
+        """A cache of its own with the first ``length`` positions of this one."""
+        twin = copy(self)
+        twin._keys, twin._values, twin._memory = list(self._keys), list(self._values), list(self._memory)
+        twin._scales = list(self._scales)
+        for layer in range(len(self._keys)):
+            for held in (twin._keys, twin._values):
+                held[layer] = self._grown(held[layer][:, :length], length)
+            if self.dtype == torch.int8:
+                of_keys, of_values = (self._grown(scales[:, :length], length) for scales in self._scales[layer])
+                twin._scales[layer] = of_keys, of_values
+            twin._locate(layer)
+        twin.length = length
+        return twin
+
+    def _capacity(self, needed: int) -> int:
+        """Positions that there is room for once ``needed`` are asked for."""
+        return min(-(-needed // GROW_ROWS) * GROW_ROWS, max(needed, self._max_positions))
+
+    def _locate(self, layer: int) -> None:
+        keys, values = self._keys[layer], self._values[layer]
+        self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
+        if self.dtype == torch.int8:
+            self._memory[layer] += tuple(scales.data_ptr() for scales in self._scales[layer])
+        self._addresses = None
+
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
-        capacity = min(max(needed + GROW_ROWS, 2 * old.shape[1]), max(needed, self._max_positions))
-        new = old.new_empty(old.shape[0], capacity, *old.shape[2:])
+        """Larger memory with what ``old`` holds.
+
+        By a fixed number of positions: a decode step reads all of a cache anyway, so a copy in every 256 steps costs
+        little, and what a budget counts is what is used.
+        """
+        new = old.new_empty(old.shape[0], self._capacity(needed), *old.shape[2:])
         new[:, : old.shape[1]] = old
         return keep_bits(new)

@@ -94,7 +94,8 @@ class DecodeStep:
 
     def serves(self, spans: Spans) -> bool:
         """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
-        return len(spans) <= KEPT_ROWS and self._session.stats.trace is None and all(span.alone for span in spans)
+        few = len(spans) <= KEPT_ROWS and self._session.stats.trace is None
+        return few and all(span.alone and span.last for span in spans)
 
     def run(self, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
         """Logits, float32 (R, vocab_size), of hidden states float32 (R, hidden_size), which are changed.

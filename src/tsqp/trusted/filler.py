@@ -9,6 +9,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
@@ -16,24 +17,29 @@ from tsqp.config.model import ModelConfig
 from tsqp.errors import PadsExhausted, TsqpError
 from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 
-HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt
+HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt; see ``targets``
 IDLE_S = 0.05  # without a call for so long, the cores are free
 
 
-def targets(config: ModelConfig, ahead: int, memory: int) -> dict[GroupKey, int]:
-    """Blocks to keep ready of each group: pads for at most ``ahead`` tokens, and at most ``memory`` bytes."""
+def targets(config: ModelConfig, ahead: int, memory: int, *, whole_answers: bool = False) -> dict[GroupKey, int]:
+    """Blocks to keep ready of each group: pads for at most ``ahead`` tokens, and at most ``memory`` bytes.
+
+    ``whole_answers``: as many for the LM head as for the layers.
+    """
     wanted = range(-(-ahead // BLOCK_ROWS) + 1)
-    return _blocks(config, bisect_right(wanted, memory, key=lambda count: held_bytes(config, count)) - 1)
+    held = partial(held_bytes, config, whole_answers=whole_answers)
+    return _blocks(config, bisect_right(wanted, memory, key=held) - 1, whole_answers)
 
 
-def held_bytes(config: ModelConfig, count: int) -> int:
+def held_bytes(config: ModelConfig, count: int, *, whole_answers: bool = False) -> int:
     """Memory of a pool that keeps ``count`` blocks of each group of the layers."""
-    groups = linear_groups(config)
-    return sum(blocks * block_bytes(groups[key[0]].out_features) for key, blocks in _blocks(config, count).items())
+    groups, counts = linear_groups(config), _blocks(config, count, whole_answers)
+    return sum(blocks * block_bytes(groups[key[0]].out_features) for key, blocks in counts.items())
 
 
-def _blocks(config: ModelConfig, count: int) -> dict[GroupKey, int]:
-    return {key: min(count, HEAD_ROWS // BLOCK_ROWS) if key[1] is None else count for key in group_keys(config)}
+def _blocks(config: ModelConfig, count: int, whole_answers: bool) -> dict[GroupKey, int]:
+    head = count if whole_answers else min(count, HEAD_ROWS // BLOCK_ROWS)
+    return {key: head if key[1] is None else count for key in group_keys(config)}
 
 
 def block_bytes(out_features: int) -> int:

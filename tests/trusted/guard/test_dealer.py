@@ -53,7 +53,7 @@ class Run:
 
     def tokens(self, prompt: list[int] = PROMPT) -> list[int]:
         params = SamplingParams(max_tokens=STEPS, ignore_eos=True)
-        return [new.token for new in self.engine.generate([prompt], params)]
+        return [output.token or 0 for _, output in self.engine.generate([prompt], params)]
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def test_a_dealer_that_lies_in_a_call(lie: str, at: int, monkeypatch: pytest.Mon
         iterator = iter(run.engine.generate([PROMPT], SamplingParams(max_tokens=STEPS)))
         tokens: list[int] = []
         with pytest.raises(error):
-            tokens.extend(new.token for new in iterator)
+            tokens.extend(output.token or 0 for _, output in iterator)
         assert run.dealer.attacked is not None
         assert not tokens
         sent = len(run.to_worker.sent), len(run.to_dealer.sent)

@@ -75,7 +75,7 @@ def tokens_until_failure(llm: LLM, expected: type[ChannelError]) -> tuple[list[i
     generation = iter(llm.engine.generate([PROMPT], SamplingParams(max_tokens=STEPS)))
     tokens: list[int] = []
     with pytest.raises(expected) as caught:
-        tokens.extend(new.token for new in generation)  # keeps those before the exception
+        tokens.extend(output.token or 0 for _, output in generation)  # keeps those before the exception
     assert type(caught.value) is expected
     return tokens, caught.value
 

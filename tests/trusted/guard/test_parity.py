@@ -105,8 +105,8 @@ def integer_engine(
 def answers(engine: Engine) -> Answers:
     """Logits of every position of a prompt, and a batch answered greedily."""
     tokens: dict[int, list[int]] = {index: [] for index in range(len(PROMPTS))}
-    for new in engine.generate(PROMPTS, SamplingParams(max_tokens=STEPS, ignore_eos=True)):
-        tokens[new.sequence].append(new.token)
+    for index, output in engine.generate(PROMPTS, SamplingParams(max_tokens=STEPS, ignore_eos=True)):
+        tokens[index].append(output.token or 0)
     return engine.logits(PROMPTS[0]), [tuple(tokens[index]) for index in tokens]
 
 
@@ -213,7 +213,7 @@ def test_the_default_model() -> None:
         engine = integer_engine(model, kept="float32")  # as its weights are stored
         expected = engine.logits(prompt)
         params = SamplingParams(max_tokens=2, ignore_eos=True)
-        tokens = [new.token for new in engine.generate([prompt], params)]
+        tokens = [output.token for _, output in engine.generate([prompt], params)]
         for mode in MODES:
             with LLM(model, protection=mode, worker=address) as llm:
                 assert torch.equal(llm.logits(prompt), expected)

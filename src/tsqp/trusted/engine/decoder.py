@@ -62,7 +62,7 @@ class Decoder:
         return KVCache(self.config, self._cache_dtype)
 
     def forward(self, batch: Batch[KVCache]) -> Steps[torch.Tensor]:
-        """Logits, float32 (sequences, vocab_size), of each sequence's last row; of all T rows for ``every_row``.
+        """Logits, float32 (n, vocab_size), of the last row of each sampled sequence; of all T rows for ``every_row``.
 
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
@@ -85,6 +85,10 @@ class Decoder:
             self._stats.chunks += 1
             self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
         last = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+        if not len(last):  # parts of prompts alone
+            batch.advance()
+            self._stats.forward_passes += 1
+            return last.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         final = self._layers.linears.input(("lm_head", None), len(last))
         with self._stats.operator("rms_norm"):
             self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)

@@ -1,40 +1,46 @@
-"""Generation: prompts in, tokens out. Drives the decoder with batches of sequences and keeps their caches."""
+"""Many requests, one model: each step is one forward pass over the next rows of those whose turn it is.
+
+``docs/serving.md`` says who comes first, what a request holds, and why an answer does not depend on its company.
+
+Two locks. The one for passes is held as long as a pass takes. The one for the books is held for an instant; it is never
+waited for by ``abort`` and ``stop``, which a finaliser may call in the middle of anything.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from tsqp.config.model import ModelConfig
 from tsqp.errors import InputError, NumericError, PromptError
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps, run
+from tsqp.trusted.engine.counts import Counts
+from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.engine.scheduler import Scheduler, Shares
+from tsqp.trusted.engine.turns import Turns
 from tsqp.trusted.stats import Stats
 
 Tokens = SequenceOf[int]
 
 
-@dataclass(frozen=True)
-class NewToken:
-    """A token that was generated: the index of its prompt, and why the sequence ended with it, if it did."""
-
-    sequence: int
-    token: int
-    finish_reason: str | None  # "stop": an end token (itself not part of the text); "length"; None: goes on
-
-
 class PassDecoder(Protocol):
-    """What the engine needs of a decoder; sequences are known by caches that the decoder makes."""
+    """What the engine needs of a decoder; sequences are known by caches that the decoder makes.
+
+    ``max_sequences`` of one pass, where a decoder has such a bound.
+    """
 
     @property
     def config(self) -> ModelConfig: ...
@@ -44,40 +50,54 @@ class PassDecoder(Protocol):
     def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]: ...
 
 
-class Sequence:
-    """One prompt and its answer so far. ``cache`` is the decoder's; ``tokens`` are the prompt's and the answer's."""
+class ReservesPads(Protocol):
+    """Pads that are promised to requests before they begin; see ``PadReserve``."""
 
-    def __init__(self, index: int, prompt: Tokens, cache: Any, params: SamplingParams) -> None:
-        self.index = index
-        self.tokens = list(prompt)
-        self.cache = cache
-        self.finished = False
-        self._end = len(prompt) + params.max_tokens
-        self._params = params
-        self._sampler = Sampler(params)
+    def reserve(self, rows: int) -> None: ...
 
-    def extend(self, logits: torch.Tensor, eos_token_ids: Tokens, max_positions: int) -> NewToken:
-        """Choose the next token from the logits after the last one, float32 (vocab_size,)."""
-        token = self._sampler.choose(logits, self.tokens)
-        self.tokens.append(token)
-        reason = None
-        if token in self._params.stop_token_ids or (token in eos_token_ids and not self._params.ignore_eos):
-            reason = "stop"
-        elif len(self.tokens) >= min(self._end, max_positions):
-            reason = "length"
-        self.finished = reason is not None
-        return NewToken(self.index, token, reason)
+    def release(self, rows: int) -> None: ...
 
 
-@dataclass
 class Engine:
-    """Runs prompts through a decoder. ``eos_token_ids`` end a sequence unless it ignores them."""
+    """Runs requests through a decoder.
 
-    decoder: PassDecoder
-    eos_token_ids: tuple[int, ...]
-    stats: Stats
-    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
-    _process: int = field(default_factory=os.getpid)
+    ``eos_token_ids`` end an answer unless it ignores them. ``kv_memory``: bytes for caches, None for no bound.
+    ``same_bits``: rows of prompts and rows of answers are told apart, so that logits do not depend on how they were
+    computed. ``pads``: where a request reserves them, in a run that does not make missing ones.
+    """
+
+    def __init__(
+        self,
+        decoder: PassDecoder,
+        eos_token_ids: tuple[int, ...],
+        stats: Stats,
+        *,
+        limits: Limits | None = None,
+        kv_memory: int | None = None,
+        same_bits: bool = False,
+        pads: ReservesPads | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        most = getattr(decoder, "max_sequences", limits.running)
+        self.decoder = decoder
+        self.eos_token_ids = eos_token_ids
+        self.stats = stats
+        self.limits = replace(limits, running=min(limits.running, most))
+        self._same_bits = same_bits
+        self._pads = pads
+        self._scheduler = Scheduler(
+            decoder.new_cache,
+            self.limits,
+            kv_memory=kv_memory,
+            same_bits=same_bits,
+            whole_answers=pads is not None,
+        )
+        self._numbers = 0
+        self._refused = 0
+        self._ends = deque[tuple[int, FinishReason]]()  # asked for, and not yet in the books
+        self._one_at_a_time = Turns()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def config(self) -> ModelConfig:
@@ -86,6 +106,16 @@ class Engine:
     def busy(self) -> bool:
         """Whether a forward pass is under way."""
         return self._one_at_a_time.locked()
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return len(self._scheduler) > 0
+
+    def counts(self) -> Counts:
+        """Numbers of requests, tokens and bytes, all of one moment."""
+        with self._books():
+            counts = self._scheduler.counts()
+            return replace(counts, refused=self._refused, ended=dict(counts.ended))
 
     def check_prompt(self, prompt: Tokens) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
@@ -99,63 +129,242 @@ class Engine:
         if not all(0 <= token < self.config.vocab_size for token in prompt):
             raise PromptError(f"a token id is outside of the vocabulary of {self.config.vocab_size}")
 
+    def add_request(
+        self,
+        prompt: Tokens,
+        params: SamplingParams,
+        *,
+        tenant: str = "",
+        salt: str | None = None,
+        sampler: ChoosesTokens | None = None,
+        deliver: Callable[[Output], None] | None = None,
+    ) -> int:
+        """Put a request into the queue; its number. It is computed by ``step``.
+
+        ``tenant``: who shares the engine fairly with others. ``salt``: the request may find what ended requests of the
+        same tenant and salt have left, and leaves its own; None: neither. ``sampler``: one of its own, for this request
+        alone; made of ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
+
+        Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
+        PadsExhausted.
+        """
+        self._refuse_fork()
+        self.check_prompt(prompt)
+        request = Request(
+            0,
+            prompt,
+            params,
+            sampler or Sampler(params),
+            max_positions=self.config.max_positions,
+            tenant=tenant,
+            scope=None if salt is None else (tenant, salt),
+            deliver=deliver,
+        )
+        with self._books():
+            self._refused += 1  # unless nothing is raised
+            self._scheduler.check(request)
+            if self._pads is not None:
+                self._pads.reserve(request.end - 1)
+                request.pads = request.end - 1
+            request.id = self._numbers
+            self._scheduler.add(request)
+            self._numbers += 1
+            self._refused -= 1
+        return request.id
+
+    def step(self) -> list[Output]:
+        """One forward pass, if there is anything to compute; what came of it, which was also delivered.
+
+        Steps of several threads take turns. Raises NumericError, PadsExhausted and any ChannelError; then no request
+        has changed, and the step can be asked for again. InputError in a forked process.
+        """
+        self._refuse_fork()
+        with self._one_at_a_time:
+            return self._step()
+
+    def step_unless(self, there: Callable[[], bool]) -> None:
+        """A step, unless another thread's has meanwhile brought what the caller waits for. Raises as ``step``."""
+        self._refuse_fork()
+        with self._one_at_a_time:
+            if not there():
+                self._step()
+
+    def abort(self, number: int) -> None:
+        """End a request; what it holds is free at once, or after the pass that is under way.
+
+        Never waits. A request that has ended already is left alone.
+        """
+        self._end_soon(number, "abort")
+
+    def stop(self, number: int) -> None:
+        """The same for a request whose answer is complete, for instance by a stop string."""
+        self._end_soon(number, "stop")
+
+    def fail(self, error: Exception) -> None:
+        """End every request with an error, which each is delivered."""
+        self._refuse_fork()
+        with self._one_at_a_time:
+            with self._books():
+                requests = list(self._scheduler.unended())
+                for request in requests:
+                    self._end(request, "error")
+            for request in requests:
+                _deliver(request, Output(request.id, None, "error", error))
+
+    def forget(self) -> None:
+        """Let go of the caches that ended requests have left."""
+        with self._books():
+            self._scheduler.forget()
+
+    def generate(self, prompts: Iterable[Tokens], params: SamplingParams) -> Iterator[tuple[int, Output]]:
+        """Answer prompts together: the index of a prompt and an output of it, in the order they come.
+
+        Raises before the first one as ``add_request``, later as ``step``; and the error of a request of its own.
+        """
+        from tsqp.trusted.engine.caller import Caller
+
+        with Caller(self) as caller:
+            for prompt in prompts:
+                caller.add(prompt, params)
+            yield from caller
+
     def logits(self, prompt: Tokens) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
         self.check_prompt(prompt)
-        return self.run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
-
-    def generate(self, prompts: Iterable[Tokens], params: SamplingParams) -> Generation:
-        """All prompts together. Several generations may be open at once and take turns.
-
-        Raises PromptError before anything is sent.
-        """
-        prompts = list(prompts)
-        for prompt in prompts:
-            self.check_prompt(prompt)
-        sequences = [Sequence(index, prompt, self.decoder.new_cache(), params) for index, prompt in enumerate(prompts)]
-        return Generation(self, sequences)
+        if self._pads is not None:
+            self._pads.reserve(len(prompt))
+        try:
+            return self.run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
+        finally:
+            if self._pads is not None:
+                self._pads.release(len(prompt))
 
     def run(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass; the passes of several threads take turns. Raises InputError in a forked process."""
-        if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
-            raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
-        with self._one_at_a_time, torch.inference_mode():
+        self._refuse_fork()
+        with self._one_at_a_time:
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch[Any]) -> torch.Tensor:
+        """One forward pass, for who has the turn."""
+        with torch.inference_mode():
             return run(self.decoder.forward(batch))
 
+    def _step(self) -> list[Output]:
+        """See ``step``; the lock for passes is held."""
+        with self._books():
+            shares = self._scheduler.plan()
+            held = {request: request.computed for request in shares}
+            for request in shares:
+                request.under_way = True
+        given: dict[Request, Output] = {}
+        try:
+            if shares:
+                self._pass(shares, given)
+        finally:
+            with self._books():
+                for request, before in held.items():
+                    self._settle(request, request.computed - before, given.get(request))
+            for request, output in given.items():
+                _deliver(request, output)
+        return list(given.values())
 
-class Generation:
-    """One batch under way: iterate over its tokens, in the order they come.
-
-    Iterating raises NumericError and any ChannelError; tokens yielded before stand.
-    """
-
-    def __init__(self, engine: Engine, sequences: list[Sequence]) -> None:
-        self._engine = engine
-        self._live = sequences
-        self._stopped: set[int] = set()
-
-    def __iter__(self) -> Iterator[NewToken]:
-        engine, prefill = self._engine, True
-        while self._live:
-            for sequence, logits in zip(self._live, self._forward(prefill=prefill), strict=True):
-                engine.stats.new_tokens += 1
-                yield sequence.extend(logits, engine.eos_token_ids, engine.config.max_positions)
-            self._live = [one for one in self._live if not one.finished and one.index not in self._stopped]
-            prefill = False
-
-    def stop(self, sequence: int) -> None:
-        """End one sequence early, for instance at a stop string."""
-        self._stopped.add(sequence)
-
-    def _forward(self, *, prefill: bool) -> torch.Tensor:
-        """Logits (sequences, vocab_size) after the newest tokens of each sequence. Raises NumericError."""
-        fresh = [one.tokens if prefill else one.tokens[-1:] for one in self._live]
+    def _pass(self, shares: Shares, given: dict[Request, Output]) -> None:
+        """The forward pass of a step, and the tokens that are chosen after it."""
+        decoding = [request for request in shares if request.decoding]
+        prefilled = [rows for request, rows in shares.items() if not request.decoding]
+        caches: list[Any] = [request.cache for request in shares]
+        batch = Batch(
+            [request.tokens[request.computed :][:rows] for request, rows in shares.items()],
+            caches,
+            sampled=[rows == request.rest for request, rows in shares.items()],
+            first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
+        )
         start = time.perf_counter()
-        logits = self._engine.run(Batch(fresh, [one.cache for one in self._live]))
-        if not np.isfinite(logits.numpy()).all():  # torch would wake a thread for each core
-            raise NumericError(
-                "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
-                fields=("compute.dtype",),
-            )
-        self._engine.stats.passed(start, time.perf_counter(), [len(tokens) for tokens in fresh], prefill=prefill)
-        return logits
+        logits = self._forward(batch)
+        rows = prefilled or [1] * len(decoding)
+        self.stats.passed(start, time.perf_counter(), rows, prefill=bool(prefilled))
+        sampled = [request for request in shares if not request.rest]
+        for request, row, is_finite in zip(sampled, logits, _finite_rows(logits), strict=True):
+            given[request] = self._choose(request, row, is_finite)
+
+    def _choose(self, request: Request, logits: torch.Tensor, is_finite: bool) -> Output:
+        """The next token of one request from its logits, float32 (vocab_size,). What goes wrong is its own."""
+        try:
+            if not is_finite:
+                raise NumericError(
+                    "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
+                    fields=("compute.dtype",),
+                )
+            token = request.sampler.choose(logits, request.tokens)
+            reason = request.extend(token, self.eos_token_ids)
+        except Exception as error:
+            return Output(request.id, None, "error", error)
+        self.stats.new_tokens += 1
+        return Output(request.id, token, reason)
+
+    def _settle(self, request: Request, rows: int, output: Output | None) -> None:
+        """The books of one request after a pass that has computed ``rows`` of it; the lock is held."""
+        request.under_way = False
+        self._scheduler.count(request, rows, new_tokens=output is not None and output.token is not None)
+        self._unreserve(request, rows)
+        reason = request.asked_to_end or (output.finish_reason if output is not None else None)
+        if reason is not None:
+            self._end(request, reason)
+        elif not request.rest:  # interrupted before its token was chosen: computed again, it has the same logits
+            self._scheduler.preempt(request)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """A request ends and holds nothing any more; the lock is held."""
+        self._unreserve(request, request.pads)
+        self._scheduler.end(request, reason)
+
+    def _unreserve(self, request: Request, rows: int) -> None:
+        """Pads that a request has used, or will not need."""
+        rows = min(rows, request.pads)
+        if self._pads is not None and rows:
+            self._pads.release(rows)
+            request.pads -= rows
+
+    def _end_soon(self, number: int, reason: FinishReason) -> None:
+        self._ends.append((number, reason))
+        self._end_those_asked_for()
+
+    @contextmanager
+    def _books(self) -> Iterator[None]:
+        """The lock of the books; what was to end meanwhile has ended afterwards."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._end_those_asked_for()
+
+    def _end_those_asked_for(self) -> None:
+        """Without waiting: whoever holds the lock comes here once it is free, and finds what was put there before."""
+        while self._ends and self._lock.acquire(blocking=False):
+            try:
+                while self._ends:
+                    number, reason = self._ends.popleft()
+                    request = self._scheduler.get(number)
+                    if request is not None and request.under_way:
+                        request.asked_to_end = reason
+                    elif request is not None:
+                        self._end(request, reason)
+            finally:
+                self._lock.release()
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
+            raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
+
+
+def _finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Of each row of logits (n, vocab_size) whether all are numbers. By greatest and least: 1/20 of looking at each."""
+    extremes = torch.stack((logits.amax(dim=-1), logits.amin(dim=-1)))  # not a number where one of the row is not
+    return torch.isfinite(extremes).all(dim=0).tolist() if len(logits) else []
+
+
+def _deliver(request: Request, output: Output) -> None:
+    """Hand an output to whoever asked, unless they have gone meanwhile."""
+    if request.deliver is not None and request.asked_to_end is None:
+        request.deliver(output)

@@ -1,65 +1,225 @@
-"""From logits to the next token. The sampler, its seed and its choices never leave the trusted side."""
+"""From logits to the next token. The sampler, its seed and its choices never leave the trusted side.
+
+One order of steps, that of transformers and, but for min-p, of vLLM:
+
+1. log-probabilities, where they are asked for, are those of the logits as they come;
+2. ``logit_bias`` is added;
+3. tokens that the grammar of ``structured_outputs`` does not allow are left out;
+4. ``repetition_penalty``, then ``frequency_penalty`` and ``presence_penalty``;
+5. at temperature 0 the largest logit is taken, of equal ones the smallest id, and that is all;
+6. logits are divided by ``temperature``;
+7. ``top_k``, then ``top_p`` of what is left, then ``min_p``;
+8. one number from 0 to 1, made of the seed and the position in the answer alone, picks the token.
+
+A choice depends on the logits of its own row and on its own request. What changes logits computes in float64, sums go
+by token id in one thread: the same on every run, whatever runs beside it.
+"""
 
 from __future__ import annotations
 
-import math
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from tsqp.trusted.engine.logprobs import TokenLogprobs, kth_largest, token_logprobs
 from tsqp.trusted.engine.sampling_params import SamplingParams
+
+_BITS_WITHIN_A_BIN = 44  # of a float64: 256 bins for each power of two
+
+Scores = NDArray[Any]  # (vocab_size,), float32 as they come and float64 after a change
+
+
+class TokenMatcher(Protocol):
+    """The grammar of one answer: which tokens may come next."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """(vocab_size,). Raises InputError where nothing may come, or where that took too long to find out."""
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen, one of those allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token that was chosen. ``logprobs``: None unless they were asked for."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
 
 
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Chooses the tokens of one sequence.
 
-    def __init__(self, params: SamplingParams) -> None:
+    ``prompt_tokens``: how many tokens of the text are the prompt; when not given, those of the first call.
+    ``matcher``: the grammar of this answer, for this sampler alone.
+    """
+
+    def __init__(
+        self, params: SamplingParams, *, prompt_tokens: int | None = None, matcher: TokenMatcher | None = None
+    ) -> None:
         self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._prompt_tokens = prompt_tokens
+        self._matcher = matcher
+        self._key = secrets.token_bytes(16) if params.seed is None else params.seed.to_bytes(8, "little", signed=True)
+        self._history: _History | None = None
+        self.logprobs: list[TokenLogprobs] = []  # of the tokens so far, where they are asked for
+        self._bias = _Bias.of(params)
 
     def choose(self, logits: torch.Tensor, text: Sequence[int]) -> int:
-        """The next token from logits (vocab_size,), float32; ``text`` holds every token so far."""
+        """The next token from logits (vocab_size,), float32; ``text`` holds every token so far.
+
+        Its log-probabilities are added to ``logprobs``. Raises InputError when the grammar cannot go on.
+        """
         params = self._params
-        if params.repetition_penalty != 1.0:
-            logits = penalised(logits, text, params.repetition_penalty)
+        if self._prompt_tokens is None:
+            self._prompt_tokens = len(text)
+        scores = self._changed(logits.numpy(), text)
         if params.temperature == 0.0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(narrowed(tempered(logits, params.temperature), params), dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+            token = int(scores.argmax())
+        else:
+            ids, weights = narrowed(scores, params)
+            at = pick(weights, uniform(self._key, len(text) - self._prompt_tokens))
+            token = at if ids is None else int(ids[at])
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        if params.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, params.logprobs))
+        return token
+
+    def sample(self, logits: torch.Tensor, text: Sequence[int]) -> SampledToken:
+        """As ``choose``, and the log-probabilities beside the token."""
+        token = self.choose(logits, text)
+        return SampledToken(token, None if self._params.logprobs is None else self.logprobs[-1])
+
+    def _changed(self, scores: Scores, text: Sequence[int]) -> Scores:
+        """Logits after bias, grammar and penalties; the same array where there are none."""
+        params = self._params
+        if self._bias is None and self._matcher is None and not _penalises(params):
+            return scores
+        scores = scores.astype(np.float64)
+        if self._bias is not None:
+            scores[self._bias.ids] += self._bias.values
+        if self._matcher is not None:
+            scores[~self._matcher.allowed()] = -np.inf
+        if _penalises(params):
+            if self._history is None:
+                self._history = _History(len(scores), self._prompt_tokens or 0)
+            self._history.follow(text)
+            self._history.penalise(scores, params)
+        return scores
 
 
-def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits divided by a temperature above 0, the largest of them at 0 so that none overflows."""
-    # Below the smallest normal float32 all of the probability is on the maximum anyway.
-    return (logits - logits.max()) / max(temperature, torch.finfo(torch.float32).tiny)
+@dataclass(frozen=True)
+class _Bias:
+    ids: NDArray[np.intp]
+    values: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> _Bias | None:
+        biases = params.logit_bias
+        return cls(np.array(list(biases)), np.array(list(biases.values()))) if biases else None
 
 
-def penalised(logits: torch.Tensor, text: Sequence[int], penalty: float) -> torch.Tensor:
-    """Logits with those of the tokens in ``text`` made less likely."""
-    seen = torch.tensor(sorted(set(text)), dtype=torch.int64)
-    scores = logits[seen]
-    largest = torch.finfo(logits.dtype).max
-    penalised_logits = logits.clone()
-    penalised_logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty).clamp(-largest, largest)
-    return penalised_logits
+def _penalises(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
-def narrowed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Logits with all but the choices that top-k, top-p and min-p allow at minus infinity."""
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+class _History:
+    """Which tokens were in the text so far, and how often in the answer."""
+
+    def __init__(self, vocab_size: int, prompt_tokens: int) -> None:
+        self._in_text = np.zeros(vocab_size, dtype=bool)
+        self._in_answer = np.zeros(vocab_size, dtype=np.int64)
+        self._prompt_tokens = prompt_tokens
+        self._read = 0
+
+    def follow(self, text: Sequence[int]) -> None:
+        """Count the tokens that are new since the last call."""
+        self._in_text[np.array(text[self._read :], dtype=np.intp)] = True
+        answer = text[max(self._read, self._prompt_tokens) :]
+        np.add.at(self._in_answer, np.array(answer, dtype=np.intp), 1)
+        self._read = len(text)
+
+    def penalise(self, scores: NDArray[np.float64], params: SamplingParams) -> None:
+        """Make tokens of the text less likely, or more for penalties of the other sign. Changes ``scores``."""
+        if params.repetition_penalty != 1.0:
+            seen = np.flatnonzero(self._in_text)
+            penalty, before = params.repetition_penalty, scores[seen]
+            scores[seen] = np.where(before > 0, before / penalty, before * penalty)
+        if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+            seen = np.flatnonzero(self._in_answer)
+            scores[seen] -= params.frequency_penalty * self._in_answer[seen] + params.presence_penalty
+
+
+def narrowed(scores: Scores, params: SamplingParams) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
+    """The tokens to choose among, by id (None: all), and their weights, of which the largest is 1.
+
+    A weight is a probability but for one common factor. Weights are of logits divided by the temperature.
+    """
+    ids = None
+    if 0 < params.top_k < len(scores):
+        ids = np.flatnonzero(scores >= kth_largest(scores, params.top_k))  # all that are as likely as the k-th
+        scores = scores[ids]
+    weights = tempered(scores, params.temperature)
     if params.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probabilities = torch.softmax(ordered, dim=-1)
-        # A token stays while the mass before it is below top_p, so the first one always stays.
-        outside = probabilities.cumsum(-1) - probabilities >= params.top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(0, order, outside), -math.inf)
+        inside = nucleus(weights, params.top_p)
+        ids, weights = inside if ids is None else ids[inside], weights[inside]
     if params.min_p > 0.0:
-        probabilities = torch.softmax(logits, dim=-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
-    return logits
+        inside = np.flatnonzero(weights >= params.min_p)
+        ids, weights = inside if ids is None else ids[inside], weights[inside]
+    return ids, weights
+
+
+def tempered(scores: Scores, temperature: float) -> NDArray[np.float64]:
+    """``exp((scores - max) / temperature)``: at most 1, so nothing overflows, at any temperature above 0."""
+    weights = scores.astype(np.float64)
+    weights -= weights.max()
+    with np.errstate(over="ignore"):  # to minus infinity, which is meant: a tiny temperature leaves the maximum
+        weights /= temperature
+    np.exp(weights, out=weights)
+    return weights
+
+
+def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Ids, in order, of the likeliest tokens: each stays while the mass before it is below ``top_p`` of the whole.
+
+    The likeliest comes first, of equal ones the smaller id; so one always stays.
+    """
+    whole = float(weights.sum())
+    # Tokens below this weight together have less than what may be left out: the others are candidates.
+    candidates = np.flatnonzero(weights >= (1.0 - top_p) / len(weights) * whole)
+    found = weights[candidates]
+    # To sort them all would take the most time. So they go into bins by size, which the first bits of a positive
+    # float tell, and only the bin is sorted in which the mass is reached.
+    bins = found.view(np.int64) >> _BITS_WITHIN_A_BIN
+    bins -= bins.min()
+    sums = np.cumsum(np.bincount(bins, weights=found)[::-1])  # the largest weights first
+    last = min(int(np.searchsorted(sums, top_p * whole)), len(sums) - 1)
+    before = sums[last - 1] if last else 0.0
+    last = len(sums) - 1 - last
+    ordered = np.sort(found[bins == last])[::-1]
+    count = min(int(np.searchsorted(before + np.cumsum(ordered), top_p * whole)), len(ordered) - 1)
+    stays = found > ordered[count]
+    equal = np.flatnonzero(found == ordered[count])
+    stays[equal[: count + 1 - int((ordered > ordered[count]).sum())]] = True
+    inside: NDArray[np.intp] = candidates[stays]
+    return inside
+
+
+def pick(weights: NDArray[np.float64], share: float) -> int:
+    """The index where the running sum of the weights first exceeds a share of the whole, 0 to below 1."""
+    sums = np.cumsum(weights)
+    # The largest share is 1 - 2^-53, and its product with a float64 is rounded to a smaller one: never to the whole.
+    return int(np.searchsorted(sums, share * sums[-1], side="right"))
+
+
+def uniform(key: bytes, position: int) -> float:
+    """A number from 0 to below 1, of 53 bits, that depends on the key and the position alone."""
+    digest = blake2b(position.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -27,9 +27,15 @@ class RemoteCache(Positions):
         super().__init__()
         self.sequence = sequence
 
+    def bytes_for(self, end: int) -> int:
+        """Memory on this side: none. The worker bounds its own."""
+        return 0
+
 
 class LayerDecoder:
     """The forward pass as the worker's layers do it."""
+
+    max_sequences = MAX_PLACES
 
     def __init__(self, session: WorkerSession, *, max_rows: int) -> None:
         self.config = session.config
@@ -63,6 +69,8 @@ class LayerDecoder:
         for under_way in calls:  # noqa: UP028  (resumed with each result, which a list would not take)
             yield under_way
         result = (yield logits).float()
+        if batch.sampled is not None and not batch.every_row:
+            result = result[[index for index, wanted in enumerate(batch.sampled) if wanted]]
         batch.advance()
         stats.chunks += len(chunks)
         stats.forward_passes += 1

@@ -34,6 +34,7 @@ from jinja2.utils import Namespace, missing, pass_environment
 from markupsafe import Markup
 
 from tsqp.errors import PromptError
+from tsqp.trusted.text.printable import printable
 from tsqp.trusted.text.traced import Traced, TracedMarkup, is_own, join_traced, origin, own_text, traced
 
 # What Python says of values by their kinds alone: the words that it has for values may be the prompt.
@@ -84,9 +85,9 @@ class ChatTemplate:
         line = _line(error)
         where = "the chat template" if line is None else f"line {line} of the chat template"
         if isinstance(error, _Refusal):
-            reason = f": {_printable(error.reason)}" if error.reason else ""
+            reason = f": {printable(error.reason)}" if error.reason else ""
             return f"the chat template refuses this conversation{'' if line is None else f' (line {line})'}{reason}"
-        return f"{where} fails: {_printable(self._what(error))}"
+        return f"{where} fails: {printable(self._what(error))}"
 
     def _what(self, error: Exception) -> str:
         """What went wrong, in words of the template alone: those of Python may repeat the prompt."""
@@ -111,11 +112,6 @@ def _line(error: Exception) -> int | None:
     frames = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in frames if frame.f_code.co_filename == _FILENAME]
     return lines[-1] if lines else None
-
-
-def _printable(text: str, limit: int = 200) -> str:
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return line if len(line) <= limit else line[:limit] + "…"
 
 
 class _Refusal(TemplateError):

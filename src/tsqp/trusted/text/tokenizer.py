@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -10,10 +12,19 @@ from tsqp.checkpoint.base import TextFormat
 from tsqp.errors import CorruptCheckpoint, OptionError, PromptError
 from tsqp.trusted.text.control import ControlTokens
 from tsqp.trusted.text.conversation import ChatMessage, Messages, template_values
+from tsqp.trusted.text.stop_strings import StopStrings
 from tsqp.trusted.text.template import ChatTemplate
+from tsqp.trusted.text.token_bytes import ByteStream, TokenBytes, bytes_of
+from tsqp.trusted.text.tool_calls import ToolFormat, tool_format
 from tsqp.trusted.text.traced import Traced, own_text
 
+if TYPE_CHECKING:
+    from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+    from tsqp.trusted.text.grammar import Grammar, Grammars
+
 __all__ = ["ChatMessage", "TextStream", "Tokenizer"]
+
+_CHARACTERS = codecs.getincrementaldecoder("utf-8")
 
 
 class Tokenizer:
@@ -26,11 +37,13 @@ class Tokenizer:
             raise CorruptCheckpoint(f"the checkpoint's tokenizer cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.bytes = TokenBytes(self._tokenizer)
         self._template = text_format.chat_template
         self._tool_template = text_format.tool_chat_template or self._template
         self._special_tokens = {name: own_text(token) for name, token in text_format.special_tokens.items()}
         self._chats: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
         self._without_template = ControlTokens(self._tokenizer)
+        self._grammars: dict[int, Grammars] = {}
         self.eos_token_ids = text_format.eos_token_ids
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -44,7 +57,15 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special tokens left out; an incomplete character is U+FFFD."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return b"".join(self.token_bytes(tokens)).decode(errors="replace")
+
+    def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+        """What each token of a text adds to it, in UTF-8: all together are the text. A token may end in a character."""
+        return bytes_of(self.bytes, tokens)
+
+    def token_text(self, token: int) -> str:
+        """A token as it is shown by itself: special tokens by their names, parts of characters as U+FFFD."""
+        return self.bytes.written(token)
 
     def encode_prompt(self, text: str, /, **template_args: object) -> list[int]:
         """Token ids of a user's text: their turn of the template, or the text as it is where there is no template.
@@ -83,6 +104,32 @@ class Tokenizer:
         _refuse_surrogates(text)
         return control.encode(text, special_tokens=False)
 
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls, by its template. Raises OptionError where it has none for tools."""
+        source = self._tool_template
+        found = None if source is None or "tools" not in ChatTemplate(source).variables else tool_format(source)
+        if found is None:
+            raise OptionError(
+                "tools need a chat template that asks for calls in the format of Hermes or Llama 3; that of this "
+                "checkpoint does not",
+                fields=("tools",),
+            )
+        return found
+
+    def grammar(self, params: StructuredOutputsParams, vocab_size: int) -> Grammar:
+        """The form of an answer as a grammar over the tokens of a model. The first one takes a fraction of a second.
+
+        Raises OptionError, with the reason in one line, for a form that cannot be read or that no text has, and
+        UnsupportedModel where this tokenizer can have no grammars.
+        """
+        from tsqp.trusted.text.grammar import Grammars
+
+        if vocab_size not in self._grammars:
+            own_size = self._tokenizer.get_vocab_size()
+            self._grammars[vocab_size] = Grammars(self._tokenizer.to_str(), self.eos_token_ids, vocab_size, own_size)
+        return self._grammars[vocab_size].compile(params)
+
 
 def _refuse_surrogates(text: str) -> None:
     try:
@@ -99,54 +146,38 @@ class TextStream:
     """Turns tokens into text piece by piece, never cutting a character, and stops at stop strings.
 
     ``push`` returns only text that later tokens cannot change: an incomplete character, or an end that may become a
-    stop string, is held back until it is decided.
+    stop string, is held back until it is decided. All pieces together are the text of all tokens, up to a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._tokens: list[int] = []
-        self._context = 0  # tokens before this one are decided text
-        self._read = 0  # tokens before this one are in `text`
-        self._given = 0  # characters handed out
-        self.text = ""
-        self.stopped = False
+        self._bytes = ByteStream(tokenizer.bytes)
+        self._characters = _CHARACTERS(errors="replace")
+        self._stop = StopStrings(stop)
+        self._given: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far, with what is held back for a stop string."""
+        return "".join(self._given) + self._stop.held
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came. Nothing comes after it."""
+        return self._stop.found
 
     def push(self, token: int) -> str:
         """Text that became certain with this token, perhaps none."""
-        self._tokens.append(token)
-        before = self._tokenizer.decode(self._tokens[self._context : self._read])
-        now = self._tokenizer.decode(self._tokens[self._context :])
-        if not now.endswith("\N{REPLACEMENT CHARACTER}") and len(now) > len(before):
-            self._context, self._read = self._read, len(self._tokens)
-            self._append(now[len(before) :])
-        return self._release(held_back=True)
+        return self._give(self._stop.push(self._characters.decode(self._bytes.push(token))))
 
     def finish(self) -> str:
         """The rest of the text, at the end of a generation."""
-        if not self.stopped:
-            before = self._tokenizer.decode(self._tokens[self._context : self._read])
-            now = self._tokenizer.decode(self._tokens[self._context :])
-            self._read = len(self._tokens)
-            self._append(now[len(before) :])
-        return self._release(held_back=False)
+        rest = self._stop.push(self._characters.decode(b"", final=True))
+        return self._give(rest + self._stop.finish())
 
-    def _append(self, piece: str) -> None:
-        self.text += piece
-        ends = [at for stop in self._stop if (at := self.text.find(stop)) >= 0]
-        if ends:
-            self.text = self.text[: min(ends)]
-            self.stopped = True
+    def peek(self, token: int) -> bytes:
+        """The bytes that a token would add to the text in this place."""
+        return self._bytes.peek(token)
 
-    def _release(self, *, held_back: bool) -> str:
-        end = len(self.text)
-        if held_back and not self.stopped:
-            end -= max((self._overlap(stop) for stop in self._stop), default=0)
-        piece = self.text[self._given : end]
-        self._given = max(self._given, end)
+    def _give(self, piece: str) -> str:
+        self._given.append(piece)
         return piece
-
-    def _overlap(self, stop: str) -> int:
-        """How many last characters of the text may be the beginning of ``stop``."""
-        sizes = range(min(len(stop) - 1, len(self.text)), 0, -1)
-        return next((size for size in sizes if self.text.endswith(stop[:size])), 0)

@@ -1,0 +1,252 @@
+"""The same API for asyncio: one thread steps the engine, and hands what came of each step to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tsqp.api.answer import Answer, Completion, Delta
+from tsqp.errors import ChannelClosed, ChannelError
+from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.text.conversation import Messages
+from tsqp.trusted.text.tokenizer import TextStream
+
+if TYPE_CHECKING:
+    from tsqp.api.llm import LLM, Prompt
+    from tsqp.trusted.engine.counts import Counts
+    from tsqp.trusted.engine.engine import Engine
+    from tsqp.trusted.engine.request import Output
+
+
+class AsyncAnswer:
+    """One answer under way: iterate over its pieces. ``abort`` ends it early, and so does leaving it as a context.
+
+    Iterating raises what has ended the request: NumericError, any ChannelError.
+    """
+
+    def __init__(self, engine: Engine, answer: Answer) -> None:
+        self._engine = engine
+        self._answer = answer
+        self.loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Queue[Delta | Exception | None]()  # None: there is no more
+        self._number: int | None = None
+        self.ended = asyncio.Event()  # the last piece is there, or there will be none
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The tokens of the prompt."""
+        return tuple(self._answer.prompt)
+
+    def begin(self, params: SamplingParams, tenant: str, salt: str | None) -> None:
+        """Put the request into the queue. Raises as ``Engine.add_request``."""
+        self._number = self._engine.add_request(
+            self._answer.prompt, params, tenant=tenant, salt=salt, deliver=self._deliver
+        )
+
+    def abort(self) -> None:
+        """End the request; what it holds is free after the pass that is under way. Ended twice is allowed."""
+        if self._number is not None:
+            self._engine.abort(self._number)
+        if not self.ended.is_set():
+            self.ended.set()
+            self._arrived.put_nowait(None)  # for a task that waits
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._arrived.empty() and self.ended.is_set():
+            raise StopAsyncIteration
+        arrived = await self._arrived.get()
+        if arrived is None:
+            raise StopAsyncIteration
+        if isinstance(arrived, Exception):
+            raise arrived
+        return arrived
+
+    async def __aenter__(self) -> AsyncAnswer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _deliver(self, output: Output) -> None:
+        """Called by the thread that steps."""
+        piece: Delta | Exception
+        try:
+            piece = self._answer.extend(output)
+        except Exception as error:
+            piece = error
+        last = isinstance(piece, Exception) or piece.completion is not None
+        if last and output.finish_reason is None:
+            end = self._engine.abort if isinstance(piece, Exception) else self._engine.stop
+            end(output.request)
+        try:
+            self.loop.call_soon_threadsafe(self._arrive, piece, last)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self._engine.abort(output.request)
+
+    def _arrive(self, piece: Delta | Exception, last: bool) -> None:
+        """Called by the event loop."""
+        if not self.ended.is_set():
+            self._arrived.put_nowait(piece)
+        if last:
+            self.ended.set()
+
+
+class AsyncLLM:
+    """An ``LLM`` for asyncio. Requests are computed together, by one thread, however many tasks there are.
+
+    ``tenant`` names whose a request is: tenants share the model fairly. ``salt`` says that the request may go on with
+    what ended requests of the same tenant and salt have left in memory, and leaves its own; None: neither.
+
+    The ``LLM`` belongs to this object from now on, and is closed by ``close``.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._engine = llm.engine
+        self._open: set[AsyncAnswer] = set()
+        self._closed = False
+        self._wake = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tsqp-engine", daemon=True)
+        self._thread.start()
+
+    async def open(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        tenant: str = "",
+        salt: str | None = None,
+        **template_args: object,
+    ) -> AsyncAnswer:
+        """Ask for one answer; returns once the request is in the queue. For the prompt see ``LLM.generate``.
+
+        Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
+        """
+        tokens = await asyncio.to_thread(self.llm.encode, prompt, raw=raw, **template_args)
+        return self._begin(tokens, params or SamplingParams(), tenant, salt)
+
+    async def open_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+        salt: str | None = "",
+        **template_args: object,
+    ) -> AsyncAnswer:
+        """The same for a conversation, see ``LLM.chat``; one that goes on is not computed again from its beginning."""
+        tokens = await asyncio.to_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
+        return self._begin(tokens, params or SamplingParams(), tenant, salt)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        tenant: str = "",
+        salt: str | None = None,
+        **template_args: object,
+    ) -> AsyncIterator[Delta]:
+        """Answer one prompt piece by piece. A task that is cancelled ends its request within a step."""
+        async with await self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, **template_args) as answer:
+            async for delta in answer:
+                yield delta
+
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+        salt: str | None = "",
+        **template_args: object,
+    ) -> AsyncIterator[Delta]:
+        """Answer a conversation piece by piece."""
+        async with await self.open_chat(messages, params, tenant=tenant, salt=salt, **template_args) as answer:
+            async for delta in answer:
+                yield delta
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        tenant: str = "",
+        salt: str | None = None,
+        **template_args: object,
+    ) -> Completion:
+        """Answer one prompt; several by ``asyncio.gather``."""
+        async with await self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, **template_args) as answer:
+            async for delta in answer:
+                if delta.completion is not None:
+                    return delta.completion
+        raise ChannelClosed("the model was closed")
+
+    def counts(self) -> Counts:
+        """Numbers of requests, tokens and bytes, all of one moment."""
+        return self._engine.counts()
+
+    async def close(self, drain_s: float | None = None) -> None:
+        """Take no more requests, wait for those under way, at most ``drain_s`` seconds, abort the rest, close the LLM.
+
+        Who iterates over an aborted answer gets ChannelClosed. Closing twice is allowed.
+        """
+        self._closed = True
+        loop = asyncio.get_running_loop()
+        here = [answer for answer in self._open if answer.loop is loop]  # nobody waits in a loop that has ended
+        waits = [asyncio.ensure_future(answer.ended.wait()) for answer in here]
+        if waits:
+            await asyncio.wait(waits, timeout=drain_s)
+        for wait in waits:
+            wait.cancel()
+        for answer in here:
+            if not answer.ended.is_set():
+                answer._arrive(ChannelClosed("the model was closed"), True)
+                answer.abort()
+        self._over.set()
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.llm.close)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close(None if kind is None else 0.0)
+
+    def _begin(self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None) -> AsyncAnswer:
+        if self._closed:
+            raise ChannelClosed("the model was closed")
+        answer = AsyncAnswer(self._engine, Answer(tokens, TextStream(self.llm.tokenizer, params.stop)))
+        answer.begin(params, tenant, salt)
+        self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
+        self._wake.set()
+        return answer
+
+    def _run(self) -> None:
+        """The thread: a step while there is something to do."""
+        while not self._over.is_set():
+            if not self._engine.has_work():
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            try:
+                self._engine.step()
+            except Exception as error:
+                with suppress(Exception):
+                    self._engine.fail(self.llm.explained(error) if isinstance(error, ChannelError) else error)

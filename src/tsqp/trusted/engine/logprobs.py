@@ -1,0 +1,62 @@
+"""Log-probabilities of tokens, in the model's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FLOOR = -9999.0  # instead of minus infinity, which JSON cannot write
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The log-probability (natural, at least -9999) of a token, and those of the likeliest tokens in its place.
+
+    ``top``: pairs of a token id and its log-probability, the likeliest first; of equal ones the smaller id first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    """What the softmax of logits (vocab_size,) gives to ``token`` and to the ``count`` likeliest tokens.
+
+    The logits are the model's: no bias, penalty, temperature or grammar has changed them.
+    """
+    given = logits.numpy()
+    scores = given.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    top = tuple((int(one), _bounded(scores[one])) for one in likeliest(given, count))
+    return TokenLogprobs(token, _bounded(scores[token]), top)
+
+
+def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs | None]:
+    """One entry for each of T tokens, from the logits (T, vocab_size) after each of them; None for the first."""
+    after = [token_logprobs(row, token, count) for row, token in zip(logits[:-1], tokens[1:], strict=True)]
+    return [None, *after]
+
+
+def likeliest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
+    """The ids of the ``count`` highest scores, highest first; of equal ones the smaller id first."""
+    count = min(count, len(scores))
+    if not count:
+        return np.empty(0, dtype=np.intp)
+    ids = np.flatnonzero(scores >= kth_largest(scores, count))  # more than count, where some are equal
+    return ids[np.argsort(-scores[ids], kind="stable")[:count]]
+
+
+def kth_largest(scores: NDArray[Any], k: int) -> Any:
+    """The k-th largest of all scores, 1 for the largest."""
+    return np.partition(scores, len(scores) - k)[len(scores) - k]
+
+
+def _bounded(logprob: float) -> float:
+    return max(float(logprob), FLOOR)

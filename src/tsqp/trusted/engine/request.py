@@ -1,0 +1,109 @@
+"""One request: its tokens, its sampler, and what it holds while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from tsqp.trusted.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Scope = tuple[str, str]  # a tenant and a salt: whose kept caches a request may find
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step gave to one request: a token, or the error that ended it.
+
+    ``finish_reason``: ``stop`` (the token is an end token, itself not part of the text), ``length`` or ``error``; None
+    while the request goes on.
+    """
+
+    request: int
+    token: int | None
+    finish_reason: FinishReason | None
+    error: Exception | None = None
+
+
+class Cache(Protocol):
+    """What the engine needs of the cache of one sequence: its ``length`` is the number of positions it holds."""
+
+    length: int
+
+    def advance(self, rows: int) -> None: ...
+
+    def bytes_for(self, end: int) -> int: ...
+
+
+@runtime_checkable
+class ReusableCache(Cache, Protocol):
+    """A cache that another request can go on with."""
+
+    def truncate(self, length: int) -> None: ...
+
+    def copied(self, length: int) -> ReusableCache: ...
+
+
+class ChoosesTokens(Protocol):
+    """A sampler of one request."""
+
+    def choose(self, logits: Any, text: Sequence[int]) -> int: ...
+
+
+class Request:
+    """A prompt and its answer so far.
+
+    ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
+    there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
+    budget that it holds. ``pads``: rows that are reserved for it and not yet used.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        sampler: ChoosesTokens,
+        *,
+        max_positions: int,
+        tenant: str = "",
+        scope: Scope | None = None,
+        deliver: Callable[[Output], None] | None = None,
+    ) -> None:
+        self.id = number
+        self.tenant = tenant
+        self.scope = scope
+        self.tokens = list(prompt)
+        self.prompt_length = len(self.tokens)
+        self.end = min(self.prompt_length + params.max_tokens, max_positions)
+        self.params = params
+        self.sampler = sampler
+        self.deliver = deliver
+        self.cache: Cache | None = None
+        self.charge = 0
+        self.pads = 0
+        self.under_way = False  # its rows are in the pass that is being computed
+        self.asked_to_end: FinishReason | None = None  # meanwhile
+
+    @property
+    def computed(self) -> int:
+        """Positions that its cache holds."""
+        return 0 if self.cache is None else self.cache.length
+
+    @property
+    def rest(self) -> int:
+        """Tokens that are still to cross the layers before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next row is a decode step, and nothing else is left to compute."""
+        return self.rest == 1 and len(self.tokens) > self.prompt_length
+
+    def extend(self, token: int, eos_token_ids: Sequence[int]) -> FinishReason | None:
+        """Take one more token of the answer. Returns why the answer ends with it, if it does."""
+        self.tokens.append(token)
+        if token in self.params.stop_token_ids or (token in eos_token_ids and not self.params.ignore_eos):
+            return "stop"
+        return "length" if len(self.tokens) >= self.end else None

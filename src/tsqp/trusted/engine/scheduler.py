@@ -1,0 +1,235 @@
+"""Which rows the next forward pass has: who is admitted, who is prefilled, who loses its cache.
+
+Decisions alone: no tensors, no clock, no threads. ``docs/serving.md`` says what they are and why every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from tsqp.errors import InputError, QueueFull
+from tsqp.trusted.engine.counts import Counts
+from tsqp.trusted.engine.fair_share import FairShare
+from tsqp.trusted.engine.kv_budget import KVBudget
+from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.prefixes import Prefixes
+from tsqp.trusted.engine.request import Cache, FinishReason, Request, ReusableCache
+
+Shares = dict[Request, int]  # rows of the next pass, those of decode steps first
+
+
+class Scheduler:
+    """Requests that wait and that run.
+
+    ``new_cache`` makes an empty cache. ``kv_memory``: bytes for all caches, None for no bound. ``same_bits``: a cache
+    is kept up to the end of its prompt, as rows of an answer are not computed like rows of a prompt.
+    ``whole_answers``: a request holds the memory for its whole answer from its admission on.
+    """
+
+    def __init__(
+        self,
+        new_cache: Callable[[], Cache],
+        limits: Limits,
+        *,
+        kv_memory: int | None = None,
+        same_bits: bool = False,
+        whole_answers: bool = False,
+    ) -> None:
+        self._new_cache = new_cache
+        self._limits = limits
+        self._same_bits = same_bits
+        self._whole_answers = whole_answers
+        self._budget = KVBudget(kv_memory)
+        self._prefixes = Prefixes(self._budget)
+        self._fair = FairShare()
+        self._requests: dict[int, Request] = {}
+        self._queues: dict[str, OrderedDict[int, Request]] = {}
+        self._running: dict[int, Request] = {}  # in the order of admission
+        self._counts = Counts()
+
+    def counts(self) -> Counts:
+        """All numbers, as they are now."""
+        counts = self._counts
+        counts.running = len(self._running)
+        counts.waiting = len(self._requests) - len(self._running)
+        counts.kept_bytes = self._prefixes.size
+        counts.kv_bytes = self._budget.used - self._prefixes.size
+        return counts
+
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def get(self, number: int) -> Request | None:
+        """A request that has not ended."""
+        return self._requests.get(number)
+
+    def check(self, request: Request) -> None:
+        """Raises QueueFull; InputError for a request that would not fit alone."""
+        waiting = len(self._requests) - len(self._running)
+        if self._limits.waiting is not None and waiting >= self._limits.waiting:
+            raise QueueFull(f"{waiting} requests wait already: ask again later")
+        size = self._new_cache().bytes_for(request.end - 1)
+        if not self._budget.fits_alone(size):
+            raise InputError(
+                f"keys and values of {request.end - 1} tokens, the answer included, take {size} bytes; "
+                f"compute.kv_memory is {self._budget.limit}: raise it, or ask for fewer tokens",
+                fields=("compute.kv_memory",),
+            )
+
+    def add(self, request: Request) -> None:
+        """Put a request at the end of its tenant's queue. Raises as ``check``."""
+        self.check(request)
+        self._requests[request.id] = request
+        self._queue_of(request)[request.id] = request
+        self._fair.enter(request.tenant)
+        self._counts.added += 1
+
+    def plan(self) -> Shares:
+        """The rows of the next pass; empty where nothing is left to do."""
+        shares: Shares = {}
+        steps = [request for request in self._running.values() if request.decoding]
+        for request in steps:  # the one admitted first finds room first
+            if request.id in self._running and self._make_room(request):
+                shares[request] = 1
+                self._fair.give(request.tenant, 1)
+        self._share_prefill(shares, {request.id for request in steps})
+        return shares
+
+    def end(self, request: Request, reason: FinishReason) -> None:
+        """A request has ended: what it holds is free, or kept for the next turn of its conversation."""
+        del self._requests[request.id]
+        if self._running.pop(request.id, None) is None:
+            self._unqueue(request)
+        self._fair.leave(request.tenant)
+        self._counts.ended[reason] += 1
+        cache = self._release(request)
+        if request.scope is not None and reason in ("stop", "length") and isinstance(cache, ReusableCache):
+            if self._same_bits:
+                cache.truncate(request.prompt_length)
+            self._prefixes.keep(request.scope, request.tokens[: cache.length], cache)
+
+    def preempt(self, request: Request) -> None:
+        """A running request loses its cache and waits again, before all others of its tenant."""
+        del self._running[request.id]
+        self._release(request)
+        queue = self._queue_of(request)
+        queue[request.id] = request
+        queue.move_to_end(request.id, last=False)
+        self._counts.preemptions += 1
+
+    def forget(self) -> None:
+        """Let go of all kept caches."""
+        self._prefixes.clear()
+
+    def unended(self) -> Iterator[Request]:
+        """All requests that have not ended, in the order of arrival."""
+        return iter(self._requests.values())
+
+    def count(self, request: Request, rows: int, *, new_tokens: int) -> None:
+        """Count what a pass has computed of a request, and how many tokens were chosen after it."""
+        before = request.computed - rows
+        self._counts.prompt_tokens += max(0, min(request.computed, request.prompt_length) - before)
+        self._counts.new_tokens += new_tokens
+
+    def _share_prefill(self, shares: Shares, steps: set[int]) -> None:
+        """Give prefill rows to those whose turn it is; admit who is next."""
+        beside = bool(shares)
+        left = self._limits.prefill_rows if beside else self._limits.idle_rows
+        admits = True
+        while left > 0:
+            request = self._next(shares, steps, admits)
+            if request is None:
+                return
+            if request.id not in self._running and not self._admit(request):
+                admits = False  # nobody overtakes the one that does not fit
+                continue
+            rows = request.rest - shares.get(request, 0)
+            if beside:
+                rows = min(rows, left)
+            shares[request] = shares.get(request, 0) + rows
+            left -= rows
+            self._fair.give(request.tenant, rows)
+
+    def _next(self, shares: Shares, steps: set[int], admits: bool) -> Request | None:
+        """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
+        first: dict[str, Request] = {}
+        for request in self._running.values():
+            if request.id not in steps and request.rest > shares.get(request, 0):
+                first.setdefault(request.tenant, request)
+        if admits and len(self._running) < self._limits.running:
+            for tenant, queue in self._queues.items():
+                first.setdefault(tenant, next(iter(queue.values())))
+        return min(first.values(), key=lambda request: (self._fair.given(request.tenant), request.id), default=None)
+
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request its cache, if the running ones leave room for it."""
+        cache = self._new_cache()
+        end = self._charged_end(request)
+        size = cache.bytes_for(end)
+        if not self._budget.fits(size - self._prefixes.size):
+            return False
+        cache = self._begun(request, size) or cache
+        if not self._fits_without_kept(cache.bytes_for(end)):
+            cache = self._new_cache()  # the kept one was larger than what is needed
+        self._counts.found_tokens += cache.length
+        request.cache, request.charge = cache, cache.bytes_for(end)
+        self._budget.charge(request.charge)
+        self._unqueue(request)
+        self._running[request.id] = request
+        return True
+
+    def _begun(self, request: Request, size: int) -> Cache | None:
+        """A cache with the beginning of a request, if one is kept in its scope."""
+        if request.scope is None:
+            return None
+        # Where the kinds of rows differ, those of its answer are not to be taken from another one's prompt.
+        most = min(len(request.tokens) - 1, request.prompt_length if self._same_bits else len(request.tokens))
+        found = self._prefixes.find(request.scope, request.tokens[:most])
+        if found is None:
+            return None
+        if found.whole or not self._budget.fits(size):
+            return self._prefixes.take(found)
+        return self._prefixes.copy(found)
+
+    def _make_room(self, request: Request) -> bool:
+        """Room for the next position of a running request; False where the request itself had to give way."""
+        if request.cache is None:
+            return False
+        more = max(0, request.cache.bytes_for(len(request.tokens)) - request.charge)
+        while not self._fits_without_kept(more):
+            newest = next(reversed(self._running.values()))
+            self.preempt(newest)
+            if newest is request:
+                return False
+        request.charge += more
+        self._budget.charge(more)
+        return True
+
+    def _fits_without_kept(self, size: int) -> bool:
+        """Whether ``size`` more bytes fit, once as many kept caches as needed are gone."""
+        while not self._budget.fits(size):
+            if not self._prefixes.drop_oldest():
+                return False
+        return True
+
+    def _charged_end(self, request: Request) -> int:
+        """The positions that a request is charged for at its admission."""
+        return request.end - 1 if self._whole_answers else len(request.tokens)
+
+    def _release(self, request: Request) -> Cache | None:
+        """Take a request's cache and what it is charged."""
+        cache, request.cache = request.cache, None
+        self._budget.charge(-request.charge)
+        request.charge = 0
+        return cache
+
+    def _queue_of(self, request: Request) -> OrderedDict[int, Request]:
+        return self._queues.setdefault(request.tenant, OrderedDict())
+
+    def _unqueue(self, request: Request) -> None:
+        queue = self._queues[request.tenant]
+        del queue[request.id]
+        if not queue:
+            del self._queues[request.tenant]

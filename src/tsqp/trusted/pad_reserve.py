@@ -1,0 +1,37 @@
+"""Pads that are promised to requests, in a run that never makes missing ones.
+
+Policy only: it knows counts, and never sees a pad.
+"""
+
+from __future__ import annotations
+
+from tsqp.errors import MORE_PADS, PadsExhausted
+from tsqp.trusted.filler import PadFiller
+
+
+class PadReserve:
+    """Counts the rows that were promised and not yet used. Its caller sees to it that one thread asks at a time."""
+
+    def __init__(self, filler: PadFiller) -> None:
+        self._filler = filler
+        self.promised = 0
+
+    @property
+    def free(self) -> int:
+        """Rows whose pads are ready in every group and promised to nobody."""
+        return max(0, self._filler.ready(answer=True) - self.promised)
+
+    def reserve(self, rows: int) -> None:
+        """Promise pads for ``rows`` rows. Raises PadsExhausted where fewer are free."""
+        free = self.free
+        if rows > free:
+            raise PadsExhausted(
+                f"guard.pads_empty is refuse, and pads are free for {free} of the {rows} tokens that prompt and answer "
+                f"may have: ask for fewer, use {', '.join(MORE_PADS)}, or choose wait",
+                fields=("guard.pads_empty", *MORE_PADS),
+            )
+        self.promised += rows
+
+    def release(self, rows: int) -> None:
+        """Rows whose pads were used, or that will not be needed."""
+        self.promised -= rows

@@ -1,0 +1,193 @@
+"""The asyncio front: the answers of an LLM, as tasks that may be cancelled, and an end that loses none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import tiny_model
+from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams
+from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, WorkerLost
+from tsqp.model.batch import Batch
+from tsqp.model.pending import Steps
+
+MODEL = str(tiny_model("llama").directory)
+TEXTS = ["The quick brown fox", "jumps", "over the lazy dog"]
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+def local(limits: Limits | None = None) -> LLM:
+    return LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32"), limits=limits)
+
+
+def with_llm(test: Callable[[AsyncLLM], Coroutine[Any, Any, None]], limits: Limits | None = None) -> None:
+    async def run() -> None:
+        async with AsyncLLM(local(limits)) as llm:
+            await test(llm)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def nothing_left(llm: AsyncLLM) -> None:
+    while llm.counts().running or llm.counts().waiting:
+        await asyncio.sleep(0.001)
+
+
+def test_answers_are_those_of_the_llm() -> None:
+    params = SamplingParams(max_tokens=12)
+    with local() as llm:
+        expected = llm.generate(TEXTS, params)
+
+    async def test(llm: AsyncLLM) -> None:
+        async def streamed(text: str) -> Completion:
+            deltas = [delta async for delta in llm.stream(text, params)]
+            assert deltas[-1].completion is not None
+            assert "".join(delta.text for delta in deltas) == deltas[-1].completion.text
+            return deltas[-1].completion
+
+        assert await asyncio.gather(*(llm.generate(text, params) for text in TEXTS)) == expected
+        assert await asyncio.gather(*(streamed(text) for text in TEXTS)) == expected
+        counts = llm.counts()
+        assert (counts.added, counts.ended["length"]) == (6, 6)
+
+    with_llm(test)
+
+
+def test_a_stop_string_ends_the_request_as_complete() -> None:
+    with local() as sync:
+        (whole,) = sync.generate(TEXTS[0], SamplingParams(max_tokens=12))
+
+    async def test(llm: AsyncLLM) -> None:
+        completion = await llm.generate(TEXTS[0], SamplingParams(max_tokens=12, stop=(whole.text[3],)))
+        assert completion.finish_reason == "stop"
+        assert completion.text == whole.text[: whole.text.index(whole.text[3])]
+        await nothing_left(llm)
+        assert llm.counts().ended["stop"] == 1
+
+    with_llm(test)
+
+
+def test_a_cancelled_task_ends_its_request_and_no_other() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        begun = asyncio.Event()
+
+        async def endless() -> None:
+            async for _ in llm.stream(TEXTS[0], LONG):
+                begun.set()
+
+        task = asyncio.create_task(endless())
+        await begun.wait()
+        other = asyncio.create_task(llm.generate(TEXTS[1], SamplingParams(max_tokens=20, ignore_eos=True)))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len((await other).token_ids) == 20
+        await nothing_left(llm)
+        counts = llm.counts()
+        assert (counts.ended["abort"], counts.ended["length"], counts.kv_bytes) == (1, 1, 0)
+
+    with_llm(test)
+
+
+def test_an_answer_may_be_aborted_while_somebody_waits_for_it() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        answer = await llm.open(TEXTS[0], LONG)
+
+        async def all_of_it() -> int:
+            return len([delta async for delta in answer])
+
+        task = asyncio.create_task(all_of_it())
+        await asyncio.sleep(0)
+        answer.abort()
+        answer.abort()
+        assert await task < 200
+        await nothing_left(llm)
+
+    with_llm(test)
+
+
+def test_what_is_wrong_is_raised_before_anything_begins() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        with pytest.raises(PromptError):
+            await llm.open("  ")
+        with pytest.raises(PromptError):
+            await llm.open([100_000])
+        with pytest.raises(OptionError, match="leave out tools"):
+            await llm.open([1, 2], tools=[])
+        running = await llm.open(TEXTS[0], LONG)
+        await anext(running)
+        waiting = await llm.open(TEXTS[1], LONG)
+        with pytest.raises(QueueFull):
+            await llm.open(TEXTS[2], LONG)
+        for answer in (running, waiting):
+            answer.abort()
+        await nothing_left(llm)
+        assert llm.counts().added == 2
+
+    with_llm(test, Limits(running=1, waiting=1))
+
+
+def test_closing_waits_for_what_is_under_way() -> None:
+    async def test() -> None:
+        llm = AsyncLLM(local())
+        answer = await llm.open(TEXTS[0], SamplingParams(max_tokens=30, ignore_eos=True))
+        await llm.close()
+        deltas = [delta async for delta in answer]
+        assert deltas[-1].completion is not None
+        assert len(deltas[-1].completion.token_ids) == 30
+        with pytest.raises(ChannelClosed):
+            await llm.open(TEXTS[0])
+        await llm.close()
+        assert not llm._thread.is_alive()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_closing_at_once_says_so_to_those_who_wait() -> None:
+    async def test() -> None:
+        llm = AsyncLLM(local())
+        answer = await llm.open(TEXTS[0], LONG)
+        await llm.close(drain_s=0)
+        with pytest.raises(ChannelClosed):
+            async for _ in answer:
+                pass
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_failed_pass_is_told_to_all_and_the_next_request_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(llm: AsyncLLM) -> None:
+        decoder: Any = llm.llm.engine.decoder
+        forward = decoder.forward
+        failed: list[bool] = []
+
+        def failing(batch: Batch[Any]) -> Steps[torch.Tensor]:
+            if len(batch.tokens) == 2 and not failed:
+                failed.append(True)
+                raise WorkerLost("went away")
+            return forward(batch)
+
+        monkeypatch.setattr(decoder, "forward", failing)
+        tasks = [asyncio.create_task(llm.generate(text, LONG)) for text in TEXTS[:2]]
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, WorkerLost)
+        assert (await llm.generate(TEXTS[0], SamplingParams(max_tokens=3, ignore_eos=True))).finish_reason == "length"
+        assert llm.counts().ended["error"] == 2
+
+    with_llm(test)
+
+
+def test_a_loop_that_is_gone_leaves_no_request_behind() -> None:
+    llm = AsyncLLM(local())
+
+    async def leave() -> None:
+        await llm.open(TEXTS[0], LONG)
+
+    asyncio.run(leave())
+    while llm.counts().running or llm.counts().waiting:
+        llm._thread.join(0.001)
+    asyncio.run(llm.close())

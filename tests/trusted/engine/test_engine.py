@@ -1,0 +1,512 @@
+"""The engine over a fake decoder: whatever arrives, ends or fails, each answer is that of its request alone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.trusted.engine.fakes import CONTEXT, GROW, SIZE, VOCABULARY, FakeCache, FakeDecoder, alone, fake_engine
+from tsqp.errors import InputError, NumericError, PadsExhausted, PromptError, QueueFull, WorkerLost
+from tsqp.trusted.engine.caller import Caller
+from tsqp.trusted.engine.engine import Engine, _finite_rows
+from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.request import Output
+from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.engine.scheduler import Shares
+
+WHOLE = -(-(CONTEXT - 1) // GROW) * GROW * SIZE  # bytes of the longest request there can be
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [(seed * 7 + row * 3 + row * row) % VOCABULARY for row in range(length)]
+
+
+@dataclass
+class Asked:
+    """A request of a test, and what it was given."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tenant: str
+    number: int
+    aborted: bool = False
+    tokens: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def take(self, output: Output) -> None:
+        assert not self.reasons, "nothing comes after the end"
+        assert output.token is not None
+        self.tokens.append(output.token)
+        if output.finish_reason is not None:
+            self.reasons.append(output.finish_reason)
+
+
+def ask(engine: Engine, prompt: list[int], params: SamplingParams, tenant: str = "", salt: str | None = None) -> Asked:
+    asked = Asked(prompt, params, tenant, -1)
+    asked.number = engine.add_request(prompt, params, tenant=tenant, salt=salt, deliver=asked.take)
+    return asked
+
+
+def run_out(engine: Engine, most: int = 10_000) -> None:
+    for _ in range(most):
+        if not engine.has_work():
+            return
+        engine.step()
+    raise AssertionError("requests that do not end")
+
+
+def check_books(engine: Engine, kv_memory: int) -> None:
+    """What is counted is what is there, and within its bounds."""
+    scheduler = engine._scheduler
+    counts = engine.counts()
+    running = list(scheduler._running.values())
+    assert counts.added == counts.waiting + counts.running + sum(counts.ended.values())
+    assert min(counts.waiting, counts.running, counts.kv_bytes, counts.kept_bytes) >= 0
+    assert counts.running <= engine.limits.running
+    assert counts.waiting == sum(len(queue) for queue in scheduler._queues.values())
+    assert all(scheduler._queues.values()), "no empty queues"
+    assert counts.kv_bytes == sum(request.charge for request in running)
+    assert counts.kv_bytes + counts.kept_bytes == scheduler._budget.used <= kv_memory
+    kept = [one.cache for one in scheduler._prefixes._kept.values()]
+    assert counts.kept_bytes == sum(cache.bytes_for(0) for cache in kept)
+    for request in running:
+        assert isinstance(request.cache, FakeCache)
+        assert request.cache.bytes_for(0) <= request.charge
+        assert request.cache.tokens[: request.computed] == request.tokens[: request.computed]
+    held = [id(cache) for cache in kept] + [id(request.cache) for request in running]
+    assert len(set(held)) == len(held), "a cache has one owner"
+
+
+def watch_plans(engine: Engine) -> None:
+    """Hold each plan against the bounds of a step."""
+    scheduler, limits = engine._scheduler, engine.limits
+    plan = scheduler.plan
+
+    def watched() -> Shares:
+        decoding = {request for request in scheduler._running.values() if request.decoding}
+        shares = plan()
+        assert shares or not len(scheduler), "a step moves something"
+        assert all(0 < rows <= request.rest for request, rows in shares.items())
+        prefill = [rows for request, rows in shares.items() if request not in decoding]
+        if decoding & set(shares):
+            assert sum(prefill) <= limits.prefill_rows
+            assert set(list(shares)[: -len(prefill) or None]) == decoding & set(shares), "decode rows first"
+        else:
+            assert sum(prefill[:-1]) < limits.idle_rows
+            assert all(rows == request.rest for request, rows in shares.items()), "prompts are whole"
+        return shares
+
+    scheduler.plan = watched  # type: ignore[method-assign]
+
+
+REQUEST = st.tuples(
+    st.integers(1, 30),  # the prompt's length
+    st.integers(1, 20),  # tokens at most
+    st.sampled_from("ABC"),
+    st.integers(0, 2),  # which of a few beginnings
+    st.sampled_from([None, "", "x"]),
+    st.integers(0, 5),  # the seed
+)
+ACTION = st.one_of(
+    st.tuples(st.just("add"), REQUEST),
+    st.tuples(st.just("step"), st.integers(1, 4)),
+    st.tuples(st.sampled_from(["abort", "fail"]), st.integers(0, 30)),
+)
+LIMITS = st.builds(Limits, running=st.integers(1, 5), prefill_rows=st.integers(1, 12), idle_rows=st.integers(1, 40))
+
+
+@settings(max_examples=150)
+@given(st.lists(ACTION, max_size=40), LIMITS, st.integers(0, 60))
+def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: Limits, spare: int) -> None:
+    """Arrivals, aborts, failed passes, preemption, kept caches, chunks: no token changes and every request ends."""
+    decoder = FakeDecoder()
+    kv_memory = WHOLE + spare * SIZE
+    engine = fake_engine(decoder, limits=limits, kv_memory=kv_memory)
+    asked: list[Asked] = []
+    watch_plans(engine)
+    for action, value in actions:
+        if action == "add":
+            length, tokens, tenant, beginning, salt, seed = value
+            params = SamplingParams(max_tokens=tokens, temperature=float(seed % 2), seed=seed)
+            asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt))
+        elif action == "step":
+            for _ in range(value):
+                engine.step()
+        elif action == "abort" and asked:
+            one = asked[value % len(asked)]
+            one.aborted = one.aborted or not one.reasons
+            engine.abort(one.number)
+        elif action == "fail" and engine.has_work():
+            decoder.fail = WorkerLost("went away")
+            with pytest.raises(WorkerLost):
+                engine.step()
+        check_books(engine, kv_memory)
+    while engine.has_work():
+        engine.step()
+        check_books(engine, kv_memory)
+    for one in asked:
+        expected = alone(one.prompt, one.params)
+        assert one.tokens == expected[: len(one.tokens)]
+        assert one.aborted or (one.tokens, one.reasons) == (expected, ["length"])
+    engine.forget()
+    assert engine.counts().kept_bytes == engine._scheduler._budget.used == 0
+    assert not engine._scheduler._requests
+    assert not engine._scheduler._fair._given
+
+
+def test_a_step_has_decode_rows_first_and_then_a_bounded_number_of_others() -> None:
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=Limits(prefill_rows=5))
+    ask(engine, prompt_of(3), SamplingParams(max_tokens=20))
+    engine.step()
+    ask(engine, prompt_of(17), SamplingParams(max_tokens=5))
+    run_out(engine)
+    assert decoder.passes[:6] == [[3], [1, 5], [1, 5], [1, 5], [1, 2], [1, 1]]
+
+
+def test_without_answers_under_way_prompts_are_whole() -> None:
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=Limits(prefill_rows=2, idle_rows=20))
+    for length in (15, 15, 15):
+        ask(engine, prompt_of(length), SamplingParams(max_tokens=2))
+    engine.step()
+    assert decoder.passes[0] == [15, 15]
+
+
+def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:
+    """Cut prompts, preempted answers, kept beginnings: each position is of the kind that it would be alone."""
+    engine = fake_engine(limits=Limits(prefill_rows=1, running=3), kv_memory=WHOLE)
+    for seed in range(4):
+        ask(engine, prompt_of(9 + seed, seed), SamplingParams(max_tokens=25), salt="")
+    while engine.has_work():
+        engine.step()
+        for request in engine._scheduler._running.values():
+            assert isinstance(request.cache, FakeCache)
+            kinds = request.cache.steps[: request.computed]
+            assert kinds == [position >= request.prompt_length for position in range(request.computed)]
+    assert engine.counts().preemptions > 0
+
+
+def test_memory_that_runs_out_costs_the_newest_its_cache_and_nobody_a_token() -> None:
+    params = SamplingParams(max_tokens=30)
+    engine = fake_engine(kv_memory=WHOLE)
+    asked = [ask(engine, prompt_of(10, seed), params) for seed in range(3)]
+    run_out(engine)
+    assert engine.counts().preemptions > 0
+    assert [one.tokens for one in asked] == [alone(prompt_of(10, seed), params) for seed in range(3)]
+
+
+def test_the_first_admitted_is_never_preempted() -> None:
+    engine = fake_engine(kv_memory=WHOLE)
+    for seed in range(3):
+        ask(engine, prompt_of(10, seed), SamplingParams(max_tokens=30))
+    before = 0
+    while engine._scheduler.get(0) is not None:
+        engine.step()
+        first = engine._scheduler.get(0)
+        assert first is None or first.computed > before
+        before = 0 if first is None else first.computed
+
+
+def test_a_request_that_can_never_fit_is_refused_and_nothing_else() -> None:
+    engine = fake_engine(kv_memory=20 * SIZE)
+    fits = ask(engine, prompt_of(11), SamplingParams(max_tokens=10))  # 20 positions: the last token needs none
+    with pytest.raises(InputError, match=r"compute\.kv_memory"):
+        engine.add_request(prompt_of(11), SamplingParams(max_tokens=11))
+    run_out(engine)
+    assert fits.reasons == ["length"]
+    counts = engine.counts()
+    assert (counts.added, counts.refused) == (1, 1)
+
+
+def test_bad_prompts_touch_nobody() -> None:
+    engine = fake_engine()
+    good = ask(engine, prompt_of(4), SamplingParams(max_tokens=3))
+    for bad in ([], [VOCABULARY], [-1], prompt_of(CONTEXT)):
+        with pytest.raises(PromptError):
+            engine.add_request(bad, SamplingParams())
+    run_out(engine)
+    assert good.tokens == alone(prompt_of(4), SamplingParams(max_tokens=3))
+
+
+def test_a_full_queue_says_so() -> None:
+    engine = fake_engine(limits=Limits(waiting=2, running=1))
+    for _ in range(2):
+        ask(engine, prompt_of(4), SamplingParams(max_tokens=3))
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        engine.add_request(prompt_of(4), SamplingParams())
+    engine.step()  # admits one
+    ask(engine, prompt_of(4), SamplingParams(max_tokens=3))
+    run_out(engine)
+    assert engine.counts().ended["length"] == 3
+
+
+def test_an_error_of_one_request_ends_this_one_alone() -> None:
+    decoder = FakeDecoder(broken={5})
+    engine = fake_engine(decoder)
+    good = ask(engine, [1, 2, 3], SamplingParams(max_tokens=1))
+    outputs: list[Output] = []
+    engine.add_request([1, 5], SamplingParams(), deliver=outputs.append)
+
+    class Raises:
+        def choose(self, logits: torch.Tensor, text: object) -> int:
+            raise ValueError("no")
+
+    engine.add_request([1, 2], SamplingParams(), sampler=Raises(), deliver=outputs.append)
+    run_out(engine)
+    assert good.reasons == ["length"]
+    assert [(type(one.error), one.token, one.finish_reason) for one in outputs] == [
+        (NumericError, None, "error"),
+        (ValueError, None, "error"),
+    ]
+    assert engine.counts().ended == {"stop": 0, "length": 1, "abort": 0, "error": 2}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 7, VOCABULARY - 1])
+def test_one_logit_that_is_no_number_is_found_in_its_own_row(bad: float, place: int) -> None:
+    logits = torch.randn(3, VOCABULARY)
+    logits[1, place] = bad
+    assert _finite_rows(logits) == [True, False, True]
+    assert _finite_rows(logits[:0]) == []
+
+
+def test_an_interruption_between_a_pass_and_its_tokens_loses_none() -> None:
+    class Interrupted:
+        times = 0
+
+        def choose(self, logits: torch.Tensor, text: object) -> int:
+            self.times += 1
+            if self.times == 3:
+                raise KeyboardInterrupt
+            return int(logits.argmax())
+
+    engine = fake_engine()
+    one = Asked(prompt_of(6), SamplingParams(max_tokens=8), "", -1)
+    engine.add_request(one.prompt, one.params, sampler=Interrupted(), deliver=one.take)
+    other = ask(engine, prompt_of(5, 1), SamplingParams(max_tokens=8))
+    with pytest.raises(KeyboardInterrupt):
+        run_out(engine)
+    run_out(engine)
+    assert one.tokens == alone(one.prompt, one.params)
+    assert other.tokens == alone(other.prompt, other.params)
+
+
+def test_ten_thousand_aborted_requests_leave_nothing() -> None:
+    engine = fake_engine(limits=Limits(running=8), kv_memory=4 * WHOLE)
+    gc.collect()
+    before = FakeCache.alive
+    for index in range(10_000):
+        number = engine.add_request(prompt_of(1 + index % 20), SamplingParams(), tenant=str(index % 7), salt="")
+        if index % 3 == 0:
+            engine.step()
+        engine.abort(number)
+        counts = engine.counts()
+        assert (counts.waiting, counts.running, counts.kv_bytes, counts.kept_bytes) == (0, 0, 0, 0)
+    assert engine.counts().ended["abort"] == 10_000
+    gc.collect()
+    assert FakeCache.alive == before
+    scheduler = engine._scheduler
+    for left in (scheduler._requests, scheduler._queues, scheduler._fair._given, engine._ends):
+        assert not left
+
+
+def test_a_request_aborted_in_the_middle_of_a_pass_is_gone_after_it() -> None:
+    engine = fake_engine()
+    one = ask(engine, prompt_of(4), SamplingParams(max_tokens=9))
+    other = ask(engine, prompt_of(5), SamplingParams(max_tokens=9))
+
+    class Aborts:
+        def choose(self, logits: torch.Tensor, text: object) -> int:
+            engine.abort(one.number)
+            return int(logits.argmax())
+
+    engine.add_request(prompt_of(6), SamplingParams(max_tokens=1), sampler=Aborts())
+    engine.step()
+    assert not one.tokens
+    assert engine._scheduler.get(one.number) is None
+    run_out(engine)
+    assert other.tokens == alone(other.prompt, other.params)
+    assert engine.counts().ended == {"stop": 0, "length": 2, "abort": 1, "error": 0}
+
+
+def test_an_abort_never_waits_for_the_books() -> None:
+    """A finaliser may abort a request while its own thread holds the lock."""
+    engine = fake_engine()
+    one = ask(engine, prompt_of(4), SamplingParams(max_tokens=9))
+    with engine._books():
+        engine.abort(one.number)
+        assert engine._scheduler.get(one.number) is not None
+    assert engine._scheduler.get(one.number) is None
+
+
+def test_failing_ends_every_request_with_its_error() -> None:
+    engine = fake_engine(limits=Limits(running=1))
+    outputs: list[Output] = []
+    for _ in range(3):
+        engine.add_request(prompt_of(4), SamplingParams(), deliver=outputs.append)
+    engine.step()
+    error = WorkerLost("went away")
+    engine.fail(error)
+    assert [output.error for output in outputs if output.error is not None] == [error] * 3
+    assert not engine.has_work()
+
+
+def test_a_conversation_that_goes_on_computes_what_is_new() -> None:
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder)
+    params = SamplingParams(max_tokens=4)
+    first = ask(engine, prompt_of(20), params, salt="")
+    run_out(engine)
+    decoder.passes.clear()
+    longer = [*first.prompt, *first.tokens, 1, 2, 3]
+    second = ask(engine, longer, params, salt="")
+    run_out(engine)
+    assert decoder.passes[0] == [4 + 3]
+    assert second.tokens == alone(longer, params)
+    assert engine.counts().found_tokens == 20
+
+
+@pytest.mark.parametrize(("tenant", "salt"), [("B", ""), ("A", "x"), ("A", None), ("", "A")])
+def test_nothing_is_found_in_another_scope(tenant: str, salt: str | None) -> None:
+    engine = fake_engine()
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=2), "A", "")
+    run_out(engine)
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=2), tenant, salt)
+    run_out(engine)
+    assert engine.counts().found_tokens == 0
+
+
+def test_stopped_is_complete_and_aborted_is_not() -> None:
+    engine = fake_engine()
+    for end, kept in ((engine.abort, 0), (engine.stop, 1)):
+        one = ask(engine, prompt_of(20), SamplingParams(max_tokens=30), salt="")
+        engine.step()
+        end(one.number)
+        assert len(engine._scheduler._prefixes) == kept
+    assert engine.counts().ended == {"stop": 1, "length": 0, "abort": 1, "error": 0}
+
+
+class Reserve:
+    """See ReservesPads: ``ready`` rows in all."""
+
+    def __init__(self, ready: int) -> None:
+        self.free = ready
+
+    def reserve(self, rows: int) -> None:
+        if rows > self.free:
+            raise PadsExhausted("none")
+        self.free -= rows
+
+    def release(self, rows: int) -> None:
+        self.free += rows
+
+
+def test_pads_are_reserved_from_the_beginning_to_the_end() -> None:
+    pads = Reserve(40)
+    engine = fake_engine(pads=pads, kv_memory=2 * WHOLE)
+    one = ask(engine, prompt_of(10), SamplingParams(max_tokens=5))  # 14 rows
+    ask(engine, prompt_of(20), SamplingParams(max_tokens=7))  # 26 rows
+    assert pads.free == 0
+    with pytest.raises(PadsExhausted):
+        engine.add_request([1], SamplingParams(max_tokens=1))
+    engine.step()
+    assert pads.free == 30
+    engine.abort(one.number)
+    assert pads.free == 34
+    run_out(engine)
+    assert pads.free == 40
+    assert engine.counts().preemptions == 0
+
+
+def test_with_reserved_pads_nobody_is_preempted() -> None:
+    engine = fake_engine(pads=Reserve(10_000), kv_memory=WHOLE)
+    asked = [ask(engine, prompt_of(10, seed), SamplingParams(max_tokens=30)) for seed in range(3)]
+    run_out(engine)
+    assert engine.counts().preemptions == 0
+    assert [one.tokens for one in asked] == [alone(one.prompt, one.params) for one in asked]
+
+
+@pytest.mark.parametrize("running", [1, 3])
+def test_tenants_that_wait_are_served_alike(running: int) -> None:
+    """One tenant asks for everything before the other comes; from then on neither gets ahead."""
+    limits = Limits(running=running, prefill_rows=8, idle_rows=20)
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=limits)
+    served = {"A": 0, "B": 0}
+
+    def rows_of(tenant: str) -> int:
+        return engine._scheduler._fair._given.get(tenant, served[tenant])
+
+    for index in range(60):
+        ask(engine, prompt_of(10 + index % 3), SamplingParams(max_tokens=6), "A")
+    for _ in range(10):
+        engine.step()
+    for index in range(30):
+        ask(engine, prompt_of(5 + index % 9), SamplingParams(max_tokens=3), "B")
+    bound = limits.idle_rows + 18 + running * 6
+    while "A" in engine._scheduler._queues and "B" in engine._scheduler._queues:
+        engine.step()
+        assert abs(rows_of("A") - rows_of("B")) <= bound
+    assert "A" in engine._scheduler._queues  # who asked for less is done first
+
+
+def test_a_large_request_is_not_overtaken_for_ever() -> None:
+    engine = fake_engine(kv_memory=WHOLE)
+    ask(engine, prompt_of(8, 1), SamplingParams(max_tokens=20), "small")
+    engine.step()
+    large = ask(engine, prompt_of(60), SamplingParams(max_tokens=3), "large")
+    for index in range(50):
+        ask(engine, prompt_of(8, index), SamplingParams(max_tokens=20), f"tenant {index}")
+        engine.step()
+    assert large.tokens
+
+
+def test_callers_of_several_threads_move_each_other() -> None:
+    engine = fake_engine()
+    params = SamplingParams(max_tokens=12)
+    begin = threading.Barrier(4)
+    answers: dict[int, list[int]] = {}
+
+    def work(seed: int) -> None:
+        begin.wait()
+        answers[seed] = [output.token or 0 for _, output in engine.generate([prompt_of(5, seed)], params)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {seed: alone(prompt_of(5, seed), params) for seed in range(4)}
+
+
+def test_a_caller_that_leaves_takes_its_requests_along() -> None:
+    engine = fake_engine()
+    with Caller(engine) as caller:
+        caller.add(prompt_of(4), SamplingParams())
+        caller.add(prompt_of(5), SamplingParams())
+        next(iter(caller))
+    assert not engine.has_work()
+    assert engine.counts().ended["abort"] == 2
+
+
+def test_a_caller_may_stop_one_of_its_requests() -> None:
+    engine = fake_engine()
+    params = SamplingParams(max_tokens=9)
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    with Caller(engine) as caller:
+        for seed in range(2):
+            caller.add(prompt_of(4, seed), params)
+        for place, output in caller:
+            tokens[place].append(output.token or 0)
+            if place == 0 and len(tokens[0]) == 3:
+                caller.stop(output)
+    assert tokens == {0: alone(prompt_of(4, 0), params)[:3], 1: alone(prompt_of(4, 1), params)}
+    assert engine.counts().ended == {"stop": 1, "length": 1, "abort": 0, "error": 0}
