@@ -63,6 +63,8 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "device of another's worker": (["generate", "a", *MODEL, "--worker", "ipc:///x", "--device", "cpu"], "--device"),
     "keys for a worker started here": (["generate", "a", *MODEL, "--key", "x", "--worker-key", "y"], "--worker-key"),
     "keys for ipc": (["generate", "a", *MODEL, "--worker", "ipc:///x", "--key", "x"], "--key"),
+    "not an address": (["generate", "a", *MODEL, "--worker", "http://x"], "http"),
+    "path too long": (["generate", "a", *MODEL, "--worker", "ipc:///" + "x" * 200], "107"),
     "plain tcp without tcp": (["chat", *MODEL, "--insecure-plain-tcp"], "--insecure-plain-tcp"),
 }
 
@@ -150,9 +152,7 @@ FAILURES: dict[str, tuple[list[str], str]] = {
     "unknown synthetic": (["generate", "a", "--model", "synthetic:gpt-9"], "gpt-9"),
     "unreachable ipc": (["generate", "a", *MODEL, "--worker", "ipc:///nowhere/x.sock"], "ipc:///nowhere/x.sock"),
     "unreachable tcp": (["generate", "a", *MODEL, "--worker", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1"),
-    "not an address": (["generate", "a", *MODEL, "--worker", "http://x"], "http"),
     "plain tcp off loopback": (["generate", "a", *MODEL, "--worker", "tcp://192.0.2.1:7000"], "--insecure-plain-tcp"),
-    "path too long": (["generate", "a", *MODEL, "--worker", "ipc:///" + "x" * 200], "107"),
     "auto worker cannot start": (["generate", "a", *MODEL, "--device", "cuda:99"], "cuda:99"),
 }
 
@@ -170,7 +170,7 @@ WORKER: dict[str, tuple[list[str], int, str]] = {
     "unknown device": (["--device", "tpu"], 2, "tpu"),
     "no such device": (["--device", "cuda:99"], 2, "cuda:99"),
     "plain tcp off loopback": (["--listen", "tcp://0.0.0.0:0"], 1, "--insecure-plain-tcp"),
-    "path too long": (["--listen", "ipc:///" + "x" * 200], 1, "107"),
+    "path too long": (["--listen", "ipc:///" + "x" * 200], 2, "107"),
     "half of the keys": (["--listen", "tcp://127.0.0.1:0", "--key", "x"], 2, "--allow"),
 }
 

@@ -47,7 +47,7 @@ SAMPLING = {
     "another seed": SamplingParams(max_tokens=STEPS, temperature=1.7, seed=123456789),
     "narrow": SamplingParams(max_tokens=STEPS, temperature=0.5, top_k=7, top_p=0.4, min_p=0.1, seed=1),
     "penalty": SamplingParams(max_tokens=STEPS, repetition_penalty=3.0),
-    "stop": SamplingParams(max_tokens=STEPS, stop=("a string that never comes",), stop_token_ids=(10**6,)),
+    "stop": SamplingParams(max_tokens=STEPS, stop=("a string that never comes",), stop_token_ids=(318,)),
 }
 
 
