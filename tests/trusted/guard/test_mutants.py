@@ -260,7 +260,7 @@ MUTANTS = [
     mutant(
         "a verdict on what is sent is ignored",
         ERASED_PAD,
-        (LINEARS, "_judge", asking("worst"), never),
+        (LINEARS, "refuse", asking("worst"), never),
     ),
     mutant(
         "x' is read back",
@@ -306,7 +306,7 @@ MUTANTS = [
         (LINEARS, "_judge", calling("fill"), lambda _: ast.parse("verdicts.fill(kernels.OK)").body[0]),
         (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "_judge", asking("worst"), never)),
+    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "refuse", asking("worst"), never)),
     mutant(
         "a row has the verdict of the last product",
         desks("test_the_verdict_on_one_product_is_none_on_the_next[masked]"),
@@ -413,11 +413,11 @@ MUTANTS = [
     mutant(
         "pads of a call refused at its start stay",
         lives("test_pads_of_a_call_refused_at_its_start_are_lost"),
-        (LINEARS, "start", calling("_lose"), nothing),
+        (LINEARS, "start", calling("lose"), nothing),
     ),
     mutant("a fork goes on", core("test_another_process_gets_no_pads"), (PADS, "refuse", asking("getpid"), never)),
     # after a failure
-    mutant("vectors stay after a failure", AFTERWARDS, (LINEARS, "_end", calling("close"), nothing)),
+    mutant("vectors stay after a failure", AFTERWARDS, (LINEARS, "end", calling("close"), nothing)),
     mutant("vectors are not overwritten", AFTERWARDS, (WEIGHTS, "forget", calling("expand"), nothing)),
     mutant(
         "the session goes on after a failure",
