@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.families import tiny_model
-from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams
-from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, WorkerLost
+from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, StructuredOutputsParams
+from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, UnsupportedModel, WorkerLost
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps
 
@@ -53,6 +53,29 @@ def test_answers_are_those_of_the_llm() -> None:
         assert await asyncio.gather(*(streamed(text) for text in TEXTS)) == expected
         counts = llm.counts()
         assert (counts.added, counts.ended["length"]) == (6, 6)
+
+    with_llm(test)
+
+
+def test_every_parameter_holds_here_too() -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=3, logprobs=2)
+    form = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    with local() as llm:
+        (expected,) = llm.generate(TEXTS[:1], params)
+        with pytest.raises(
+            UnsupportedModel, match="structured outputs"
+        ) as refused:  # no form can end without an end token
+            llm.generate(TEXTS[:1], form)
+    assert expected.logprobs
+
+    async def test(llm: AsyncLLM) -> None:
+        assert await llm.generate(TEXTS[0], params) == expected
+        with pytest.raises(UnsupportedModel) as also:
+            await llm.generate(TEXTS[0], form)
+        assert str(also.value) == str(refused.value)
+        with pytest.raises(OptionError, match="stop_token_ids"):
+            await llm.generate(TEXTS[0], SamplingParams(stop_token_ids=(10**6,)))
+        assert llm.counts().added == 1
 
     with_llm(test)
 

@@ -13,13 +13,13 @@ from tsqp.api.answer import Answer, Completion, Delta
 from tsqp.errors import ChannelClosed, ChannelError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.conversation import Messages
-from tsqp.trusted.text.tokenizer import TextStream
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM, Prompt
     from tsqp.trusted.engine.counts import Counts
     from tsqp.trusted.engine.engine import Engine
     from tsqp.trusted.engine.request import Output
+    from tsqp.trusted.engine.sampling import Sampler
 
 
 class AsyncAnswer:
@@ -41,10 +41,10 @@ class AsyncAnswer:
         """The tokens of the prompt."""
         return tuple(self._answer.prompt)
 
-    def begin(self, params: SamplingParams, tenant: str, salt: str | None) -> None:
+    def begin(self, params: SamplingParams, sampler: Sampler, tenant: str, salt: str | None) -> None:
         """Put the request into the queue. Raises as ``Engine.add_request``."""
         self._number = self._engine.add_request(
-            self._answer.prompt, params, tenant=tenant, salt=salt, deliver=self._deliver
+            self._answer.prompt, params, tenant=tenant, salt=salt, sampler=sampler, deliver=self._deliver
         )
 
     def abort(self) -> None:
@@ -134,7 +134,7 @@ class AsyncLLM:
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
         tokens = await asyncio.to_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        return self._begin(tokens, params or SamplingParams(), tenant, salt)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt)
 
     async def open_chat(
         self,
@@ -147,7 +147,7 @@ class AsyncLLM:
     ) -> AsyncAnswer:
         """The same for a conversation, see ``LLM.chat``; one that goes on is not computed again from its beginning."""
         tokens = await asyncio.to_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
-        return self._begin(tokens, params or SamplingParams(), tenant, salt)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt)
 
     async def stream(
         self,
@@ -229,11 +229,12 @@ class AsyncLLM:
     ) -> None:
         await self.close(None if kind is None else 0.0)
 
-    def _begin(self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None) -> AsyncAnswer:
+    async def _begin(self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None) -> AsyncAnswer:
+        ((begun, sampler),) = await asyncio.to_thread(self.llm.new_answers, [tokens], params)
         if self._closed:
             raise ChannelClosed("the model was closed")
-        answer = AsyncAnswer(self._engine, Answer(tokens, TextStream(self.llm.tokenizer, params.stop)))
-        answer.begin(params, tenant, salt)
+        answer = AsyncAnswer(self._engine, begun)
+        answer.begin(params, sampler, tenant, salt)
         self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
         self._wake.set()
         return answer

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tsqp.config.model import ModelConfig
     from tsqp.trusted.engine.engine import Engine
     from tsqp.trusted.engine.limits import Limits
+    from tsqp.trusted.engine.sampling import Sampler
     from tsqp.trusted.private import Guard
     from tsqp.trusted.remote.session import WorkerSession
 
@@ -296,6 +297,29 @@ class LLM:
     ) -> None:
         self.close()
 
+    def new_answers(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[Answer, Sampler]]:
+        """An answer that has not begun to each prompt, and what chooses its tokens.
+
+        Raises OptionError for parameters that name tokens which the model has not, InputError for a form that is none.
+        """
+        from tsqp.trusted.engine.sampling import Sampler
+
+        vocab_size, form = self.config.vocab_size, params.structured_outputs
+        params.check_vocabulary(vocab_size)
+        grammar = None if form is None else self.tokenizer.grammar(form, vocab_size)
+        samplers = [Sampler(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
+        return [
+            (
+                Answer(
+                    prompt,
+                    TextStream(self.tokenizer, params.stop),
+                    None if params.logprobs is None else sampler.logprobs,
+                ),
+                sampler,
+            )
+            for prompt, sampler in zip(prompts, samplers, strict=True)
+        ]
+
     def _run(
         self,
         prompts: Sequence[Prompt],
@@ -307,28 +331,16 @@ class LLM:
     ) -> Iterator[tuple[int, Delta]]:
         """The pieces of every answer, each with the index of its prompt; ``salt``: see ``Engine.add_request``."""
         from tsqp.trusted.engine.caller import Caller
-        from tsqp.trusted.engine.sampling import Sampler
 
-        vocab_size, form = self.config.vocab_size, params.structured_outputs
-        params.check_vocabulary(vocab_size)
-        grammar = None if form is None else self.tokenizer.grammar(form, vocab_size)
-        samplers = [Sampler(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
-        answers = [
-            Answer(
-                self.encode(prompt, raw=raw, **template_args),
-                TextStream(self.tokenizer, params.stop),
-                None if params.logprobs is None else sampler.logprobs,
-            )
-            for prompt, sampler in zip(prompts, samplers, strict=True)
-        ]
-        for answer in answers:
+        begun = self.new_answers([self.encode(prompt, raw=raw, **template_args) for prompt in prompts], params)
+        for answer, _ in begun:
             self._engine.check_prompt(answer.prompt)
         try:
             with Caller(self._engine) as caller:
-                for answer, sampler in zip(answers, samplers, strict=True):
+                for answer, sampler in begun:
                     caller.add(answer.prompt, params, salt=salt, sampler=sampler)
                 for index, output in caller:
-                    delta = answers[index].extend(output)
+                    delta = begun[index][0].extend(output)
                     if delta.completion is not None:
                         caller.stop(output)
                     yield index, delta
