@@ -1,0 +1,1 @@
+"""An HTTP server with the API that OpenAI clients speak, over one ``AsyncLLM``. See ``docs/server.md``."""

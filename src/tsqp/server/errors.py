@@ -1,0 +1,56 @@
+"""What a client is told when something goes wrong: OpenAI's shape, bounded, and never with the client's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from starlette.responses import Response
+
+MAX_MESSAGE = 2_000  # characters: an error has at most 4 KB
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The ``error`` object: the four fields that clients read."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ApiError(Exception):
+    """Ends a request with ``status`` and an ``ErrorBody``.
+
+    ``retry_after_s`` tells a client when to ask again; without it, clients are told not to repeat what cannot succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(message[:MAX_MESSAGE], kind, param, code)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What goes with the body, beside its type and length."""
+        if self.retry_after_s is None:
+            return {"x-should-retry": "false"}
+        return {"retry-after": str(max(1, round(self.retry_after_s))), "x-should-retry": "true"}
+
+    def encode(self) -> bytes:
+        """The body: ``{"error": {...}}``, also the data of an event that ends a stream."""
+        return msgspec.json.encode({"error": self.body})
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(self.encode(), self.status, self.headers, "application/json")
