@@ -23,18 +23,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as in a worker, which shares its cores
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp.arith.field import MAX_SMALL, FieldWeights
-from tsqp.arith.jit import kernel
 from tsqp.arith.modulus import P
 from tsqp.arith.product import DigitKernel, OffsetKernel
-from tsqp.arith.row_threads import row_threads
 from tsqp.arith.self_test import pick_kernel
 from tsqp.bench.ceilings import WEIGHTS_BYTES, ceilings
+from tsqp.bench.reading import reading
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupName, linear_groups
 from tsqp.cores import cores
@@ -42,16 +40,6 @@ from tsqp.model import bfloat16_rows
 from tsqp.model.attention_tiles import HAS_DOT
 
 GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
-
-
-@kernel
-def read(words, out, first, end):  # type: ignore[no-untyped-def]
-    """Sums of rows of int64: out (N,)."""
-    for row in range(first, end):
-        total = np.int64(0)
-        for j in range(words.shape[1]):
-            total += words[row, j]
-        out[row] = total
 
 
 def one_product(weights: FieldWeights, how: DigitKernel, x: torch.Tensor, digits: int) -> torch.Tensor:
@@ -90,18 +78,6 @@ def rates(ways: dict[str, Callable[[], object]], size: int, runs: int) -> dict[s
         found[f"{name}_gb_per_s"] = size / statistics.median(seconds) / 1e9
         found[f"{name}_best_gb_per_s"] = size / min(seconds) / 1e9
     return found
-
-
-def reading(weights: list[torch.Tensor]) -> Callable[[], None]:
-    """Reads all of them, as int64."""
-    words = [one.view(torch.int64).numpy() for one in weights]
-    sums = np.empty(len(words[0]), np.int64)
-
-    def read_all() -> None:
-        for one in words:
-            row_threads().run(read, len(one), one, sums, least=2)
-
-    return read_all
 
 
 def measure_bfloat16(group: GroupName, columns: int, width: int, rows: int, runs: int) -> dict[str, Any]:
