@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tsqp.server import chat, completions, models, tokens
+from tsqp.server import chat, completions, models, responses, tokens
 from tsqp.server.handlers import answered
 from tsqp.server.service import Service
 
@@ -29,6 +29,7 @@ def routes(service: Service) -> list[Route]:
     return [
         route("POST", "/v1/chat/completions", chat.create),
         route("POST", "/v1/completions", completions.create),
+        route("POST", "/v1/responses", responses.create),
         route("GET", "/v1/models", models.list_all),
         route("GET", "/v1/models/{name:path}", models.show),
         route("POST", "/tokenize", tokens.tokenize),
