@@ -31,14 +31,16 @@ class Completion:
 class Delta:
     """Text that became certain while generating; the last one carries the whole answer.
 
-    ``logprobs``: of the token that was taken, where they were asked for; the text may be that of other tokens.
-    ``prompt_logprobs``: see ``Completion``; the first one has them, too.
+    ``logprobs``: of the token that was taken, where they were asked for; the text may be that of other tokens. The end
+    token has its own in ``end_logprobs``, as it is not part of the answer. ``prompt_logprobs``: see ``Completion``; the
+    first piece has them, too.
     """
 
     text: str
     completion: Completion | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    end_logprobs: TokenLogprobs | None = None
 
 
 class Answer:
@@ -58,11 +60,12 @@ class Answer:
         """Take one more token; the Delta is complete when the answer ends with it. Raises the error of its request."""
         if output.error is not None or output.token is None:
             raise output.error or TsqpError("a request ended without a word")
-        token, finish_reason, piece, logprobs = output.token, output.finish_reason, "", None
+        token, finish_reason, piece = output.token, output.finish_reason, ""
+        logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
+        ends = finish_reason == "stop"  # the end token is not part of the answer
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
-        if finish_reason != "stop":  # the end token is not part of the answer
-            logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
+        if not ends:
             self._tokens.append(token)
             piece = self._text.push(token)
         if self._text.stopped:
@@ -75,4 +78,4 @@ class Answer:
         completion = Completion(
             self._text.text, tokens, finish_reason, tuple(self.prompt), every, self._prompt_logprobs
         )
-        return Delta(piece, completion, logprobs, output.prompt_logprobs)
+        return Delta(piece, completion, None if ends else logprobs, output.prompt_logprobs, logprobs if ends else None)
