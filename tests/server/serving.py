@@ -1,87 +1,198 @@
-"""A server on a thread of this process, and clients that are nothing but sockets."""
+"""Servers for tests: a real one on a thread, and answers that are written before they are asked for."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import uvicorn
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from tsqp.server.connection import Bounds, bounded
+from tests.server.chat_model import CONTEXT, IM_END, chat_model
+from tsqp.api.answer import Answer, Delta
+from tsqp.api.async_llm import AsyncLLM
+from tsqp.checkpoint import open_checkpoint
+from tsqp.checkpoint.base import TextFormat
+from tsqp.server.handlers import exception_handlers
+from tsqp.server.routes import routes
+from tsqp.server.service import Service
+from tsqp.server.settings import ServerSettings
+from tsqp.trusted.engine.request import Output
+from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 
-LIMIT_S = 30.0
+NAME = "tiny/chat"
+VOCAB = 320
 
 
-@contextlib.contextmanager
-def served(app: ASGIApp, bounds: Bounds, max_head_bytes: int = 2048) -> Iterator[int]:
-    """The port of an application that is served, with such bounds of its connections."""
-    config = uvicorn.Config(
-        app,
-        http=bounded(bounds),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        h11_max_incomplete_event_size=max_head_bytes,
-        timeout_graceful_shutdown=1,
-    )
+def service_of(model: Any, **changes: Any) -> Service:
+    """A service with the names and settings of tests."""
+    service = Service(cast(AsyncLLM, model), (NAME, "tiny"), ServerSettings(), "local", "tsqp-local-0123456789ab")
+    return replace(service, **changes)
+
+
+def app_of(service: Service) -> ASGIApp:
+    """The endpoints, without what guards them."""
+    return Starlette(routes=routes(service), exception_handlers=dict(exception_handlers))
+
+
+def client_of(service: Service) -> httpx.AsyncClient:
+    """A client in this process."""
+    transport = httpx.ASGITransport(app=app_of(service), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+@contextmanager
+def served(service: Service) -> Iterator[str]:
+    """The address of a real server on a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))  # connections wait in it until they are taken
+    config = uvicorn.Config(app_of(service), log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        try:
-            yield port
-        finally:
-            server.should_exit = True
-            thread.join(LIMIT_S)
-            assert not thread.is_alive()
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
 
 
-class Client:
-    """One connection."""
-
-    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
-        self.socket = socket.socket()
-        if receive_buffer is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(LIMIT_S)
-        self.socket.connect(("127.0.0.1", port))
-
-    def send(self, text: str) -> None:
-        self.socket.sendall(text.encode())
-
-    def rest(self) -> bytes:
-        """All that comes until the server ends the connection."""
-        whole = b""
-        with contextlib.suppress(ConnectionResetError):
-            while piece := self.socket.recv(65536):
-                whole += piece
-        return whole
-
-    def until(self, mark: bytes) -> bytes:
-        """All that comes up to ``mark``."""
-        whole = b""
-        while mark not in whole:
-            piece = self.socket.recv(1)
-            assert piece, whole
-            whole += piece
-        return whole
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
+def chat_tokenizer() -> Tokenizer:
+    """That of the tiny chat model."""
+    return Tokenizer(open_checkpoint(str(chat_model())).text_format())
 
 
-def parsed(answer: bytes) -> tuple[int, dict[str, Any]]:
-    """Status and error of an answer."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)["error"]
+Step = int | Exception | asyncio.Event  # a token, the end by an error, or something to wait for
+
+
+class Script:
+    """Stands in for an ``AsyncLLM``: each answer is the next of ``answers``, and after the last the first again.
+
+    ``opened`` and ``ended`` are what was asked for and which answers were left, with their number.
+    """
+
+    def __init__(self, *answers: Sequence[Step] | str | Exception, text_format: TextFormat | None = None) -> None:
+        self.tokenizer = chat_tokenizer() if text_format is None else Tokenizer(text_format)
+        self.answers = answers
+        config = SimpleNamespace(max_positions=CONTEXT, vocab_size=VOCAB)
+        self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config)
+        self.opened: list[Opened] = []
+        self.ended: list[int] = []
+
+    async def open(
+        self, prompt: Sequence[int], params: SamplingParams, *, tenant: str = "", salt: str | None = None
+    ) -> ScriptedAnswer:
+        """The next answer, or an exception where that is its script."""
+        number = len(self.opened)
+        self.opened.append(Opened(list(prompt), params, tenant, salt))
+        script = self.answers[number % len(self.answers)]
+        if isinstance(script, Exception):
+            raise script
+        steps = self.tokenizer.encode(script, special_tokens=False) if isinstance(script, str) else list(script)
+        return ScriptedAnswer(self, number, steps, params)
+
+
+@dataclass
+class Opened:
+    """What was asked of a script."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tenant: str
+    salt: str | None
+
+
+@dataclass
+class ScriptedAnswer:
+    """Stands in for an ``AsyncAnswer``. After its last step comes the end token, or the bound of tokens."""
+
+    script: Script
+    number: int
+    steps: Sequence[Step]
+    params: SamplingParams
+    waits: list[asyncio.Event] = field(default_factory=list)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.script.opened[self.number].prompt)
+
+    def abort(self) -> None:
+        self.script.ended.append(self.number)
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        answer = Answer(list(self.prompt_token_ids), TextStream(self.script.tokenizer, self.params.stop))
+        given = 0
+        for step in [*self.steps, IM_END]:
+            if isinstance(step, Exception):
+                raise step
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+                continue
+            given += 1
+            reason = "stop" if step == IM_END else "length" if given >= self.params.max_tokens else None
+            delta = answer.extend(Output(self.number, step, cast(Any, reason)))
+            yield delta
+            if delta.completion is not None:
+                return
+
+
+class Exchange:
+    """One request of an app, message by message: what it sends is there at once, and the client may leave."""
+
+    def __init__(self, app: ASGIApp, path: str, body: dict[str, Any]) -> None:
+        self._sent = asyncio.Queue[dict[str, Any]]()
+        self._received = asyncio.Queue[dict[str, Any]]()
+        self._received.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 1),
+            "scheme": "http",
+            "state": {"tenant": "a tenant"},
+        }
+
+        async def send(message: Any) -> None:
+            self._sent.put_nowait(message)
+
+        self.done = asyncio.ensure_future(app(scope, self._received.get, send))
+
+    async def status(self) -> int:
+        """The first message."""
+        return int((await self._sent.get())["status"])
+
+    async def body(self) -> bytes:
+        """The next piece of the body."""
+        return cast(bytes, (await self._sent.get())["body"])
+
+    async def event(self) -> dict[str, Any]:
+        """The next event that is JSON; comments are passed over."""
+        while True:
+            for event in events_of((await self.body()).decode()):
+                return event
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self._received.put_nowait({"type": "http.disconnect"})
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The JSON of every event of a stream; the end mark is none."""
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [json.loads(one) for one in data if one != "[DONE]"]

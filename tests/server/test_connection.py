@@ -11,7 +11,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from tests.server.asgi import echo
-from tests.server.serving import Client, parsed, served
+from tests.server.sockets import Client, parsed, served
 from tsqp.server.connection import Bounds
 from tsqp.server.guards.faults import Faults
 from tsqp.server.guards.limits import Bodies

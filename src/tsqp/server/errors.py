@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-MAX_MESSAGE = 2_000  # characters: an error has at most 4 KB
+MAX_MESSAGE = 600  # characters, of at most 6 bytes in JSON: an error has at most 4 KB
 
 
 class ErrorBody(msgspec.Struct, frozen=True):

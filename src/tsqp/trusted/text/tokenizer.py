@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -88,6 +88,27 @@ class Tokenizer:
         conversation or fails with it, and for data that is not plain; OptionError for an argument that the template
         does not read.
         """
+        template, control = self._chat(template_args)
+        values = template_values(messages, template_args)
+        unread = self.unread(template_args)
+        if unread:
+            raise OptionError(f"the chat template of this checkpoint reads no {', '.join(unread)}")
+        text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
+        _refuse_surrogates(text)
+        return control.encode(text, special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._template is not None
+
+    def unread(self, template_args: Mapping[str, object]) -> list[str]:
+        """The names of those arguments that the template of a conversation with them does not read."""
+        template, _ = self._chat(template_args)
+        return [name for name in template_args if name not in {*template.variables, "add_generation_prompt"}]
+
+    def _chat(self, template_args: Mapping[str, object]) -> tuple[ChatTemplate, ControlTokens]:
+        """The template for a conversation with these arguments. Raises PromptError where there is none."""
         with_tools = template_args.get("tools") is not None
         source = self._tool_template if with_tools else self._template
         if source is None:
@@ -95,14 +116,7 @@ class Tokenizer:
         if source not in self._chats:
             template = ChatTemplate(source)
             self._chats[source] = template, ControlTokens(self._tokenizer, template.literal_text)
-        template, control = self._chats[source]
-        values = template_values(messages, template_args)
-        unread = [name for name in template_args if name not in {*template.variables, "add_generation_prompt"}]
-        if unread:
-            raise OptionError(f"the chat template of this checkpoint reads no {', '.join(unread)}")
-        text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
-        _refuse_surrogates(text)
-        return control.encode(text, special_tokens=False)
+        return self._chats[source]
 
     @property
     def tool_format(self) -> ToolFormat:

@@ -1,0 +1,117 @@
+"""POST /v1/chat/completions: a conversation, answered whole or as a stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.errors import OptionError
+from tsqp.server.answers import Answers, Asked, unless_left
+from tsqp.server.body import read_body
+from tsqp.server.chat_messages import Message, conversation
+from tsqp.server.chat_reply import Reply
+from tsqp.server.chat_types import ChatBody
+from tsqp.server.errors import ApiError
+from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
+from tsqp.server.response_format import form_of, refuse_both
+from tsqp.server.service import Service
+from tsqp.server.streams import EventStream, padding_of
+from tsqp.server.tools import ToolUse, tool_use
+from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+
+MAX_TOP_LOGPROBS = 20
+
+
+async def create(service: Service, request: Request) -> Response:
+    """The endpoint."""
+    body = await read_body(service, request, ChatBody)
+    service.check_name(body.model)
+    check_choices(service, body.choices)
+    check_stream_options(body)
+    tools = _tools(service, body)
+    params = sampling_params(body, logprobs=_logprobs(body), form=_form(body, tools))
+    prompt = await encoded(service, body.messages, tools, body.chat_template_kwargs)
+    asked, param = body.max_completion_tokens, "max_completion_tokens"
+    if asked is None:
+        asked, param = body.max_tokens, "max_tokens"
+    most = answer_tokens(
+        service, len(prompt), asked, service.settings.max_answer_tokens, param=param, prompt="messages"
+    )
+    params = replace(params, max_tokens=most)
+    reply = Reply(service, body, tools, len(prompt))
+    every = [Asked(prompt, of_choice(params, index)) for index in range(body.choices)]
+    answers = await opened(service, request, "chat", every, salt_of(body), tools)
+    if body.stream:
+        return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
+    async with answers:
+        completion = await unless_left(request, reply.whole(answers))
+    return Response(msgspec.json.encode(completion), media_type="application/json")
+
+
+async def encoded(
+    service: Service,
+    messages: Sequence[Message],
+    tools: ToolUse | None,
+    template_args: dict[str, Any] | None,
+    *,
+    param: str = "messages",
+) -> list[int]:
+    """The tokens of a conversation. Raises ApiError, and PromptError with the words of the template."""
+    tokenizer = service.tokenizer
+    if not tokenizer.has_chat_template:
+        raise ApiError(400, "this model has no chat template: use /v1/completions", param=param)
+    turns = conversation(messages)
+    arguments = dict(template_args or {})
+    if tools is not None:
+        arguments["tools"] = tools.definitions
+    if tokenizer.unread(arguments):
+        text = "chat_template_kwargs has a name that the model's template does not read"
+        raise ApiError(400, text, param="chat_template_kwargs", code="invalid_value")
+    return await asyncio.to_thread(lambda: tokenizer.encode_chat(turns, **arguments))
+
+
+async def opened(
+    service: Service, request: Request, endpoint: str, asked: Sequence[Asked], salt: str, tools: ToolUse | None
+) -> Answers:
+    """The answers under way. Raises as ``Answers.open``."""
+    try:
+        return await Answers.open(service, request, endpoint, asked, salt)
+    except OptionError as error:
+        if tools is None or tools.form is None or "structured_outputs.grammar" not in error.fields:
+            raise
+    raise ApiError(400, "the parameters of a tool are no JSON schema that is supported here", param="tools")
+
+
+def _tools(service: Service, body: ChatBody) -> ToolUse | None:
+    if any(tool.type != "function" for tool in body.tools or ()):
+        raise ApiError(400, "tools must be functions", param="tools", code="invalid_value")
+    functions = None if body.tools is None else [tool.function for tool in body.tools]
+    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls)
+
+
+def _form(body: ChatBody, tools: ToolUse | None) -> StructuredOutputsParams | None:
+    asked = body.response_format
+    form = None
+    if asked is not None:
+        schema = None if asked.json_schema is None else asked.json_schema.schema
+        form = form_of(asked.type, schema, "response_format.json_schema.schema")
+    refuse_both(form, tools is not None, "response_format")
+    return tools.form if tools is not None else form
+
+
+def _logprobs(body: ChatBody) -> int | None:
+    top = body.top_logprobs
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        text = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}"
+        raise ApiError(400, text, param="top_logprobs", code="invalid_value")
+    if not body.logprobs:
+        if top is not None:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        return None
+    return top or 0

@@ -1,0 +1,96 @@
+"""POST /v1/completions: texts or tokens that are gone on with, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.server.answers import Answers, Asked, unless_left
+from tsqp.server.body import read_body
+from tsqp.server.completions_reply import Reply
+from tsqp.server.completions_types import CompletionBody
+from tsqp.server.errors import ApiError
+from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
+from tsqp.server.service import Service
+from tsqp.server.streams import EventStream, padding_of
+
+DEFAULT_TOKENS = 16  # as OpenAI's API has it
+MAX_LOGPROBS = 5
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``text``: None where a client gave tokens."""
+
+    tokens: list[int]
+    text: str | None
+
+
+async def create(service: Service, request: Request) -> Response:
+    """The endpoint."""
+    body = await read_body(service, request, CompletionBody)
+    service.check_name(body.model)
+    given = listed(body.prompt)
+    check_choices(service, body.choices, len(given))
+    check_stream_options(body)
+    _check(body)
+    params = sampling_params(body, logprobs=body.logprobs)
+    special = body.add_special_tokens is not False
+    prompts = [await asyncio.to_thread(_encoded, service, one, special) for one in given]
+    every = []
+    for prompt in prompts:
+        most = answer_tokens(
+            service, len(prompt.tokens), body.max_tokens, DEFAULT_TOKENS, param="max_tokens", prompt="prompt"
+        )
+        bounded = replace(params, max_tokens=most)
+        every += [Asked(prompt.tokens, of_choice(bounded, index)) for index in range(body.choices)]
+    reply = Reply(service, body, [(prompt.tokens, prompt.text) for prompt in prompts])
+    answers = await Answers.open(service, request, "completions", every, salt_of(body))
+    if body.stream:
+        return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
+    async with answers:
+        completion = await unless_left(request, reply.whole(answers))
+    return Response(msgspec.json.encode(completion), media_type="application/json")
+
+
+def listed(prompt: object) -> Sequence[str | list[int]]:
+    """Every prompt of a request. Raises ApiError."""
+    prompts = [prompt] if isinstance(prompt, str) or _is_ids(prompt) else prompt
+    every = prompts if isinstance(prompts, list) else []
+    if every and (all(isinstance(one, str) for one in every) or all(map(_is_ids, every))):
+        return every
+    raise ApiError(
+        400, "prompt must be a text, tokens, or a list of either that is not empty", param="prompt", code="invalid_type"
+    )
+
+
+def _is_ids(prompt: object) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(one) is int for one in prompt)
+
+
+def _encoded(service: Service, prompt: str | list[int], special_tokens: bool) -> Prompt:
+    """The tokens of a prompt: a text is taken as it is, and so are control tokens written in it."""
+    if isinstance(prompt, list):
+        if not all(0 <= token < service.vocab_size for token in prompt):
+            text = f"prompt must have ids of tokens, which end at {service.vocab_size - 1} in this model"
+            raise ApiError(400, text, param="prompt", code="invalid_value")
+        return Prompt(prompt, None)
+    tokens = service.tokenizer.encode(prompt, special_tokens=special_tokens)
+    if not tokens:
+        raise ApiError(400, "prompt must not be empty", param="prompt", code="invalid_value")
+    return Prompt(tokens, prompt)
+
+
+def _check(body: CompletionBody) -> None:
+    if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:
+        text = f"logprobs must be at least 0 and at most {MAX_LOGPROBS}"
+        raise ApiError(400, text, param="logprobs", code="invalid_value")
+    if body.best_of is not None and body.best_of != body.choices:
+        raise ApiError(
+            400, "best_of must be n: all answers are returned", param="best_of", code="unsupported_parameter"
+        )

@@ -1,0 +1,102 @@
+"""Answers of the completions API: as a whole, and as pieces. Both are made of the same pieces."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from tsqp.server.answers import Answers
+from tsqp.server.completions_types import Choice, Completion, CompletionBody
+from tsqp.server.logprobs import CompletionLogprobs, Shown, TextLogprobs, completion_logprobs
+from tsqp.server.service import Service
+from tsqp.server.streams import Event
+from tsqp.server.usage import Usage
+
+if TYPE_CHECKING:
+    from tsqp.api.answer import Delta
+
+
+class _Choice:
+    """One answer as it is read. ``echoed``: the text of its prompt, where it is told again."""
+
+    def __init__(self, index: int, logprobs: TextLogprobs | None, echoed: str) -> None:
+        self._index = index
+        self._logprobs = logprobs
+        self._first = len(echoed)
+        self.echoed = echoed
+
+    def piece(self, delta: Delta) -> tuple[str, list[Shown], str | None]:
+        """Its text, the tokens that are shown with it, and why the answer ends, if it does."""
+        shown = [] if self._logprobs is None else self._logprobs.push(delta)
+        return delta.text, shown, None if delta.completion is None else delta.completion.finish_reason
+
+    def made(self, text: str, shown: Iterable[Shown], reason: str | None) -> Choice:
+        """As the API has it."""
+        return Choice(self._index, text, self._entries(shown), reason)
+
+    def _entries(self, shown: Iterable[Shown]) -> CompletionLogprobs | None:
+        return None if self._logprobs is None else completion_logprobs(shown, self._first)
+
+
+class Reply:
+    """What is told of the answers to one request. ``prompts``: the tokens of each, and its text where it had one."""
+
+    def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[tuple[list[int], str | None]]) -> None:
+        self._service = service
+        self._id = f"cmpl-{secrets.token_hex(16)}"
+        self._created = int(time.time())
+        self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
+        self._answer_tokens = 0
+        self._choices: list[_Choice] = []
+        for tokens, text in prompts:
+            echoed = "" if not body.echo else service.tokenizer.decode(tokens) if text is None else text
+            for _ in range(body.choices):
+                logprobs = None if body.logprobs is None else TextLogprobs(service.tokenizer)
+                self._choices.append(_Choice(len(self._choices), logprobs, echoed))
+
+    async def whole(self, answers: Answers) -> Completion:
+        """All answers, once they are complete."""
+        texts = [choice.echoed for choice in self._choices]
+        shown: list[list[Shown]] = [[] for _ in self._choices]
+        reasons: list[str | None] = [None for _ in self._choices]
+        async with aclosing(answers.pieces()) as pieces:
+            async for index, delta in pieces:
+                text, more, reasons[index] = self._choices[index].piece(delta)
+                texts[index] += text
+                shown[index] += more
+                self._count(delta)
+        every = zip(self._choices, texts, shown, reasons, strict=True)
+        made = [choice.made(text, tokens, reason) for choice, text, tokens, reason in every]
+        return self._completion(made, self._usage())
+
+    async def events(self, answers: Answers) -> AsyncGenerator[Event, None]:
+        """The pieces, and the usage where it was asked for."""
+        usage: UnsetType | None = None if self._with_usage else UNSET
+        for choice in self._choices:
+            if choice.echoed:
+                yield Event(self._completion([choice.made(choice.echoed, [], None)], usage))
+        async with aclosing(answers.pieces()) as pieces:
+            async for index, delta in pieces:
+                self._count(delta)
+                text, shown, reason = self._choices[index].piece(delta)
+                if text or shown or reason:
+                    yield Event(self._completion([self._choices[index].made(text, shown, reason)], usage))
+        if self._with_usage:
+            yield Event(self._completion([], self._usage()))
+
+    def _count(self, delta: Delta) -> None:
+        if delta.completion is not None:
+            self._answer_tokens += len(delta.completion.token_ids)
+
+    def _completion(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
+        service = self._service
+        return Completion(self._id, self._created, service.name, service.fingerprint, choices, usage)
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._prompt_tokens, self._answer_tokens)

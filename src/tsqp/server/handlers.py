@@ -1,0 +1,110 @@
+"""From an exception to what a client is told. A class decides; the text of what nobody expected is never shown."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.errors import (
+    ChannelClosed,
+    ChannelError,
+    CheckFailed,
+    InputError,
+    NumericError,
+    PadsExhausted,
+    QueueFull,
+    TsqpError,
+    UnsupportedModel,
+)
+from tsqp.server.errors import ApiError
+
+_log = logging.getLogger("tsqp.server")
+
+# Options of the package by the names that they have in the API.
+_API_NAMES = {
+    "structured_outputs": "response_format",
+    "structured_outputs.json": "response_format",
+    "structured_outputs.grammar": "tools",
+    "logprobs": "top_logprobs",
+}
+
+
+def translated(error: Exception) -> ApiError:
+    """What a client is told. What nobody expected is in the log too: its class and its place."""
+    match error:
+        case ApiError():
+            return error
+        case HTTPException():
+            return _of_status(error.status_code)
+        case QueueFull():
+            return ApiError(
+                429, "too many requests wait already", kind="rate_limit_error", code="queue_full", retry_after_s=1
+            )
+        case PadsExhausted():
+            text = "not enough one-time pads are ready: ask again when more were made"
+            return _unavailable(text, "pads_exhausted", retry_after_s=2)
+        case CheckFailed():
+            return _unavailable("the worker failed a check: nothing was made of its answer", "check_failed")
+        case ChannelClosed():
+            return _unavailable("the server is shutting down, or has lost its worker", "worker_lost", retry_after_s=2)
+        case ChannelError():
+            return _unavailable("the worker cannot be reached", "worker_lost", retry_after_s=2)
+        case InputError() | UnsupportedModel():
+            fields = [_API_NAMES.get(name, name) for name in error.fields]
+            text = error.explained(lambda name: _API_NAMES.get(name, name))
+            return ApiError(400, text, param=fields[0] if fields else None)
+        case NumericError():
+            return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
+    _log.error("a request failed: %s", _told(error))
+    return ApiError(500, "the server has failed; the reason is in its log", kind="server_error")
+
+
+def answered(error: Exception) -> Response:
+    """The whole answer to a request that failed before it had one."""
+    response = translated(error).response()
+    if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["allow"] = (error.headers or {}).get("Allow", "")
+    return response
+
+
+async def _handle(_request: Request, error: Exception) -> Response:
+    return answered(error)
+
+
+# For Starlette: also what no route expected is answered in the one shape.
+exception_handlers: Mapping[int | type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    ApiError: _handle,
+    TsqpError: _handle,
+    HTTPException: _handle,
+    Exception: _handle,
+}
+
+
+def _of_status(status: int) -> ApiError:
+    """An error of the framework, by its number alone: its text may repeat a path."""
+    match status:
+        case HTTPStatus.NOT_FOUND:
+            return ApiError(404, "there is no such path", code="unknown_url")
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return ApiError(405, "this path does not take this method", code="method_not_allowed")
+        case _:
+            known = status in HTTPStatus._value2member_map_
+            text = HTTPStatus(status).phrase.lower() if known else "the request failed"
+            return ApiError(status, text, kind="invalid_request_error" if status < 500 else "server_error")
+
+
+def _unavailable(text: str, code: str, retry_after_s: float | None = None) -> ApiError:
+    return ApiError(503, text, kind="server_error", code=code, retry_after_s=retry_after_s)
+
+
+def _told(error: Exception) -> str:
+    """The class of an exception and where it came from: its text may hold what a client sent."""
+    frames = [f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
+    return " < ".join([type(error).__qualname__, *reversed(frames[-12:])])

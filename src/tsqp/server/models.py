@@ -1,0 +1,46 @@
+"""GET /v1/models: the names of the one model that is served."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.server.service import Service
+
+
+class Model(msgspec.Struct, frozen=True):
+    """``max_model_len``: the most tokens of a prompt and its answer."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "tsqp"
+
+
+class Models(msgspec.Struct, frozen=True):
+    """All of them."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+async def list_all(service: Service, _request: Request) -> Response:
+    """Each name."""
+    return _json(Models([_model(service, name) for name in service.names]))
+
+
+async def show(service: Service, request: Request) -> Response:
+    """One name, which may have slashes. Raises ApiError for another."""
+    name = request.path_params["name"]
+    service.check_name(name)
+    return _json(_model(service, name))
+
+
+def _model(service: Service, name: str) -> Model:
+    return Model(name, service.created, service.context)
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,143 @@
+"""What a client says about sampling, as the engine takes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import blake2b
+
+import msgspec
+
+from tsqp.server.body import Body
+from tsqp.server.errors import ApiError
+from tsqp.server.service import Service
+from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+
+MAX_STOPS = 4
+MAX_SALT = 256  # characters
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, frozen=True):
+    """``include_obfuscation``: whether events are padded; None for what the server does."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingBody(Body, kw_only=True, frozen=True):
+    """The fields that all endpoints share which make text; those below ``stream_options`` are not OpenAI's."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    cache_salt: str | None = None
+
+
+class ChoicesBody(SamplingBody, kw_only=True, frozen=True):
+    """What chat and completions have beyond that."""
+
+    n: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return 1 if self.n is None else self.n
+
+
+def sampling_params(
+    body: SamplingBody, *, logprobs: int | None = None, form: StructuredOutputsParams | None = None
+) -> SamplingParams:
+    """All but ``max_tokens``, which the prompt bounds. Raises ApiError and OptionError with the name of the field."""
+    given = {
+        name: getattr(body, name)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "seed")
+        if getattr(body, name) is not None
+    }
+    if body.top_k is not None:
+        given["top_k"] = 0 if body.top_k == -1 else body.top_k  # some clients say so: off
+    if isinstance(body, ChoicesBody):
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos"):
+            if getattr(body, name) is not None:
+                given[name] = getattr(body, name)
+        given["stop"] = _stops(body.stop)
+    return SamplingParams(**{"temperature": 1.0, **given}, logprobs=logprobs, structured_outputs=form)
+
+
+def of_choice(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of one of several choices: each has a seed of its own, that of the first is the one given.
+
+    So the first choice is the answer that ``n = 1`` gives, and the others are the same on every run.
+    """
+    if params.seed is None or index == 0:
+        return params
+    key = params.seed.to_bytes(8, "little", signed=True)
+    digest = blake2b(index.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return replace(params, seed=int.from_bytes(digest, "little", signed=True))
+
+
+def check_choices(service: Service, n: int, prompts: int = 1) -> None:
+    """Raises ApiError for more answers than one request may ask for."""
+    settings = service.settings
+    if not 1 <= n <= settings.max_n:
+        raise ApiError(400, f"n must be at least 1 and at most {settings.max_n}", param="n", code="invalid_value")
+    if n * prompts > settings.max_choices:
+        raise ApiError(
+            400, f"a request may ask for at most {settings.max_choices} answers", param="n", code="invalid_value"
+        )
+
+
+def check_stream_options(body: SamplingBody) -> None:
+    """Raises ApiError for options of a stream where there is none."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            400, "stream_options is for requests with stream: true", param="stream_options", code="invalid_value"
+        )
+
+
+def answer_tokens(
+    service: Service, prompt_tokens: int, asked: int | None, default: int, *, param: str, prompt: str
+) -> int:
+    """The most tokens of an answer; ``default`` where nothing is asked for, or what the context leaves.
+
+    Raises ApiError where prompt and answer are longer than the context.
+    """
+    context = service.context
+    if asked is not None and asked < 1:
+        raise ApiError(400, f"{param} must be at least 1", param=param, code="invalid_value")
+    if prompt_tokens >= context or prompt_tokens + (asked or 0) > context:
+        raise ApiError(
+            400,
+            f"this model's context holds {context} tokens, the answer included: the prompt has {prompt_tokens}, and "
+            f"{asked or 'some'} are asked for",
+            param=prompt if prompt_tokens >= context else param,
+            code="context_length_exceeded",
+        )
+    return asked or min(default, context - prompt_tokens)
+
+
+def salt_of(body: SamplingBody) -> str:
+    """What narrows the scope in which caches are found; the tenant bounds it."""
+    salt = body.cache_salt or ""
+    if len(salt) > MAX_SALT:
+        raise ApiError(400, f"cache_salt must have at most {MAX_SALT} characters", param="cache_salt")
+    return salt
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(stops) > MAX_STOPS:
+        raise ApiError(400, f"stop must have at most {MAX_STOPS} strings", param="stop", code="invalid_value")
+    return stops

@@ -1,0 +1,112 @@
+"""POST /v1/responses: one answer to a conversation that the client sends whole. Nothing is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.server.answers import Asked, unless_left
+from tsqp.server.body import as_type, read_body
+from tsqp.server.chat import MAX_TOP_LOGPROBS, encoded, opened
+from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
+from tsqp.server.errors import ApiError
+from tsqp.server.params import answer_tokens, check_stream_options, salt_of, sampling_params
+from tsqp.server.response_format import form_of, refuse_both
+from tsqp.server.responses_reply import Reply
+from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
+from tsqp.server.service import Service
+from tsqp.server.streams import EventStream, padding_of
+from tsqp.server.tools import Function, ToolUse, tool_use
+from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+
+LOGPROBS = "message.output_text.logprobs"  # the one thing that may be included
+_TEXTS = ("input_text", "output_text", "text")
+
+
+async def create(service: Service, request: Request) -> Response:
+    """The endpoint."""
+    body = await read_body(service, request, ResponsesBody)
+    service.check_name(body.model)
+    check_stream_options(body)
+    tools = _tools(service, body)
+    params = sampling_params(body, logprobs=_logprobs(body), form=_form(body, tools))
+    prompt = await encoded(service, messages_of(body), tools, body.chat_template_kwargs, param="input")
+    default, param = service.settings.max_answer_tokens, "max_output_tokens"
+    most = answer_tokens(service, len(prompt), body.max_output_tokens, default, param=param, prompt="input")
+    reply = Reply(service, body, tools, len(prompt))
+    asked = [Asked(prompt, replace(params, max_tokens=most))]
+    answers = await opened(service, request, "responses", asked, salt_of(body), tools)
+    if body.stream:
+        padding = padding_of(service, body)
+        return EventStream(service, answers, reply.events(answers), padding=padding, end=b"")
+    async with answers:
+        response = await unless_left(request, reply.whole(answers))
+    return Response(msgspec.json.encode(response), media_type="application/json")
+
+
+def messages_of(body: ResponsesBody) -> list[Message]:
+    """The conversation: instructions, then the items of the input. Raises ApiError that names the item."""
+    messages = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
+    if isinstance(body.input, str):
+        return [*messages, Message(role="user", content=body.input)]
+    if not body.input:
+        raise ApiError(400, "input must have at least one item", param="input", code="invalid_value")
+    for index, item in enumerate(body.input):
+        _add(messages, item, f"input[{index}]")
+    return messages
+
+
+def _add(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
+    """One more turn. Calls are part of the assistant's turn before them."""
+    match item.get("type", "message"):
+        case "message":
+            message = as_type(item, InputMessage, place)
+            content = text_of(message.content, f"{place}.content", _TEXTS)
+            messages.append(Message(role=message.role, content=content))
+        case "function_call":
+            call = as_type(item, InputCall, place)
+            made = Call(id=call.call_id, function=CalledFunction(name=call.name, arguments=call.arguments))
+            last = messages.pop() if messages and messages[-1].role == "assistant" else Message(role="assistant")
+            messages.append(msgspec.structs.replace(last, tool_calls=[*(last.tool_calls or ()), made]))
+        case "function_call_output":
+            output = as_type(item, InputCallOutput, place)
+            text = text_of(output.output, f"{place}.output", _TEXTS)
+            messages.append(Message(role="tool", content=text, tool_call_id=output.call_id))
+        case _:
+            raise ApiError(
+                400, f"{place} must be a message, a function call or its output", param=place, code="invalid_value"
+            )
+
+
+def _tools(service: Service, body: ResponsesBody) -> ToolUse | None:
+    functions: Sequence[Function] | None = None
+    if body.tools:
+        functions = [
+            Function(name=tool.name or "", description=tool.description, parameters=tool.parameters)
+            for tool in body.tools
+        ]
+        if any(tool.type != "function" for tool in body.tools):
+            raise ApiError(400, "tools must be functions", param="tools", code="invalid_value")
+    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls)
+
+
+def _form(body: ResponsesBody, tools: ToolUse | None) -> StructuredOutputsParams | None:
+    format_ = None if body.text is None else body.text.format
+    form = None if format_ is None else form_of(format_.type, format_.schema, "text.format.schema")
+    refuse_both(form, tools is not None, "text.format")
+    return tools.form if tools is not None else form
+
+
+def _logprobs(body: ResponsesBody) -> int | None:
+    top = body.top_logprobs
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        text = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}"
+        raise ApiError(400, text, param="top_logprobs", code="invalid_value")
+    if any(one != LOGPROBS for one in body.include or ()):
+        raise ApiError(400, f"include may have {LOGPROBS} alone", param="include", code="unsupported_parameter")
+    return top or 0 if body.include else None

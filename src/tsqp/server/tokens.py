@@ -1,0 +1,85 @@
+"""POST /tokenize and /detokenize: the tokens of a text or a conversation, and the text of tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tsqp.server.body import Body, read_body
+from tsqp.server.chat import encoded
+from tsqp.server.chat_messages import Message
+from tsqp.server.chat_types import Tool
+from tsqp.server.errors import ApiError
+from tsqp.server.service import Service
+from tsqp.server.tools import tool_use
+
+
+class TokenizeBody(Body, kw_only=True, frozen=True):
+    """A ``prompt``, as in completions, or ``messages``, as in chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """The ids, and the most tokens of a prompt and its answer."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeBody(Body, kw_only=True, frozen=True):
+    """Ids of tokens."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class Text(msgspec.Struct, frozen=True):
+    """The text of tokens, without control tokens."""
+
+    prompt: str
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """The tokens that a prompt or a conversation has."""
+    body = await read_body(service, request, TokenizeBody)
+    _check_name(service, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "either prompt or messages must be given", param="prompt")
+    if body.messages is not None:
+        functions = None if body.tools is None else [tool.function for tool in body.tools]
+        tools = tool_use(service, functions, None, None)
+        tokens = await encoded(service, body.messages, tools, body.chat_template_kwargs)
+    else:
+        special = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(service.tokenizer.encode, body.prompt or "", special_tokens=special)
+    return _json(Tokens(tokens, len(tokens), service.context))
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """The text of tokens."""
+    body = await read_body(service, request, DetokenizeBody)
+    _check_name(service, body.model)
+    if not all(0 <= token < service.vocab_size for token in body.tokens):
+        text = f"tokens must be ids of tokens, which end at {service.vocab_size - 1} in this model"
+        raise ApiError(400, text, param="tokens", code="invalid_value")
+    return _json(Text(await asyncio.to_thread(service.tokenizer.decode, body.tokens)))
+
+
+def _check_name(service: Service, name: str | None) -> None:
+    if name is not None:
+        service.check_name(name)
+
+
+def _json(value: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

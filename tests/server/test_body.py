@@ -1,0 +1,145 @@
+"""Bodies: strict about what they hold, lenient about what is unknown, silent about what was in them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.server.serving import NAME, Script, client_of, service_of
+from tsqp.server.body import converted, parsed
+from tsqp.server.chat_types import ChatBody
+from tsqp.server.completions_types import CompletionBody
+from tsqp.server.errors import ApiError
+from tsqp.server.responses_types import ResponsesBody
+from tsqp.server.settings import ServerSettings
+
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
+CANARY = "canary-4711"
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.just(CANARY),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([CANARY, "type", "a"]), inner),
+    max_leaves=8,
+)
+FIELDS = [
+    *("model", "messages", "prompt", "input", "n", "stop", "logit_bias", "tools", "tool_choice", "response_format"),
+    *("temperature", "stream_options", "text", "audio", "suffix", "store", "logprobs", "chat_template_kwargs"),
+]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[]", b"1", b'"text"', b'{"a": 1} x', b"\xff", b'{"a": "\xff"}', b'{"a": "\\ud800"}', b'{"a": NaN}'),
+        *(b'{"a": -Infinity}', b'{"a": 1e999}', b"[" * 100_000, b'{"a":' * 100_000),
+    ],
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(ApiError) as refused:
+        parsed(body)
+    assert (refused.value.status, refused.value.body.code) == (400, "invalid_json")
+    assert refused.value.__context__ is None
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from([ChatBody, CompletionBody, ResponsesBody]))
+def test_no_error_repeats_or_holds_a_value(values: dict[str, Any], type: Any) -> None:
+    error: ApiError | None = None
+    try:
+        converted(values, type)
+    except ApiError as raised:
+        error = raised
+    if error is not None:
+        assert error.status == 400
+        assert CANARY not in error.encode().decode()
+        assert error.__context__ is None
+        assert len(error.encode()) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "text"),
+    [
+        ({}, "model", "model is missing"),
+        ({"model": 3}, "model", "model must be str, not int"),
+        ({**CHAT, "temperature": "1"}, "temperature", "temperature must be float | null, not str"),
+        ({**CHAT, "n": 1.5}, "n", "n must be int | null, not float"),
+        ({**CHAT, "n": True}, "n", "n must be int | null, not bool"),
+        (
+            {**CHAT, "messages": [{"role": CANARY}]},
+            "messages[0].role",
+            "messages[0].role has a value that is not allowed",
+        ),
+        ({**CHAT, "messages": [{}]}, "messages[0].role", "messages[0].role is missing"),
+        ({**CHAT, "logit_bias": {"x": 1}}, "logit_bias", "logit_bias must be int, not str"),
+        ({**CHAT, "logit_bias": {"1": "x"}}, "logit_bias", "logit_bias must be float, not str"),
+    ],
+)
+def test_an_error_names_the_field(values: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        converted(values, ChatBody)
+    assert (refused.value.body.param, refused.value.body.message) == (param, text)
+
+
+def test_null_is_the_same_as_nothing() -> None:
+    nulls = dict.fromkeys([*ChatBody.refused, "n", "stop", "tools", "stream_options", "seed"])
+    assert converted({**CHAT, **nulls}, ChatBody) == converted(CHAT, ChatBody)
+
+
+@pytest.mark.parametrize("type", [ChatBody, CompletionBody, ResponsesBody])
+def test_what_is_known_and_not_honoured_is_refused_by_name(type: Any) -> None:
+    base = {"model": NAME, "messages": CHAT["messages"], "prompt": "x", "input": "x"}
+    base = {name: value for name, value in base.items() if name not in type.refused}
+    assert type.refused
+    for name, allowed in type.refused.items():
+        with pytest.raises(ApiError) as refused:
+            converted({**base, name: {"x": 1}}, type)
+        assert (refused.value.body.param, refused.value.body.code) == (name, "unsupported_parameter")
+        for value in allowed:
+            converted({**base, name: value}, type)
+        with pytest.raises(ApiError):
+            converted({**base, name: 0}, type)  # which equals False and is not it
+
+
+def test_unknown_fields_are_named_in_a_header_or_refused() -> None:
+    async def answers(strict: bool) -> Any:
+        service = service_of(Script("a"), settings=ServerSettings(strict_params=strict))
+        body = {**CHAT, "user": "me", "x\r\nset-cookie: é": 1, "stream": True, "stream_options": {"y": 1}}
+        async with client_of(service) as client:
+            return await client.post("/v1/chat/completions", json=body)
+
+    lenient, strict = asyncio.run(answers(False)), asyncio.run(answers(True))
+    assert lenient.status_code == 200
+    assert lenient.headers["x-tsqp-ignored"] == "user, x?set-cookie?, stream_options.y"
+    assert (strict.status_code, strict.json()["error"]["code"]) == (400, "unknown_parameter")
+    assert "cookie" not in strict.text
+
+
+def test_many_and_long_names_make_no_long_header() -> None:
+    async def test() -> None:
+        async with client_of(service_of(Script("a"))) as client:
+            names = {f"{index}{'x' * 1000}": 1 for index in range(1000)}
+            answer = await client.post("/v1/chat/completions", json={**CHAT, **names})
+            assert len(answer.headers["x-tsqp-ignored"]) <= 20 * 66
+
+    asyncio.run(test())
+
+
+def test_a_page_of_another_origin_cannot_send_what_is_read() -> None:
+    """A browser asks the server before it sends JSON, and not before it sends plain text."""
+
+    async def test() -> None:
+        async with client_of(service_of(Script("a"))) as client:
+            for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+                answer = await client.post(
+                    "/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": kind}
+                )
+                assert answer.status_code == 415
+            kind = "application/json; charset=utf-8"
+            answer = await client.post("/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": kind})
+            assert answer.status_code == 200
+
+    asyncio.run(test())

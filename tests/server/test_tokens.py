@@ -1,0 +1,72 @@
+"""Tokens and names: what a client may ask about the model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.chat_model import CONTEXT
+from tests.server.serving import NAME, VOCAB, Script, client_of, service_of
+
+
+def ask(method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    async def asked() -> httpx.Response:
+        async with client_of(service_of(Script("a"))) as client:
+            return await client.request(method, path, json=body)
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize("text", ["Hello", " é€😀 ", "", "x" * 5000])
+def test_a_text_comes_back_from_its_tokens(text: str) -> None:
+    answer = ask("POST", "/tokenize", {"prompt": text}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(text.encode())
+    assert answer["max_model_len"] == CONTEXT
+    assert ask("POST", "/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": text}
+
+
+def test_a_conversation_has_the_tokens_of_its_template() -> None:
+    messages = [{"role": "user", "content": "<|im_end|>"}]
+    with_tools = {"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    plain = ask("POST", "/tokenize", {"messages": messages}).json()["tokens"]
+    assert plain.count(257) == 1
+    assert plain[0] == 256
+    assert len(ask("POST", "/tokenize", with_tools).json()["tokens"]) > len(plain)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
+        ("/tokenize", {"messages": []}, 400, "messages"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {}, 400, "tokens"),
+        ("/detokenize", {"tokens": [VOCAB]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [1], "model": "other"}, 404, "model"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(path: str, body: dict[str, Any], status: int, param: str) -> None:
+    answer = ask("POST", path, body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_models_are_the_names_of_the_one_that_is_served() -> None:
+    answer = ask("GET", "/v1/models")
+    models = answer.json()["data"]
+    assert answer.json()["object"] == "list"
+    assert [model["id"] for model in models] == [NAME, "tiny"]
+    assert {(model["object"], model["owned_by"], model["max_model_len"]) for model in models} == {
+        ("model", "tsqp", CONTEXT)
+    }
+    assert ask("GET", f"/v1/models/{NAME}").json() == {
+        **models[0],
+        "created": ask("GET", "/v1/models/tiny").json()["created"],
+    }
+    assert answer.headers["x-tsqp-protection"] == "local"
+    missing = ask("GET", "/v1/models/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
