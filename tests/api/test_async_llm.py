@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import StartWorker
 from tests.families import tiny_model
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, StructuredOutputsParams
+from tsqp.api.config import PartitionName, ProtectionName
+from tsqp.config.dtype import ComputeDtype
 from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, UnsupportedModel, WorkerLost
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps
@@ -214,3 +218,93 @@ def test_a_loop_that_is_gone_leaves_no_request_behind() -> None:
     while llm.counts().running or llm.counts().waiting:
         llm._thread.join(0.001)
     asyncio.run(llm.close())
+
+
+@pytest.mark.parametrize(
+    ("protection", "partition", "dtype"),
+    [
+        ("open", "linear", "float32"),
+        ("open", "layer", "float32"),
+        ("verified", "linear", "field"),
+        ("masked", "linear", "field"),
+    ],
+)
+def test_a_ping_is_a_round_trip_that_changes_nothing(
+    start_worker: StartWorker, protection: ProtectionName, partition: PartitionName, dtype: ComputeDtype
+) -> None:
+    address = start_worker(MODEL, "ipc", dtype)
+    compute = ComputeConfig(partition=partition, dtype="auto" if dtype == "field" else "float32")
+
+    async def run() -> None:
+        llm = LLM(MODEL, protection=protection, worker=address, compute=compute)
+        expected = llm.generate(TEXTS, SamplingParams(max_tokens=9))
+        async with AsyncLLM(llm) as model:
+            before = llm.stats.rpc_calls, guard_figures(llm)
+            await model.ping()
+            await model.ping()
+            assert llm.silent_s() < 60
+            assert (llm.stats.rpc_calls, guard_figures(llm)) == (before[0] + 2, before[1])  # no pad, no check
+            answers = [asyncio.create_task(model.generate(text, SamplingParams(max_tokens=9))) for text in TEXTS]
+            while not all(answer.done() for answer in answers):
+                await model.ping()
+            assert [answer.result() for answer in answers] == expected
+            assert llm.lost() is None
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def guard_figures(llm: LLM) -> tuple[object, ...]:
+    figures = {} if llm.guard is None else llm.guard.report()
+    return figures.get("checks"), figures.get("pads_used")
+
+
+def test_a_ping_of_a_worker_that_has_gone_ends_the_line(start_worker: StartWorker) -> None:
+    async def run() -> None:
+        llm = LLM(MODEL, protection="open", worker=start_worker(MODEL), compute=ComputeConfig(dtype="float32"))
+        async with AsyncLLM(llm) as model:
+            assert llm.session is not None
+            silent_before = llm.silent_s()
+            llm.session.fail(WorkerLost("went away"))
+            with pytest.raises(WorkerLost, match="went away"):
+                await model.ping()
+            assert isinstance(llm.lost(), WorkerLost)
+            assert llm.silent_s() > silent_before
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_without_a_worker_there_is_nothing_to_ping() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        await llm.ping()
+        assert (llm.llm.silent_s(), llm.llm.lost()) == (0.0, None)
+        await llm.close()
+        with pytest.raises(ChannelClosed):
+            await llm.ping()
+
+    with_llm(test)
+
+
+def test_a_ping_under_way_hears_that_the_model_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, may_go = threading.Event(), threading.Event()
+
+    def held(_: LLM) -> None:
+        asked.set()
+        may_go.wait(30)
+
+    monkeypatch.setattr(LLM, "ping", held)
+
+    async def test(llm: AsyncLLM) -> None:
+        first = asyncio.create_task(llm.ping())
+        await asyncio.to_thread(asked.wait, 30)
+        second = asyncio.create_task(llm.ping())
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(llm.close())
+        while not llm._over.is_set():
+            await asyncio.sleep(0)
+        may_go.set()
+        await first
+        with pytest.raises(ChannelClosed):
+            await second
+        await closing
+
+    with_llm(test)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -114,6 +116,7 @@ class AsyncLLM:
         self._engine = llm.engine
         self._open: set[AsyncAnswer] = set()
         self._closed = False
+        self._pings = deque[Future[None]]()
         self._wake = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tsqp-engine", daemon=True)
@@ -195,6 +198,18 @@ class AsyncLLM:
                     return delta.completion
         raise ChannelClosed("the model was closed")
 
+    async def ping(self) -> None:
+        """A round trip to the worker, by the thread that steps; a step, where there is something to compute, is one.
+
+        Raises any ChannelError; ChannelClosed after ``close``.
+        """
+        if self._closed:
+            raise ChannelClosed("the model was closed")
+        asked = Future[None]()
+        self._pings.append(asked)
+        self._wake.set()
+        await asyncio.wrap_future(asked)
+
     def counts(self) -> Counts:
         """Numbers of requests, tokens and bytes, all of one moment."""
         return self._engine.counts()
@@ -242,12 +257,37 @@ class AsyncLLM:
     def _run(self) -> None:
         """The thread: a step while there is something to do."""
         while not self._over.is_set():
-            if not self._engine.has_work():
+            if self._engine.has_work():
+                self._answer_pings(self._step)
+            elif self._pings:
+                self._answer_pings(self.llm.ping)
+            else:
                 self._wake.wait()
                 self._wake.clear()
-                continue
-            try:
-                self._engine.step()
-            except Exception as error:
-                with suppress(Exception):
-                    self._engine.fail(self.llm.explained(error) if isinstance(error, ChannelError) else error)
+        self._answer_pings(_refuse)
+
+    def _step(self) -> None:
+        """One step. Raises what it raises, once each request has been told."""
+        try:
+            self._engine.step()
+        except Exception as error:
+            with suppress(Exception):
+                self._engine.fail(self.llm.explained(error) if isinstance(error, ChannelError) else error)
+            raise
+
+    def _answer_pings(self, round_trip: Callable[[], None]) -> None:
+        """Make a round trip, and tell those who have asked for one before it what came of it."""
+        asked = [self._pings.popleft() for _ in range(len(self._pings))]
+        waiting = [one for one in asked if one.set_running_or_notify_cancel()]
+        try:
+            round_trip()
+        except Exception as error:
+            for one in waiting:
+                one.set_exception(error)
+        else:
+            for one in waiting:
+                one.set_result(None)
+
+
+def _refuse() -> None:
+    raise ChannelClosed("the model was closed")

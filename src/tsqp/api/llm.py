@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -284,6 +285,22 @@ class LLM:
         if not worker.ended:
             return error  # what was wrong is something else
         return WorkerLost(f"that was started here went away: {words}", address=worker.address)
+
+    def ping(self) -> None:
+        """One round trip to the worker, once no pass is under way; nothing where there is no worker.
+
+        Raises any ChannelError.
+        """
+        if self._session is not None:
+            self._engine.between_passes(self._session.ping)
+
+    def silent_s(self) -> float:
+        """Seconds since the worker's last sign of life: a reply, or the end of a pass. 0 where there is no worker."""
+        return 0.0 if self._session is None else time.perf_counter() - self.stats.heard_s
+
+    def lost(self) -> ChannelError | None:
+        """What has ended the line to the worker, if it has ended."""
+        return None if self._session is None else self._session.ended_by
 
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. Closing twice is allowed."""

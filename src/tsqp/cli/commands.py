@@ -32,6 +32,7 @@ from tsqp.cli.prompt_text import (
     template_args,
     warn_of_argument,
 )
+from tsqp.cli.serve import api_key, serve
 from tsqp.config.worker_options import arguments_of, parse_worker_options
 from tsqp.errors import TsqpError
 
@@ -54,6 +55,8 @@ app.command(model_app)
 app.command(bench_app)
 app.command(eval_app)
 app.command(audit_app)
+app.command(serve)
+app.command(api_key)
 
 
 @app.command

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from cyclopts import Group
 
-TEXT, MODEL, PRIVACY, PADS, CONNECTION, SAMPLING, OUTPUT = (
+TEXT, SERVER, LIMITS, MODEL, PRIVACY, PADS, CONNECTION, SAMPLING, OUTPUT = (
     Group(title, sort_key=place)
     for place, title in enumerate(
-        ("Prompt", "Model and split", "Privacy", "Pads", "Worker connection", "Sampling", "Output")
+        (
+            "Prompt",
+            "Server",
+            "Limits of the server",
+            "Model and split",
+            "Privacy",
+            "Pads",
+            "Worker connection",
+            "Sampling",
+            "Output",
+        )
     )
 )

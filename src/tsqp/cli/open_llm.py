@@ -10,9 +10,10 @@ from tsqp.api.describe import mode_lines
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM
     from tsqp.api.plan import Plan
+    from tsqp.trusted.engine.limits import Limits
 
 
-def open_llm(run: RunConfig) -> LLM:
+def open_llm(run: RunConfig, limits: Limits | None = None) -> LLM:
     """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
     from rich.console import Console
 
@@ -20,7 +21,7 @@ def open_llm(run: RunConfig) -> LLM:
     from tsqp.cli.pads_bar import pads_bar
 
     with pads_bar(Console(stderr=True)) as progress:
-        return LLM.of(run, announce=_state_mode, pads_progress=progress)
+        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits)
 
 
 def _state_mode(plan: Plan) -> None:

@@ -70,6 +70,11 @@ class PadFiller:
         """Tokens of a prompt whose pads are kept ready."""
         return BLOCK_ROWS * min((count for (_, layer), count in self.blocks.items() if layer is not None), default=0)
 
+    @property
+    def failure(self) -> TsqpError | None:
+        """What has ended the making of pads, if it has ended."""
+        return self._pool.failure
+
     def ready(self, *, answer: bool) -> int:
         """Tokens of an answer, or of a prompt, whose pads are ready in every group."""
         return min(self._pool.ready(key) for key in self._pool.keys if answer or key[1] is not None)

@@ -67,10 +67,12 @@ class Stats:
     decode_tokens: int = 0
     trace: Trace | None = field(default=None, repr=False)
     guard: Callable[[], dict[str, object]] | None = field(default=None, repr=False)  # figures of a private mode
+    heard_s: float = field(default=0.0, repr=False)  # by time.perf_counter: the worker's last sign of life
 
     def passed(self, start_s: float, end_s: float, rows: list[int], *, prefill: bool) -> None:
         """Count one forward pass over so many new tokens of each sequence."""
         self.traced("pass", "prefill" if prefill else "decode", start_s, end_s)
+        self.heard_s = end_s
         if prefill:
             self.prefill_s += end_s - start_s
             self.prompt_tokens += sum(rows)

@@ -13,7 +13,7 @@ class Counts:
 
     ``refused`` requests were never added. ``found_tokens``: prompt tokens that were in a kept cache; ``prompt_tokens``:
     rows that were computed up to the end of a prompt, again after each preemption. ``kv_bytes`` are those charged to
-    running requests, ``kept_bytes`` those of kept caches.
+    running requests, ``kept_bytes`` those of kept caches; ``kv_limit``: the most for both together, None for no bound.
     """
 
     added: int = 0
@@ -27,3 +27,4 @@ class Counts:
     new_tokens: int = 0
     kv_bytes: int = 0
     kept_bytes: int = 0
+    kv_limit: int | None = None

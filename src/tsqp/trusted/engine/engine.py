@@ -191,6 +191,12 @@ class Engine:
             if not there():
                 self._step()
 
+    def between_passes(self, action: Callable[[], None]) -> None:
+        """Do something for which no forward pass may be under way. Raises what it raises; InputError after a fork."""
+        self._refuse_fork()
+        with self._one_at_a_time:
+            action()
+
     def abort(self, number: int) -> None:
         """End a request; what it holds is free at once, or after the pass that is under way.
 

@@ -55,6 +55,7 @@ class Scheduler:
         counts.waiting = len(self._requests) - len(self._running)
         counts.kept_bytes = self._prefixes.size
         counts.kv_bytes = self._budget.used - self._prefixes.size
+        counts.kv_limit = self._budget.limit
         return counts
 
     def __len__(self) -> int:

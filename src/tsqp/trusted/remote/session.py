@@ -23,6 +23,7 @@ from tsqp.wire.messages import (
     PROTOCOL_VERSION,
     Call,
     Done,
+    Embed,
     GroupShape,
     Hello,
     Linear,
@@ -70,6 +71,8 @@ class WorkerSession:
         self._next_id = 0
         self._under_way: dict[int, PendingReply[Any]] = {}
         self._dead: ChannelError | None = None
+        self._path = path
+        self._idle_slot: Slot | None = None
         try:
             self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path))
         except ChannelError:
@@ -155,6 +158,27 @@ class WorkerSession:
         began = time.perf_counter()
         return self._send(PendingReply(self, kind, call, slot.reply_bytes, _as_it_is, began), slot)
 
+    @property
+    def ended_by(self) -> ChannelError | None:
+        """What has ended the session; None while it goes on."""
+        return self._dead
+
+    def ping(self) -> None:
+        """A call that has nothing to do with any text, and its reply, of which nothing is made.
+
+        On the field path it is the product of a row of zeros, elsewhere the embedding of token 0: what the worker sees
+        is the same each time. Raises any ChannelError, and ends the session with it.
+        """
+        if self._path == "float":
+            call, shape = Embed(self.next_id(), 1), (1, self.config.hidden_size)
+            self.start("embedding", call, [torch.zeros(1, dtype=torch.int32)], shape).wait()
+            return
+        group = linear_groups(self.config)["o"]
+        if self._idle_slot is None:
+            self._idle_slot = self.slot(4 * group.in_features, 4 * group.out_features)
+            self._idle_slot.tensor[:] = bytes(4 * group.in_features)
+        self.ask("linear", Product(self.next_id(), "o", 0, 1, 4), self._idle_slot).wait()
+
     def fail(self, error: ChannelError) -> None:
         """End the session: every later call raises ``error``, or what has ended it before."""
         self._die(error)
@@ -213,7 +237,7 @@ class WorkerSession:
         except ChannelError as error:
             self._die(error)
             raise
-        arrived = time.perf_counter()
+        arrived = self.stats.heard_s = time.perf_counter()
         row = self.stats.calls[reply.kind]
         row.rpc_s += arrived - reply.began
         row.held_s += arrived - waits

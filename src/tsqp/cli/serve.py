@@ -1,0 +1,214 @@
+"""``tsqp serve``: the model as a server that OpenAI clients speak to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter, Token
+
+from tsqp.cli.flags import parse_size
+from tsqp.cli.help_groups import LIMITS, SERVER
+from tsqp.cli.options import RunOptions
+from tsqp.errors import OptionError
+
+if TYPE_CHECKING:
+    from tsqp.api.llm import LLM
+    from tsqp.server.listening import Listening
+    from tsqp.server.ready import Ready
+    from tsqp.server.settings import ServerSettings
+
+MAX_NAME = 128
+
+
+def _server(name: str, text: str, **more: Any) -> Parameter:
+    return Parameter(name=f"--{name}", group=SERVER, help=text, env_var=_variable(name), **more)
+
+
+def _limit(name: str, text: str, **more: Any) -> Parameter:
+    return Parameter(name=f"--{name}", group=LIMITS, help=text, env_var=_variable(name), **more)
+
+
+def _variable(name: str) -> str:
+    return f"TSQP_{name.upper().replace('-', '_')}"
+
+
+def _size(_: Any, tokens: Sequence[Token]) -> int:
+    return parse_size(tokens[0].value, tokens[0].keyword or "the size")
+
+
+def _shown(size: int) -> str:
+    return f"{size >> 20}MiB"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where the server listens, who may use it, and how much of it."""
+
+    host: Annotated[
+        str, _server("host", "The address to listen on; other than loopback needs --api-keys and --tls-cert.")
+    ] = "127.0.0.1"
+    port: Annotated[int, _server("port", "The port to listen on; 0 for one that is free.")] = 8000
+    unix_socket: Annotated[
+        Path | None, _server("unix-socket", "Listen on a socket in the file system in place of host and port.")
+    ] = None
+    served_model_name: Annotated[
+        tuple[str, ...],
+        _server("served-model-name", "What clients call the model; may be given again. The end of --model by default."),
+    ] = ()
+    api_keys: Annotated[
+        Path | None, _server("api-keys", "Let in who has one of the keys in this file, see tsqp api-key.")
+    ] = None
+    tls_cert: Annotated[Path | None, _server("tls-cert", "The certificate, with its chain, as PEM.")] = None
+    tls_key: Annotated[Path | None, _server("tls-key", "The certificate's secret key, as PEM.")] = None
+    insecure_exposed: Annotated[
+        bool,
+        Parameter(group=SERVER, help="Allow a host that others can reach without keys, or without TLS."),
+    ] = False
+    allow_host: Annotated[
+        tuple[str, ...],
+        _server("allow-host", "A further name by which clients may call this server; may be given again."),
+    ] = ()
+    allow_origin: Annotated[
+        tuple[str, ...],
+        _server("allow-origin", "Let pages of this origin use the server, such as https://app.example."),
+    ] = ()
+    metrics_port: Annotated[
+        int | None, _server("metrics-port", "Show metrics for Prometheus on this port, without keys; 0 for a free one.")
+    ] = None
+    metrics_host: Annotated[str, _server("metrics-host", "The address of the metrics.")] = "127.0.0.1"
+    strict_params: Annotated[
+        bool, _server("strict-params", "Refuse fields of requests that are unknown, in place of naming them.")
+    ] = False
+    max_running: Annotated[int, _limit("max-running", "Requests that are computed together.")] = 64
+    max_waiting: Annotated[int, _limit("max-waiting", "Requests in the queue; more are told to come again.")] = 256
+    max_requests_per_key: Annotated[
+        int | None, _limit("max-requests-per-key", "Requests of one API key at once; no bound when not given.")
+    ] = None
+    max_connections: Annotated[int, _limit("max-connections", "Connections of clients.")] = 512
+    max_body: Annotated[
+        int,
+        _limit(
+            "max-body",
+            "The most bytes of a request, or such as 8MiB.",
+            converter=_size,
+            show_default=_shown,
+        ),
+    ] = 8 << 20
+    drain_s: Annotated[float, _limit("drain-s", "Seconds for answers under way, once the server is told to end.")] = (
+        30.0
+    )
+
+
+def serve(
+    *,
+    run: RunOptions = RunOptions(),
+    server: ServeOptions = ServeOptions(),
+    json_output: Annotated[
+        bool, Parameter(name="--json", group=SERVER, help="Print one JSON object when ready.")
+    ] = False,
+) -> None:
+    """Serve the model to OpenAI clients, until Ctrl-C. A second Ctrl-C does not wait for answers under way."""
+    from tsqp.server.run import serve as serve_until_told
+
+    listening, settings, names = _listening(server), _settings(server), _names(server, run.model)
+
+    def open_model() -> LLM:
+        from tsqp.cli.open_llm import open_llm
+        from tsqp.trusted.engine.limits import Limits
+
+        return open_llm(run, limits=Limits(running=server.max_running, waiting=server.max_waiting))
+
+    def announce(ready: Ready) -> None:
+        told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
+        more = "" if ready.metrics_address is None else f"; metrics at {ready.metrics_address}"
+        sys.stderr.write(f"{told}{more}\n")
+        sys.stderr.flush()
+        if json_output:
+            sys.stdout.write(json.dumps(ready._asdict()) + "\n")
+            sys.stdout.flush()
+
+    serve_until_told(open_model, listening, settings, names=names, api_keys=server.api_keys, announce=announce)
+
+
+def api_key(
+    name: str,
+    /,
+    *,
+    file: Annotated[
+        Path | None, Parameter(help="Append the line to this file, which is made for this user alone when missing.")
+    ] = None,
+) -> None:
+    """Make an API key for tsqp serve. The key is shown this once: the file of --api-keys has only its hash.
+
+    Parameters
+    ----------
+    name
+        Whose key it is: letters, digits, dots, hyphens, underscores. Keys of one name are one tenant.
+    """
+    from tsqp.server.api_keys import add_line, line_for, new_key
+
+    key = new_key()
+    line = line_for(name, key)
+    if file is not None:
+        add_line(file, line)
+    where = f"line for the file of --api-keys: {line}" if file is None else f"its hash is in {file}"
+    sys.stdout.write(f"key, give it to the client, it is shown this once: {key}\n{where}\n")
+
+
+def _listening(options: ServeOptions) -> Listening:
+    from tsqp.server.listening import Listening
+
+    for name in ("port", "metrics_port"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1 << 16:
+            raise OptionError(f"--{name.replace('_', '-')} must be 0 to 65535, not {value}")
+    return Listening(
+        host=options.host,
+        port=options.port,
+        unix_socket=options.unix_socket,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+        metrics_host=options.metrics_host,
+        metrics_port=options.metrics_port,
+        insecure_exposed=options.insecure_exposed,
+    )
+
+
+def _settings(options: ServeOptions) -> ServerSettings:
+    from tsqp.server.settings import ServerSettings
+
+    for name in ("max_running", "max_waiting", "max_requests_per_key", "max_connections", "max_body"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise OptionError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
+    if not 0 <= options.drain_s < 86_400:
+        raise OptionError(f"--drain-s must be 0 to 86400 seconds, not {options.drain_s}")
+    for origin in options.allow_origin:
+        scheme, _, rest = origin.partition("://")
+        if scheme not in ("http", "https") or not rest or "/" in rest or "*" in rest:
+            raise OptionError("--allow-origin takes one origin, such as https://app.example: no path and no *")
+    return ServerSettings(
+        strict_params=options.strict_params,
+        max_body_bytes=options.max_body,
+        max_connections=options.max_connections,
+        max_requests_per_key=options.max_requests_per_key,
+        host=options.host,
+        hosts=options.allow_host,
+        origins=options.allow_origin,
+        drain_s=options.drain_s,
+    )
+
+
+def _names(options: ServeOptions, model: str) -> tuple[str, ...]:
+    """What clients may call the model. A path shows no directory to them."""
+    names = options.served_model_name or (model.rstrip("/").rpartition("/")[2] or model,)
+    for name in names:
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise OptionError(f"--served-model-name takes a name of 1 to {MAX_NAME} printable characters")
+    return tuple(dict.fromkeys(names))

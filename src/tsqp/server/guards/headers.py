@@ -1,0 +1,44 @@
+"""Headers that every answer has, and the number of a request."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+SECURITY = {
+    "x-content-type-options": "nosniff",  # an answer is never taken for a page or a script
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+}
+_CLEAN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class AnswerHeaders:
+    """Gives each request an id of our own, in ``request.state.request_id``, and each answer ``always`` and its ids.
+
+    ``x-tsqp-request-id`` is ours. ``x-request-id`` is the client's, where that is short and clean; ours otherwise.
+    Nothing here looks a client's id up, so two requests may have the same. A header that an endpoint sets stays.
+    """
+
+    def __init__(self, app: ASGIApp, always: Mapping[str, str]) -> None:
+        self._app = app
+        self._always = {**SECURITY, **always}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ours = f"req_{secrets.token_hex(16)}"
+        scope.setdefault("state", {})["request_id"] = ours
+        theirs = Headers(scope=scope).get("x-request-id", "")
+        shown = theirs if _CLEAN_ID.fullmatch(theirs) else ours
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in {**self._always, "x-request-id": shown, "x-tsqp-request-id": ours}.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

@@ -1,0 +1,146 @@
+"""``tsqp serve`` as its operator meets it: what is refused in one line, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.commands import LIMIT_S, Home, Result
+from tests.families import tiny_model
+from tests.server.process import serving
+from tsqp.cli.commands import app
+from tsqp.cli.options import RunOptions
+from tsqp.cli.serve import ServeOptions
+from tsqp.server.api_keys import KeyFile
+
+MODEL = ("--model", str(tiny_model("llama").directory))
+OPEN = (*MODEL, "--protection", "open", "--dtype", "float32")
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def _nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.api.llm.LocalWorker", None)
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+
+
+@pytest.mark.usefixtures("_nothing_is_started")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--port", "65536"), "--port"),
+        (("--metrics-port", "-1"), "--metrics-port"),
+        (("--max-waiting", "0"), "--max-waiting"),
+        (("--max-running", "0"), "--max-running"),
+        (("--max-body", "0"), "--max-body"),
+        (("--max-body", "many"), "--max-body"),
+        (("--max-connections", "0"), "--max-connections"),
+        (("--max-requests-per-key", "0"), "--max-requests-per-key"),
+        (("--drain-s", "-1"), "--drain-s"),
+        (("--drain-s", "nan"), "--drain-s"),
+        (("--allow-origin", "*"), "--allow-origin"),
+        (("--allow-origin", "https://a.example/path"), "--allow-origin"),
+        (("--served-model-name", ""), "--served-model-name"),
+        (("--host", "0.0.0.0"), "--api-keys and --tls-cert"),
+        (("--host", "0.0.0.0"), "--insecure-exposed"),
+        (("--tls-cert", "c"), "--tls-key"),
+        (("--host", "203.0.113.1", "--insecure-exposed"), "--host"),
+        (("--frobnicate",), "--frobnicate"),
+        (("--protection", "local", "--worker", "ipc:///x"), "--worker"),
+    ],
+    ids=lambda one: "-".join(one)[:40] if isinstance(one, tuple) else one[:20],
+)
+def test_a_wrong_option_is_one_line(tsqp: Command, options: tuple[str, ...], named: str) -> None:
+    result = tsqp("serve", *MODEL, *options)
+    assert result.code == 2
+    assert named in result.error
+    assert "server." not in result.error
+
+
+@pytest.mark.usefixtures("_nothing_is_started")
+def test_a_port_in_use_is_one_line_before_anything_is_loaded(tsqp: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        result = tsqp("serve", "--model", "/nowhere", "--port", held.getsockname()[1])
+    assert result.code == 1
+    assert "is in use" in result.error
+    assert "--port" in result.error
+
+
+@pytest.mark.usefixtures("_nothing_is_started")
+def test_a_file_of_keys_that_others_can_read_is_refused(tsqp: Command, tmp_path: Path) -> None:
+    (tmp_path / "keys").touch(0o644)
+    (tmp_path / "keys").chmod(0o644)
+    result = tsqp("serve", *MODEL, "--port", 0, "--api-keys", tmp_path / "keys")
+    assert result.code == 1
+    assert "chmod 600" in result.error
+
+
+def serve_options(*arguments: str) -> tuple[str, ServeOptions]:
+    """Protection, and the options of the server."""
+    _, bound, _ = app.parse_args(["serve", *arguments], exit_on_error=False, print_error=False)
+    return bound.arguments.get("run", RunOptions()).protection, bound.arguments.get("server", ServeOptions())
+
+
+def test_flags_win_over_variables_and_the_mode_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("TSQP_", "LLAMA_"))]:
+        monkeypatch.delenv(name)
+    assert serve_options() == ("masked", ServeOptions())
+    for name, value in {"TSQP_PORT": "1", "TSQP_MAX_WAITING": "2", "TSQP_MAX_BODY": "1MiB"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TSQP_INSECURE_EXPOSED", "1")
+    _, options = serve_options("--port", "3")
+    assert (options.port, options.max_waiting, options.max_body) == (3, 2, 1 << 20)
+    assert not options.insecure_exposed  # what weakens a server is said on its command line
+
+
+def test_a_fresh_key_is_shown_once_and_lets_its_owner_in(tsqp: Command, tmp_path: Path) -> None:
+    shown = tsqp("api-key", "alice").out
+    key, line = (text.split(": ")[-1] for text in shown.splitlines())
+    stored = tsqp("api-key", "bob", "--file", tmp_path / "keys").out
+    other = stored.splitlines()[0].split(": ")[-1]
+    assert other not in (tmp_path / "keys").read_text()
+    with (tmp_path / "keys").open("a") as file:
+        file.write(line + "\n")
+    keys = KeyFile(tmp_path / "keys")
+    assert (keys.tenant_of(key), keys.tenant_of(other)) == ("alice", "bob")
+    assert tsqp("api-key", "a:b").code == 2
+
+
+def complete(address: str) -> httpx.Response:
+    body = {"model": "llama", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    return httpx.post(f"{address}/v1/completions", json=body, timeout=LIMIT_S)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_at_once_on_the_same_address(home: Home) -> None:
+    name = ("--served-model-name", "llama", "--drain-s", "5")
+    with serving(home, *OPEN, *name, "--port", 0) as first:
+        port = first.address.rpartition(":")[2]
+        text = complete(first.address).json()["choices"][0]["text"]
+        with socket.create_connection(("127.0.0.1", int(port))):  # a client that is there when it happens
+            first.process.kill()
+            assert first.ended() == -signal.SIGKILL
+            with serving(home, *OPEN, *name, "--port", port) as second:
+                assert complete(second.address).json()["choices"][0]["text"] == text
+                second.process.send_signal(signal.SIGTERM)
+                assert second.ended() == 0
+    assert home.leftovers() == []
+    assert any(line.startswith("ready in ") and second.address in line for line in second.log)
+    assert not any("Traceback" in line for line in second.log)
+
+
+def test_a_second_signal_ends_at_once_though_a_worker_is_silent(home: Home) -> None:
+    with serving(home, *OPEN, "--served-model-name", "llama", "--port", 0, "--drain-s", "600") as server:
+        assert server.worker is not None
+        os.kill(server.worker, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGINT)
+        while httpx.get(f"{server.address}/readyz", timeout=LIMIT_S).json()["code"] != "shutting_down":
+            pass  # the worker does not let itself be stopped, so the end takes seconds
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == 128 + signal.SIGTERM

@@ -1,0 +1,144 @@
+"""Metrics are true at every moment, also after aborts, and name nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
+
+from tests.families import tiny_model
+from tests.server.asgi import ask
+from tsqp import LLM, AsyncLLM, ComputeConfig, Limits, SamplingParams
+from tsqp.errors import ProductMismatch, QueueFull, WorkerLost
+from tsqp.server.metrics import PrometheusMeters, metrics_route
+
+MODEL = str(tiny_model("llama").directory)
+OF_VLLM = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_bucket",
+)
+
+Samples = dict[tuple[str, ...], float]
+
+
+def samples(page: bytes) -> Samples:
+    """Values by name and labels but the model's."""
+    found: Samples = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for one in family.samples:
+            assert one.labels.pop("model_name") == "tiny"
+            found[(one.name, *one.labels.values())] = one.value
+    return found
+
+
+def local() -> LLM:
+    return LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32"), limits=Limits(running=4, waiting=6))
+
+
+def test_all_names_are_there_from_the_start() -> None:
+    async def run() -> None:
+        async with AsyncLLM(local()) as model:
+            found = samples(PrometheusMeters(model, "tiny").page())
+            assert {name for name, *_ in found} >= set(OF_VLLM)
+            ended = {key[1] for key in found if key[0] == "vllm:request_success_total"}
+            assert ended == {"stop", "length", "abort", "error"}
+            assert found["tsqp:worker_up",] == 1
+
+    asyncio.run(run())
+
+
+def check(found: Samples) -> None:
+    """What holds at every moment."""
+    ended = sum(value for key, value in found.items() if key[0] == "vllm:request_success_total")
+    waiting, running = found["vllm:num_requests_waiting",], found["vllm:num_requests_running",]
+    assert found["tsqp:requests_added_total",] == waiting + running + ended
+    assert all(value >= 0 for value in found.values())
+    assert 0 <= found["vllm:kv_cache_usage_perc",] <= 1
+
+
+def test_added_is_waiting_and_running_and_ended_whatever_clients_do() -> None:
+    dice = random.Random(5)
+
+    async def client(model: AsyncLLM) -> None:
+        tokens = [dice.randrange(300) for _ in range(dice.randrange(1, 40))]
+        params = SamplingParams(max_tokens=dice.randrange(1, 20), ignore_eos=True)
+        try:
+            async with await model.open(tokens, params) as answer:
+                stays = dice.randrange(12)
+                async for _ in answer:
+                    stays -= 1
+                    if not stays:
+                        return
+        except QueueFull:
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        async with AsyncLLM(local()) as model:
+            meters = PrometheusMeters(model, "tiny")
+            under_way = [asyncio.create_task(client(model)) for _ in range(40)]
+            while not all(task.done() for task in under_way):
+                check(samples(meters.page()))
+                await asyncio.sleep(0.002)
+                dice.choice(under_way).cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+            while model.counts().running or model.counts().waiting:
+                await asyncio.sleep(0.001)
+            found = samples(meters.page())
+            check(found)
+            assert found["vllm:kv_cache_usage_perc",] == 0
+            assert found["vllm:request_success_total", "abort"] > 0
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.fixture
+def meters() -> Iterator[PrometheusMeters]:
+    model = AsyncLLM(local())
+    yield PrometheusMeters(model, "tiny")
+    asyncio.run(model.close())
+
+
+def test_what_endpoints_tell_is_there(meters: PrometheusMeters) -> None:
+    for _ in range(2):
+        meters.began("chat")
+        meters.first_token(0.3)
+        meters.token(0.004)
+    meters.ended("stop", 7, 3, 1.5)
+    meters.ended("abort", 7, 0, 0.1)
+    found = samples(meters.page())
+    assert found["tsqp:answers_begun_total", "chat"] == 2
+    assert found["vllm:time_to_first_token_seconds_count",] == 2
+    assert found["vllm:time_to_first_token_seconds_bucket", "0.2"] == 0
+    assert found["vllm:time_to_first_token_seconds_bucket", "0.5"] == 2
+    assert found["vllm:inter_token_latency_seconds_sum",] == pytest.approx(0.008)
+    assert found["vllm:e2e_request_latency_seconds_sum",] == pytest.approx(1.6)
+    assert found["vllm:request_prompt_tokens_sum",] == 14
+    assert found["vllm:request_generation_tokens_sum",] == 3
+
+
+@pytest.mark.parametrize(("error", "failed"), [(ProductMismatch("x"), 1), (WorkerLost("x"), 0)])
+def test_a_lost_worker_and_a_failed_check_show(
+    meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch, error: Exception, failed: int
+) -> None:
+    monkeypatch.setattr(LLM, "lost", lambda _: error)
+    found = samples(meters.page())
+    assert (found["tsqp:worker_up",], found["tsqp:failed_checks_total",]) == (0, failed)
+
+
+def test_the_page_is_what_prometheus_reads(meters: PrometheusMeters) -> None:
+    answer = ask(Starlette(routes=[metrics_route(meters)]), "/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    check(samples(answer.content))

@@ -1,0 +1,252 @@
+"""A server in this process, told to end while it answers; keys and certificate that change meanwhile."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.families import tiny_model
+from tsqp import LLM, ComputeConfig
+from tsqp.server.api_keys import add_line, line_for, new_key
+from tsqp.server.listening import Listening
+from tsqp.server.ready import Ready, since_start_s, url
+from tsqp.server.run import Running, serve
+from tsqp.server.settings import ServerSettings
+
+MODEL = str(tiny_model("llama").directory)
+BODY = {"model": "tiny", "prompt": "The quick brown fox", "max_tokens": 12, "temperature": 0}
+LIMIT_S = 30.0
+
+
+@dataclass
+class Server:
+    """``gate``: passes wait for it. ``ended_at_once``: the exit codes with which the process would have ended."""
+
+    llm: LLM
+    gate: threading.Event
+    ended_at_once: list[int]
+
+    def run(
+        self,
+        client: Callable[[Ready], None],
+        *,
+        listening: Listening | None = None,
+        settings: ServerSettings | None = None,
+        api_keys: Path | None = None,
+    ) -> None:
+        """Serve in this thread until ``client``, in another, has returned. Raises what it has raised."""
+        with ThreadPoolExecutor(1) as pool:
+            results = []
+
+            def asking(ready: Ready) -> None:
+                try:
+                    client(ready)
+                finally:
+                    self.gate.set()
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            serve(
+                lambda: self.llm,
+                listening or Listening(port=0, metrics_port=0),
+                settings or ServerSettings(),
+                names=["tiny"],
+                api_keys=api_keys,
+                announce=lambda ready: results.append(pool.submit(asking, ready)),
+            )
+            results[0].result(LIMIT_S)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    codes: list[int] = []
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+    monkeypatch.setattr(Running, "_end_at_once", lambda _, code: codes.append(code))
+    llm, gate = LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")), threading.Event()
+    gate.set()
+    decoder: Any = llm.engine.decoder
+    forward = decoder.forward
+
+    def when_the_gate_is_open(batch: Any) -> Any:
+        assert gate.wait(LIMIT_S)
+        return forward(batch)
+
+    monkeypatch.setattr(decoder, "forward", when_the_gate_is_open)
+    with llm:
+        yield Server(llm, gate, codes)
+
+
+def completion(ready: Ready, **more: Any) -> httpx.Response:
+    return httpx.post(f"{ready.address}/v1/completions", json={**BODY, **more}, timeout=LIMIT_S)
+
+
+def metric(ready: Ready, name: str) -> float:
+    assert ready.metrics_address is not None
+    lines = httpx.get(ready.metrics_address).text.splitlines()
+    return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
+
+
+def wait_for_running(ready: Ready, count: int) -> None:
+    while metric(ready, "vllm:num_requests_running") != count:
+        pass
+
+
+def told_to_end(ready: Ready) -> httpx.Response:
+    """The first answer of readiness that says so."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    while (answer := httpx.get(f"{ready.address}/readyz")).status_code == 200:
+        pass
+    return answer
+
+
+def test_answers_under_way_are_finished_and_nothing_new_begins(server: Server) -> None:
+    def client(ready: Ready) -> None:
+        whole = completion(ready).json()["choices"][0]["text"]
+        server.gate.clear()
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(completion, ready)
+            wait_for_running(ready, 1)
+            not_ready = told_to_end(ready)
+            assert (not_ready.status_code, not_ready.json()["code"]) == (503, "shutting_down")
+            assert httpx.get(f"{ready.address}/livez").status_code == 200
+            refused = completion(ready)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert int(refused.headers["retry-after"]) >= 1
+            server.gate.set()
+            assert under_way.result().json()["choices"][0]["text"] == whole
+
+    server.run(client)
+    assert server.ended_at_once in ([], [128 + signal.SIGTERM])  # the signal at the end of the client
+
+
+def test_what_is_not_finished_in_time_ends_with_an_error(server: Server) -> None:
+    def client(ready: Ready) -> None:
+        server.gate.clear()
+        with ThreadPoolExecutor(2) as pool:
+            streamed, plain = pool.submit(completion, ready, stream=True), pool.submit(completion, ready)
+            while metric(ready, "tsqp:requests_added_total") != 2:
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            stream = streamed.result()
+            assert stream.status_code == 200
+            assert '"error"' in stream.text
+            assert "[DONE]" not in stream.text
+            assert plain.result().status_code == 503
+            server.gate.set()
+
+    server.run(client, settings=ServerSettings(drain_s=0.0))
+
+
+def test_an_answer_names_the_mode_and_a_metric_counts_it(server: Server) -> None:
+    def client(ready: Ready) -> None:
+        assert (ready.model, ready.protection) == ("tiny", "local")
+        assert 0 < ready.ready_s < 3600
+        answer = completion(ready)
+        assert answer.headers["x-tsqp-protection"] == "local"
+        assert answer.json()["system_fingerprint"].startswith("tsqp-local-")
+        assert "server" not in answer.headers
+        assert metric(ready, "vllm:generation_tokens_total") == 12
+        assert metric(ready, "vllm:time_to_first_token_seconds_count") == 1
+        assert httpx.get(str(ready.metrics_address), headers={"host": "evil.example"}).status_code == 421
+        assert httpx.get(f"{ready.address}/metrics").status_code == 404
+
+    server.run(client)
+
+
+def test_a_key_that_is_taken_out_of_the_file_lets_nobody_in(server: Server, tmp_path: Path) -> None:
+    path, key = tmp_path / "keys", new_key()
+    add_line(path, line_for("alice", key))
+    add_line(path, line_for("bob", new_key()))
+
+    def client(ready: Ready) -> None:
+        headers = {"authorization": f"Bearer {key}"}
+        models = f"{ready.address}/v1/models"
+        assert httpx.get(models).status_code == 401
+        assert httpx.get(models, headers=headers).status_code == 200
+        assert httpx.get(f"{ready.address}/readyz").status_code == 200
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        os.kill(os.getpid(), signal.SIGHUP)
+        while httpx.get(models, headers=headers).status_code == 200:
+            pass
+        assert httpx.get(models, headers=headers).status_code == 401
+
+    server.run(client, api_keys=path)
+
+
+def certificate(directory: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    cert_path, key_path = directory / "cert.pem", directory / "key.pem"
+    cert_path.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    key_path.touch(0o600)
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    key_path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
+    return cert_path, key_path
+
+
+def test_tls_and_a_certificate_that_is_renewed(server: Server, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "first")
+
+    def trusting() -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(cert))
+
+    def client(ready: Ready) -> None:
+        assert ready.address.startswith("https://localhost:")
+        first = trusting()
+        assert httpx.get(f"{ready.address}/readyz", verify=first).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http{ready.address.removeprefix('https')}/readyz")
+        certificate(tmp_path, "second")
+        os.kill(os.getpid(), signal.SIGHUP)
+        renewed = False
+        while not renewed:
+            try:
+                renewed = httpx.get(f"{ready.address}/readyz", verify=trusting()).status_code == 200
+            except httpx.ConnectError:  # not yet read
+                continue
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{ready.address}/readyz", verify=first)
+
+    server.run(client, listening=Listening(host="localhost", port=0, tls_cert=cert, tls_key=key))
+
+
+def test_a_socket_in_the_file_system(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "tsqp.sock"
+
+    def client(ready: Ready) -> None:
+        assert ready.address == f"unix:{path}"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as over_socket:
+            assert over_socket.get("/readyz").status_code == 200
+
+    server.run(client, listening=Listening(unix_socket=path))
+    assert not path.exists()
+
+
+def test_how_an_address_is_written() -> None:
+    assert url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert url("::1", 8000, tls=True) == "https://[::1]:8000"
+    assert 0 < since_start_s() < 86_400
