@@ -4,7 +4,8 @@
 
 A worker over shm and this process decode ``--steps`` tokens after a prompt of 64, ``--runs`` times. Pads are ready.
 Once only the whole step and the waiting for replies are timed, in private modes as the one loop that a decode step is
-and call by call in Python; then every piece of the latter on its own: what a function takes without the pieces that it
+and call by call in Python, with a worker that answers in a loop and with one that answers in Python; then every piece
+of Python on its own: what a function takes without the pieces that it
 calls, as processor time of its thread, which other processes do not count into. Each piece takes some 2 µs more for
 being timed, which its caller shows: the sum of the pieces is more than the whole.
 """
@@ -143,13 +144,17 @@ def serve(report: str, options: list[str]) -> int:
 
 
 def measure(
-    options: argparse.Namespace, pieces: dict[str, str], report: str, *, compiled: bool
+    options: argparse.Namespace, pieces: dict[str, str], report: str, *, compiled: bool, calls: bool
 ) -> tuple[dict[str, float], Book]:
-    """Figures of a token, in ms, and the times of the pieces. ``compiled``: as one loop, in a private mode."""
+    """Figures of a token, in ms, and the times of the pieces. ``compiled``: as one loop, in a private mode.
+
+    ``calls``: whether the worker answers in a loop.
+    """
     masked, threads, address = options.protection == "masked", len(os.sched_getaffinity(0)), new_shm_address()
     dtype = "bfloat16" if options.protection == "open" else "field"
     command = [sys.executable, "-m", "benchmarks.call_path", "--serve", report, "--model", options.model]
     command += ["--device", "cpu", "--dtype", dtype, "--listen", address, "--threads", str(threads)]
+    command += [] if calls else ["--no-compiled-calls"]
     started = subprocess.Popen([*command, "--exit-with-stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with started as worker:
         if worker.stdin is None or worker.stdout is None or not worker.stdout.readline():
@@ -219,21 +224,24 @@ def main() -> None:
     check_tree(options)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     load = os.getloadavg()[0]
-    whole, book = measure(options, WHOLE, "-", compiled=True)
-    without, _ = measure(options, WHOLE, "-", compiled=False)
+    whole, book = measure(options, WHOLE, "-", compiled=True, calls=True)
+    answered, _ = measure(options, WHOLE, "-", compiled=True, calls=False)
+    without, _ = measure(options, WHOLE, "-", compiled=False, calls=False)
     result: dict[str, Any] = {
         "token": whole,
+        "token_worker_in_python": answered,
         "token_in_python": without,
         "whole": rows_of(book.times, options.steps * options.runs),
     }
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "worker.json"
-        _, book = measure(options, PIECES, str(report), compiled=False)
+        _, book = measure(options, PIECES, str(report), compiled=False, calls=False)
         result["pieces"] = rows_of(book.times, options.steps * options.runs)
         result["worker"] = rows_of(json.loads(report.read_text()), options.steps * (options.runs + 1))
     for name, row in {**result["whole"], **result["pieces"], **result["worker"]}.items():
         print(f"{name:26s} {row['per_step']:7.1f} a step, median {row['median_us']:8.1f} µs", flush=True)
-    for way, token in (("the step compiled", whole), ("call by call", without)):
+    ways = ("both sides compiled", whole), ("the worker in Python", answered), ("call by call", without)
+    for way, token in ways:
         print(f"{way}: " + ", ".join(f"{name} {value:.2f}" for name, value in token.items()))
     result |= {"benchmark": "call_path", "model": options.model, "protection": options.protection}
     result |= {"steps": options.steps, "runs": options.runs, "load_before": load, "machine": machine()}

@@ -19,6 +19,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.cli.main import run
 from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, numeric_path
 from tsqp.tee.hardening import Hardening
+from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen, new_ipc_address, new_shm_address
@@ -71,7 +72,8 @@ def start_worker() -> Iterator[StartWorker]:
             store = WeightStore(checkpoint, dtype if dtype in DTYPE_NAMES else "float32", torch.device("cpu"))
             store.prepare(numeric_path(dtype))
             listener = stack.enter_context(closing(listen(fresh_address(transport))))
-            worker = Worker(store)
+            calls = stack.enter_context(closing(CompiledCalls())) if transport == "shm" else None
+            worker = Worker(store, calls)
             thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)
             thread.start()
             stack.callback(thread.join, 10)

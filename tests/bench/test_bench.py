@@ -36,6 +36,10 @@ def test_rpc(transport: str, tsqp: Command, tmp_path: Path) -> None:
     assert result["benchmark"] == "rpc"
     assert (result["transport"], result["bytes"]) == (transport, 4096)
     assert 0 < result["p50_us"] <= result["p99_us"]
+    if transport == "shm":
+        assert 0 < result["step_p50_us"] <= result["step_p99_us"]
+    else:
+        assert result["step_p50_us"] is result["step_p99_us"] is None
     assert result["ratio"] == pytest.approx(result["seconds"] / result["peer"]["seconds"])
     assert (result["idle_cpu_share"] is None) == (transport == "mem")  # one process has one share
     assert is_measured(result)

@@ -47,7 +47,7 @@ def test_exact_sums_are_rounded_once(rows: int, width: int, vectors: int, biased
 def test_threads_share_the_columns(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16_rows, "LEAST_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-    monkeypatch.setattr(bfloat16_rows, "row_threads", threads.RowThreads)
+    monkeypatch.setattr(threads, "row_threads", threads.RowThreads)
     x, w = whole_numbers(rows, 64, seed=1), whole_numbers(50, 64, seed=2)
     assert torch.equal(product(x, w, None), (x.long() @ w.long().t()).float().bfloat16())
 

@@ -19,6 +19,7 @@ from tsqp.model.batch import Batch
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.layers import LayerState
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
@@ -125,8 +126,8 @@ def test_state_goes_with_the_connection(
 
     init = Worker.__init__
 
-    def watched_init(self: Worker, store: WeightStore) -> None:
-        init(self, store)
+    def watched_init(self: Worker, store: WeightStore, calls: CompiledCalls | None = None) -> None:
+        init(self, store, calls)
         self._connections = Watched()  # type: ignore[assignment]
 
     monkeypatch.setattr(Worker, "__init__", watched_init)

@@ -6,13 +6,10 @@ the loops of ``vnni.py`` read the weights once, where they are. ``DigitKernel.pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 from tsqp.arith.product import OffsetKernel
-from tsqp.arith.row_threads import least_rows, row_threads
+from tsqp.arith.row_threads import RowWork, least_rows, row_threads
 from tsqp.arith.vnni import VECTOR, features, product_of_few, product_of_numbers, sums_of_few
 
 # Up to so many rows of digits the loops are the faster; ``docs/performance.md`` has the measurement.
@@ -51,7 +48,7 @@ class FewRowsKernel(OffsetKernel):
 
     def prepared(
         self, x: torch.Tensor, digits: int, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
-    ) -> Callable[[], None] | None:
+    ) -> RowWork | None:
         """Splits x, uint32 or int16 in tensors of int32 or int16 (T, K), and multiplies: in one loop, of memory that
         stays. None where ``product_mod_p`` would not do it in loops of few rows.
         """
@@ -59,7 +56,7 @@ class FewRowsKernel(OffsetKernel):
             return None
         values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
         arrays = (values, digits, w.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        return partial(row_threads().run, product_of_numbers, len(w), *arrays, least=least_columns(w))
+        return RowWork(product_of_numbers, len(w), arrays, least_columns(w))
 
 
 def least_columns(w: torch.Tensor) -> int:

@@ -15,11 +15,13 @@ from typing import Any
 import numba
 
 _CACHE = "NUMBA_CACHE_DIR"
+_entries: list[Any] = []  # what addresses were given out of
 _directory = ""  # where this process keeps compiled loops; nowhere, until it is told to
 
 # Every module that has loops, how they are compiled, and what they take from elsewhere.
 SOURCES = (
     "arith/jit.py",
+    "arith/atomic.py",
     "arith/modulus.py",
     "arith/digits.py",
     "arith/loops.py",
@@ -32,8 +34,12 @@ SOURCES = (
     "model/compiled_attention.py",
     "model/int8_attention.py",
     "wire/exchange.py",
+    "wire/answering.py",
     "trusted/guard/kernels.py",
     "trusted/step_loops.py",
+    "untrusted/product_loops.py",
+    "untrusted/call_loops.py",
+    "bench/null_steps.py",
 )
 
 Loop = Callable[..., Any]
@@ -61,6 +67,16 @@ def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:
     # numba may have been loaded before this was set.
     setattr(numba.config, "CACHE_DIR", _directory)  # noqa: B010  (unknown to its type hints)
     return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath or False, cache=bool(_directory))(loop)
+
+
+def entry(loop: Loop, signature: Any) -> int:
+    """The address of a loop, compiled now, for compiled loops that call it without being compiled together with it.
+
+    An exception in it is printed, and goes no further. It must be a function of a module, which is kept from then on.
+    """
+    setattr(numba.config, "CACHE_DIR", _directory)  # noqa: B010
+    _entries.append(numba.cfunc(signature, error_model="numpy", cache=bool(_directory))(loop))
+    return int(_entries[-1].address)
 
 
 def inline(loop: Loop, fastmath: set[str] | None = None) -> Loop:

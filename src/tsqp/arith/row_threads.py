@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from queue import SimpleQueue
@@ -31,10 +32,10 @@ class RowThreads:
         waits for no other that has not begun. After a failure no part is begun any more; the failure is raised when
         those under way have ended.
         """
-        if rows < max(2, least) or self.threads == 1:  # waking another thread takes longer than little work
+        parts = parts_of(rows, least, self.threads)
+        if parts == 1:
             work(*arguments, 0, rows)
             return
-        parts = min(PARTS * self.threads, max(self.threads, 2 * rows // least), rows)
         job = _Job(work, arguments, rows, parts)
         calls: list[_Call] = []
         try:
@@ -124,6 +125,29 @@ class _Call:
 def row_threads() -> RowThreads:
     """One for the process, made when it is first needed."""
     return RowThreads()
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """What ``RowThreads.run`` is to do, with memory that stays: to be called, or done by code that has threads itself.
+
+    ``loop(*arguments, first, end)`` over ``rows``, of which fewer than ``least`` are too few to be shared.
+    """
+
+    loop: Callable[..., Any]
+    rows: int
+    arguments: tuple[Any, ...]
+    least: int
+
+    def __call__(self) -> None:
+        row_threads().run(self.loop, self.rows, *self.arguments, least=self.least)
+
+
+def parts_of(rows: int, least: int, threads: int) -> int:
+    """In how many parts threads share rows; 1: they do not, since waking another takes longer than little work."""
+    if rows < max(2, least) or threads == 1:
+        return 1
+    return min(PARTS * threads, max(threads, 2 * rows // least), rows)
 
 
 def least_rows(width: int) -> int:

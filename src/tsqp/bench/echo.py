@@ -1,28 +1,52 @@
 """``python -m tsqp.bench.echo ADDRESS``: the server of ``bench rpc``. It inverts every byte that it is sent.
 
 It stands where a worker stands: it reads its input where the transport left it and writes the product where the
-transport wants it. A message without a tensor gets an answer without one.
+transport wants it. A message without a tensor gets an answer without one. Over shm a ``Product`` is answered as a
+worker answers it, first in Python and then, when it comes again, in the worker's own loop, but without multiplying.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 
+from tsqp.arith.row_threads import RowWork
 from tsqp.cores import cores
+from tsqp.errors import ProtocolError
+from tsqp.untrusted.compiled_calls import CompiledCalls
+from tsqp.untrusted.paths.call_table import CallTable
+from tsqp.untrusted.product_loops import nothing
 from tsqp.wire.channel import Arrival, Frames, Listener
+from tsqp.wire.codec import decode_to_worker, encode
+from tsqp.wire.messages import Done, Product
 from tsqp.wire.transport import listen
 
 
-def serve(listener: Listener) -> None:
-    """Answer until the listener is interrupted."""
+def serve(listener: Listener, calls: CompiledCalls | None = None) -> None:
+    """Answer until the listener is interrupted; ``calls`` answers products that come again."""
     while not listener.interrupted:
         arrival = listener.receive(None)
-        if isinstance(arrival, Arrival):
-            listener.send(arrival, answer(arrival))
+        while isinstance(arrival, Arrival):
+            call = product_in(arrival) if calls is not None else None
+            if calls is None or call is None:
+                listener.send(arrival, answer(arrival))
+                break
+            listener.send(arrival, Frames(encode(Done(call.id))))
+            table = CallTable()
+            table.add(arrival.place, call, RowWork(nothing, 0, (), 0))
+            arrival = calls.serve(listener, arrival.peer, table)
+
+
+def product_in(arrival: Arrival) -> Product | None:
+    """The product that a message asks for; None for another message."""
+    try:
+        call = decode_to_worker(arrival.frames.control)
+    except ProtocolError:
+        return None
+    return call if isinstance(call, Product) else None
 
 
 def answer(arrival: Arrival) -> Frames:
@@ -42,9 +66,13 @@ def _words(payload: memoryview) -> torch.Tensor:
 def main() -> None:
     """Listen, say where, answer until standard input ends."""
     torch.set_num_threads(cores())
-    with closing(listen(sys.argv[1], watch_fd=sys.stdin.fileno())) as listener:
+    with closing(listen(sys.argv[1], watch_fd=sys.stdin.fileno())) as listener, ExitStack() as stack:
+        calls = None
+        if listener.address.startswith("shm:"):
+            calls = stack.enter_context(closing(CompiledCalls()))
+            calls.start()
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
-        serve(listener)
+        serve(listener, calls)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """``bench rpc``: what the line alone costs, without a model.
 
-A null call is a message of one byte answered by one byte. A full call writes N fresh bytes where the transport wants
-them, the server reads each and writes N bytes back in one pass, and this side reads each byte of the reply once, where
-it lies. The peer is two copies of N bytes inside this process: what there and back cost if the line were free.
+A null call is a message of one byte answered by one byte. A null call of a decode step, over shm, is the message of a
+product, answered as a worker answers it, by the compiled code of both sides, without multiplying. A full call writes N
+fresh bytes where the transport wants them, the server reads each and writes N bytes back in one pass, and this side
+reads each byte of the reply once, where it lies. The peer is two copies of N bytes inside this process: what there and
+back cost if the line were free.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -24,10 +27,14 @@ from tsqp.bench.ceilings import ceilings, print_ceilings
 from tsqp.bench.child import Child
 from tsqp.bench.machine import machine
 from tsqp.bench.names import TransportName
+from tsqp.bench.null_steps import null_steps
 from tsqp.bench.progress import watched
 from tsqp.cores import cores
 from tsqp.errors import OptionError, ProtocolError
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire import exchange
+from tsqp.wire.channel import Channel, DirectLine, Frames
+from tsqp.wire.codec import encode
+from tsqp.wire.messages import Done, Product
 from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
 
 NULL = b"?"
@@ -47,6 +54,7 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
     rates = ceilings("float32")
     print_ceilings(rates, console)
     null_s: list[list[float]] = []
+    step_s: list[list[float]] = []
     full_s: list[float] = []
     copies_s: list[float] = []
     with (
@@ -57,8 +65,12 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
         for _ in range(min(calls, WARM_UP_CALLS)):
             null_call(channel)
         work.run()
+        line = channel.direct()
+        steps = None if line is None else NullStep(channel, line)
         for _ in watched(range(runs), console, f"calls over {transport}"):
             null_s.append(sorted(_seconds(lambda: null_call(channel)) for _ in range(calls)))
+            if steps is not None:
+                step_s.append(sorted(steps.run(calls)))
             for _ in range(FULL_CALLS):
                 copies_s.append(_seconds(work.two_copies))
                 full_s.append(_seconds(work.run))
@@ -73,6 +85,8 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
         "runs": runs,
         "p50_us": statistics.median(_quantile(times, 0.50) for times in null_s) * 1e6,
         "p99_us": statistics.median(_quantile(times, 0.99) for times in null_s) * 1e6,
+        "step_p50_us": statistics.median(_quantile(times, 0.50) for times in step_s) * 1e6 if step_s else None,
+        "step_p99_us": statistics.median(_quantile(times, 0.99) for times in step_s) * 1e6 if step_s else None,
         "seconds": seconds,
         "peer": {"name": f"two local copies of {nbytes} bytes", "seconds": peer_s},
         "ratio": seconds / peer_s,
@@ -106,6 +120,36 @@ class FullCall:
         """The peer: there and back inside this process, with the same threads."""
         self._there.copy_(self._source)
         self._back.copy_(self._there)
+
+
+class NullStep:
+    """Calls as a decode step makes them: see ``trusted/step_loops.py`` and ``untrusted/call_loops.py``."""
+
+    def __init__(self, channel: Channel, line: DirectLine) -> None:
+        self._line = line
+        self._slot = channel.slot(64, 64)
+        control = encode(Product(2**61, "qkv", 0, 1, 4))  # its id has 8 bytes, as those of a step have
+        packet, _ = line.packet(self._slot, control)
+        self._packet = np.frombuffer(packet, np.uint8).copy()
+        self._number_at = packet.index((2**61).to_bytes(8, "big"))
+        numbers = np.zeros(exchange.LINE_NUMBERS, np.int64)
+        numbers[exchange.DESCRIPTOR], numbers[exchange.SPIN_NS] = line.descriptor, int(line.spin_s * 1e9)
+        numbers[exchange.CROWDED_NS], numbers[exchange.REST_NS] = int(line.crowded_s * 1e9), int(line.rest_s * 1e9)
+        done = np.frombuffer(encode(Done(0))[:6], np.uint8)
+        answer, slow, clock = np.zeros(line.packet_bytes, np.uint8), np.zeros(1, np.uint8), np.zeros(2, np.int64)
+        self._answer, self._exchange = answer, (numbers, done, answer, slow, clock)
+
+    def run(self, calls: int) -> list[float]:
+        """So many calls, one after another: the seconds of each. Raises ProtocolError where one is not answered."""
+        first, times, done = self._line.numbers(calls), np.zeros(calls + 1, np.int64), 0
+        while True:
+            done, verdict, size = null_steps(self._packet, self._number_at, first, done, times, self._exchange)
+            if done == calls:
+                return (np.diff(times) * 1e-9).tolist()  # type: ignore[no-any-return]
+            unsent = self._packet.tobytes() if verdict == exchange.UNSENT else b""
+            came = self._answer[:size].tobytes() if verdict == exchange.UNUSUAL else b""
+            self._line.settle(self._slot, first + done, DEADLINE_S, unsent=unsent, came=came)
+            done += 1
 
 
 def null_call(channel: Channel) -> None:

@@ -125,6 +125,9 @@ def _rpc_table(result: Result) -> Table:
     found = _table(f"{result['transport']}, {result['server']}; times in µs", ("µs", "ratio to peer"))
     found.add_row("null call, median", f"{result['p50_us']:.1f}", "")
     found.add_row("null call, 99th percentile", f"{result['p99_us']:.1f}", "")
+    if result["step_p50_us"] is not None:
+        found.add_row("null call of a decode step, median", f"{result['step_p50_us']:.1f}", "")
+        found.add_row("null call of a decode step, 99th percentile", f"{result['step_p99_us']:.1f}", "")
     found.add_row(f"{result['bytes']} bytes there and back", f"{result['seconds'] * 1e6:.1f}", f"{result['ratio']:.2f}")
     found.add_row(result["peer"]["name"], f"{result['peer']['seconds'] * 1e6:.1f}", "1")
     for side, share in (result["idle_cpu_share"] or {}).items():

@@ -51,6 +51,11 @@ def parse_worker_options(arguments: Sequence[str]) -> argparse.Namespace:
         choices=("auto", *COMPUTE_DTYPES),
     )
     parser.option("--compile", "compile the products by torch.compile; needs a C++ compiler", action="store_true")
+    parser.option(
+        "--no-compiled-calls",
+        "answer each call in Python, also those over shm that only repeat: to the same bits, slower",
+        action="store_true",
+    )
     parser.option("--threads", "CPU threads; all cores when not given", type=int)
     parser.option("--key", "this worker's secret CURVE key, for tcp", type=Path, metavar="FILE")
     parser.option(

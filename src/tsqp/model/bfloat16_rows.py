@@ -7,14 +7,13 @@ processors without ``vdpbf16ps`` have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
 
 from tsqp.arith.bits import bits
-from tsqp.arith.row_threads import row_threads
+from tsqp.arith.row_threads import RowWork
 from tsqp.arith.vnni import features
 from tsqp.model.attention_tiles import HAS_DOT, LANES
 from tsqp.model.compiled_rows import VECTOR, product_of_few, product_of_one
@@ -47,13 +46,13 @@ def product(
     return out
 
 
-def prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> Callable[[], None]:
+def prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> RowWork:
     """The same of memory that stays: of whatever x holds when it is called."""
-    arrays = (x.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy())
     added = np.empty(0, np.uint16) if bias is None else bits(bias)
+    arrays = (x.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy(), added, bits(out))
     loop = product_of_one if len(x) == 1 else product_of_few
     least = max(2, LEAST_BYTES // arrays[1].shape[1])
-    return partial(row_threads().run, loop, len(weight), *arrays, added, bits(out), least=least)
+    return RowWork(loop, len(weight), arrays, least)
 
 
 @cache

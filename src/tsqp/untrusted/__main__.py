@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
@@ -62,6 +62,7 @@ def serve(options: argparse.Namespace) -> None:
         enable_cache(kernels)
     from tsqp.untrusted.backends.device import pick_device
     from tsqp.untrusted.compiled import Compiler
+    from tsqp.untrusted.compiled_calls import CompiledCalls
     from tsqp.untrusted.store import WeightStore
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
@@ -80,10 +81,14 @@ def serve(options: argparse.Namespace) -> None:
         insecure_plain_tcp=options.insecure_plain_tcp,
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
-    with closing(listener):
+    with ExitStack() as stack:
+        stack.enter_context(closing(listener))
         store = WeightStore(checkpoint, floats, device, compiler=compiler)
-        store.prepare(numeric_path(dtype))  # any other path when a client asks for it
-        worker = Worker(store)
+        calls = None
+        if listener.address.startswith("shm:") and device.type == "cpu" and not options.no_compiled_calls:
+            calls = stack.enter_context(closing(CompiledCalls()))
+        worker = Worker(store, calls)
+        worker.prepare(numeric_path(dtype))  # any other path when a client asks for it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: listener.interrupt())
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201

@@ -11,8 +11,10 @@ import time
 
 import torch
 
+from tsqp.config.dtype import NumericPath
 from tsqp.config.groups import linear_groups
 from tsqp.errors import ProtocolError, TsqpError
+from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.paths.plain import Operators
 from tsqp.untrusted.store import PathWeights, WeightStore
@@ -28,12 +30,23 @@ log = logging.getLogger("tsqp.worker")
 
 
 class Worker:
-    """Answers any number of connections from one checkpoint's weights."""
+    """Answers any number of connections from one checkpoint's weights.
 
-    def __init__(self, store: WeightStore) -> None:
+    ``calls`` answers those that come again, where the transport lets it; without it this is done like all else.
+    """
+
+    def __init__(self, store: WeightStore, calls: CompiledCalls | None = None) -> None:
         self._store = store
+        self._calls = calls
         # Those past the handshake, the longest silent first.
         self._connections: dict[bytes, Operators | FieldOperators] = {}
+
+    def prepare(self, path: NumericPath) -> PathWeights:
+        """Read the weights of a path, if it has not been asked for before, and compile. Raises CheckpointError."""
+        weights = self._store.prepare(path)
+        if self._calls is not None:
+            self._calls.prepare(weights)
+        return weights
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
@@ -42,8 +55,16 @@ class Worker:
                 event = listener.receive(None)
                 if isinstance(event, Departure):
                     self._connections.pop(event.peer, None)
-                elif event is not None and (answer := self.answer(event)) is not None:
+                while isinstance(event, Arrival) and (answer := self.answer(event)) is not None:
                     listener.send(event, answer)
+                    event = self._repeated(listener, event.peer)
+
+    def _repeated(self, listener: Listener, peer: bytes) -> Arrival | None:
+        """Answer what a connection repeats from here on; what came then that it does not repeat, if anything."""
+        operators = self._connections.get(peer)
+        if self._calls is None or operators is None:
+            return None
+        return self._calls.serve(listener, peer, operators.prepared.table)
 
     def answer(self, arrival: Arrival) -> Frames | None:
         """The answer to one message; None for bytes that are no message, which deserve none."""
@@ -67,7 +88,7 @@ class Worker:
                 "start both sides with the same --model"
             )
         try:
-            weights = self._store.prepare(hello.path)
+            weights = self.prepare(hello.path)
         except (TsqpError, RuntimeError, MemoryError) as error:
             log.warning("the %s path cannot be served: %s", hello.path, error)
             return self._refused(reason_of(error))

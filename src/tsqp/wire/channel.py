@@ -157,6 +157,24 @@ class Departure(NamedTuple):
     peer: bytes
 
 
+class DirectCalls(Protocol):
+    """The socket of a connection, for who receives its calls and answers them himself, one after another.
+
+    A packet is what ``packets.py`` says of a request, over which the worker's copy alone decides; its answer begins
+    with the same 8 bytes, and goes on with a control frame.
+    """
+
+    descriptor: int
+    bell: int  # a descriptor that can be read when something is here from anybody, or it is time to stop
+    spin_s: float  # how long to ask again before sleeping; see transport/shm/spin.py, also for the next two
+    crowded_s: float
+    rest_s: float
+    packet_bytes: int  # no more of a packet is looked at
+
+    def received(self, packet: bytes) -> Arrival | None:
+        """The message in a packet that was received. None where it has none, or ends the connection, as b"" does."""
+
+
 class Listener(Protocol):
     """The worker's end: every connection's messages arrive here. One thread uses it, except ``interrupt``."""
 
@@ -178,6 +196,12 @@ class Listener(Protocol):
         A tensor that is ``arrival.reply`` itself is not copied; any other is copied there, and must be of its size.
         Without a ``reply`` the tensors' memory must never be written again: it may be sent later, without a copy. It
         is kept alive until then. Raises ProtocolError for a message over the limits, ChannelClosed.
+        """
+
+    def direct(self, peer: bytes) -> DirectCalls | None:
+        """For who serves one connection by code of his own for a moment: until ``bell``, or a few dozen messages.
+
+        None where that cannot be done, or while anything else is known to be here.
         """
 
     @property

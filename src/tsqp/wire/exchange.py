@@ -23,18 +23,18 @@ LINE_NUMBERS = 5
 PATIENCE_MS = 50  # a longer wait is left to Python, which looks after signals
 SHORT_ANSWER = 64  # bytes of a packet that says that a call is done; there is more in no such packet
 
-_send: Any = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
-_receive: Any = types.ExternalFunction("recv", types.int64(types.int32, types.intp, types.int64, types.int32))
-_poll: Any = types.ExternalFunction("poll", types.int32(types.intp, types.int64, types.int32))
-_give_way: Any = types.ExternalFunction("sched_yield", types.int32())
+send: Any = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
+receive: Any = types.ExternalFunction("recv", types.int64(types.int32, types.intp, types.int64, types.int32))
+poll: Any = types.ExternalFunction("poll", types.int32(types.intp, types.int64, types.int32))
+give_way: Any = types.ExternalFunction("sched_yield", types.int32())
 _clock: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 
 _MONOTONIC = np.int32(1)
-_AT_ONCE = np.int32(0x40 | 0x4000)  # MSG_DONTWAIT, MSG_NOSIGNAL
-_READABLE = np.int64(1)  # POLLIN
-_PATIENCE_MS = np.int32(PATIENCE_MS)
+AT_ONCE = np.int32(0x40 | 0x4000)  # MSG_DONTWAIT, MSG_NOSIGNAL
+READABLE = np.int64(1)  # POLLIN
+PATIENCE = np.int32(PATIENCE_MS)
 _SECOND_NS = np.int64(10**9)
-_SEQUENCE_BYTES = np.int64(8)
+SEQUENCE_BYTES = np.int64(8)
 
 
 @kernel
@@ -45,7 +45,7 @@ def now(clock):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _number(answer, at, end):  # type: ignore[no-untyped-def]
+def number(answer, at, end):  # type: ignore[no-untyped-def]
     """The whole number of MessagePack that begins at ``at``, before ``end``; -1 where there is none."""
     first = np.int64(answer[at]) if at < end else np.int64(0xFF)
     if first < 0x80:
@@ -68,22 +68,22 @@ def exchange(line, packet, size, sequence, done, call_id, answer, slow, clock): 
     uint8 (m,) has room for any packet. slow uint8 (1,): whether the last such call took so long that spinning for this
     one is a waste.
     """
-    if _send(np.int32(line[DESCRIPTOR]), packet, size, _AT_ONCE) != size:
+    if send(np.int32(line[DESCRIPTOR]), packet, size, AT_ONCE) != size:
         return UNSENT, 0
     came = _await(line, answer, slow, clock)
     if came <= 0:
         return UNANSWERED, 0
-    if came > SHORT_ANSWER or came < _SEQUENCE_BYTES + len(done):
+    if came > SHORT_ANSWER or came < SEQUENCE_BYTES + len(done):
         return UNUSUAL, came
     named = np.int64(0)
-    for i in range(_SEQUENCE_BYTES):
+    for i in range(SEQUENCE_BYTES):
         named |= np.int64(answer[i]) << np.int64(8 * i)
     if named != sequence:
         return UNUSUAL, came
     for i in range(len(done)):
-        if answer[_SEQUENCE_BYTES + i] != done[i]:
+        if answer[SEQUENCE_BYTES + i] != done[i]:
             return UNUSUAL, came
-    if _number(answer, _SEQUENCE_BYTES + len(done), came) != call_id:
+    if number(answer, SEQUENCE_BYTES + len(done), came) != call_id:
         return UNUSUAL, came
     return ANSWERED, came
 
@@ -93,12 +93,12 @@ def _await(line, answer, slow, clock):  # type: ignore[no-untyped-def]
     """The size of the packet that has come into ``answer``; 0 or less where none came soon."""
     socket, began = np.int32(line[DESCRIPTOR]), now(clock)
     if slow[0] or began < line[REST_UNTIL]:
-        came = _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
+        came = receive(socket, answer.ctypes.data, len(answer), AT_ONCE)
     else:
         came, moment = np.int64(-1), began
         while came <= 0 and moment < began + line[SPIN_NS]:
-            _give_way()
-            came = _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
+            give_way()
+            came = receive(socket, answer.ctypes.data, len(answer), AT_ONCE)
             before, moment = moment, now(clock)
             if moment - before > line[CROWDED_NS]:
                 line[REST_UNTIL] = moment + line[REST_NS]
@@ -107,10 +107,10 @@ def _await(line, answer, slow, clock):  # type: ignore[no-untyped-def]
         slow[0] = 0
         return came
     asked = np.empty(1, np.int64)  # a struct pollfd: the descriptor, what is waited for, and what has happened
-    asked[0] = np.int64(socket) | (_READABLE << np.int64(32))
+    asked[0] = np.int64(socket) | (READABLE << np.int64(32))
     began = now(clock)
-    if _poll(asked.ctypes.data, 1, _PATIENCE_MS) <= 0:
+    if poll(asked.ctypes.data, 1, PATIENCE) <= 0:
         slow[0] = 1
         return np.int64(-1)
     slow[0] = now(clock) - began > 2 * line[SPIN_NS]
-    return _receive(socket, answer.ctypes.data, len(answer), _AT_ONCE)
+    return receive(socket, answer.ctypes.data, len(answer), AT_ONCE)

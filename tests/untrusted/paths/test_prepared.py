@@ -86,7 +86,7 @@ def test_field_products_in_the_same_memory(name: GroupName, digits: int, rows: i
         call = Product(1, name, layer, rows, digits)  # type: ignore[arg-type]
         assert again(call, [payload], out, b"place") is out
         assert bytes(out) == bytes(once(call, [payload]))
-    assert len(again._prepared._runs) == (0 if offset else 2)
+    assert len(again.prepared._runs) == (0 if offset else 2)
 
 
 @pytest.mark.parametrize("part", [None, 0, 2])
@@ -104,4 +104,4 @@ def test_float_products_in_the_same_memory(part: int | None) -> None:
         assert expected is not None
         shape = (1, end - first)
         assert torch.equal(bytes_tensor(out, torch.float32, shape), bytes_tensor(expected, torch.float32, shape))
-    assert len(again._prepared._runs) == 2
+    assert len(again.prepared._runs) == 2

@@ -89,7 +89,7 @@ class FieldOperators:
 
     def __init__(self, weights: FieldWorkerWeights) -> None:
         self._weights = weights
-        self._prepared = Prepared()
+        self.prepared = Prepared()
 
     def __call__(
         self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None, place: bytes = b""
@@ -102,7 +102,7 @@ class FieldOperators:
         if not isinstance(call, Product | MultiplyPads):
             kind = type(call).__struct_config__.tag
             raise ProtocolError(f"this connection is of the field path: it has product, multiply_pads and no {kind}")
-        if out is not None and self._prepared.run(call, place):
+        if out is not None and self.prepared.run(call, place):
             return out
         (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
@@ -113,7 +113,7 @@ class FieldOperators:
         x = bytes_tensor(payload, _input_dtype(call.digits), (call.rows, weights.wq.shape[1]))
         y = self._place(out, call.rows, weights)
         if out is not None and lies_in(x, payload) and lies_in(y, out):
-            self._prepared.keep(call, place, prepared(weights, x, call.digits, y))
+            self.prepared.keep(call, place, prepared(weights, x, call.digits, y))
         weights.product(x.to(self._weights.device), call.digits, out=y)
         return self._reply(y, out)
 

@@ -40,7 +40,7 @@ class Operators:
     def __init__(self, weights: ModelWeights, wire: WireFormat) -> None:
         self._weights = weights
         self._wire = wire
-        self._prepared = Prepared()
+        self.prepared = Prepared()
 
     @cached_property
     def _layers(self) -> LayerState:
@@ -60,7 +60,7 @@ class Operators:
         ``place`` is that of ``Arrival``. Raises ProtocolError for a call that does not fit the model, its payloads or
         the room for its product.
         """
-        if out is not None and self._prepared.run(call, place):
+        if out is not None and self.prepared.run(call, place):
             return out
         match call:
             case Linear():
@@ -99,7 +99,7 @@ class Operators:
         x = self._floats(payload, (call.rows, weights.group.in_features))
         y = self._place(out, (call.rows, end - first))
         if out is not None and y is not None and lies_in(x, payload) and lies_in(y, out):
-            self._prepared.keep(call, place, prepared(weights, x, call.part, y))
+            self.prepared.keep(call, place, prepared(weights, x, call.part, y))
         return weights.product(x, call.part, out=y)
 
     def _embed(self, call: Embed, payloads: Sequence[memoryview]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tsqp.untrusted.paths.call_table import CallTable
 from tsqp.wire.messages import Call, Linear, Product
 
 MOST_ROWS = 16  # of decode steps: a prefill does not come again in the same memory, and has no time to gain
@@ -14,10 +15,11 @@ Key = tuple[object, ...]
 
 
 class Prepared:
-    """The prepared products of one connection."""
+    """The prepared products of one connection. ``table`` has those that compiled code can do."""
 
     def __init__(self) -> None:
         self._runs: dict[Key, Run] = {}
+        self.table = CallTable()
 
     def run(self, call: Call, place: bytes) -> bool:
         """Do the product of a call whose tensors and reply are those of ``place``; False where none is prepared."""
@@ -32,7 +34,9 @@ class Prepared:
         if run is not None and place and isinstance(call, Linear | Product) and call.rows <= MOST_ROWS:
             if len(self._runs) >= MOST:
                 self._runs.clear()
+                self.table.clear()
             self._runs[key_of(call, place)] = run
+            self.table.add(place, call, run)
 
 
 def key_of(call: Call, place: bytes) -> Key:

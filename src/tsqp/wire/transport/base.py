@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 
 from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError
-from tsqp.wire.channel import MAX_TENSORS, Frames, SlotsByReserve
+from tsqp.wire.channel import MAX_TENSORS, DirectCalls, Frames, SlotsByReserve
 from tsqp.wire.codec import MAX_CONTROL_BYTES
 from tsqp.wire.transport.address import Address
 
@@ -156,6 +156,10 @@ class BaseListener:
     def interrupted(self) -> bool:
         """See Listener.interrupted."""
         return self._interrupted
+
+    def direct(self, peer: bytes) -> DirectCalls | None:
+        """See Listener.direct."""
+        return None
 
     def _check_open(self) -> None:
         if self._closed:

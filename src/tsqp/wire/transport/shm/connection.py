@@ -33,12 +33,20 @@ class Connection:
         self._memory: memoryview | None = None  # until the arena is here
         self._known: dict[bytes, tuple[tuple[memoryview, ...], memoryview]] = {}  # by places that were checked
 
+    @property
+    def opened(self) -> bool:
+        """Whether the arena is here, so that whatever comes next is a request."""
+        return self._memory is not None
+
     def receive(self) -> Arrival | None:
         """The next message; None for the opening. Raises BlockingIOError, EOFError, OSError, ProtocolError."""
         if self._memory is None:
             self._memory = self._open()
             return None
-        packet = self.line.recv(PACKET_BYTES)
+        return self.received(self.line.recv(PACKET_BYTES))
+
+    def received(self, packet: bytes) -> Arrival:
+        """The message in a packet that was received. Raises EOFError for the end of the connection, ProtocolError."""
         if not packet:
             raise EOFError
         sequence, places, control = split_request(packet)

@@ -6,14 +6,17 @@ import os
 import select
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from tsqp.errors import ProtocolError
-from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, Frames
+from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, DirectCalls, Frames
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
 from tsqp.wire.transport.shm.connection import Connection
-from tsqp.wire.transport.shm.spin import SPIN_S, Spin
+from tsqp.wire.transport.shm.packets import PACKET_BYTES
+from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import is_own_process, listen_at
 
 MAX_ARENAS = 256  # each maps an arena; one more is closed as soon as it comes
@@ -33,6 +36,22 @@ def listen_shm(
         resources.callback(claim.release)
         resources.enter_context(line)
         return ShmListener(address, max_frame_bytes, line, spin_s, watch_fd, resources.pop_all())
+
+
+@dataclass
+class ShmDirectCalls:
+    """See DirectCalls."""
+
+    descriptor: int
+    bell: int
+    spin_s: float
+    receive: Callable[[bytes], Arrival | None]
+    crowded_s: float = CROWDED_S
+    rest_s: float = REST_S
+    packet_bytes: int = PACKET_BYTES
+
+    def received(self, packet: bytes) -> Arrival | None:
+        return self.receive(packet)
 
 
 class ShmListener(BaseListener):
@@ -93,6 +112,21 @@ class ShmListener(BaseListener):
         except OSError:  # it is gone, or reads none of its replies
             self._drop(connection)
 
+    def direct(self, peer: bytes) -> DirectCalls | None:
+        """See Listener.direct."""
+        self._check_open()
+        connection = self._connections.get(peer)
+        if connection is None or not connection.opened:
+            return None
+        if not self._ready:
+            self._look(0.0)
+        if self._interrupted or self._departed or any(other is not connection for other in self._ready):
+            return None
+        self._ready.clear()  # it is this one: whoever serves it will see
+        self._last = None
+        fileno, bell = connection.line.fileno(), self._epoll.fileno()
+        return ShmDirectCalls(fileno, bell, self._spin.spin_s, lambda packet: self._taken(connection, packet))
+
     def interrupt(self) -> None:
         """See Listener.interrupt."""
         if not self._closed:  # afterwards the number of the descriptor may belong to something else
@@ -134,8 +168,14 @@ class ShmListener(BaseListener):
     def _receive_from(self, connection: Connection) -> Arrival | None:
         if connection.peer not in self._connections:
             return None  # it was dropped while it was asked
+        return self._unless_it_ends(connection, connection.receive)
+
+    def _taken(self, connection: Connection, packet: bytes) -> Arrival | None:
+        return self._unless_it_ends(connection, lambda: connection.received(packet))
+
+    def _unless_it_ends(self, connection: Connection, receive: Callable[[], Arrival | None]) -> Arrival | None:
         try:
-            return connection.receive()
+            return receive()
         except BlockingIOError:
             return None
         except (EOFError, OSError, ProtocolError):
