@@ -63,7 +63,8 @@ class Engine:
 
     ``eos_token_ids`` end an answer unless it ignores them. ``kv_memory``: bytes for caches, None for no bound.
     ``same_bits``: rows of prompts and rows of answers are told apart, so that logits do not depend on how they were
-    computed. ``pads``: where a request reserves them, in a run that does not make missing ones.
+    computed. ``pads``: where a request reserves them, in a run that does not make missing ones. ``clock``: seconds, for
+    how long steps take.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine:
         kv_memory: int | None = None,
         same_bits: bool = False,
         pads: ReservesPads | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = limits or Limits()
         most = getattr(decoder, "max_sequences", limits.running)
@@ -85,6 +87,7 @@ class Engine:
         self.limits = replace(limits, running=min(limits.running, most))
         self._same_bits = same_bits
         self._pads = pads
+        self._clock = clock
         self._scheduler = Scheduler(
             decoder.new_cache,
             self.limits,
@@ -136,14 +139,16 @@ class Engine:
         *,
         tenant: str = "",
         salt: str | None = None,
+        patient: bool = False,
         sampler: ChoosesTokens | None = None,
         deliver: Callable[[Output], None] | None = None,
     ) -> int:
         """Put a request into the queue; its number. It is computed by ``step``.
 
         ``tenant``: who shares the engine fairly with others. ``salt``: the request may find what ended requests of the
-        same tenant and salt have left, and leaves its own; None: neither. ``sampler``: one of its own, for this request
-        alone; made of ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
+        same tenant and salt have left, and leaves its own; None: neither. ``patient``: nobody follows the answer as it
+        grows, so prompts of others may hold it up. ``sampler``: one of its own, for this request alone; made of
+        ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
 
         Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
         PadsExhausted.
@@ -158,6 +163,7 @@ class Engine:
             max_positions=self.config.max_positions,
             tenant=tenant,
             scope=None if salt is None else (tenant, salt),
+            patient=patient,
             deliver=deliver,
         )
         with self._books():
@@ -225,7 +231,7 @@ class Engine:
 
         with Caller(self) as caller:
             for prompt in prompts:
-                caller.add(prompt, params)
+                caller.add(prompt, params, patient=True)
             yield from caller
 
     def logits(self, prompt: Tokens) -> torch.Tensor:
@@ -280,13 +286,14 @@ class Engine:
             sampled=[rows == request.rest for request, rows in shares.items()],
             first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
         )
-        start = time.perf_counter()
+        start = self._clock()
         logits = self._forward(batch)
         rows = prefilled or [1] * len(decoding)
-        self.stats.passed(start, time.perf_counter(), rows, prefill=bool(prefilled))
+        self.stats.passed(start, self._clock(), rows, prefill=bool(prefilled))
         sampled = [request for request in shares if not request.rest]
         for request, row, is_finite in zip(sampled, logits, _finite_rows(logits), strict=True):
             given[request] = self._choose(request, row, is_finite)
+        self._scheduler.measured(len(decoding), sum(prefilled), self._clock() - start)
 
     def _choose(self, request: Request, logits: torch.Tensor, is_finite: bool) -> Output:
         """The next token of one request from its logits, float32 (vocab_size,). What goes wrong is its own."""
