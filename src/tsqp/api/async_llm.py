@@ -43,10 +43,16 @@ class AsyncAnswer:
         """The tokens of the prompt."""
         return tuple(self._answer.prompt)
 
-    def begin(self, params: SamplingParams, sampler: Sampler, tenant: str, salt: str | None) -> None:
+    def begin(self, params: SamplingParams, sampler: Sampler, tenant: str, salt: str | None, patient: bool) -> None:
         """Put the request into the queue. Raises as ``Engine.add_request``."""
         self._number = self._engine.add_request(
-            self._answer.prompt, params, tenant=tenant, salt=salt, sampler=sampler, deliver=self._deliver
+            self._answer.prompt,
+            params,
+            tenant=tenant,
+            salt=salt,
+            patient=patient,
+            sampler=sampler,
+            deliver=self._deliver,
         )
 
     def abort(self) -> None:
@@ -191,8 +197,9 @@ class AsyncLLM:
         salt: str | None = None,
         **template_args: object,
     ) -> Completion:
-        """Answer one prompt; several by ``asyncio.gather``."""
-        async with await self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, **template_args) as answer:
+        """Answer one prompt; several by ``asyncio.gather``. Nobody sees it grow, so other prompts may hold it up."""
+        tokens = await asyncio.to_thread(self.llm.encode, prompt, raw=raw, **template_args)
+        async with await self._begin(tokens, params or SamplingParams(), tenant, salt, patient=True) as answer:
             async for delta in answer:
                 if delta.completion is not None:
                     return delta.completion
@@ -244,12 +251,14 @@ class AsyncLLM:
     ) -> None:
         await self.close(None if kind is None else 0.0)
 
-    async def _begin(self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None) -> AsyncAnswer:
+    async def _begin(
+        self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None, *, patient: bool = False
+    ) -> AsyncAnswer:
         ((begun, sampler),) = await asyncio.to_thread(self.llm.new_answers, [tokens], params)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)
-        answer.begin(params, sampler, tenant, salt)
+        answer.begin(params, sampler, tenant, salt, patient)
         self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
         self._wake.set()
         return answer

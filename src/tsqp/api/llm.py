@@ -236,7 +236,7 @@ class LLM:
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         completions: dict[int, Completion] = {}
-        for index, delta in self._run(batch, params or SamplingParams(), raw, template_args):
+        for index, delta in self._run(batch, params or SamplingParams(), raw, template_args, patient=True):
             if delta.completion is not None:
                 completions[index] = delta.completion
         return [completions[index] for index in range(len(batch))]
@@ -345,8 +345,12 @@ class LLM:
         template_args: Mapping[str, object],
         *,
         salt: str | None = None,
+        patient: bool = False,
     ) -> Iterator[tuple[int, Delta]]:
-        """The pieces of every answer, each with the index of its prompt; ``salt``: see ``Engine.add_request``."""
+        """The pieces of every answer, each with the index of its prompt.
+
+        ``salt``, ``patient``: see ``Engine.add_request``.
+        """
         from tsqp.trusted.engine.caller import Caller
 
         begun = self.new_answers([self.encode(prompt, raw=raw, **template_args) for prompt in prompts], params)
@@ -355,7 +359,7 @@ class LLM:
         try:
             with Caller(self._engine) as caller:
                 for answer, sampler in begun:
-                    caller.add(answer.prompt, params, salt=salt, sampler=sampler)
+                    caller.add(answer.prompt, params, salt=salt, patient=patient, sampler=sampler)
                 for index, output in caller:
                     delta = begun[index][0].extend(output)
                     if delta.completion is not None:

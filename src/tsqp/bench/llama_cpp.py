@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 from rich.console import Console
 
 from tsqp.bench.child import Child
@@ -18,15 +20,21 @@ from tsqp.errors import WorkerFailed
 
 
 class LlamaCppPeer:
-    """llama.cpp's server with a checkpoint's weights. Raises UnsupportedModel, OSError, WorkerUnreachable."""
+    """llama.cpp's server with a checkpoint's weights, and ``slots`` for prompts at the same time.
 
-    def __init__(self, model: str, dtype: PlainDtype, work: Workload, threads: int, console: Console) -> None:
+    Raises UnsupportedModel, OSError, WorkerUnreachable.
+    """
+
+    def __init__(
+        self, model: str, dtype: PlainDtype, work: Workload, threads: int, console: Console, *, slots: int = 1
+    ) -> None:
         file = gguf_copy(open_checkpoint(model), dtype, console)
         self.name = f"llama.cpp {MATRICES[dtype].name}, xllamacpp {version('xllamacpp')}"
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy lies between us and a process of ours
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=slots))
         context = work.tokens + work.steps + 1
-        self._server = Child("tsqp.bench.llama_server", str(file), str(context), str(threads))
+        self._server = Child("tsqp.bench.llama_server", str(file), str(context), str(threads), str(slots))
 
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """See Peer.run. The server's own times: ours and its messages are in neither.
@@ -38,6 +46,15 @@ class LlamaCppPeer:
             raise WorkerFailed(f"llama.cpp did other work than it was asked for: {timings}")
         # The clock of the answer starts when its first token is there, which ends the prompt's.
         return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3
+
+    def rate(self, prompts: list[list[int]], steps: int) -> float:
+        """Tokens a second of as many prompts as slots, or fewer, at the same time: ``steps`` of each after its first.
+
+        The time is that of the answer that took longest. Raises as ``run``.
+        """
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            times = list(threads.map(lambda prompt: self.run(prompt, steps)[1], prompts))
+        return len(prompts) * steps / max(times)
 
     def complete(self, tokens: list[int], count: int) -> dict[str, Any]:
         """Its answer to a prompt: ``count`` tokens, the likeliest each time, and how long they took."""

@@ -83,8 +83,12 @@ class TransformersPeer:
 
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """See Peer.run."""
+        return self.run_together([tokens], steps)
+
+    def run_together(self, prompts: list[list[int]], steps: int) -> tuple[float, float]:
+        """Seconds of one pass over prompts of one length, and of ``steps`` tokens of each after it, as one batch."""
         with torch.inference_mode():
-            prompt = torch.tensor([tokens], device=self._device)
+            prompt = torch.tensor(prompts, device=self._device)
             synchronize(self._device)
             start = time.perf_counter()
             out = self._model(prompt, use_cache=True, logits_to_keep=1)

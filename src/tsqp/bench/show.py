@@ -27,6 +27,8 @@ def table(result: Result) -> Table:
             return _guard_table(result)
         case "offload":
             return _offload_table(result)
+        case "serve":
+            return _serve_table(result)
         case "pipeline":
             return _comparison_table(result, _pipeline_title(result), 1.0, "s")
         case "decode":
@@ -48,6 +50,8 @@ def chart(result: Result) -> Chart:
             return _guard_chart(result)
         case "offload":
             return _offload_chart(result)
+        case "serve":
+            return _serve_chart(result)
         case "pipeline":
             return Chart(_pipeline_title(result), [_comparison_panel(result, "one prefill", 1.0, "seconds")])
         case "decode":
@@ -237,6 +241,41 @@ def _offload_chart(result: Result) -> Chart:
         ]
         panels.append(Panel(title, "whole model there / what is left there (below 1 the split costs)", bars))
     return Chart(f"What the split saves the trusted side, {result['machine']['cpu']}", panels)
+
+
+def _serve_table(result: Result) -> Table:
+    """Rates of one stream and of many, then gaps and turns in milliseconds."""
+    streams = result["streams"]
+    found = _table(f"many streams: {result['model']}, {result['machine']['cpu']}", ("one", "many", "many / one"))
+    for name, row in result["rates"].items():
+        found.add_row(f"{name}, 1 and {streams}, tokens/s", f"{row['one']:.4g}", f"{row['many']:.4g}", _times(row))
+    for mode, row in result["gaps"].items():
+        times = (f"{row[key] * 1e3:.4g}" for key in ("gap_alone_s", "gap_beside_s"))
+        found.add_row(f"{mode}, gaps of {result['beside']}, alone and beside {result['long']}, ms", *times, _times(row))
+    for mode, row in result["turns"].items():
+        times = (f"{row[key] * 1e3:.4g}" for key in ("first_turn_s", "second_turn_s"))
+        found.add_row(f"{mode}, to the first token, turns 1 and 2 of {result['turn']}, ms", *times, _times(row))
+    found.caption = "gaps: 95 of 100 are no longer"
+    return found
+
+
+def _serve_chart(result: Result) -> Chart:
+    rates = [
+        Bar(f"{name}, {count}", row[key], OURS if name in result["gaps"] else PEER, row["all"][str(count)])
+        for name, row in result["rates"].items()
+        for count, key in ((1, "one"), (result["streams"], "many"))
+    ]
+    gaps = [
+        Bar(f"{mode}, {title}", row[key] * 1e3, colour)
+        for mode, row in result["gaps"].items()
+        for title, key, colour in (("alone", "gap_alone_s", OURS), ("beside a long prompt", "gap_beside_s", PEER))
+    ]
+    title = f"Many streams: {result['model']}, {result['machine']['cpu']}"
+    return Chart(title, [Panel("all streams together", "tokens a second", rates), Panel("gaps", "milliseconds", gaps)])
+
+
+def _times(row: Result) -> str:
+    return f"{row['ratio']:.2f}"
 
 
 def _what(result: Result) -> str:

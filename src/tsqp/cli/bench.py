@@ -208,6 +208,31 @@ def offload(
     _finish(bench_offload(chosen(case), Effort(options.runs, steps, threads), console), options, console, results)
 
 
+@bench_app.command
+def serve(
+    *,
+    model: Model = "default",
+    streams: Annotated[int, Parameter(help="Answers at once.")] = 16,
+    tokens: Annotated[int, Parameter(help="The length of their prompts.")] = 64,
+    steps: Annotated[int, Parameter(help="New tokens of each after its first.")] = 32,
+    beside: Annotated[int, Parameter(help="Answers that go on while a long prompt arrives.")] = 4,
+    long: Annotated[int, Parameter(help="The length of that prompt.")] = 4000,
+    turn: Annotated[int, Parameter(help="The length of a conversation's first prompt.")] = 2000,
+    mode: Annotated[str | None, Parameter(help="Measure open or masked alone, without peers.")] = None,
+    threads: Threads = None,
+    results: Results = None,
+    dirty_ok: DirtyOk = False,
+    options: BenchOptions = BenchOptions(runs=3),
+) -> None:
+    """Measure many streams at once: rates beside one stream and peers, gaps beside a long prompt, a second turn."""
+    console = _prepare(options, results, dirty_ok=dirty_ok)
+    from tsqp.bench.serve import Traffic, bench_serve
+
+    traffic = Traffic(streams, tokens, steps, beside, long, turn, options.runs)
+    run = RunConfig(model, "open", compute=ComputeConfig(threads=threads))
+    _finish(bench_serve(run, traffic, console, mode), options, console, results)
+
+
 @bench_app.command(name="all")
 def everything(
     *,

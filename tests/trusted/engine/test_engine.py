@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from tests.trusted.engine.fakes import (
     CONTEXT,
     GROW,
     SIZE,
+    TINY,
     VOCABULARY,
     FakeCache,
     FakeDecoder,
@@ -70,9 +71,16 @@ class Asked:
             self.reasons.append(output.finish_reason)
 
 
-def ask(engine: Engine, prompt: list[int], params: SamplingParams, tenant: str = "", salt: str | None = None) -> Asked:
+def ask(
+    engine: Engine,
+    prompt: list[int],
+    params: SamplingParams,
+    tenant: str = "",
+    salt: str | None = None,
+    patient: bool = False,
+) -> Asked:
     asked = Asked(prompt, params, tenant, -1)
-    asked.number = engine.add_request(prompt, params, tenant=tenant, salt=salt, deliver=asked.take)
+    asked.number = engine.add_request(prompt, params, tenant=tenant, salt=salt, patient=patient, deliver=asked.take)
     return asked
 
 
@@ -117,9 +125,10 @@ def watch_plans(engine: Engine) -> None:
         assert shares or not len(scheduler), "a step moves something"
         assert all(0 < rows <= request.rest for request, rows in shares.items())
         prefill = [rows for request, rows in shares.items() if request not in decoding]
-        if decoding & set(shares):
-            assert sum(prefill) <= limits.prefill_rows
-            assert set(list(shares)[: -len(prefill) or None]) == decoding & set(shares), "decode rows first"
+        steps = decoding & set(shares)
+        assert set(list(shares)[: len(steps)]) == steps, "decode rows first"
+        if any(not request.patient for request in steps):
+            assert sum(prefill) <= (limits.idle_rows if limits.prefill_rows is None else limits.prefill_rows)
         else:
             assert sum(prefill[:-1]) < limits.idle_rows
             assert all(rows == request.most_rows for request, rows in shares.items()), "prompts are whole"
@@ -137,13 +146,15 @@ REQUEST = st.tuples(
     st.sampled_from([None, "", "x"]),
     st.integers(0, 5),  # the seed
     st.sampled_from([None, None, 0, 2]),  # log-probabilities of the prompt
+    st.booleans(),  # whether nobody follows the answer
 )
 ACTION = st.one_of(
     st.tuples(st.just("add"), REQUEST),
     st.tuples(st.just("step"), st.integers(1, 4)),
     st.tuples(st.sampled_from(["abort", "fail"]), st.integers(0, 30)),
 )
-LIMITS = st.builds(Limits, running=st.integers(1, 5), prefill_rows=st.integers(1, 12), idle_rows=st.integers(1, 40))
+ROWS = st.none() | st.integers(1, 12)
+LIMITS = st.builds(Limits, running=st.integers(1, 5), prefill_rows=ROWS, idle_rows=st.integers(1, 40))
 
 
 @settings(max_examples=150)
@@ -157,9 +168,9 @@ def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: L
     watch_plans(engine)
     for action, value in actions:
         if action == "add":
-            length, tokens, tenant, beginning, salt, seed, logprobs = value
+            length, tokens, tenant, beginning, salt, seed, logprobs, patient = value
             params = SamplingParams(max_tokens=tokens, temperature=float(seed % 2), seed=seed, prompt_logprobs=logprobs)
-            asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt))
+            asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt, patient))
         elif action == "step":
             for _ in range(value):
                 engine.step()
@@ -202,6 +213,53 @@ def test_without_answers_under_way_prompts_are_whole() -> None:
         ask(engine, prompt_of(length), SamplingParams(max_tokens=2))
     engine.step()
     assert decoder.passes[0] == [15, 15]
+
+
+def test_beside_answers_that_nobody_follows_prompts_are_whole() -> None:
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=Limits(prefill_rows=2, idle_rows=20))
+    ask(engine, prompt_of(3), SamplingParams(max_tokens=20), patient=True)
+    engine.step()
+    for seed in range(3):
+        ask(engine, prompt_of(15, seed), SamplingParams(max_tokens=5))
+    engine.step()
+    assert decoder.passes[1] == [1, 15, 15]
+    engine.step()
+    assert decoder.passes[2] == [1, 1, 1, 2], "now there are answers that somebody follows"
+
+
+def test_one_answer_that_somebody_follows_is_enough() -> None:
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=Limits(prefill_rows=2))
+    for patient in (True, False):
+        ask(engine, prompt_of(3), SamplingParams(max_tokens=20), patient=patient)
+    engine.step()
+    ask(engine, prompt_of(15), SamplingParams(max_tokens=5), patient=True)
+    engine.step()
+    assert decoder.passes[1] == [1, 1, 2]
+
+
+def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
+    """A pass takes 20 s and 1 s for each row of a prompt: 40 of these fit where a step may last three times as long."""
+    decoder, now = FakeDecoder(config=replace(TINY, max_positions=2000)), [0.0]
+
+    def clock() -> float:
+        if len(decoder.passes) > len(seen):
+            seen.append(decoder.passes[-1])
+            now[0] += 20 + sum(rows for rows in seen[-1] if rows > 1)
+        return now[0]
+
+    seen: list[list[int]] = []
+    engine = fake_engine(decoder, limits=Limits(slowdown=3.0), clock=clock)
+    ask(engine, prompt_of(3), SamplingParams(max_tokens=200))
+    engine.step()
+    ask(engine, prompt_of(1500), SamplingParams(max_tokens=5))
+    for _ in range(20):
+        engine.step()
+    rows = [sum(one[1:]) for one in decoder.passes]
+    assert rows[1] == 0, "what a step takes without rows of prompts is measured first"
+    assert rows[2:5] == [16, 24, 36]
+    assert rows[5:] == [40] * len(rows[5:])
 
 
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:

@@ -30,10 +30,12 @@ class Caller:
         params: SamplingParams,
         *,
         salt: str | None = None,
+        patient: bool = False,
         sampler: ChoosesTokens | None = None,
     ) -> None:
         """One more request. Raises as ``Engine.add_request``."""
-        number = self._engine.add_request(prompt, params, salt=salt, sampler=sampler, deliver=self._arrived.append)
+        deliver = self._arrived.append
+        number = self._engine.add_request(prompt, params, salt=salt, patient=patient, sampler=sampler, deliver=deliver)
         self._places[number] = self._added
         self._added += 1
 

@@ -64,7 +64,8 @@ class Engine:
 
     ``eos_token_ids`` end an answer unless it ignores them. ``kv_memory``: bytes for caches, None for no bound.
     ``same_bits``: rows of prompts and rows of answers are told apart, so that logits do not depend on how they were
-    computed. ``pads``: where a request reserves them, in a run that does not make missing ones.
+    computed. ``pads``: where a request reserves them, in a run that does not make missing ones. ``clock``: seconds, for
+    how long steps take.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         kv_memory: int | None = None,
         same_bits: bool = False,
         pads: ReservesPads | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = limits or Limits()
         most = getattr(decoder, "max_sequences", limits.running)
@@ -86,6 +88,7 @@ class Engine:
         self.limits = replace(limits, running=min(limits.running, most))
         self._same_bits = same_bits
         self._pads = pads
+        self._clock = clock
         self._scheduler = Scheduler(
             decoder.new_cache,
             self.limits,
@@ -137,6 +140,7 @@ class Engine:
         *,
         tenant: str = "",
         salt: str | None = None,
+        patient: bool = False,
         sampler: ChoosesTokens | None = None,
         deliver: Callable[[Output], None] | None = None,
     ) -> int:
@@ -144,7 +148,8 @@ class Engine:
 
         ``tenant``: who shares the engine fairly with others. ``salt``: the request may find what ended requests of the
         same tenant and salt have left, and leaves its own; None: neither, nor where log-probabilities of the prompt are
-        asked for, since all of it is to be computed. ``sampler``: one of its own, for this request alone; made of
+        asked for, since all of it is to be computed. ``patient``: nobody follows the answer as it grows, so prompts of
+        others may hold it up. ``sampler``: one of its own, for this request alone; made of
         ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
 
         Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
@@ -160,6 +165,7 @@ class Engine:
             max_positions=self.config.max_positions,
             tenant=tenant,
             scope=None if salt is None or params.prompt_logprobs is not None else (tenant, salt),
+            patient=patient,
             deliver=deliver,
         )
         with self._books():
@@ -233,7 +239,7 @@ class Engine:
 
         with Caller(self) as caller:
             for prompt in prompts:
-                caller.add(prompt, params)
+                caller.add(prompt, params, patient=True)
             yield from caller
 
     def logits(self, prompt: Tokens) -> torch.Tensor:
@@ -290,10 +296,10 @@ class Engine:
             whole=[request.reads_prompt for request in shares],
         )
         reading = {request: request.computed for request in shares if request.reads_prompt}
-        start = time.perf_counter()
+        start = self._clock()
         logits = self._forward(batch)
         rows = prefilled or [1] * len(decoding)
-        self.stats.passed(start, time.perf_counter(), rows, prefill=bool(prefilled))
+        self.stats.passed(start, self._clock(), rows, prefill=bool(prefilled))
         are_finite = _finite_rows(logits)
         at = 0
         for request, count in shares.items():
@@ -304,6 +310,7 @@ class Engine:
                 at += wanted
                 if output is not None:
                     given[request] = output
+        self._scheduler.measured(len(decoding), sum(prefilled), self._clock() - start)
 
     def _take(self, request: Request, logits: torch.Tensor, is_finite: bool, first: int | None) -> Output | None:
         """What comes of the logits of one request, float32 (T, vocab_size): its next token, if its last row is there.

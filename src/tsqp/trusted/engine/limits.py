@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tsqp.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the engine; memory for keys and values is ``compute.kv_memory``.
+    """Bounds of the engine; memory for keys and values is ``compute.kv_memory``. Raises OptionError.
 
     ``running``: requests that have a cache at once. ``waiting``: requests in the queue; None for no bound.
-    ``prefill_rows``: prompt tokens of a step in which answers go on as well, so that a long prompt does not hold them
-    up; on a fast device more of them cost running answers little. ``idle_rows``: prompt tokens after which a step
-    without answers takes no further prompt. Each is at least 1.
+    ``slowdown``: how many times as long as a step of answers alone one may last that has prompt tokens as well, so
+    that a long prompt does not hold running answers up. ``prefill_rows``: a fixed number of prompt tokens in such a
+    step, in place of as many as ``slowdown`` allows. ``idle_rows``: prompt tokens after which a step without answers
+    that somebody follows takes no further prompt. Numbers of requests and of tokens are at least 1.
     """
 
     running: int = 64
     waiting: int | None = None
-    prefill_rows: int = 32
+    prefill_rows: int | None = None
     idle_rows: int = 2048
+    slowdown: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1 < self.slowdown < float("inf"):
+            raise OptionError(f"limits: slowdown is a number above 1, not {self.slowdown}")

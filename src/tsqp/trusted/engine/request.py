@@ -59,8 +59,9 @@ class Request:
 
     ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
     there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
-    budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``prompt_logprobs``: of the prompt's
-    tokens so far, None for the first, where they are asked for.
+    budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``patient``: nobody follows the
+    answer as it grows. ``prompt_logprobs``: of the prompt's tokens so far, None for the first, where they are asked
+    for.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Request:
         max_positions: int,
         tenant: str = "",
         scope: Scope | None = None,
+        patient: bool = False,
         deliver: Callable[[Output], None] | None = None,
     ) -> None:
         self.id = number
         self.tenant = tenant
         self.scope = scope
+        self.patient = patient
         self.tokens = list(prompt)
         self.prompt_length = len(self.tokens)
         self.end = min(self.prompt_length + params.max_tokens, max_positions)

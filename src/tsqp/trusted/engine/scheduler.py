@@ -1,6 +1,7 @@
 """Which rows the next forward pass has: who is admitted, who is prefilled, who loses its cache.
 
-Decisions alone: no tensors, no clock, no threads. ``docs/serving.md`` says what they are and why every request ends.
+Decisions alone: no tensors, no threads, and no clock, as the scheduler is told how long steps have taken.
+``docs/serving.md`` says what they are and why every request ends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tsqp.trusted.engine.counts import Counts
 from tsqp.trusted.engine.fair_share import FairShare
 from tsqp.trusted.engine.kv_budget import KVBudget
 from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.pace import PrefillPace
 from tsqp.trusted.engine.prefixes import Prefixes
 from tsqp.trusted.engine.request import Cache, FinishReason, Request, ReusableCache
 
@@ -43,6 +45,7 @@ class Scheduler:
         self._budget = KVBudget(kv_memory)
         self._prefixes = Prefixes(self._budget)
         self._fair = FairShare()
+        self._pace = PrefillPace(limits.slowdown, limits.idle_rows)
         self._requests: dict[int, Request] = {}
         self._queues: dict[str, OrderedDict[int, Request]] = {}
         self._running: dict[int, Request] = {}  # in the order of admission
@@ -128,6 +131,10 @@ class Scheduler:
         """All requests that have not ended, in the order of arrival."""
         return iter(self._requests.values())
 
+    def measured(self, answers: int, rows: int, seconds: float) -> None:
+        """A step of so many decode rows and so many other rows has taken so long."""
+        self._pace.measured(answers, rows, seconds)
+
     def count(self, request: Request, rows: int, *, new_tokens: int) -> None:
         """Count what a pass has computed of a request, and how many tokens were chosen after it."""
         before = request.computed - rows
@@ -136,8 +143,8 @@ class Scheduler:
 
     def _share_prefill(self, shares: Shares, steps: set[int]) -> None:
         """Give prefill rows to those whose turn it is; admit who is next."""
-        beside = bool(shares)
-        left = self._limits.prefill_rows if beside else self._limits.idle_rows
+        beside = any(not request.patient for request in shares)  # those who are patient mind no gaps
+        left = self._rows_beside(len(shares)) if beside else self._limits.idle_rows
         admits = True
         while left > 0:
             request = self._next(shares, steps, admits)
@@ -152,6 +159,11 @@ class Scheduler:
             shares[request] = shares.get(request, 0) + rows
             left -= rows
             self._fair.give(request.tenant, rows)
+
+    def _rows_beside(self, answers: int) -> int:
+        """Rows of prompts beside so many decode rows; 0 where a step without any is to be measured."""
+        fixed = self._limits.prefill_rows
+        return self._pace.rows(answers) if fixed is None else fixed
 
     def _next(self, shares: Shares, steps: set[int], admits: bool) -> Request | None:
         """Of the tenants that have something to prefill or to admit, the first request of the one given least."""

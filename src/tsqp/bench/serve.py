@@ -1,0 +1,247 @@
+"""``bench serve``: many streams at once. How much more sixteen give than one, what a long prompt does to them, and what
+a second turn costs; on the engine, without HTTP.
+
+``open`` in bfloat16 and ``masked`` with pads ready take turns, beside the same batch in transformers, and in
+llama.cpp's server with as many slots, in bfloat16 and with 8-bit weights. A rate is tokens a second of all streams
+together, after their first tokens. A gap is the time between two tokens of one stream, which is that of a step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tsqp.api.config import ComputeConfig, RunConfig
+from tsqp.api.llm import LLM
+from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.bench.llama_cpp import LlamaCppPeer
+from tsqp.bench.machine import machine
+from tsqp.bench.names import PEER_PACKAGES
+from tsqp.bench.opened import opened, plain
+from tsqp.bench.pads import fill, pads_of, with_pads
+from tsqp.bench.peer import TransformersPeer
+from tsqp.bench.progress import watched
+from tsqp.bench.workload import Workload
+from tsqp.checkpoint import locate
+from tsqp.config.groups import GroupKey
+from tsqp.cores import cores
+from tsqp.errors import OptionError
+from tsqp.trusted.engine.pace import LEAST_ROWS
+from tsqp.trusted.engine.request import Output
+from tsqp.trusted.engine.sampling_params import SamplingParams
+
+OPEN, MASKED = "open", "masked"  # the modes, and the names of their results
+TURN = 32  # tokens of an answer, and of the message after it
+LATER = 0.95  # of all gaps, those that are no longer than the one that counts
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """``streams`` prompts of ``tokens``, and ``steps`` tokens after each first one; a prompt of ``long`` tokens that
+    arrives while ``beside`` answers go on; a conversation whose first prompt has ``turn`` tokens. All ``runs`` times.
+    """
+
+    streams: int = 16
+    tokens: int = 64
+    steps: int = 32
+    beside: int = 4
+    long: int = 4000
+    turn: int = 2000
+    runs: int = 3
+
+    def check(self) -> None:
+        """Raises OptionError."""
+        for name, value in asdict(self).items():
+            least = 2 if name == "streams" else 1
+            if value < least:
+                raise OptionError(f"--{name} must be at least {least}, not {value}")
+
+    @property
+    def pads(self) -> int:
+        """Tokens whose pads are to be ready: of all streams, or of the long prompt and of the answers beside it."""
+        answers = self.tokens + 2 * self.steps + self.long // LEAST_ROWS
+        return max(self.streams * (self.tokens + self.steps + 2), self.long + self.beside * answers)
+
+
+Decode = Callable[[list[list[int]], int], float]  # prompts and steps: tokens a second, of all together
+Samples = dict[str, dict[str, list[float]]]  # by who, and by the number of streams or by figure: of every run
+
+
+def bench_serve(run: RunConfig, traffic: Traffic, console: Console, only: str | None = None) -> dict[str, Any]:
+    """Everything, or ``only`` one of the two modes without peers. Raises OptionError and every error of ``LLM``."""
+    traffic.check()
+    if only not in (None, OPEN, MASKED):
+        raise OptionError(f"unknown mode '{only}': use {OPEN}, {MASKED}")
+    rates: Samples = defaultdict(lambda: defaultdict(list))
+    found: Samples = defaultdict(lambda: defaultdict(list))
+    with ExitStack() as stack:
+        modes = {
+            mode: stack.enter_context(opened(_asked(run, mode, traffic), console))
+            for mode in (OPEN, MASKED)
+            if only in (None, mode)
+        }
+        everyone = {mode: _ours(llm) for mode, llm in modes.items()}
+        if only is None:
+            everyone |= _peers(run, traffic, stack, console)
+        for warm in watched(range(-1, traffic.runs), console, run.model):
+            for name, decode in everyone.items():
+                for streams in (1, traffic.streams):
+                    rate = decode(_prompts(streams, traffic.tokens), traffic.steps)
+                    rates[name][str(streams)] += [rate] if warm >= 0 else []
+        for _ in watched(range(traffic.runs), console, "a long prompt, a second turn"):
+            for mode, llm in modes.items():
+                for figure, seconds in {**_gaps(llm, traffic), **_turns(llm, traffic)}.items():
+                    found[mode][figure].append(seconds)
+    return {
+        "benchmark": "serve",
+        "model": run.model,
+        "transport": "shm",
+        "threads": run.compute.threads or cores(),
+        **asdict(traffic),
+        "rates": {name: _of_rates(own, traffic.streams) for name, own in rates.items()},
+        "gaps": {mode: _of_seconds(own, ("gap_alone_s", "gap_beside_s", "prompt_s")) for mode, own in found.items()},
+        "turns": {mode: _of_seconds(own, ("first_turn_s", "second_turn_s")) for mode, own in found.items()},
+        "machine": machine(),
+    }
+
+
+def _asked(run: RunConfig, mode: str, traffic: Traffic) -> RunConfig:
+    """One of the modes, on a worker of its own."""
+    bare = plain(run)
+    if mode == OPEN:
+        return replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
+    private = replace(bare, protection="masked", compute=ComputeConfig(threads=run.compute.threads), guard=run.guard)
+    return with_pads(private, traffic.pads)
+
+
+def _prompts(count: int, tokens: int) -> list[list[int]]:
+    """Prompts that have nothing in common, of tokens below 256."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randint(0, 256, (tokens,), generator=generator).tolist() for _ in range(count)]
+
+
+def _ours(llm: LLM) -> Decode:
+    """Decode steps of the engine, with pads ready."""
+
+    def decode(prompts: list[list[int]], steps: int) -> float:
+        _pads_ready(llm, len(prompts) * (steps + 2))
+        engine = llm.engine
+        begun = engine.counts().new_tokens
+        for prompt in prompts:
+            engine.add_request(prompt, SamplingParams(max_tokens=steps + 2, ignore_eos=True), patient=True)
+        while engine.counts().new_tokens < begun + len(prompts):
+            engine.step()
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        seconds = time.perf_counter() - start
+        _run_out(llm)
+        return steps * len(prompts) / seconds
+
+    return decode
+
+
+def _peers(run: RunConfig, traffic: Traffic, stack: ExitStack, console: Console) -> dict[str, Decode]:
+    """Those that are installed, by name: with weights in bfloat16, and llama.cpp also with 8-bit weights."""
+    found: dict[str, Decode] = {}
+    model, threads = locate(run.model), run.compute.threads or cores()
+    if importlib.util.find_spec("transformers") is not None:
+        peer = TransformersPeer(model, torch.bfloat16, "cpu")
+        found[peer.name] = lambda prompts, steps: len(prompts) * steps / peer.run_together(prompts, steps)[1]
+    if importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
+        work = Workload(traffic.tokens, traffic.steps, traffic.runs)
+        for dtype in ("bfloat16", "int8"):
+            server = stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=traffic.streams))
+            found[server.name] = server.rate
+    return found
+
+
+def _gaps(llm: LLM, traffic: Traffic) -> dict[str, float]:
+    """Seconds between two tokens of answers that go on: of 20 gaps the longest but one, alone and while the long
+    prompt is computed; and how long that takes.
+    """
+    engine, alone = llm.engine, 2 * traffic.steps
+    # How many steps the prompt takes is not known: answers are longer than any number of them, and ended at last.
+    params = SamplingParams(max_tokens=alone + traffic.long, ignore_eos=True)
+    _pads_ready(llm, traffic.beside * (alone + traffic.long // LEAST_ROWS))
+    numbers = [engine.add_request(prompt, params) for prompt in _prompts(traffic.beside, traffic.tokens)]
+    begun = engine.counts().new_tokens
+    while engine.counts().new_tokens < begun + traffic.beside:
+        engine.step()
+    undisturbed = [_timed(engine.step) for _ in range(alone)]
+    (prompt,) = _prompts(1, traffic.long)
+    arrived = list[Output]()
+    engine.add_request(prompt, SamplingParams(max_tokens=1, ignore_eos=True), deliver=arrived.append)
+    beside = list[float]()
+    while not arrived:
+        beside.append(_timed(engine.step))
+    for number in numbers:
+        engine.abort(number)
+    _run_out(llm)
+    return {"gap_alone_s": _later(undisturbed), "gap_beside_s": _later(beside), "prompt_s": sum(beside)}
+
+
+def _turns(llm: LLM, traffic: Traffic) -> dict[str, float]:
+    """Seconds to the first token of a conversation's first answer, and of its second."""
+    engine, (prompt, message) = llm.engine, (_prompts(1, count)[0] for count in (traffic.turn, TURN))
+    engine.forget()
+    times = []
+    for _ in range(2):
+        _pads_ready(llm, TURN)
+        answer = list[Output]()
+        engine.add_request(prompt, SamplingParams(max_tokens=TURN, ignore_eos=True), salt="", deliver=answer.append)
+        start = time.perf_counter()
+        while not answer:
+            engine.step()
+        times.append(time.perf_counter() - start)
+        _run_out(llm)
+        prompt = [*prompt, *(output.token for output in answer if output.token is not None), *message]
+    return {"first_turn_s": times[0], "second_turn_s": times[1]}
+
+
+def _pads_ready(llm: LLM, answers: int) -> None:
+    """At ``masked``: fill the pool, with pads of the LM head for as many tokens of answers."""
+    if llm.plan.protection.masked:
+        pool, filler = pads_of(llm)
+        head: GroupKey = ("lm_head", None)
+        filler.blocks[head] = max(filler.blocks[head], -(-answers // BLOCK_ROWS))
+        fill(pool, filler)
+
+
+def _run_out(llm: LLM) -> None:
+    while llm.engine.has_work():
+        llm.engine.step()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _later(seconds: list[float]) -> float:
+    """The least that 95 of 100 do not exceed."""
+    return sorted(seconds)[math.ceil(LATER * len(seconds)) - 1]
+
+
+def _of_rates(own: Mapping[str, list[float]], streams: int) -> dict[str, Any]:
+    """Medians in tokens a second, and how much more many streams give than one."""
+    one, many = statistics.median(own["1"]), statistics.median(own[str(streams)])
+    return {"one": one, "many": many, "ratio": many / one, "all": dict(own)}
+
+
+def _of_seconds(own: Mapping[str, list[float]], figures: tuple[str, ...]) -> dict[str, Any]:
+    """Medians in seconds, and the second figure over the first."""
+    medians = {figure: statistics.median(own[figure]) for figure in figures}
+    ratio = medians[figures[1]] / medians[figures[0]]
+    return {**medians, "ratio": ratio, "all": {figure: own[figure] for figure in figures}}

@@ -1,0 +1,94 @@
+"""``bench serve``: its figures belong together, and what they are of has really been computed. No time is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.bench.results import TINY, is_picture
+from tests.commands import Result
+from tsqp.api.config import ComputeConfig, RunConfig
+from tsqp.bench import serve
+from tsqp.bench.peer import TransformersPeer
+from tsqp.bench.plot import draw
+from tsqp.bench.serve import Traffic, bench_serve
+from tsqp.bench.show import chart, table
+from tsqp.errors import OptionError
+
+QUICK = Traffic(streams=3, tokens=5, steps=4, beside=2, long=40, turn=30, runs=2)
+RUN = RunConfig(TINY, "open", compute=ComputeConfig(threads=1))
+
+
+@pytest.mark.slow
+def test_each_figure_follows_from_the_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[list[int], int]] = []
+
+    def peer(prompts: list[list[int]], steps: int) -> float:
+        asked.append(([len(prompt) for prompt in prompts], steps))
+        return 7.0 * len(prompts)
+
+    monkeypatch.setattr(serve, "_peers", lambda *_: {"a peer": peer})
+    result = bench_serve(RUN, QUICK, Console(quiet=True))
+    assert list(result["rates"]) == ["open", "masked", "a peer"]
+    assert asked == [([5], 4), ([5, 5, 5], 4)] * 3
+    for row in result["rates"].values():
+        assert {count: len(rates) for count, rates in row["all"].items()} == {"1": 2, "3": 2}
+        assert row["ratio"] * row["one"] == pytest.approx(row["many"])
+    assert result["rates"]["a peer"]["ratio"] == 3
+    for figure, first, second in (("gaps", "gap_alone_s", "gap_beside_s"), ("turns", "first_turn_s", "second_turn_s")):
+        for mode in ("open", "masked"):
+            row = result[figure][mode]
+            assert row["ratio"] * row[first] == pytest.approx(row[second])
+            assert all(len(seconds) == 2 for seconds in row["all"].values())
+    console = Console(record=True, width=140)
+    console.print(table(result))
+    assert "a peer, 1 and 3" in console.export_text()
+    draw(chart(result), tmp_path / "serve.png")
+    assert is_picture(tmp_path / "serve.png")
+
+
+@pytest.mark.slow
+def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
+    run = ("bench", "serve", "-m", TINY, "--mode", "open", "--threads", 1, "--runs", 1, "--json")
+    done = tsqp(*run, "--streams", 2, "--steps", 3, "--long", 40, "--turn", 30)
+    assert done.code == 0, done.err
+    assert list(done.json["rates"]) == list(done.json["gaps"]) == ["open"]
+
+
+@pytest.mark.parametrize("wrong", [{"streams": 1}, {"steps": 0}, {"long": 0}, {"runs": 0}])
+def test_traffic_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"--{next(iter(wrong))}"):
+        bench_serve(RUN, Traffic(**wrong), Console(quiet=True))
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(OptionError, match="unknown mode 'local'"):
+        bench_serve(RUN, QUICK, Console(quiet=True), "local")
+
+
+def test_of_100_gaps_95_are_no_longer() -> None:
+    assert serve._later([float(n) for n in range(100, 0, -1)]) == 95.0
+    assert serve._later([3.0]) == 3.0
+
+
+def test_pads_are_ready_for_whatever_takes_more() -> None:
+    assert Traffic(streams=16, tokens=10, steps=10, beside=1, long=16).pads == 16 * 22
+    assert Traffic(streams=2, tokens=10, steps=10, beside=3, long=1600).pads == 1600 + 3 * (10 + 20 + 100)
+
+
+def test_a_batch_of_the_peer_is_its_prompts() -> None:
+    peer, seen = TransformersPeer(TINY, torch.float32, "cpu"), list[tuple[int, ...]]()
+    real = peer._model.forward
+
+    def forward(ids: torch.Tensor, **options: Any) -> Any:
+        seen.append(tuple(ids.shape))
+        return real(ids, **options)
+
+    peer._model.forward = forward
+    peer.run_together([[1, 2, 3], [4, 5, 6]], 2)
+    assert seen == [(2, 3), (2, 1), (2, 1)]
