@@ -71,6 +71,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "compute.dtype": ("bfloat16", ("bfloat16",)),
     "compute.wire_dtype": ("float32", ("float32",)),
     "compute.kv_dtype": ("float32", ("float32",)),
+    "compute.kv_memory": (1 << 30, ("1GiB",)),
     "compute.compiled_kernels": (False, ()),
 }
 
@@ -80,6 +81,9 @@ OCCASIONS: dict[str, list[tuple[RunConfig, tuple[str, ...]]]] = {
     "protection {mode} keeps keys and values in what it computes in": [
         (RunConfig(protection="open"), ()),
         (RunConfig(protection="local"), ()),
+    ],
+    "at partition layer the worker keeps keys and values": [
+        (RunConfig(protection="open", compute=ComputeConfig("layer")), ("--partition", "layer"))
     ],
     "protection {mode} checks no products": [(RunConfig(protection="open"), ())],
     "protection {mode} has no pads": [(RunConfig(protection="verified"), ())],
@@ -135,10 +139,6 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
-        (
-            RunConfig(protection="open", compute=ComputeConfig("layer", kv_memory=1 << 30)),
-            ("--partition", "layer", "--kv-memory", "1GiB"),
-        ),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (
             RunConfig(protection="open", worker=WorkerConfig(AWAY, server_key=theirs)),

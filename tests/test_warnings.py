@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -28,30 +30,48 @@ OURS = {
 }
 
 
-def outcome(statement: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """One test with one statement, under the configuration of this repository."""
+class Outcome(NamedTuple):
+    """What became of one statement: whether its test passed, and whether a warning of it is shown."""
+
+    passed: bool
+    shown: bool
+
+
+class Outcomes(NamedTuple):
+    """What pytest printed, and what became of each statement."""
+
+    printed: str
+    of: dict[str, Outcome]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """One test for each statement, all in one run under the configuration of this repository."""
+    directory = tmp_path_factory.mktemp("warnings")
+    statements = {**SOMEBODY_ELSES, **OURS}
+    tests = "".join(f"def test_{n}():\n    {statement}\n" for n, statement in enumerate(statements.values()))
     (directory / "library.py").write_text("import warnings\ndef warn(kind): warnings.warn('old', kind, stacklevel=2)\n")
-    (directory / "test_one.py").write_text(
-        f"import threading, warnings, library\nfrom tsqp.errors import TsqpWarning\ndef test_one():\n    {statement}\n"
+    (directory / "test_all.py").write_text(
+        f"import threading, warnings, library\nfrom tsqp.errors import TsqpWarning\n{tests}"
     )
-    options = ("-c", PYPROJECT, "--rootdir", directory, "-p", "no:cacheprovider", directory / "test_one.py")
+    options = ("-v", "-c", PYPROJECT, "--rootdir", directory, "-p", "no:cacheprovider", directory / "test_all.py")
     command = [sys.executable, "-m", "pytest", *map(str, options)]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100)
+    printed = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100).stdout
+    passed = set(re.findall(r"::test_(\d+) PASSED", printed))
+    shown = set(re.findall(r"^test_all\.py::test_(\d+)$", printed, re.MULTILINE))  # in the summary of warnings
+    return Outcomes(printed, {name: Outcome(str(n) in passed, str(n) in shown) for n, name in enumerate(statements)})
 
 
-@pytest.mark.parametrize("statement", SOMEBODY_ELSES.values(), ids=SOMEBODY_ELSES)
-def test_a_warning_of_somebody_else_is_shown_and_fails_nothing(statement: str, tmp_path: Path) -> None:
-    done = outcome(statement, tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert "1 passed, 1 warning" in done.stdout
+@pytest.mark.parametrize("name", SOMEBODY_ELSES)
+def test_a_warning_of_somebody_else_is_shown_and_fails_nothing(name: str, outcomes: Outcomes) -> None:
+    assert outcomes.of[name] == Outcome(passed=True, shown=True), outcomes.printed
 
 
-@pytest.mark.parametrize("statement", OURS.values(), ids=OURS)
-def test_a_warning_of_ours_fails(statement: str, tmp_path: Path) -> None:
-    done = outcome(statement, tmp_path)
-    assert done.returncode == 1, done.stdout
-    assert "1 failed" in done.stdout
+@pytest.mark.parametrize("name", OURS)
+def test_a_warning_of_ours_fails(name: str, outcomes: Outcomes) -> None:
+    assert not outcomes.of[name].passed, outcomes.printed
+    assert f"{len(OURS)} failed, {len(SOMEBODY_ELSES)} passed" in outcomes.printed
 
 
-def test_the_seed_of_the_order_is_said(tmp_path: Path) -> None:
-    assert "--randomly-seed=" in outcome("pass", tmp_path).stdout
+def test_the_seed_of_the_order_is_said(outcomes: Outcomes) -> None:
+    assert "--randomly-seed=" in outcomes.printed

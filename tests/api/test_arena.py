@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
-from pathlib import Path
-
 import pytest
 
-from tsqp.api import arena
 from tsqp.api.arena import LEAST_BYTES, fitting_arena
 from tsqp.errors import AddressError
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The files and the limit that are found; this process has mapped 1 GiB."""
-    found = {"/proc/self/status": f"VmSize:\t{MIB} kB", "/proc/self/cgroup": "0::/a/b", "limit": "-1"}
-    monkeypatch.setattr(arena, "_lines", lambda path: found.get(str(path), "").splitlines())
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (int(found["limit"]), -1))
-    return found
 
 
 def test_without_limits_it_is_four_gibibytes(limits: dict[str, str]) -> None:
@@ -52,9 +38,3 @@ def test_next_to_nothing_is_an_error_that_names_the_option(limits: dict[str, str
     with pytest.raises(AddressError, match=r"worker\.arena_bytes") as error:
         fitting_arena(None)
     assert error.value.fields == ("worker.arena_bytes",)
-
-
-def test_what_this_process_has_mapped_is_read() -> None:
-    assert arena._mapped_bytes("self") > 10 * MIB
-    assert arena._mapped_bytes(os.getpid()) > 10 * MIB
-    assert arena._lines(Path("/nowhere")) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.families import random_tokens, tiny_model
@@ -16,17 +14,10 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize(
-    ("available", "limits", "expected"),
-    [(8 * GIB, [], 4 * GIB), (8 * GIB, [6 * GIB, 2 * GIB], GIB), (1, [], LEAST_BYTES), (None, [], LEAST_BYTES)],
+    ("available", "expected"), [(8 * GIB, 4 * GIB), (2 * GIB, GIB), (1, LEAST_BYTES), (None, LEAST_BYTES)]
 )
-def test_half_of_what_is_there(
-    available: int | None, limits: list[int], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = tmp_path / "meminfo"
-    if available is not None:
-        memory.write_text(f"MemTotal: 1 kB\nMemAvailable:   {available // 1024} kB\n")
-    monkeypatch.setattr(kv_memory, "MEMORY", memory)
-    monkeypatch.setattr(kv_memory, "limits_left", lambda _: iter(limits))
+def test_half_of_what_is_there(available: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "available_bytes", lambda: available)
     assert fitting_kv_memory() == expected
 
 

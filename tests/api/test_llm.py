@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +60,23 @@ def test_one_prompt_may_be_text_or_tokens() -> None:
         (by_tokens,) = llm.generate(byte_tokenizer().encode(TEXTS[0]).ids, SamplingParams(max_tokens=4))
         assert by_text == by_tokens
         assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize("kind", [np.array, lambda ids: list(np.array(ids))], ids=["an array", "a list"])
+def test_token_ids_may_be_integers_of_numpy(kind: Callable[[list[int]], Any]) -> None:
+    prompts, params = [random_tokens(5), random_tokens(3)], SamplingParams(max_tokens=2)
+    with LLM(MODEL, protection="local") as llm:
+        expected = llm.generate(prompts, params)
+        assert llm.generate([kind(prompt) for prompt in prompts], params) == expected
+        assert llm.generate(kind(prompts[0]), params) == expected[:1]
+        assert json.dumps(llm.encode(kind(prompts[0]))) == json.dumps(prompts[0])  # Python's own
+
+
+def test_a_prompt_of_anything_else_is_refused_in_one_line() -> None:
+    with LLM(MODEL, protection="local") as llm:
+        for prompt in ([7.0], [[7, None]], ["a", 7.0], np.array([7.0]), [None]):
+            with pytest.raises(PromptError, match=r"^a prompt is .* token ids, which are integers$"):
+                llm.generate(prompt)  # type: ignore[arg-type]
 
 
 def test_stream_gives_the_same_text_in_pieces() -> None:

@@ -34,6 +34,16 @@ def test_doctor_reports_what_it_tried(tsqp: Command, home: Home) -> None:
     assert home.leftovers() == []
 
 
+@pytest.mark.parametrize(("available", "state"), [(1 << 29, "note"), (1 << 31, "ok")])
+def test_doctor_compares_pads_with_the_memory_that_is_available(
+    tsqp: Command, monkeypatch: pytest.MonkeyPatch, available: int, state: str
+) -> None:
+    monkeypatch.setattr("tsqp.cli.doctor.available_bytes", lambda: available)
+    found = {finding["what"]: finding for finding in tsqp("doctor", "--json").json["findings"]}
+    assert found["memory for pads"]["state"] == state
+    assert found["memory for pads"]["detail"].startswith(f"{available / 1e9:.1f} GB available")
+
+
 def test_doctor_fails_when_something_is_broken(tsqp: Command, home: Home) -> None:
     (home.runtime / "tsqp").write_text("in the way")
     result = tsqp("doctor")

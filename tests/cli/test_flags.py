@@ -26,6 +26,7 @@ KNOWN = {  # flags that users type, and the variables that stand for them
     "--worker-key": ["TSQP_WORKER_KEY"],
     "--pad-memory": ["TSQP_PAD_MEMORY"],
     "--arena": ["TSQP_ARENA"],
+    "--kv-memory": ["TSQP_KV_MEMORY"],
     "--no-compiled-kernels": ["TSQP_COMPILED_KERNELS"],
     "--deadline": [],
     "--compile": [],

@@ -158,6 +158,14 @@ def test_variables_of_the_guard_are_for_other_runs(monkeypatch: pytest.MonkeyPat
     assert run_options().guard.dealer_key is None  # and of a dealer, where there is none
 
 
+def test_memory_for_keys_and_values_is_for_runs_that_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_KV_MEMORY", "512MiB")
+    assert run_options().compute.kv_memory == 512 * 2**20
+    assert run_options("--kv-memory", "1GB").compute.kv_memory == 10**9
+    assert run_options("--protection", "open", "--partition", "op").compute.kv_memory == 512 * 2**20
+    assert run_options("--protection", "open", "--partition", "layer").compute == ComputeConfig("layer")
+
+
 def test_keys_for_a_dealer_are_for_other_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PAD_SOURCE": "dealer=tcp://192.0.2.1:7", "DEALER_KEY": "d", "KEY": "me"}.items():
         monkeypatch.setenv(f"TSQP_{name}", value)

@@ -6,11 +6,7 @@ on memory (a cgroup's) counts what is touched, which a hostile worker can do to 
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-
+from tsqp.api.memory_limits import limits_left
 from tsqp.errors import AddressError
 from tsqp.wire.transport.address import parse_address
 from tsqp.wire.transport.shm.segment import ARENA_BYTES
@@ -39,29 +35,3 @@ def fitting_arena(worker: int | None) -> int:
             fields=("worker.arena_bytes",),
         )
     return size >> 20 << 20
-
-
-def limits_left(worker: int | None) -> Iterator[int]:
-    """What each limit leaves, to this process and to its worker, which has inherited the limits."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        for process in ("self", worker):
-            if process is not None:
-                yield limit - _mapped_bytes(process)
-    group = next((line[3:] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
-    here = Path("/sys/fs/cgroup") / group.lstrip("/")
-    for place in (here, *here.parents):
-        yield from (int(line) for line in _lines(place / "memory.max") if line.isdecimal())
-
-
-def _mapped_bytes(process: int | str) -> int:
-    """The addresses that a process has mapped."""
-    sizes = (line.split()[1] for line in _lines(f"/proc/{process}/status") if line.startswith("VmSize:"))
-    return 1024 * int(next(sizes, "0"))
-
-
-def _lines(path: str | Path) -> list[str]:
-    """A file of the system, empty where there is none."""
-    with suppress(OSError):
-        return Path(path).read_text().splitlines()
-    return []

@@ -144,7 +144,6 @@ class ComputeConfig:
         None,
         "The most memory for keys and values on this side: bytes, or such as 512MB or 2GB; half of what is available "
         "when not given.",
-        variable=False,
         size=True,
     )
     prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +235,7 @@ class LLM:
         are taken as they are. Raises PromptError, OptionError and PadsExhausted before anything is sent, NumericError,
         ChannelError.
         """
-        one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         completions: dict[int, Completion] = {}
         for index, delta in self._run(batch, params or SamplingParams(), raw, template_args, patient=True):
@@ -271,7 +273,7 @@ class LLM:
         if template_args and (raw or not isinstance(prompt, str)):
             raise OptionError(f"the prompt is not put into a chat template: leave out {', '.join(template_args)}")
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _token_ids(prompt)
         if not prompt.strip():
             raise PromptError("the prompt is empty: give some text")
         return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
@@ -367,3 +369,11 @@ class LLM:
                     yield index, delta
         except WorkerLost as error:
             raise self.explained(error) from None
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """Python's integers, of numpy's too. Raises PromptError, which shows none of the prompt."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise PromptError("a prompt is a text or a sequence of token ids, which are integers") from None

@@ -64,12 +64,18 @@ class Choices(NamedTuple):
     protection: Protection
     worker: str | None  # an address
     dealer: str | None  # an address
+    partition: str | None  # where the mode leaves a choice
 
     @classmethod
-    def of(cls, protection: str, worker: str | None, pad_source: str) -> Choices:
+    def of(cls, protection: str, worker: str | None, pad_source: str, partition: str) -> Choices:
         """``protection`` is one that exists; a dealer plays a part where there are pads alone."""
         chosen = PROTECTIONS[protection]
-        return cls(chosen, worker, dealer_address(pad_source) if chosen.masked else None)
+        return cls(
+            chosen,
+            worker,
+            dealer_address(pad_source) if chosen.masked else None,
+            partition if chosen.uses_worker and not chosen.checked else None,
+        )
 
     @property
     def split(self) -> bool:
@@ -145,6 +151,11 @@ UNUSED = (
         ("compute.kv_dtype",),
         lambda of: not _checked(of),
     ),
+    Unused(
+        "at partition layer the worker keeps keys and values",
+        ("compute.kv_memory",),
+        lambda of: of.partition == "layer",
+    ),
     Unused("protection {mode} checks no products", names_of("guard"), lambda of: of.split and not _checked(of)),
     Unused("protection {mode} uses partition linear", ("compute.partition",), _checked, ("linear",), private=True),
     Unused(OWN_NUMBERS, ("compute.dtype",), _checked, ("auto", "float32"), private=True),
@@ -183,11 +194,6 @@ UNUSED = (
 
 
 CONFLICTS = (
-    Conflict(
-        "at partition layer the worker keeps keys and values: leave out compute.kv_memory",
-        ("compute.kv_memory",),
-        lambda run: run.compute.partition == "layer" and run.compute.kv_memory is not None,
-    ),
     Conflict(
         "guard.warm_pads fills a pool that 0 of guard.pads_ahead keeps empty: leave out one of them",
         ("guard.warm_pads", "guard.pads_ahead"),
@@ -252,7 +258,7 @@ def check(run: RunConfig) -> None:
     for name, may_be in VALUES.items():
         if name in given and not may_be.holds(given[name]):
             raise OptionError(f"{name} must be {may_be.must}, not {given[name]}", fields=(name,))
-    choices = Choices.of(run.protection, run.worker.address, run.guard.pad_source)
+    choices = Choices.of(run.protection, run.worker.address, run.guard.pad_source, run.compute.partition)
     for rule in UNUSED:
         refused = unused(rule, choices, given.items())
         if refused:

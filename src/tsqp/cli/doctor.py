@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tsqp.api.config import GuardConfig
+from tsqp.api.memory_limits import available_bytes
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.self_test import pick_kernel
@@ -145,23 +146,13 @@ def _exact_products() -> tuple[State, str]:
 def _pad_memory() -> tuple[State, str]:
     """What ``masked`` keeps ready by default, at the 1B shape."""
     allowed, ahead = GuardConfig().pad_memory, GuardConfig().pads_ahead
-    free, wanted = _available_bytes(), pool_bytes(SHAPES["llama-3.2-1b"], ahead)
+    free, wanted = available_bytes(), pool_bytes(SHAPES["llama-3.2-1b"], ahead)
     state: State = "ok" if free is None or free > allowed else "note"
     known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"
     return state, (
         f"{known} available; --pad-memory allows {allowed / 1e9:.1f} GB, of which {ahead} tokens ahead take "
         f"{wanted / 1e9:.2f} GB at the Llama-3.2-1B shape"
     )
-
-
-def _available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    line = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if line is None else int(line.split()[1]) * 1024
 
 
 def _cpu_flags() -> set[str]:

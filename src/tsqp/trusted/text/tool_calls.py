@@ -12,9 +12,10 @@ pieces in which an answer comes (tests/trusted/text/test_tool_calls.py).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from tsqp.trusted.text.stop_strings import beginning_of
 
@@ -62,32 +63,38 @@ class ToolCall:
     complete: bool = True
 
 
-class ToolCallParser(Protocol):
+class ToolCallParser(ABC):
     """Finds the calls of one answer."""
+
+    def __init__(self) -> None:
+        self._rest = ""  # what has come and is not taken
+        self._calls = 0  # those that were found
+        self._call: _Call | None = None  # that is being read
 
     def push(self, text: str) -> list[Event]:
         """What became certain with the next piece of the answer."""
-
-    def finish(self) -> list[Event]:
-        """The rest, at the end of the answer. A call under way stays as it is."""
-
-
-class HermesParser:
-    """Calls between ``<tool_call>`` and ``</tool_call>``."""
-
-    def __init__(self) -> None:
-        self._rest = ""
-        self._calls = 0
-        self._call: _Call | None = None
-        self._closing = False  # a call's object has ended, its closing tag has not come
-        self._skips_space = False
-
-    def push(self, text: str) -> list[Event]:
         self._rest += text
         events: list[Event] = []
         while self._step(events):
             pass
         return events
+
+    @abstractmethod
+    def finish(self) -> list[Event]:
+        """The rest, at the end of the answer. A call under way stays as it is."""
+
+    @abstractmethod
+    def _step(self, events: list[Event]) -> bool:
+        """Take one part of what has come; False where more text has to come first."""
+
+
+class HermesParser(ToolCallParser):
+    """Calls between ``<tool_call>`` and ``</tool_call>``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._closing = False  # a call's object has ended, its closing tag has not come
+        self._skips_space = False
 
     def finish(self) -> list[Event]:
         events: list[Event] = []
@@ -99,7 +106,6 @@ class HermesParser:
         return events
 
     def _step(self, events: list[Event]) -> bool:
-        """Take one part of what has come; False where more text has to come first."""
         if self._call is not None:
             return self._read_call(self._call, events)
         if self._closing or self._skips_space:
@@ -139,22 +145,13 @@ class HermesParser:
         return True
 
 
-class Llama3Parser:
+class Llama3Parser(ToolCallParser):
     """An answer that is nothing but calls."""
 
     def __init__(self) -> None:
-        self._rest = ""
-        self._calls = 0
-        self._call: _Call | None = None
+        super().__init__()
         self._is_text = False
         self._before = ""  # what stands between calls, and is text if none follows
-
-    def push(self, text: str) -> list[Event]:
-        self._rest += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         events: list[Event] = []
@@ -312,7 +309,7 @@ class _Call:
             self._given = end
 
 
-PARSERS: Mapping[ToolFormat, type[HermesParser] | type[Llama3Parser]] = {"hermes": HermesParser, "llama3": Llama3Parser}
+PARSERS: Mapping[ToolFormat, type[ToolCallParser]] = {"hermes": HermesParser, "llama3": Llama3Parser}
 
 
 def tool_format(template: str) -> ToolFormat | None:
