@@ -53,7 +53,7 @@ def translated(error: Exception) -> ApiError:
         case CheckFailed():
             return _unavailable("the worker failed a check: nothing was made of its answer", "check_failed")
         case ChannelClosed():
-            return _unavailable("the server is shutting down, or has lost its worker", "worker_lost", retry_after_s=2)
+            return _unavailable("the server is shutting down, or has lost its worker", "unavailable", retry_after_s=2)
         case ChannelError():
             return _unavailable("the worker cannot be reached", "worker_lost", retry_after_s=2)
         case InputError() | UnsupportedModel():
