@@ -82,7 +82,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": NAME, "prompt": "x", "messages": [{"role": "user", "content": "x"}], "tools": [TOOL]},
     "/detokenize": {"model": NAME, "tokens": [1, 2, 3]},
 }
-VALUES = st.sampled_from(
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(
             None,

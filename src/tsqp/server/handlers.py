@@ -30,8 +30,6 @@ _log = logging.getLogger("tsqp.server")
 # Options of the package by the names that they have in the API.
 _API_NAMES = {
     "structured_outputs": "response_format",
-    "structured_outputs.json": "response_format",
-    "structured_outputs.grammar": "tools",
     "logprobs": "top_logprobs",
 }
 
