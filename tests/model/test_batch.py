@@ -70,7 +70,7 @@ def test_each_sequence_ends_in_one_row(sequences: list[tuple[int, int]], max_row
     for chunk in batch.chunks(max_rows):
         for part in chunk.split(parts):
             rows = rows_of(part, list(batch.caches))
-            ends += [rows[row] for row in part.last_rows()]
+            ends += [rows[row] for row in part.wanted_rows()]
     assert ends == [(index, held + new - 1) for index, (held, new) in enumerate(sequences)]
 
 
@@ -85,19 +85,27 @@ def test_advancing_moves_every_cache_by_its_own_tokens(sequences: list[tuple[int
 def test_rows_are_of_the_kind_that_the_batch_says(
     sequences: list[tuple[int, int]], said: list[tuple[bool, int]], max_rows: int
 ) -> None:
-    """A row from the first decode step on is one, alone in its part; logits are those of the sampled sequences."""
-    whole = batch_of(sequences)
+    """A row from the first decode step on is one, alone in its part; logits are those of the sampled sequences.
+
+    Or those of all rows, where they are wanted: here of every second sequence.
+    """
+    plain = batch_of(sequences)
     sampled, firsts = [wanted for wanted, _ in said[: len(sequences)]], [first for _, first in said[: len(sequences)]]
-    batch = Batch(whole.tokens, whole.caches, sampled=sampled, first_steps=firsts)
+    whole = [index % 2 == 1 for index in range(len(sequences))]
+    batch = Batch(plain.tokens, plain.caches, sampled=sampled, first_steps=firsts, whole=whole)
     found, ends = [], []
     for chunk in batch.chunks(max_rows):
         for part in chunk.split(2):
             rows = rows_of(part, list(batch.caches))
             found += rows
-            ends += [rows[row] for row in part.last_rows()]
+            ends += [rows[row] for row in part.wanted_rows()]
             for span in part.spans:
                 index = next(number for number, cache in enumerate(batch.caches) if cache is span.cache)
                 assert span.alone == (span.position >= firsts[index])
                 assert span.rows == 1 or span.end <= firsts[index]
     assert found == all_rows(sequences)
-    assert ends == [(index, held + new - 1) for index, (held, new) in enumerate(sequences) if sampled[index]]
+    wanted_rows = []
+    for index, (held, new) in enumerate(sequences):
+        first = held if whole[index] else held + new - 1
+        wanted_rows += [(index, row) for row in range(first, held + new) if whole[index] or sampled[index]]
+    assert ends == wanted_rows

@@ -118,3 +118,12 @@ def test_the_prompt_may_be_told_again(prompt: Any, echoed: str) -> None:
     )
     assert whole.json()["choices"][0]["text"] == f"{echoed}abc"
     assert "".join(event["choices"][0]["text"] for event in events_of(stream.text)) == f"{echoed}abc"
+
+
+def test_no_token_may_be_asked_for_where_the_prompt_is_told_again() -> None:
+    whole, stream = ask(Script("abc"), *({"echo": True, "max_tokens": 0, "stream": one} for one in (False, True)))
+    (choice,) = whole.json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
+    assert whole.json()["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    (event,) = events_of(stream.text)
+    assert event["choices"] == [choice]

@@ -15,7 +15,8 @@ from tsqp.trusted.text.tokenizer import TextStream
 class Completion:
     """The answer to one prompt. ``finish_reason`` is ``stop`` or ``length``.
 
-    ``logprobs``: one entry for each of ``token_ids``; None unless they were asked for.
+    ``logprobs``: one entry for each of ``token_ids``; None unless they were asked for. ``prompt_logprobs``: likewise of
+    ``prompt_token_ids``, the first of which has None.
     """
 
     text: str
@@ -23,18 +24,23 @@ class Completion:
     finish_reason: str
     prompt_token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
     """Text that became certain while generating; the last one carries the whole answer.
 
-    ``logprobs``: of the token that was taken, where they were asked for; the text may be that of other tokens.
+    ``logprobs``: of the token that was taken, where they were asked for; the text may be that of other tokens. The end
+    token has its own in ``end_logprobs``, as it is not part of the answer. ``prompt_logprobs``: see ``Completion``; the
+    first piece has them, too.
     """
 
     text: str
     completion: Completion | None = None
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    end_logprobs: TokenLogprobs | None = None
 
 
 class Answer:
@@ -48,22 +54,28 @@ class Answer:
         self._text = text
         self._tokens: list[int] = []
         self._logprobs = logprobs
+        self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     def extend(self, output: Output) -> Delta:
         """Take one more token; the Delta is complete when the answer ends with it. Raises the error of its request."""
         if output.error is not None or output.token is None:
             raise output.error or TsqpError("a request ended without a word")
-        token, finish_reason, piece, logprobs = output.token, output.finish_reason, "", None
-        if finish_reason != "stop":  # the end token is not part of the answer
-            logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
+        token, finish_reason, piece = output.token, output.finish_reason, ""
+        logprobs = None if self._logprobs is None else self._logprobs[len(self._tokens)]
+        ends = finish_reason == "stop"  # the end token is not part of the answer
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        if not ends:
             self._tokens.append(token)
             piece = self._text.push(token)
         if self._text.stopped:
             finish_reason = "stop"
         if finish_reason is None:
-            return Delta(piece, logprobs=logprobs)
+            return Delta(piece, None, logprobs, output.prompt_logprobs)
         piece += self._text.finish()
         tokens = tuple(self._tokens)
         every = None if self._logprobs is None else tuple(self._logprobs[: len(tokens)])
-        completion = Completion(self._text.text, tokens, finish_reason, tuple(self.prompt), every)
-        return Delta(piece, completion, logprobs)
+        completion = Completion(
+            self._text.text, tokens, finish_reason, tuple(self.prompt), every, self._prompt_logprobs
+        )
+        return Delta(piece, completion, None if ends else logprobs, output.prompt_logprobs, logprobs if ends else None)

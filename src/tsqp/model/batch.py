@@ -20,7 +20,7 @@ class SequenceRows(Generic[C]):
 
     Rows ``first`` to ``first + rows`` of the chunk are positions ``position`` onwards; ``last`` tells that the
     sequence's final row of this pass is among them, and that its logits are wanted. ``step``: whether this is a row of
-    a decode step; None where the batch does not say.
+    a decode step; None where the batch does not say. ``whole``: the logits of all of these rows are wanted.
     """
 
     cache: C
@@ -29,6 +29,7 @@ class SequenceRows(Generic[C]):
     rows: int
     last: bool
     step: bool | None = None
+    whole: bool = False
 
     @property
     def end(self) -> int:
@@ -80,25 +81,29 @@ class Chunk(Generic[C]):
             if low < high:
                 last = span.last and high == span.first + span.rows
                 position = span.position + low - span.first
-                spans.append(SequenceRows(span.cache, position, low - first, high - low, last, span.step))
+                spans.append(SequenceRows(span.cache, position, low - first, high - low, last, span.step, span.whole))
         return Chunk(self.offset + first, tuple(spans))
 
     def positions(self) -> torch.Tensor:
         """The position of every row, int64 (rows,)."""
         return torch.cat([torch.arange(span.position, span.end) for span in self.spans])
 
-    def last_rows(self) -> list[int]:
-        """The rows that end a sequence and whose logits are wanted."""
-        return [span.first + span.rows - 1 for span in self.spans if span.last]
+    def wanted_rows(self) -> list[int]:
+        """The rows whose logits are wanted: those that end a sequence, and all of one that wants all."""
+        rows: list[int] = []
+        for span in self.spans:
+            end = span.first + span.rows
+            rows += range(span.first if span.whole else end - 1, end) if span.whole or span.last else ()
+        return rows
 
 
 @dataclass(frozen=True)
 class Batch(Generic[C]):
     """The new tokens of several sequences, each with its cache. ``every_row`` asks for the logits of all rows.
 
-    ``sampled``: of which sequences the logits of the last row are wanted; of all when not given. ``first_steps``: the
-    position of each sequence from which on its rows are decode steps, however many of them a pass has; when not given,
-    a row that is alone of its sequence is one.
+    ``sampled``: of which sequences the logits of the last row are wanted; of all when not given. ``whole``: of which
+    those of all rows are; of none when not given. ``first_steps``: the position of each sequence from which on its rows
+    are decode steps, however many of them a pass has; when not given, a row that is alone of its sequence is one.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -106,6 +111,7 @@ class Batch(Generic[C]):
     every_row: bool = False
     sampled: Sequence[bool] | None = None
     first_steps: Sequence[int] | None = None
+    whole: Sequence[bool] | None = None
 
     def flat_tokens(self) -> torch.Tensor:
         """All token ids, int64 (T,)."""
@@ -122,11 +128,12 @@ class Batch(Generic[C]):
         offset = filled = 0
         for index, (tokens, cache) in enumerate(zip(self.tokens, self.caches, strict=True)):
             wanted = self.sampled is None or self.sampled[index]
+            whole = self.whole is not None and self.whole[index]
             done = 0
             while done < len(tokens):
                 rows, step = self._run(index, cache.length + done, min(len(tokens) - done, max_rows - filled))
                 last = wanted and done + rows == len(tokens)
-                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last, step))
+                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last, step, whole))
                 done += rows
                 filled += rows
                 if filled == max_rows:

@@ -40,13 +40,14 @@ async def create(service: Service, request: Request) -> Response:
     check_stream_options(body)
     _check(body)
     params = sampling_params(body, logprobs=body.logprobs)
+    if body.echo:
+        params = replace(params, prompt_logprobs=body.logprobs)
+    asked = 1 if body.max_tokens == 0 and body.echo else body.max_tokens
     special = body.add_special_tokens is not False
     prompts = [await asyncio.to_thread(_encoded, service, one, special) for one in given]
     every = []
     for prompt in prompts:
-        most = answer_tokens(
-            service, len(prompt.tokens), body.max_tokens, DEFAULT_TOKENS, param="max_tokens", prompt="prompt"
-        )
+        most = answer_tokens(service, len(prompt.tokens), asked, DEFAULT_TOKENS, param="max_tokens", prompt="prompt")
         bounded = replace(params, max_tokens=most)
         every += [Asked(prompt.tokens, of_choice(bounded, index)) for index in range(body.choices)]
     reply = Reply(service, body, [(prompt.tokens, prompt.text) for prompt in prompts])

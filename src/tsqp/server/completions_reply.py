@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from tsqp.server.answers import Answers
 from tsqp.server.completions_types import Choice, Completion, CompletionBody
-from tsqp.server.logprobs import CompletionLogprobs, Shown, TextLogprobs, completion_logprobs
+from tsqp.server.logprobs import Shown, TextLogprobs, completion_logprobs, prompt_tokens
 from tsqp.server.service import Service
 from tsqp.server.streams import Event
 from tsqp.server.usage import Usage
@@ -22,25 +22,39 @@ if TYPE_CHECKING:
 
 
 class _Choice:
-    """One answer as it is read. ``echoed``: the text of its prompt, where it is told again."""
+    """One answer as it is read. Its first piece has its prompt, where that is told again.
 
-    def __init__(self, index: int, logprobs: TextLogprobs | None, echoed: str) -> None:
+    Where no token was asked for, the one that is made all the same is not told of.
+    """
+
+    def __init__(self, index: int, service: Service, body: CompletionBody, prompt: list[int], text: str | None) -> None:
         self._index = index
-        self._logprobs = logprobs
-        self._first = len(echoed)
-        self.echoed = echoed
+        self._tokenizer = service.tokenizer
+        self._prompt = prompt
+        self._echo = "" if not body.echo else service.tokenizer.decode(prompt) if text is None else text
+        self._silent = body.max_tokens == 0
+        self._logprobs = None
+        if body.logprobs is not None:
+            self._logprobs = TextLogprobs(service.tokenizer, len(self._echo), with_end=bool(body.echo))
+        self.tokens = 0  # of the answer
 
     def piece(self, delta: Delta) -> tuple[str, list[Shown], str | None]:
         """Its text, the tokens that are shown with it, and why the answer ends, if it does."""
-        shown = [] if self._logprobs is None else self._logprobs.push(delta)
-        return delta.text, shown, None if delta.completion is None else delta.completion.finish_reason
+        text, self._echo = self._echo, ""
+        shown = (
+            [] if delta.prompt_logprobs is None else prompt_tokens(self._tokenizer, self._prompt, delta.prompt_logprobs)
+        )
+        if self._silent:
+            return text, shown, "length"
+        if self._logprobs is not None:
+            shown += self._logprobs.push(delta)
+        if delta.completion is not None:
+            self.tokens = len(delta.completion.token_ids)
+        return text + delta.text, shown, None if delta.completion is None else delta.completion.finish_reason
 
     def made(self, text: str, shown: Iterable[Shown], reason: str | None) -> Choice:
         """As the API has it."""
-        return Choice(self._index, text, self._entries(shown), reason)
-
-    def _entries(self, shown: Iterable[Shown]) -> CompletionLogprobs | None:
-        return None if self._logprobs is None else completion_logprobs(shown, self._first)
+        return Choice(self._index, text, None if self._logprobs is None else completion_logprobs(shown), reason)
 
 
 class Reply:
@@ -52,17 +66,14 @@ class Reply:
         self._created = int(time.time())
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
-        self._answer_tokens = 0
         self._choices: list[_Choice] = []
         for tokens, text in prompts:
-            echoed = "" if not body.echo else service.tokenizer.decode(tokens) if text is None else text
             for _ in range(body.choices):
-                logprobs = None if body.logprobs is None else TextLogprobs(service.tokenizer)
-                self._choices.append(_Choice(len(self._choices), logprobs, echoed))
+                self._choices.append(_Choice(len(self._choices), service, body, tokens, text))
 
     async def whole(self, answers: Answers) -> Completion:
         """All answers, once they are complete."""
-        texts = [choice.echoed for choice in self._choices]
+        texts = ["" for _ in self._choices]
         shown: list[list[Shown]] = [[] for _ in self._choices]
         reasons: list[str | None] = [None for _ in self._choices]
         async with aclosing(answers.pieces()) as pieces:
@@ -70,7 +81,6 @@ class Reply:
                 text, more, reasons[index] = self._choices[index].piece(delta)
                 texts[index] += text
                 shown[index] += more
-                self._count(delta)
         every = zip(self._choices, texts, shown, reasons, strict=True)
         made = [choice.made(text, tokens, reason) for choice, text, tokens, reason in every]
         return self._completion(made, self._usage())
@@ -78,25 +88,17 @@ class Reply:
     async def events(self, answers: Answers) -> AsyncGenerator[Event, None]:
         """The pieces, and the usage where it was asked for."""
         usage: UnsetType | None = None if self._with_usage else UNSET
-        for choice in self._choices:
-            if choice.echoed:
-                yield Event(self._completion([choice.made(choice.echoed, [], None)], usage))
         async with aclosing(answers.pieces()) as pieces:
             async for index, delta in pieces:
-                self._count(delta)
                 text, shown, reason = self._choices[index].piece(delta)
                 if text or shown or reason:
                     yield Event(self._completion([self._choices[index].made(text, shown, reason)], usage))
         if self._with_usage:
             yield Event(self._completion([], self._usage()))
 
-    def _count(self, delta: Delta) -> None:
-        if delta.completion is not None:
-            self._answer_tokens += len(delta.completion.token_ids)
-
     def _completion(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
         service = self._service
         return Completion(self._id, self._created, service.name, service.fingerprint, choices, usage)
 
     def _usage(self) -> Usage:
-        return Usage.of(self._prompt_tokens, self._answer_tokens)
+        return Usage.of(self._prompt_tokens, sum(choice.tokens for choice in self._choices))

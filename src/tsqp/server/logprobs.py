@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,13 +39,13 @@ class Shown(ShownToken):
 
 
 class ShownTokens:
-    """The tokens of one text, one after the other."""
+    """The tokens of one text, one after the other. ``offset``: the complete characters so far."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0) -> None:
         self._tokenizer = tokenizer
         self._bytes = ByteStream(tokenizer.bytes)
         self._characters = _CHARACTERS(errors="replace")
-        self.offset = 0  # complete characters so far
+        self.offset = offset
 
     def push(self, token: int, entry: TokenLogprobs | None) -> Shown:
         """The next token, with its log-probabilities where it has some."""
@@ -56,25 +56,29 @@ class ShownTokens:
         return Shown(shown.token, shown.text, shown.bytes, shown.logprob, top, before)
 
     def _shown(self, token: int, logprob: float | None, added: bytes) -> ShownToken:
-        text = added.decode(errors="replace") if added else self._tokenizer.token_text(token)
+        in_text = self._tokenizer.bytes.is_counted(token)  # though it may add nothing in its place
+        text = added.decode(errors="replace") if in_text else self._tokenizer.token_text(token)
         return ShownToken(token, text, added, logprob)
 
 
 class TextLogprobs:
     """Those of one answer as it comes: an entry is held back until the text of its token is there.
 
-    Tokens of which a stop string has left nothing have no entry. So all together are the text.
+    Tokens of which a stop string has left nothing have no entry. So all together are the text. ``offset``: characters
+    of text before the answer. ``with_end``: the end token has an entry too.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._shown = ShownTokens(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0, *, with_end: bool = False) -> None:
+        self._shown = ShownTokens(tokenizer, offset)
         self._held = deque[Shown]()
-        self._given = 0  # characters of text
+        self._given = offset  # characters of text
+        self._with_end = with_end
 
     def push(self, delta: Delta) -> list[Shown]:
         """What is shown with a piece of the answer."""
-        if delta.logprobs is not None:
-            self._held.append(self._shown.push(delta.logprobs.token, delta.logprobs))
+        entry = delta.end_logprobs if delta.logprobs is None and self._with_end else delta.logprobs
+        if entry is not None:
+            self._held.append(self._shown.push(entry.token, entry))
         self._given += len(delta.text)
         if delta.completion is not None and self._given >= self._shown.offset:  # nothing was cut off
             return self._take(len(self._held))
@@ -82,6 +86,12 @@ class TextLogprobs:
 
     def _take(self, count: int) -> list[Shown]:
         return [self._held.popleft() for _ in range(count)]
+
+
+def prompt_tokens(tokenizer: Tokenizer, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> list[Shown]:
+    """Each token of a prompt with its log-probabilities."""
+    shown = ShownTokens(tokenizer)
+    return [shown.push(token, entry) for token, entry in zip(tokens, entries, strict=True)]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -118,8 +128,8 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-def completion_logprobs(tokens: Iterable[Shown], first: int = 0) -> CompletionLogprobs:
-    """Entries for completions; ``first``: the characters of text before the first one's text.
+def completion_logprobs(tokens: Iterable[Shown]) -> CompletionLogprobs:
+    """Entries for completions.
 
     A token with a part of a character is written ``bytes:\\xe2\\x82``, as OpenAI does: there is no other list of bytes.
     """
@@ -131,7 +141,7 @@ def completion_logprobs(tokens: Iterable[Shown], first: int = 0) -> CompletionLo
         lists.tokens.append(_named(one))
         lists.token_logprobs.append(one.logprob)
         lists.top_logprobs.append(None if one.logprob is None else top)
-        lists.text_offset.append(first + one.offset)
+        lists.text_offset.append(one.offset)
     return lists
 
 

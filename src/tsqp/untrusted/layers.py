@@ -88,7 +88,7 @@ class LayerState:
         under_way.batch.advance()
         hidden = under_way.hidden
         if not call.every_row:
-            last = [chunk.offset + row for chunk in under_way.chunks for row in chunk.last_rows()]
+            last = [chunk.offset + row for chunk in under_way.chunks for row in chunk.wanted_rows()]
             hidden = hidden[last]
         final = torch.empty_like(hidden)
         self._block.kernels.rms_norm(hidden, self._weights.norms.final, self._weights.config.rms_norm_eps, final)

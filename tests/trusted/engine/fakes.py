@@ -15,6 +15,7 @@ from tsqp.model.batch import Batch
 from tsqp.model.cache import Positions
 from tsqp.model.pending import Steps
 from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.engine.logprobs import TokenLogprobs, token_logprobs
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 
@@ -74,13 +75,16 @@ class FakeDecoder:
     def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]:
         assert batch.first_steps is not None
         assert batch.sampled is not None
+        assert batch.whole is not None
         wanted = []
-        for tokens, cache, first, sampled in zip(
-            batch.tokens, batch.caches, batch.first_steps, batch.sampled, strict=True
+        for tokens, cache, first, sampled, whole in zip(
+            batch.tokens, batch.caches, batch.first_steps, batch.sampled, batch.whole, strict=True
         ):
             assert tokens
             cache.write(tokens, first)
-            if sampled:
+            if whole:
+                wanted += [cache.tokens[: cache.length + row + 1] for row in range(len(tokens))]
+            elif sampled:
                 wanted.append(list(cache.tokens))
         if self.fail is not None:
             error, self.fail = self.fail, None
@@ -103,6 +107,12 @@ def logits_after(tokens: Sequence[int]) -> torch.Tensor:
 def fake_engine(decoder: FakeDecoder | None = None, **options: Any) -> Engine:
     """An engine that tells rows of prompts and of answers apart, over a fake decoder."""
     return Engine(decoder or FakeDecoder(), (), Stats(), same_bits=True, **options)
+
+
+def logprobs_of(prompt: Sequence[int], count: int) -> tuple[TokenLogprobs | None, ...]:
+    """Those of a prompt, each token by itself."""
+    rows = (logits_after(prompt[:at]) for at in range(1, len(prompt)))
+    return (None, *(token_logprobs(row, token, count) for row, token in zip(rows, prompt[1:], strict=True)))
 
 
 def alone(prompt: Sequence[int], params: SamplingParams) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trusted.engine.fakes import CONTEXT, GROW, SIZE, VOCABULARY, FakeCache, FakeDecoder, alone, fake_engine
+from tests.trusted.engine.fakes import (
+    CONTEXT,
+    GROW,
+    SIZE,
+    VOCABULARY,
+    FakeCache,
+    FakeDecoder,
+    alone,
+    fake_engine,
+    logprobs_of,
+)
 from tsqp.errors import InputError, NumericError, PadsExhausted, PromptError, QueueFull, WorkerLost
 from tsqp.trusted.engine.caller import Caller
 from tsqp.trusted.engine.engine import Engine, _finite_rows
@@ -22,6 +33,13 @@ from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.scheduler import Shares
 
 WHOLE = -(-(CONTEXT - 1) // GROW) * GROW * SIZE  # bytes of the longest request there can be
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prompts_are_read_in_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tsqp.trusted.engine.request.ROWS_WITH_LOGITS", 7)
+        yield
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -43,6 +61,10 @@ class Asked:
     def take(self, output: Output) -> None:
         assert not self.reasons, "nothing comes after the end"
         assert output.token is not None
+        if self.params.prompt_logprobs is not None and not self.tokens:
+            assert output.prompt_logprobs == logprobs_of(self.prompt, self.params.prompt_logprobs)
+        else:
+            assert output.prompt_logprobs is None
         self.tokens.append(output.token)
         if output.finish_reason is not None:
             self.reasons.append(output.finish_reason)
@@ -100,7 +122,8 @@ def watch_plans(engine: Engine) -> None:
             assert set(list(shares)[: -len(prefill) or None]) == decoding & set(shares), "decode rows first"
         else:
             assert sum(prefill[:-1]) < limits.idle_rows
-            assert all(rows == request.rest for request, rows in shares.items()), "prompts are whole"
+            assert all(rows == request.most_rows for request, rows in shares.items()), "prompts are whole"
+        assert all(rows <= 7 for request, rows in shares.items() if request.reads_prompt)
         return shares
 
     scheduler.plan = watched  # type: ignore[method-assign]
@@ -113,6 +136,7 @@ REQUEST = st.tuples(
     st.integers(0, 2),  # which of a few beginnings
     st.sampled_from([None, "", "x"]),
     st.integers(0, 5),  # the seed
+    st.sampled_from([None, None, 0, 2]),  # log-probabilities of the prompt
 )
 ACTION = st.one_of(
     st.tuples(st.just("add"), REQUEST),
@@ -133,8 +157,8 @@ def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: L
     watch_plans(engine)
     for action, value in actions:
         if action == "add":
-            length, tokens, tenant, beginning, salt, seed = value
-            params = SamplingParams(max_tokens=tokens, temperature=float(seed % 2), seed=seed)
+            length, tokens, tenant, beginning, salt, seed, logprobs = value
+            params = SamplingParams(max_tokens=tokens, temperature=float(seed % 2), seed=seed, prompt_logprobs=logprobs)
             asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt))
         elif action == "step":
             for _ in range(value):

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqp import SamplingParams
-from tsqp.trusted.engine.logprobs import FLOOR, likeliest, prompt_logprobs, token_logprobs
+from tsqp.trusted.engine.logprobs import (
+    FLOOR,
+    TokenLogprobs,
+    likeliest,
+    prompt_logprobs,
+    read_prompt,
+    token_logprobs,
+)
 from tsqp.trusted.engine.sampling import Sampler
 
 LOGITS = st.lists(st.sampled_from([-1e38, -50.0, -1.0, 0.0, 0.5, 0.5000001, 3.0, 1e38]), min_size=1, max_size=40)
@@ -59,6 +66,16 @@ def test_none_are_made_unless_they_are_asked_for() -> None:
     sampler = Sampler(SamplingParams())
     assert sampler.sample(torch.tensor([0.0, 1.0]), [0]).logprobs is None
     assert sampler.logprobs == []
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 11), max_size=6))
+def test_a_prompt_that_is_read_in_parts_some_of_them_again_has_the_same(length: int, starts: list[int]) -> None:
+    prompt = [(7 * at + 3) % 9 for at in range(length)]
+    logits = torch.randn(length, 9, generator=torch.Generator().manual_seed(2))
+    entries: list[TokenLogprobs | None] = [None]
+    for start in [*starts, *range(length)]:  # a gap is not read over
+        read_prompt(entries, logits[start : start + 3], prompt, start, 2)
+    assert entries == prompt_logprobs(logits, prompt, 2)
 
 
 def test_those_of_a_prompt_are_of_each_token_after_the_ones_before() -> None:

@@ -62,7 +62,7 @@ class Decoder:
         return KVCache(self.config, self._cache_dtype)
 
     def forward(self, batch: Batch[KVCache]) -> Steps[torch.Tensor]:
-        """Logits, float32 (n, vocab_size), of the last row of each sampled sequence; of all T rows for ``every_row``.
+        """Logits, float32 (n, vocab_size), of the rows that are wanted, in their order; of all T for ``every_row``.
 
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
@@ -80,8 +80,8 @@ class Decoder:
         for chunk in batch.chunks(self._max_rows):
             parts = chunk.split(self._micro_batches)
             yield from interleaved([self._through_layers(hidden[part.slice], part) for part in parts])
-            rows, last_rows = hidden[chunk.slice], chunk.last_rows()
-            wanted.append(rows if batch.every_row or len(last_rows) == chunk.rows else rows[last_rows])
+            rows, wanted_rows = hidden[chunk.slice], chunk.wanted_rows()
+            wanted.append(rows if batch.every_row or len(wanted_rows) == chunk.rows else rows[wanted_rows])
             self._stats.chunks += 1
             self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
         last = wanted[0] if len(wanted) == 1 else torch.cat(wanted)

@@ -26,6 +26,7 @@ from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps, run
 from tsqp.trusted.engine.counts import Counts
 from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.logprobs import read_prompt
 from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -142,8 +143,9 @@ class Engine:
         """Put a request into the queue; its number. It is computed by ``step``.
 
         ``tenant``: who shares the engine fairly with others. ``salt``: the request may find what ended requests of the
-        same tenant and salt have left, and leaves its own; None: neither. ``sampler``: one of its own, for this request
-        alone; made of ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
+        same tenant and salt have left, and leaves its own; None: neither, nor where log-probabilities of the prompt are
+        asked for, since all of it is to be computed. ``sampler``: one of its own, for this request alone; made of
+        ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
 
         Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
         PadsExhausted.
@@ -157,7 +159,7 @@ class Engine:
             sampler or Sampler(params),
             max_positions=self.config.max_positions,
             tenant=tenant,
-            scope=None if salt is None else (tenant, salt),
+            scope=None if salt is None or params.prompt_logprobs is not None else (tenant, salt),
             deliver=deliver,
         )
         with self._books():
@@ -285,29 +287,48 @@ class Engine:
             caches,
             sampled=[rows == request.rest for request, rows in shares.items()],
             first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
+            whole=[request.reads_prompt for request in shares],
         )
+        reading = {request: request.computed for request in shares if request.reads_prompt}
         start = time.perf_counter()
         logits = self._forward(batch)
         rows = prefilled or [1] * len(decoding)
         self.stats.passed(start, time.perf_counter(), rows, prefill=bool(prefilled))
-        sampled = [request for request in shares if not request.rest]
-        for request, row, is_finite in zip(sampled, logits, _finite_rows(logits), strict=True):
-            given[request] = self._choose(request, row, is_finite)
+        are_finite = _finite_rows(logits)
+        at = 0
+        for request, count in shares.items():
+            wanted = count if request in reading else int(not request.rest)
+            if wanted:
+                finite = all(are_finite[at : at + wanted])
+                output = self._take(request, logits[at : at + wanted], finite, reading.get(request))
+                at += wanted
+                if output is not None:
+                    given[request] = output
 
-    def _choose(self, request: Request, logits: torch.Tensor, is_finite: bool) -> Output:
-        """The next token of one request from its logits, float32 (vocab_size,). What goes wrong is its own."""
+    def _take(self, request: Request, logits: torch.Tensor, is_finite: bool, first: int | None) -> Output | None:
+        """What comes of the logits of one request, float32 (T, vocab_size): its next token, if its last row is there.
+
+        ``first``: the position of the first row, where the prompt is read. What goes wrong is the request's own.
+        """
+        entries, count = request.prompt_logprobs, request.params.prompt_logprobs
         try:
             if not is_finite:
                 raise NumericError(
                     "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
                     fields=("compute.dtype",),
                 )
-            token = request.sampler.choose(logits, request.tokens)
+            if first is not None and entries is not None and count is not None:
+                read_prompt(entries, logits, request.tokens, first, count)
+            if request.rest:
+                return None
+            begins = len(request.tokens) == request.prompt_length
+            token = request.sampler.choose(logits[-1], request.tokens)
             reason = request.extend(token, self.eos_token_ids)
         except Exception as error:
             return Output(request.id, None, "error", error)
         self.stats.new_tokens += 1
-        return Output(request.id, token, reason)
+        told = tuple(entries) if begins and entries is not None else None
+        return Output(request.id, token, reason, prompt_logprobs=told)
 
     def _settle(self, request: Request, rows: int, output: Output | None) -> None:
         """The books of one request after a pass that has computed ``rows`` of it; the lock is held."""

@@ -44,6 +44,18 @@ def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> 
     return [None, *after]
 
 
+def read_prompt(
+    entries: list[TokenLogprobs | None], logits: torch.Tensor, prompt: Sequence[int], first: int, count: int
+) -> None:
+    """Add to the entries of a prompt what its logits (T, vocab_size), after the tokens from ``first`` on, give them.
+
+    Rows that come again, after a preemption, and that of the last token add nothing.
+    """
+    for at, row in enumerate(logits, start=first + 1):
+        if at == len(entries) < len(prompt):
+            entries.append(token_logprobs(row, prompt[at], count))
+
+
 def likeliest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
     """The ids of the ``count`` highest scores, highest first; of equal ones the smaller id first."""
     count = min(count, len(scores))

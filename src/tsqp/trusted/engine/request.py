@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ROWS_WITH_LOGITS = 128  # the most of one request in one pass, where the logits of each row are wanted: they are large
 Scope = tuple[str, str]  # a tenant and a salt: whose kept caches a request may find
 
 
@@ -17,13 +19,14 @@ class Output:
     """What a step gave to one request: a token, or the error that ended it.
 
     ``finish_reason``: ``stop`` (the token is an end token, itself not part of the text), ``length`` or ``error``; None
-    while the request goes on.
+    while the request goes on. ``prompt_logprobs``: with the first token, where they were asked for.
     """
 
     request: int
     token: int | None
     finish_reason: FinishReason | None
     error: Exception | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Cache(Protocol):
@@ -56,7 +59,8 @@ class Request:
 
     ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
     there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
-    budget that it holds. ``pads``: rows that are reserved for it and not yet used.
+    budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``prompt_logprobs``: of the prompt's
+    tokens so far, None for the first, where they are asked for.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Request:
         self.end = min(self.prompt_length + params.max_tokens, max_positions)
         self.params = params
         self.sampler = sampler
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.deliver = deliver
         self.cache: Cache | None = None
         self.charge = 0
@@ -95,6 +100,16 @@ class Request:
     def rest(self) -> int:
         """Tokens that are still to cross the layers before the next one can be chosen."""
         return len(self.tokens) - self.computed
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the logits of all its next rows are wanted: they say how likely the prompt is."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
+
+    @property
+    def most_rows(self) -> int:
+        """How many rows it may have in the next pass."""
+        return min(self.rest, ROWS_WITH_LOGITS) if self.reads_prompt else self.rest
 
     @property
     def decoding(self) -> bool:

@@ -36,6 +36,7 @@ class SamplingParams:
     100 to the logits of tokens, by id. ``seed`` makes sampling repeatable: a token then depends on its logits, the seed
     and its position in the answer, not on what runs beside it. ``logprobs`` asks for the log-probability of each token
     and of so many of the likeliest in its place, 0 to 20, in the model's own distribution: before all of the above.
+    ``prompt_logprobs`` asks for the same of each token of the prompt but the first.
 
     ``stop`` strings (up to 64, of up to 256 characters) end a generation and are not part of its text, nor are
     ``stop_token_ids``; ``ignore_eos`` keeps going at the model's own end tokens. ``structured_outputs`` says what form
@@ -68,6 +69,7 @@ class SamplingParams:
     ignore_eos: bool = field(default=False, metadata=_says("Go on after the model's own end token."))
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -87,8 +89,10 @@ class SamplingParams:
         self._set("ignore_eos", bool(self.ignore_eos))
         if self.logit_bias is not None:
             self._set("logit_bias", _biases(self.logit_bias))
-        if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS))
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                self._set(name, _integer(name, count, f"0 to {MAX_LOGPROBS}", 0, MAX_LOGPROBS))
         if self.structured_outputs is None:
             return
         if not isinstance(self.structured_outputs, StructuredOutputsParams):

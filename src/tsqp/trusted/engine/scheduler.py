@@ -146,7 +146,7 @@ class Scheduler:
             if request.id not in self._running and not self._admit(request):
                 admits = False  # nobody overtakes the one that does not fit
                 continue
-            rows = request.rest - shares.get(request, 0)
+            rows = request.most_rows - shares.get(request, 0)
             if beside:
                 rows = min(rows, left)
             shares[request] = shares.get(request, 0) + rows
@@ -157,7 +157,7 @@ class Scheduler:
         """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
         first: dict[str, Request] = {}
         for request in self._running.values():
-            if request.id not in steps and request.rest > shares.get(request, 0):
+            if request.id not in steps and request.most_rows > shares.get(request, 0):
                 first.setdefault(request.tenant, request)
         if admits and len(self._running) < self._limits.running:
             for tenant, queue in self._queues.items():

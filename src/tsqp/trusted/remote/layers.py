@@ -63,13 +63,16 @@ class LayerDecoder:
             for layer in range(config.num_layers):
                 call = Layer(session.next_id(), begin, layer, chunk)
                 calls.append(session.start("layer", call, [], (0,)))
-        rows = sum(len(tokens) for tokens in batch.tokens) if batch.every_row else len(batch.tokens)
-        finish = Finish(session.next_id(), begin, batch.every_row)
+        every_row = batch.every_row or any(batch.whole or ())  # the worker is asked for the last rows, or for all
+        rows = sum(len(tokens) for tokens in batch.tokens) if every_row else len(batch.tokens)
+        finish = Finish(session.next_id(), begin, every_row)
         logits = session.start("lm_head", finish, [], (rows, config.vocab_size))
         for under_way in calls:  # noqa: UP028  (resumed with each result, which a list would not take)
             yield under_way
         result = (yield logits).float()
-        if batch.sampled is not None and not batch.every_row:
+        if every_row and not batch.every_row:
+            result = result[[chunk.offset + row for chunk in chunks for row in chunk.wanted_rows()]]
+        elif batch.sampled is not None and not batch.every_row:
             result = result[[index for index, wanted in enumerate(batch.sampled) if wanted]]
         batch.advance()
         stats.chunks += len(chunks)
