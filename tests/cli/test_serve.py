@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from tests.commands import LIMIT_S, Home, Result
 from tests.families import tiny_model
+from tests.server.chat_model import chat_model
 from tests.server.process import serving
 from tsqp.cli.commands import app
 from tsqp.cli.options import RunOptions
@@ -22,6 +24,7 @@ from tsqp.server.api_keys import KeyFile
 MODEL = ("--model", str(tiny_model("llama").directory))
 OPEN = (*MODEL, "--protection", "open", "--dtype", "float32")
 Command = Callable[..., Result]
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
@@ -144,3 +147,20 @@ def test_a_second_signal_ends_at_once_though_a_worker_is_silent(home: Home) -> N
             pass  # the worker does not let itself be stopped, so the end takes seconds
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_the_first_try_of_the_usage_page_works(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the mode that it is in unless told otherwise: what curl sends, and what OpenAI's client does."""
+    page = (Path(__file__).parents[2] / "docs" / "usage.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "openai" in block)
+    (body,) = re.findall(r"-d '(.*)'", page)
+    (path,) = re.findall(r"curl http://127\.0\.0\.1:8000(\S+)", page)
+    with serving(home, "--model", chat_model(), "--served-model-name", "default", "--port", 0) as server:
+        answer = httpx.post(f"{server.address}{path}", content=body, headers=JSON, timeout=LIMIT_S)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-tsqp-protection"] == "masked"
+        assert answer.json()["choices"][0]["message"]["role"] == "assistant"
+        code = code.replace("http://127.0.0.1:8000", server.address).replace("stream=True", "stream=True, max_tokens=8")
+        exec(compile(code, "usage.md", "exec"), {})
+    assert capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken
 
 from tests.families import SHAPE, byte_tokenizer
+from tsqp.checkpoint.base import TextFormat
 
 CONTEXT = 2048
 IM_START, IM_END = 256, 257
@@ -31,6 +32,14 @@ Tools: {% for tool in tools %}{{ tool | tojson }}
 
 
 @cache
+def chat_text_format() -> TextFormat:
+    """Its tokenizer and its template, for tests that need no model."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<|im_start|>", "<|im_end|>")])
+    return TextFormat(tokenizer.to_str(), (IM_END,), TEMPLATE, special_tokens={"eos_token": "<|im_end|>"})
+
+
+@cache
 def chat_model() -> Path:
     """Its directory; the same for every test."""
     import transformers
@@ -40,9 +49,7 @@ def chat_model() -> Path:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape)).eval().float()
     directory = Path(mkdtemp(prefix="tsqp-chat-"))
     model.save_pretrained(directory)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(chat_text_format().tokenizer_json, encoding="utf-8")
     settings = {"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory

@@ -17,10 +17,9 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from tests.server.chat_model import CONTEXT, IM_END, chat_model
+from tests.server.chat_model import CONTEXT, IM_END, chat_text_format
 from tsqp.api.answer import Answer, Delta
 from tsqp.api.async_llm import AsyncLLM
-from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import TextFormat
 from tsqp.server.handlers import exception_handlers
 from tsqp.server.routes import routes
@@ -69,7 +68,7 @@ def served(service: Service) -> Iterator[str]:
 
 def chat_tokenizer() -> Tokenizer:
     """That of the tiny chat model."""
-    return Tokenizer(open_checkpoint(str(chat_model())).text_format())
+    return Tokenizer(chat_text_format())
 
 
 Step = int | Exception | asyncio.Event  # a token, the end by an error, or something to wait for
@@ -82,7 +81,7 @@ class Script:
     """
 
     def __init__(self, *answers: Sequence[Step] | str | Exception, text_format: TextFormat | None = None) -> None:
-        self.tokenizer = chat_tokenizer() if text_format is None else Tokenizer(text_format)
+        self.tokenizer = Tokenizer(text_format or chat_text_format())
         self.answers = answers
         config = SimpleNamespace(max_positions=CONTEXT, vocab_size=VOCAB)
         self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config)

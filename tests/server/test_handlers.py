@@ -46,8 +46,8 @@ def test_a_class_has_its_status_and_a_constant_text(error: Exception, status: in
 
 
 def test_what_the_package_says_of_an_option_is_told_with_its_name_in_the_api() -> None:
-    told = translated(errors.OptionError("structured_outputs.json must be JSON", fields=("structured_outputs.json",)))
-    assert (told.status, told.body.message, told.body.param) == (400, "response_format must be JSON", "response_format")
+    told = translated(errors.OptionError("structured_outputs must be so", fields=("structured_outputs",)))
+    assert (told.status, told.body.message, told.body.param) == (400, "response_format must be so", "response_format")
     told = translated(errors.PromptError("the template refuses this"))
     assert (told.status, told.body.message, told.body.param) == (400, "the template refuses this", None)
 

@@ -117,8 +117,11 @@ def test_what_endpoints_tell_is_there(meters: PrometheusMeters) -> None:
         meters.token(0.004)
     meters.ended("stop", 7, 3, 1.5)
     meters.ended("abort", 7, 0, 0.1)
+    for status in (200, 429, 200):
+        meters.answered(status)
     found = samples(meters.page())
     assert found["tsqp:answers_begun_total", "chat"] == 2
+    assert (found["tsqp:http_answers_total", "200"], found["tsqp:http_answers_total", "429"]) == (2, 1)
     assert found["vllm:time_to_first_token_seconds_count",] == 2
     assert found["vllm:time_to_first_token_seconds_bucket", "0.2"] == 0
     assert found["vllm:time_to_first_token_seconds_bucket", "0.5"] == 2

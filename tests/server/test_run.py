@@ -246,6 +246,36 @@ def test_a_socket_in_the_file_system(server: Server, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
+def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, going on, killed: each shows, and none keeps the server from ending."""
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+    monkeypatch.setattr(Running, "_end_at_once", lambda _, code: None)
+    llm = LLM(MODEL, protection="verified")
+    worker = llm.worker_pid
+    assert worker is not None
+
+    def wait_for(ready: Ready, code: str | None) -> None:
+        while httpx.get(f"{ready.address}/readyz", timeout=LIMIT_S).json().get("code") != code:
+            pass
+
+    def client(ready: Ready) -> None:
+        wait_for(ready, None)
+        os.kill(worker, signal.SIGSTOP)
+        wait_for(ready, "worker_silent")
+        assert httpx.get(f"{ready.address}/livez").status_code == 200
+        os.kill(worker, signal.SIGCONT)
+        wait_for(ready, None)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(ready, "worker_lost")
+        assert metric(ready, "tsqp:worker_up") == 0
+        lost = completion(ready)
+        assert (lost.status_code, lost.json()["error"]["type"]) == (503, "server_error")
+
+    with llm:
+        Server(llm, threading.Event(), []).run(client, settings=ServerSettings(probe_s=0.2))
+
+
 def test_how_an_address_is_written() -> None:
     assert url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
     assert url("::1", 8000, tls=True) == "https://[::1]:8000"

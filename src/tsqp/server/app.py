@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tsqp.server.api_keys import KeyFile
@@ -20,16 +24,21 @@ def create_app(
     keys: KeyFile | None = None,
     lifecycle: Lifecycle | None = None,
     probe: Probe | None = None,
+    answered: Callable[[int], None] = lambda _status: None,
 ) -> ASGIApp:
     """The server of one model as an ASGI application.
 
     ``keys``: who may use it; None lets everybody in. ``lifecycle``: where it is told to drain. ``probe``: what
-    readiness asks; a round trip to the worker when not given.
+    readiness asks; a round trip to the worker when not given. ``answered`` is told the status of each answer.
     """
     lifecycle = lifecycle or Lifecycle()
     probe = probe or WorkerProbe(service.model, service.settings.probe_s)
-    app = Starlette(
-        routes=[*routes(service), *health_routes(probe, lifecycle)], exception_handlers=dict(exception_handlers)
-    )
+    handlers = {**exception_handlers, ClientDisconnect: _nobody_listens}
+    app = Starlette(routes=[*routes(service), *health_routes(probe, lifecycle)], exception_handlers=handlers)
     always = {"x-tsqp-protection": service.protection}
-    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always)
+    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered)
+
+
+async def _nobody_listens(_request: Request, _error: Exception) -> Response:
+    """A client that has left while it sent its request: no fault of the server, and nothing for its log."""
+    return Response(status_code=400)

@@ -11,7 +11,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tsqp.errors import OptionError
 from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import read_body
 from tsqp.server.chat_messages import Message, conversation
@@ -19,7 +18,7 @@ from tsqp.server.chat_reply import Reply
 from tsqp.server.chat_types import ChatBody
 from tsqp.server.errors import ApiError
 from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
-from tsqp.server.response_format import form_of, refuse_both
+from tsqp.server.response_format import form_errors, form_of, refuse_both
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 from tsqp.server.tools import ToolUse, tool_use
@@ -35,7 +34,9 @@ async def create(service: Service, request: Request) -> Response:
     check_choices(service, body.choices)
     check_stream_options(body)
     tools = _tools(service, body)
-    params = sampling_params(body, logprobs=_logprobs(body), form=_form(body, tools))
+    with form_errors("response_format"):
+        form = _form(body, tools)
+    params = sampling_params(body, logprobs=_logprobs(body), form=form)
     prompt = await encoded(service, body.messages, tools, body.chat_template_kwargs)
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
@@ -46,7 +47,8 @@ async def create(service: Service, request: Request) -> Response:
     params = replace(params, max_tokens=most)
     reply = Reply(service, body, tools, len(prompt))
     every = [Asked(prompt, of_choice(params, index)) for index in range(body.choices)]
-    answers = await opened(service, request, "chat", every, salt_of(body), tools)
+    with form_errors("response_format"):
+        answers = await Answers.open(service, request, "chat", every, salt_of(body))
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
     async with answers:
@@ -74,18 +76,6 @@ async def encoded(
         text = "chat_template_kwargs has a name that the model's template does not read"
         raise ApiError(400, text, param="chat_template_kwargs", code="invalid_value")
     return await asyncio.to_thread(lambda: tokenizer.encode_chat(turns, **arguments))
-
-
-async def opened(
-    service: Service, request: Request, endpoint: str, asked: Sequence[Asked], salt: str, tools: ToolUse | None
-) -> Answers:
-    """The answers under way. Raises as ``Answers.open``."""
-    try:
-        return await Answers.open(service, request, endpoint, asked, salt)
-    except OptionError as error:
-        if tools is None or tools.form is None or "structured_outputs.grammar" not in error.fields:
-            raise
-    raise ApiError(400, "the parameters of a tool are no JSON schema that is supported here", param="tools")
 
 
 def _tools(service: Service, body: ChatBody) -> ToolUse | None:

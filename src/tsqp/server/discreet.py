@@ -68,7 +68,8 @@ def write_logs(level: int = logging.INFO) -> None:
     handler.setFormatter(DiscreetFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(LOGGER).setLevel(level)
-    logging.captureWarnings(capture=False)
+    # One line for each request that is no HTTP, or wants a web socket: any client could fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     log = logging.getLogger(f"{LOGGER}.server")
 
     def uncaught(where: str, error: BaseException | None) -> None:

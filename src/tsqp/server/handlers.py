@@ -30,8 +30,6 @@ _log = logging.getLogger("tsqp.server")
 # Options of the package by the names that they have in the API.
 _API_NAMES = {
     "structured_outputs": "response_format",
-    "structured_outputs.json": "response_format",
-    "structured_outputs.grammar": "tools",
     "logprobs": "top_logprobs",
 }
 
@@ -53,7 +51,7 @@ def translated(error: Exception) -> ApiError:
         case CheckFailed():
             return _unavailable("the worker failed a check: nothing was made of its answer", "check_failed")
         case ChannelClosed():
-            return _unavailable("the server is shutting down, or has lost its worker", "worker_lost", retry_after_s=2)
+            return _unavailable("the server is shutting down, or has lost its worker", "unavailable", retry_after_s=2)
         case ChannelError():
             return _unavailable("the worker cannot be reached", "worker_lost", retry_after_s=2)
         case InputError() | UnsupportedModel():

@@ -11,7 +11,6 @@ but their figures side by side would tell one reader about all customers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,8 +22,7 @@ from starlette.routing import Route
 
 from tsqp.api.async_llm import AsyncLLM
 from tsqp.errors import CheckFailed
-
-Reason = Literal["stop", "length", "abort", "error"]
+from tsqp.server.meters import Reason
 
 FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0)
 TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -46,12 +44,19 @@ class PrometheusMeters:
         self._endpoints = Counter(
             "tsqp:answers_begun", "Answers begun, by endpoint.", ["model_name", "endpoint"], registry=self.registry
         )
+        self._answers = Counter(
+            "tsqp:http_answers", "Answers begun, by status.", ["model_name", "status"], registry=self.registry
+        )
         self._name = name
         self._first = histogram("vllm:time_to_first_token_seconds", "Time to the first token.", FIRST_TOKEN_S)
         self._token = histogram("vllm:inter_token_latency_seconds", "Time from one token to the next.", TOKEN_S)
         self._answer = histogram("vllm:e2e_request_latency_seconds", "Time of a whole answer.", ANSWER_S)
         self._prompt_tokens = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._answer_tokens = histogram("vllm:request_generation_tokens", "Tokens of an answer.", TOKENS)
+
+    def answered(self, status: int) -> None:
+        """A request has an answer, whoever gives it. Statuses are our own and few."""
+        self._answers.labels(self._name, str(status)).inc()
 
     def began(self, endpoint: str) -> None:
         """An answer is in the queue; ``endpoint`` is a constant of the route."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
 
+from tsqp.errors import OptionError
 from tsqp.server.errors import ApiError
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
@@ -45,3 +49,47 @@ def refuse_both(form: StructuredOutputsParams | None, has_tools: bool, param: st
         raise ApiError(
             400, f"{param} and tools exclude each other, unless tool_choice is none", param=param, code="invalid_value"
         )
+
+
+@contextmanager
+def form_errors(param: str) -> Iterator[None]:
+    """Names the field of the API where a form is refused: ``param``, or the tools whose calls are a form.
+
+    Of the reason only words of the list below are told. The library repeats names and values of a schema, and they are
+    the client's text.
+    """
+    problem: OptionError | None = None
+    try:
+        yield
+    except OptionError as error:
+        if not any(name.startswith("structured_outputs.") for name in error.fields):
+            raise
+        problem = error
+    if problem is not None:
+        name = "tools" if "structured_outputs.grammar" in problem.fields else param
+        said, used, reason = str(problem).partition(" cannot be used: ")
+        text = f"{name}{used}{_known(reason)}" if used else f"{name} {said.partition(' ')[2]}"
+        raise ApiError(400, text, param=name, code="invalid_schema")
+
+
+def _known(reason: str) -> str:
+    return re.sub(r"\w+", lambda word: word[0] if word[0].lower() in _WORDS else "…", reason)
+
+
+# Of the library's reasons, then of JSON schemas.
+_VOCABULARY = """
+a ahead an and any are around array at be behind but by can cannot class closed contains deep deeply does duplicate
+empty end error escape exceeds exist expected expression failed form format found greater group has have in including
+incompatible invalid is it items key keys keyword large length less limit look many match missing more must name nested
+no non not nothing number object of one only or out parse parser parsing pattern pointer properties property range
+reached recursion reference regex repetition required schema size string supported syntax text than that the this to
+too type types unclosed unexpected unicode unimplemented unknown unrecognized unresolved unsatisfiable unsupported value
+values with
+
+additionalItems additionalProperties allOf anchor anyOf boolean const contentEncoding contentMediaType definitions defs
+dependencies dependentRequired dependentSchemas dynamicRef else enum exclusiveMaximum exclusiveMinimum id if integer
+maxContains maxItems maxLength maxProperties maximum minContains minItems minLength minProperties minimum multiple
+multipleOf null oneOf patternProperties prefixItems propertyNames ref then unevaluatedItems unevaluatedProperties
+uniqueItems
+"""
+_WORDS = frozenset(_VOCABULARY.lower().split())

@@ -10,13 +10,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tsqp.server.answers import Asked, unless_left
+from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import as_type, read_body
-from tsqp.server.chat import MAX_TOP_LOGPROBS, encoded, opened
+from tsqp.server.chat import MAX_TOP_LOGPROBS, encoded
 from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
 from tsqp.server.errors import ApiError
 from tsqp.server.params import answer_tokens, check_stream_options, salt_of, sampling_params
-from tsqp.server.response_format import form_of, refuse_both
+from tsqp.server.response_format import form_errors, form_of, refuse_both
 from tsqp.server.responses_reply import Reply
 from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
 from tsqp.server.service import Service
@@ -34,13 +34,16 @@ async def create(service: Service, request: Request) -> Response:
     service.check_name(body.model)
     check_stream_options(body)
     tools = _tools(service, body)
-    params = sampling_params(body, logprobs=_logprobs(body), form=_form(body, tools))
+    with form_errors("text.format"):
+        form = _form(body, tools)
+    params = sampling_params(body, logprobs=_logprobs(body), form=form)
     prompt = await encoded(service, messages_of(body), tools, body.chat_template_kwargs, param="input")
     default, param = service.settings.max_answer_tokens, "max_output_tokens"
     most = answer_tokens(service, len(prompt), body.max_output_tokens, default, param=param, prompt="input")
     reply = Reply(service, body, tools, len(prompt))
     asked = [Asked(prompt, replace(params, max_tokens=most))]
-    answers = await opened(service, request, "responses", asked, salt_of(body), tools)
+    with form_errors("text.format"):
+        answers = await Answers.open(service, request, "responses", asked, salt_of(body))
     if body.stream:
         padding = padding_of(service, body)
         return EventStream(service, answers, reply.events(answers), padding=padding, end=b"")

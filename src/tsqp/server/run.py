@@ -124,7 +124,7 @@ class Running:
         meters = PrometheusMeters(model, self._names[0])
         protection = self._llm.plan.protection.name
         service = Service(model, self._names, self._settings, protection, fingerprint_of(self._llm), meters)
-        app = create_app(service, keys=self._keys, lifecycle=self._lifecycle)
+        app = create_app(service, keys=self._keys, lifecycle=self._lifecycle, answered=meters.answered)
         limits = self._settings
         tasks = [self._start(app, sockets, tls, limits.max_connections)]
         if metrics_sockets:

@@ -8,6 +8,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from tests.server.asgi import ask, echo
+from tsqp.server.errors import ApiError
+from tsqp.server.guards.faults import Faults
 from tsqp.server.guards.headers import AnswerHeaders
 
 APP = AnswerHeaders(echo, {"x-tsqp-protection": "masked"})
@@ -47,3 +49,14 @@ def test_an_id_that_is_long_or_unclean_is_not_repeated(theirs: str) -> None:
 def test_the_longest_clean_id_is_repeated() -> None:
     theirs = "aZ09._-" + "b" * 57
     assert ask(APP, headers={"x-request-id": theirs}).headers["x-request-id"] == theirs
+
+
+def test_each_status_is_told() -> None:
+    told: list[int] = []
+    ask(AnswerHeaders(Faults(refuses), {}, told.append))
+    ask(AnswerHeaders(echo, {}, told.append))
+    assert told == [404, 200]
+
+
+async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ApiError(404, "not here")

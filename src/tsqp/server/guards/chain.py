@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,8 +28,9 @@ def guarded(
     lifecycle: Lifecycle,
     keys: KeyFile | None = None,
     always: Mapping[str, str],
+    answered: Callable[[int], None] = lambda _status: None,
 ) -> ASGIApp:
-    """The application behind its guards; ``always`` are headers of every answer.
+    """The application behind its guards; ``always`` are headers of every answer, ``answered`` is told each status.
 
     A request passes them from the last line of this function to the first. Cheap refusals come first: who has no key
     gets no body read, and a page of a stranger is not told whether its key is right.
@@ -52,7 +53,7 @@ def guarded(
     app = Hosts(app, names_for(settings.host, settings.hosts), any_number=is_wildcard(settings.host))
     app = HeaderCount(app, settings.max_headers)
     app = Faults(app)
-    app = AnswerHeaders(app, always)
+    app = AnswerHeaders(app, always, answered)
     return _OnlyHttp(app)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,11 +22,15 @@ class AnswerHeaders:
 
     ``x-tsqp-request-id`` is ours. ``x-request-id`` is the client's, where that is short and clean; ours otherwise.
     Nothing here looks a client's id up, so two requests may have the same. A header that an endpoint sets stays.
+    ``answered`` is called with the status of each answer.
     """
 
-    def __init__(self, app: ASGIApp, always: Mapping[str, str]) -> None:
+    def __init__(
+        self, app: ASGIApp, always: Mapping[str, str], answered: Callable[[int], None] = lambda _status: None
+    ) -> None:
         self._app = app
         self._always = {**SECURITY, **always}
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ours = f"req_{secrets.token_hex(16)}"
@@ -36,6 +40,7 @@ class AnswerHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self._answered(message["status"])
                 headers = MutableHeaders(scope=message)
                 for name, value in {**self._always, "x-request-id": shown, "x-tsqp-request-id": ours}.items():
                     headers.setdefault(name, value)
