@@ -125,11 +125,11 @@ class Taken:
         self.why: list[int] = []
         real = step_loops.decode
 
-        def decode(at: Array, calls: Array, *arguments: Any) -> tuple[int, int]:
+        def decode(at: Array, board: Array, least: int, calls: Array, *arguments: Any) -> tuple[int, int]:
             if at[step_loops.CALL] == len(calls):  # no step: it is to be compiled
-                return real(at, calls, *arguments)
+                return real(at, board, least, calls, *arguments)
             self.why.append(-1)  # an interrupt is raised as soon as it is back in Python
-            self.why[-1], size = real(at, calls, *arguments)
+            self.why[-1], size = real(at, board, least, calls, *arguments)
             return self.why[-1], size
 
         monkeypatch.setattr(step_loops, "decode", decode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,24 +103,54 @@ def test_a_prompt_of_one_token(run: Run, taken: Taken) -> None:
     assert_same_bits(run[0], [0], taken, steps=2)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_step, "SPLIT_PAIRS", 1)
-    monkeypatch.setattr(block_attention, "SPLIT_PAIRS", 1)
-    torch.set_num_threads(threads)
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads of this side."""
+    torch.set_num_threads(request.param)
     row_threads.cache_clear()
     try:
-        with opened("masked", threads=threads) as (llm, _):
-            assert row_threads().threads == threads
-            taken = Taken(monkeypatch)
-            assert_same_bits(llm, EDGES, taken)
-            assert taken.why == ([step_loops.ATTEND] * llm.config.num_layers + [step_loops.OVER]) * 3
+        yield request.param
     finally:
         torch.set_num_threads(1)
         row_threads.cache_clear()
 
 
-@pytest.mark.parametrize("lengths", [[0], [40], [40, 0, 99]], ids=str)
+def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one long sequence the threads share keys, in Python; of many sequences they share rows."""
+    monkeypatch.setattr(decode_step, "SPLIT_PAIRS", 1)
+    monkeypatch.setattr(block_attention, "SPLIT_PAIRS", 1)
+    with opened("masked", threads=threads) as (llm, _):
+        assert row_threads().threads == threads
+        for lengths in (EDGES[:1], EDGES):
+            taken = Taken(monkeypatch)
+            assert_same_bits(llm, lengths, taken)
+            by_keys = [step_loops.ATTEND] * llm.config.num_layers if len(lengths) < 2 * threads else []
+            assert taken.why == [*by_keys, step_loops.OVER] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_threads_share(threads: int, mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a row computes the same."""
+    monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
+    with opened(mode, threads=threads) as (llm, _):
+        taken = Taken(monkeypatch)
+        for lengths in ROWS.values():
+            assert_same_bits(llm, lengths, taken, steps=5)
+        assert not any(thread.name.startswith("tsqp-step") for thread in threading.enumerate()) or threads > 1
+
+
+def test_threads_of_steps_end_with_the_run(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
+    with opened("masked", threads=threads) as (llm, _):
+        stepped(llm, caches(llm, [3, 4]))
+        named = [thread for thread in threading.enumerate() if thread.name.startswith("tsqp-step")]
+        assert len(named) == threads - 1
+    for thread in named:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("lengths", [[0], [40]], ids=str)
 def test_from_how_many_pairs_on_threads_share_it(
     run: Run, lengths: list[int], taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ SOURCES = (
     "arith/row_tile.py",
     "arith/vnni.py",
     "arith/amx.py",
+    "arith/crew.py",
     "model/compiled.py",
     "model/attention_tiles.py",
     "model/compiled_rows.py",

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from tsqp.arith.bits import Array, bits
+from tsqp.arith.crew import dismiss, new_board
 from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.arith.row_threads import row_threads
 from tsqp.config.groups import group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import NumericError, PadsExhausted
@@ -35,6 +37,7 @@ from tsqp.trusted.guard.linears import CheckedLinears, lose, refuse
 from tsqp.trusted.guard.pads import PadBlock
 from tsqp.trusted.guard.pool import PadSlice
 from tsqp.trusted.remote.session import WorkerSession
+from tsqp.trusted.step_helpers import Helpers
 from tsqp.wire import exchange
 from tsqp.wire.channel import DirectLine
 from tsqp.wire.codec import encode
@@ -44,6 +47,8 @@ from tsqp.wire.slot import KEPT_ROWS, Slot
 KINDS = {"qkv": loops.QKV, "o": loops.O, "gate_up": loops.GATE_UP, "down": loops.DOWN, "lm_head": loops.LM_HEAD}
 WIDE_ID = 0x2123456789ABCDEF  # its encoding has 8 bytes of number, as those of a step have whatever the number is
 PLANS = 2  # counts of rows whose plans are kept
+MOST_THREADS = 4  # that share the rows of a step: each more is woken for each call
+SHARE_NUMBERS = 1 << 17  # computed between two calls, from which on waking another thread pays
 
 Spans = Sequence[SequenceRows[KVCache]]
 
@@ -67,6 +72,7 @@ class DecodeStep:
         self._session = session
         self._line = line
         self._plans: dict[int, _Plan] = {}
+        self._helpers = Helpers(min(row_threads().threads, MOST_THREADS) - 1)
 
     @classmethod
     def of(cls, model: Model, linears: CheckedLinears, session: WorkerSession) -> DecodeStep | None:
@@ -86,11 +92,16 @@ class DecodeStep:
         work = ChunkWork(table, table, q, attention)
         plan.at[loops.CALL] = len(plan.keys)
         hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
-        loops.decode(plan.at, plan.calls, *plan.arguments(bits(hidden), bits(logits), work))
+        shared, line = plan.arguments(bits(hidden), bits(logits), work)
+        board = new_board(0)
+        loops.decode(plan.at, board, SHARE_NUMBERS, *shared, line)
+        dismiss(board)
+        loops.help_out(board, 1, *shared)
 
     def close(self) -> None:
         """Let go of the memory of the connection, and of the guard's. Closing twice is allowed."""
         self._plans.clear()
+        self._helpers.close()
 
     def serves(self, spans: Spans) -> bool:
         """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
@@ -135,19 +146,20 @@ class DecodeStep:
             caches[:, row, 4] = span.position
         logits = torch.empty(plan.rows, self._model.config.vocab_size)
         plan.at[:] = 0, loops.OPERATE, self._line.numbers(len(plan.keys)), ids
-        arguments = plan.arguments(bits(hidden), bits(logits), work)
+        shared, line = plan.arguments(bits(hidden), bits(logits), work)
         blocks = BlocksOfChunk(self._model.attention, spans)
-        while True:
-            why, size = loops.decode(plan.at, plan.calls, *arguments)
-            if why == loops.OVER:
-                break
-            if why == loops.ATTEND:
-                mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, -1)
-                self._model.attention.attend_steps(plan.layer(), work.q, blocks, mixed)
-            elif why == loops.REFUSED:
-                refuse(plan.verdicts)
-            else:
-                self._settle(plan, why - loops.LINE, size)
+        with self._helpers.beside(loops.help_out, shared, rows=plan.rows) as board:
+            while True:
+                why, size = loops.decode(plan.at, board, SHARE_NUMBERS, *shared, line)
+                if why == loops.OVER:
+                    break
+                if why == loops.ATTEND:
+                    mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, -1)
+                    self._model.attention.attend_steps(plan.layer(), work.q, blocks, mixed)
+                elif why == loops.REFUSED:
+                    refuse(plan.verdicts)
+                else:
+                    self._settle(plan, why - loops.LINE, size)
         self._count(plan, ids)
         return logits
 
@@ -195,7 +207,7 @@ class _Plan:
         widest_in, widest_out = max(one.in_features for one in groups), max(one.out_features for one in groups)
         self.at = np.zeros(4, np.int64)
         self.x, self._y = torch.empty(rows * widest_in), torch.empty(rows * max(g.out_features for g in groups[:-1]))
-        self._private = np.empty(widest_out, np.uint32)
+        self._private = np.empty((MOST_THREADS, widest_out), np.uint32)
         self.verdicts = np.empty(rows, np.uint8)
         self._room = np.empty(rows, np.float32), np.empty((rows, checks), np.uint32), self.verdicts
         self._item = np.zeros(1, linears.item)
@@ -269,11 +281,12 @@ class _Plan:
             for row in range(at, at + rows):
                 secrets[first + row - at] = pads + row * inner, products + row * outer
 
-    def arguments(self, hidden: Array, logits: Array, work: ChunkWork) -> tuple[Any, ...]:
-        """Of the loop, but for the first two."""
+    def arguments(self, hidden: Array, logits: Array, work: ChunkWork) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Of the loop, but for the first three: those that helpers have as well, and the line."""
         memory = hidden, bits(self.x), bits(self._y), logits, self._private
         operators = *self._work, SPLIT_PAIRS, bits(work.cos), bits(work.sin), bits(work.q), words(work.q)
-        return self._guard, memory, operators, (*self._room, self._item), (self.caches, self._windows), self._socket
+        room, caches = (*self._room, self._item), (self.caches, self._windows)
+        return (self.calls, self._guard, memory, operators, room, caches), self._socket
 
     def layer(self) -> int:
         """Of the call under way."""

@@ -5,6 +5,9 @@ loops quantise and mask its result, exchanges the call for its answer, has them 
 is the plain way (``DecoderLayers.steps`` over ``CheckedLinears``) without the interpreter: every loop here is one of
 those that the plain way calls, in the same order, so the bits are the same (test_decode_step.py).
 
+Rows are independent between two calls, so threads share them out where that is worth while (``arith/crew.py``): the
+one that makes the step leads, and waits for all rows after each part of the work.
+
 What is of the guard, and to be read beside it: ``_mask`` and ``_unmask``. A row is sent once all rows have the verdict
 OK; a reply is read once, into private memory; nothing looks at a product before every row of it has the verdict OK.
 """
@@ -19,6 +22,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.core.cgutils import voidptr_t
 from numba.extending import intrinsic
 
+from tsqp.arith.crew import HELPERS, OF, OPEN, WHAT, call_helpers, done, next_item, say, send_away, take, wait
 from tsqp.arith.jit import inline, kernel
 from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, silu_mul, store
 from tsqp.model.compiled_attention import PART_KEYS, attend_steps
@@ -38,6 +42,8 @@ CALL, NEXT, SEQUENCE, ID = range(4)
 OPERATE, MIX, ATTENDED, SEND, TAKE = range(5)
 # Why it has come back: it is over; attention is to be shared out; rows have another verdict than OK; or as of exchange.
 OVER, ATTEND, REFUSED, LINE = range(4)
+# The parts of the work that threads share out by rows.
+DO_NORM, DO_STORE, DO_SILU, DO_ATTEND, DO_MASK, DO_UNMASK = range(6)
 # When, ns, int64 (calls, 6): the operator began, rotary was done, and so was the operator, masked and about to send,
 # the reply was there, and it was checked.
 BEGAN, ROTATED, OPERATED, MASKED, ARRIVED, CHECKED = range(6)
@@ -69,33 +75,31 @@ def _held(address, like, rows, width):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mask(call, x, checks, masked, secrets, item, word, scales, expected, verdicts):  # type: ignore[no-untyped-def]
-    """``quantise_and_mask`` of x, float32 (R, K), to where the call is sent from; whether every row may be sent."""
-    inner, good = call[INNER], True
+def _mask(call, x, checks, masked, secrets, item, word, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """``quantise_and_mask`` of rows ``first`` to ``end`` of x, float32 (R, K), to where the call is sent from."""
+    inner = call[INNER]
     sent = _held(call[SENT], item, len(x), inner)
     projections = _held(call[PROJECTIONS], word, checks, inner)
-    for row in range(len(x)):
+    for row in range(first, end):
         pads = _held(secrets[row, 0], word, _ONE, inner if masked else _FIRST)
         own, to, scale = x[row : row + 1], sent[row : row + 1], scales[row : row + 1]
         found, verdict = expected[row : row + 1], verdicts[row : row + 1]
         verdict[0] = UNSEEN
         limit = np.float32(call[LIMIT])
         quantise_and_mask(own, limit, projections, masked, pads, to, scale, found, verdict, _FIRST, _ONE)
-        good = good and verdict[0] == OK
-    return good
 
 
 @kernel
-def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, verdicts):  # type: ignore[no-untyped-def]
-    """``verify_and_unmask`` of the reply to y, float32 (R, N); whether every row may be looked at.
+def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """``verify_and_unmask`` of rows ``first`` to ``end`` of the reply to y, float32 (R, N).
 
-    private uint32 (1, ≥ N) takes one row of the reply after another.
+    private uint32 (≥ N,), this thread's own, takes one row of the reply after another.
     """
-    outer, good = call[OUTER], True
+    outer = call[OUTER]
     vectors = _held(call[VECTORS], word, checks, outer)
     w_scales, bias = _held(call[SCALES], y, _ONE, outer)[0], _held(call[BIAS], y, _ONE, outer)[0]
     reply = _held(private.ctypes.data, word, _ONE, outer)
-    for row in range(len(y)):
+    for row in range(first, end):
         products = _held(secrets[row, 1], word, _ONE, outer if masked else _FIRST)
         own, scale = y[row : row + 1], scales[row : row + 1]
         found, verdict = expected[row : row + 1], verdicts[row : row + 1]
@@ -103,7 +107,14 @@ def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, v
         _copy_once(private.ctypes.data, call[REPLY] + row * outer * word.itemsize, outer * word.itemsize)
         check = (vectors, found, masked, products, scale, w_scales, bias)
         verify_and_unmask(reply, *check, own, verdict, _FIRST, _ONE)
-        good = good and verdict[0] == OK
+
+
+@kernel
+def _all_good(verdicts):  # type: ignore[no-untyped-def]
+    """Whether every row may be sent, or looked at."""
+    good = True
+    for row in range(len(verdicts)):
+        good = good and verdicts[row] == OK
     return good
 
 
@@ -140,14 +151,101 @@ def _attend(q, caches, window, kv_heads, scale, out):  # type: ignore[no-untyped
 
 
 @kernel
-def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[no-untyped-def]
+def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
+    """Rows ``first`` to ``end`` of a part of the work around call ``c``; the tuples are those of ``decode``.
+
+    ``thread``: which row of private memory is this thread's.
+    """
+    masked, checks, secrets = guard
+    hidden, x_memory, y_memory, logits, private = memory
+    eps, score_scale, kv_heads, _, cos, sin, q, q_words = work
+    scales, expected, verdicts, item = room
+    tables, windows = caches
+    call, rows, word = calls[c], len(hidden), private[0]
+    layer, inner, outer = call[LAYER], call[INNER], call[OUTER]
+    x = x_memory[: rows * inner].reshape(rows, inner)
+    width = calls[max(c - 1, 0), OUTER]
+    before = y_memory[: rows * width].reshape(rows, width)  # the last product
+    if part == DO_NORM:
+        norm = _held(call[NORM], hidden, _ONE, inner)[0]
+        if c == 0:
+            rms_norm(hidden, norm, eps, x, first, end)
+        else:
+            add_rms_norm(hidden, before, norm, eps, x, first, end)
+    elif part == DO_STORE:
+        table, q_size, kv_size = tables[layer], len(q) * q.shape[2], kv_heads * q.shape[2]
+        queries, keys, values = (before, _FIRST), (before, q_size), (before, q_size + kv_size)
+        store(*queries, *keys, *values, cos, sin, q, q[:kv_heads], table, first, end)
+    elif part == DO_SILU:
+        silu_mul(before, x, first, end)
+    elif part == DO_ATTEND:
+        mixed = x.reshape(rows, len(q), q.shape[2])
+        _attend(q_words, tables[layer, first:end], windows[layer], kv_heads, score_scale, mixed)
+    elif part == DO_MASK:
+        _mask(call, x, checks, masked, secrets[c], item, word, scales, expected, verdicts, first, end)
+    else:
+        y = logits if call[KIND] == LM_HEAD else y_memory[: rows * outer].reshape(rows, outer)
+        own = private[thread]
+        _unmask(call, y, checks, masked, secrets[c], word, own, scales, expected, verdicts, first, end)
+
+
+@kernel
+def _share(part, c, board, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
+    """All rows of a part of the work, with helpers if they were called."""
+    rows = len(memory[0])
+    if not board[OPEN]:
+        _do(part, c, _FIRST, rows, _FIRST, calls, guard, memory, work, room, caches)
+        return
+    say(board, part, c, rows)
+    row = take(board)
+    while row >= 0:
+        _do(part, c, row, row + 1, _FIRST, calls, guard, memory, work, room, caches)
+        done(board)
+        row = take(board)
+    wait(board)
+
+
+@kernel
+def help_out(board, thread, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
+    """What a helper does during a step: rows of whatever is to be done, until the step is over."""
+    row = next_item(board)
+    while row >= 0:
+        _do(board[WHAT], board[OF], row, row + 1, thread, calls, guard, memory, work, room, caches)
+        done(board)
+        row = next_item(board)
+
+
+@kernel
+def _pairs(layer, caches):  # type: ignore[no-untyped-def]
+    """Pairs of query and key that a layer attends to."""
+    tables, windows = caches
+    pairs = _FIRST
+    for row in range(tables.shape[1]):
+        pairs += min(tables[layer, row, 4] + 1, windows[layer])
+    return pairs
+
+
+@kernel
+def _call_helpers(c, least, board, calls, memory, work, caches):  # type: ignore[no-untyped-def]
+    """Call helpers, if what comes between the answer to call ``c`` and the next call is worth it."""
+    rows, after = len(memory[0]), min(c + 1, len(calls) - 1)
+    numbers = rows * (calls[c, OUTER] + calls[after, INNER])
+    if calls[after, KIND] == O:
+        numbers += _pairs(calls[after, LAYER], caches) * len(work[6])
+    if rows > 1 and board[HELPERS] and numbers >= least:
+        call_helpers(board)
+
+
+@kernel
+def decode(at, board, least, calls, guard, memory, work, room, caches, line):  # type: ignore[no-untyped-def]
     """Go on with a step at ``at``; why it has come back, and the size of the last answer or 0.
 
-    The arguments are tuples, R rows, k check vectors:
+    board: of the threads that share rows; helpers are called where ``least`` numbers or more are to be computed. The
+    other arguments are tuples, R rows, k check vectors:
 
     - guard: whether rows are masked, k, secrets int64 (calls, R, 2): addresses of each row of pads and of products
     - memory: hidden float32 (R, hidden), x and y float32 (any,) for the input and the product of a call, logits float32
-      (R, vocabulary), private uint32 (any,) for a row of a reply
+      (R, vocabulary), private uint32 (threads, any) for a row of a reply
     - work: epsilon, the scale of scores, KV heads, the greatest number of pairs of query and key for one thread; cos,
       sin float32 (R, d); q (heads, R, d) of the caches' type, and the same as words
     - room: scales float32 (R,), expected uint32 (R, k), verdicts uint8 (R,), an item of what is sent
@@ -155,56 +253,41 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
     - line: of ``exchange``, what a good answer begins with, room for an answer; the answer to each call, uint8 (calls,
       SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, 6), int64 (2,) for clocks
     """
-    masked, checks, secrets = guard
-    hidden, x_memory, y_memory, logits, private = memory
-    eps, score_scale, kv_heads, pairs_alone, cos, sin, q, q_words = work
-    scales, expected, verdicts, item = room
-    tables, windows = caches
-    socket, done, answer, answers, sizes, slow, times, clock = line
-    rows, word = len(hidden), private
+    verdicts = room[2]
+    socket, good_answer, answer, answers, sizes, slow, times, clock = line
+    rows, threads = len(memory[0]), board[HELPERS] + 1
     while at[CALL] < len(calls):
         c = at[CALL]
         call = calls[c]
-        kind, layer, inner, outer = call[KIND], call[LAYER], call[INNER], call[OUTER]
-        x = x_memory[: rows * inner].reshape(rows, inner)
+        kind, layer = call[KIND], call[LAYER]
         if at[NEXT] == OPERATE:
             times[c, BEGAN] = now(clock)
-            width = calls[max(c - 1, 0), OUTER]
-            before = y_memory[: rows * width].reshape(rows, width)  # the last product
             if kind == O:
-                table, q_size, kv_size = tables[layer], len(q) * q.shape[2], kv_heads * q.shape[2]
-                queries, keys, values = (before, _FIRST), (before, q_size), (before, q_size + kv_size)
-                store(*queries, *keys, *values, cos, sin, q, q[:kv_heads], table, _FIRST, rows)
+                _share(DO_STORE, c, board, calls, guard, memory, work, room, caches)
                 times[c, ROTATED] = now(clock)
                 at[NEXT] = MIX
             else:
                 times[c, ROTATED] = times[c, BEGAN]
-                if kind == DOWN:
-                    silu_mul(before, x, _FIRST, rows)
-                elif c == 0:
-                    rms_norm(hidden, _held(call[NORM], hidden, _ONE, inner)[0], eps, x, _FIRST, rows)
-                else:
-                    add_rms_norm(hidden, before, _held(call[NORM], hidden, _ONE, inner)[0], eps, x, _FIRST, rows)
+                _share(DO_SILU if kind == DOWN else DO_NORM, c, board, calls, guard, memory, work, room, caches)
                 at[NEXT] = ATTENDED
         if at[NEXT] == MIX:
-            pairs = _FIRST
-            for row in range(rows):
-                pairs += min(tables[layer, row, 4] + 1, windows[layer])
             at[NEXT] = ATTENDED
-            if pairs * len(q) >= pairs_alone:
+            if rows < 2 * threads and _pairs(layer, caches) * len(work[6]) >= work[3]:
+                send_away(board)
                 return ATTEND, 0
-            mixed = x.reshape(rows, len(q), q.shape[2])
-            _attend(q_words, tables[layer], windows[layer], kv_heads, score_scale, mixed)
+            _share(DO_ATTEND, c, board, calls, guard, memory, work, room, caches)
         if at[NEXT] == ATTENDED:
             times[c, OPERATED] = now(clock)
-            if not _mask(call, x, checks, masked, secrets[c], item, word, scales, expected, verdicts):
+            _share(DO_MASK, c, board, calls, guard, memory, work, room, caches)
+            send_away(board)
+            if not _all_good(verdicts):
                 return REFUSED, 0
             _number(call, at, verdicts)
             times[c, MASKED] = now(clock)
             at[NEXT] = SEND
         if at[NEXT] == SEND:
             packet, size, number = call[PACKET], call[SIZE], at[SEQUENCE]
-            verdict, size = exchange(socket, packet, size, number, done, at[ID], answer, slow[c], clock)
+            verdict, size = exchange(socket, packet, size, number, good_answer, at[ID], answer, slow[c], clock)
             if verdict != ANSWERED:
                 return LINE + verdict, size
             sizes[c] = size
@@ -212,9 +295,12 @@ def decode(at, calls, guard, memory, work, room, caches, line):  # type: ignore[
                 answers[c, i] = answer[i]
             at[NEXT] = TAKE
         times[c, ARRIVED] = now(clock)
-        product = logits if kind == LM_HEAD else y_memory[: rows * outer].reshape(rows, outer)
-        if not _unmask(call, product, checks, masked, secrets[c], word, private, scales, expected, verdicts):
+        _call_helpers(c, least, board, calls, memory, work, caches)
+        _share(DO_UNMASK, c, board, calls, guard, memory, work, room, caches)
+        if not _all_good(verdicts):
+            send_away(board)
             return REFUSED, 0
         times[c, CHECKED] = now(clock)
         at[CALL], at[NEXT], at[SEQUENCE], at[ID] = c + 1, OPERATE, at[SEQUENCE] + 1, at[ID] + 1
+    send_away(board)
     return OVER, 0

@@ -30,10 +30,11 @@ class Loops:
         self.held: list[tuple[int, int]] = []
         self.copied: list[tuple[int, int, int]] = []
         self.as_written = as_written
-        self.mask: Any = step_loops._mask
-        self.unmask: Any = step_loops._unmask
+        loops: tuple[Any, ...] = (step_loops._mask, step_loops._unmask, step_loops._all_good)
         if as_written:
-            self.mask, self.unmask = (getattr(loop, "py_func", loop) for loop in (self.mask, self.unmask))
+            loops = tuple(getattr(loop, "py_func", loop) for loop in loops)
+        self.mask, self.unmask, self.all_good = loops
+        if as_written:
             monkeypatch.setattr(step_loops, "_held", self._hold)
             monkeypatch.setattr(step_loops, "_copy_once", self.copy)
 
@@ -95,13 +96,15 @@ class Call:
 
     def mask(self, loops: Loops) -> bool:
         checks, item = self.expected.shape[1], np.zeros(1, self.memory.dtype)
-        found = self.scales, self.expected, self.verdicts
-        return bool(loops.mask(self.numbers, self.x, checks, self.masked, self.secrets, item, self.private, *found))
+        found = self.scales, self.expected, self.verdicts, 0, self.rows
+        loops.mask(self.numbers, self.x, checks, self.masked, self.secrets, item, self.private, *found)
+        return bool(loops.all_good(self.verdicts))
 
     def unmask(self, loops: Loops) -> bool:
-        checks, found = self.expected.shape[1], (self.scales, self.expected, self.verdicts)
+        checks, found = self.expected.shape[1], (self.scales, self.expected, self.verdicts, 0, self.rows)
         secrets, word, private = self.secrets, self.private, self.private
-        return bool(loops.unmask(self.numbers, self.y, checks, self.masked, secrets, word, private, *found))
+        loops.unmask(self.numbers, self.y, checks, self.masked, secrets, word, private, *found)
+        return bool(loops.all_good(self.verdicts))
 
     def answered(self, loops: Loops) -> Call:
         """The same call with its rows sent and the right reply."""
