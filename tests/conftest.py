@@ -70,10 +70,10 @@ def start_worker() -> Iterator[StartWorker]:
         def start(model: str | Path, transport: str = "mem", dtype: ComputeDtype = "float32", wrap: Any = None) -> str:
             checkpoint: Checkpoint = open_checkpoint(str(model))
             store = WeightStore(checkpoint, dtype if dtype in DTYPE_NAMES else "float32", torch.device("cpu"))
-            store.prepare(numeric_path(dtype))
             listener = stack.enter_context(closing(listen(fresh_address(transport))))
             calls = stack.enter_context(closing(CompiledCalls())) if transport == "shm" else None
             worker = Worker(store, calls)
+            worker.prepare(numeric_path(dtype))
             thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)
             thread.start()
             stack.callback(thread.join, 10)

@@ -127,6 +127,9 @@ class Served(ExitStack):
         listener = self.enter_context(closing(listen(f"shm://{directory}/worker.sock")))
         self.listener = listener
         self.worker = Watched(self.enter_context(closing(CompiledCalls())) if compiled else None)
+        paths: tuple[NumericPath, ...] = ("field", "float")
+        for path in paths:  # so that no client waits for a compiler
+            self.worker.prepare(path)
         self.thread = threading.Thread(target=self.worker.serve, args=(listener,))
         self.thread.start()
         self.callback(self.end)

@@ -26,8 +26,8 @@ from tsqp.wire.channel import Arrival, DirectCalls, Listener
 from tsqp.wire.codec import MAX_CONTROL_BYTES, encode
 from tsqp.wire.messages import Done
 
-MESSAGES = 32  # of one turn; see ``_MESSAGES_IN_A_ROW`` of the listener
-TURN_S = 0.05  # of one turn, if its products are long
+MESSAGES = 128  # of one turn: a turn of Python between two of them costs as much as two calls
+TURN_S = 0.02  # of one turn, if its products are long: others, and who wants to stop it, wait no longer than that
 
 _PACKET_BYTES = 2 * MAX_CONTROL_BYTES
 

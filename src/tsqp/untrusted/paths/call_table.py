@@ -20,7 +20,8 @@ _WIDE_ID = 2**62 - 1
 _WIDE = b"\xcf" + _WIDE_ID.to_bytes(8, "big")  # as MessagePack has it: no other part of a call has these bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Tables = tuple[Array, Array, Array, Array]
+Room = tuple[Array, Array, Array, Array]
+Tables = tuple[Array, Array, Array, Array, Array]
 
 
 class CallTable:
@@ -30,6 +31,7 @@ class CallTable:
         self.digit_bytes = 0  # the most that a product has of them
         self._kept: list[RowWork] = []
         self._room = _room(FIRST_CALLS)
+        self._last = np.zeros(1, np.int64)
         self._tables: Tables | None = None
 
     def clear(self) -> None:
@@ -37,6 +39,7 @@ class CallTable:
         self.digit_bytes = 0
         self._kept.clear()
         self._room = _room(FIRST_CALLS)
+        self._last[0] = 0
         self._tables = None
 
     def __len__(self) -> int:
@@ -65,11 +68,11 @@ class CallTable:
         """As ``call_loops.serve`` takes them."""
         if self._tables is None:
             keys, sizes, follows, products = (one[: len(self._kept)] for one in self._room)
-            self._tables = keys, sizes, follows, products
+            self._tables = keys, sizes, follows, self._last, products
         return self._tables
 
 
-def _room(calls: int, before: Tables | None = None) -> Tables:
+def _room(calls: int, before: Room | None = None) -> Room:
     """Room for so many calls, which begins with what was there before."""
     keys, sizes = np.zeros((calls, KEY_BYTES), np.uint8), np.zeros((calls, 2), np.int64)
     follows, products = np.zeros(calls, np.int64), np.zeros((calls, loops.PRODUCT_NUMBERS), np.int64)
