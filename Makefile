@@ -9,6 +9,11 @@ TORCH := install --only-binary=:all: --requirement constraints.txt
 OURSELVES := install --no-deps --no-build-isolation --editable .
 UV := uv==0.13.9
 
+# Tests are mostly single processes that wait for others: one process of pytest for each of two cores. A process takes
+# the tests of modules in the random order, and when it has none left, the last ones of the other.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
 # Whose branches `make coverage` counts, and by which tests. A tracer sees no compiled loop, so the tests of the loops run
 # a second time uncompiled; there numpy warns of the overflow that the loops' arithmetic is meant to have.
 COVERED := src/tsqp/trusted/guard src/tsqp/wire
@@ -21,13 +26,13 @@ run: .venv/.runtime  ## ask the default model a question; the worker sees noise 
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
 
 test: .venv/.dev  ## the test suite, in random order, without what takes long
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/.dev  ## what `make test` leaves out
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow --timeout 300
 
 test-all: .venv/.dev  ## both
-	$(BIN)/pytest
+	$(PYTEST) --timeout 300
 
 check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from io import BytesIO, TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tests.cached_loops  # noqa: F401  (before anything that has loops)
 from tests.commands import Home, Result
+from tests.session_directory import session_directory
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.cli.main import run
@@ -46,6 +49,16 @@ def _this_process_stays_as_it_is() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tsqp.api.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_runtime_directory() -> Iterator[None]:
+    """Sockets of this process are apart from those of commands and of other test processes, and go with it."""
+    directory = session_directory() / "run"
+    directory.mkdir(mode=0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(directory))
         yield
 
 
@@ -97,11 +110,13 @@ def home() -> Iterator[Home]:
 
 @pytest.fixture
 def tsqp(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The command without a process: saves the seconds that loading torch takes."""
+    """The command without a process of its own: saves the seconds that loading torch takes."""
     monkeypatch.setattr("os.environ", dict(home.environment))
     monkeypatch.setattr("tsqp.bench.tree.commit", lambda: "0123abc")  # results of a tree that may have changes
 
-    def call(*arguments: object) -> Result:
+    def call(*arguments: object, stdin: str | None = None) -> Result:
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(stdin.encode()), encoding="utf-8"))
         code = run([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return Result(code, out, err)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.session_directory import session_directory
 
 CONTEXT = 256
 VOCAB = 320
@@ -79,7 +80,7 @@ def tiny_model(family: str) -> TinyModel:
     oracle = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     for parameter in oracle.parameters():  # norms and biases start at 1 and 0, where a wrong one would not show
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    directory = Path(mkdtemp(prefix="tsqp-tiny-"))
+    directory = session_directory() / family
     oracle.save_pretrained(directory)
     byte_tokenizer().save(str(directory / "tokenizer.json"))
     return TinyModel(oracle, directory)

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "compiled-worker/",
     "kernels/",
     "worker-kernels/",
+    "test-kernels/",
     "uv.lock",
     "poetry.lock",
 }  # of users, of other tools

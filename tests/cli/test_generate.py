@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import LIMIT_S, Home
+from tests.commands import LIMIT_S, Home, Result
 from tests.families import byte_tokenizer, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams, TsqpError
 from tsqp.config.partition import PARTITIONS
@@ -21,6 +22,7 @@ STATS = {"rpc_calls", "bytes_sent", "bytes_received", "prefill_s", "decode_s", "
 OPEN = ("--protection", "open")
 PROMPT = "The quick brown fox"
 WARNING = "the worker sees the activations in clear"
+Command = Callable[..., Result]
 
 
 def expected_tokens(count: int) -> list[int]:
@@ -28,9 +30,9 @@ def expected_tokens(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> None:
+def test_a_worker_is_started_used_and_stopped(tsqp: Command, home: Home, partition: str) -> None:
     run = ("--dtype", "float32", "--partition", partition, "-n", "8", "--json")
-    result = home.run("generate", PROMPT, *MODEL, *OPEN, *run)
+    result = tsqp("generate", PROMPT, *MODEL, *OPEN, *run)
     assert result.code == 0, result.err
     answer = result.json
     assert answer.keys() >= KEYS
@@ -44,9 +46,9 @@ def test_a_worker_is_started_used_and_stopped(home: Home, partition: str) -> Non
     assert home.leftovers() == []
 
 
-def test_local_uses_no_worker(home: Home) -> None:
+def test_local_uses_no_worker(tsqp: Command) -> None:
     run = ("--dtype", "float32", "--protection", "local", "-n", "8", "--json", "--stats")
-    result = home.run("generate", PROMPT, *MODEL, *run)
+    result = tsqp("generate", PROMPT, *MODEL, *run)
     assert result.code == 0, result.err
     assert "calls to the worker" not in result.err
     answer = result.json
@@ -67,8 +69,8 @@ def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> Non
         assert row in result.err
 
 
-def test_the_warning_comes_before_anything_else(home: Home) -> None:
-    result = home.run("generate", PROMPT, *MODEL, *OPEN, "-n", "1")
+def test_the_warning_comes_before_anything_else(tsqp: Command, home: Home) -> None:
+    result = tsqp("generate", PROMPT, *MODEL, *OPEN, "-n", "1")
     mode, line = result.err.splitlines()
     assert WARNING in mode
     assert f"shm://{home.runtime}/tsqp/" in line
@@ -77,13 +79,13 @@ def test_the_warning_comes_before_anything_else(home: Home) -> None:
 @pytest.mark.parametrize(
     "options",
     [("--model", "/nowhere"), (*MODEL, "--device", "cuda:99"), (*MODEL, "--worker", "tcp://127.0.0.1:1")],
-    ids=str,
+    ids=["model", "device", "worker"],
 )
 @pytest.mark.parametrize("command", [("generate", PROMPT), ("chat",)], ids=str)
 def test_the_warning_comes_even_when_nothing_else_does(
-    home: Home, command: tuple[str, ...], options: tuple[str, ...]
+    tsqp: Command, command: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    result = home.run(*command, *options, *OPEN)
+    result = tsqp(*command, *options, *OPEN)
     assert result.code == 1
     mode, error = result.err.splitlines()
     assert WARNING in mode
@@ -109,7 +111,7 @@ def test_the_warning_comes_before_a_worker_is_started(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("how", ["argument", "stdin", "file", "file-stdin"])
-def test_the_prompt_comes_from_where_the_user_says(home: Home, how: str, tmp_path: Path) -> None:
+def test_the_prompt_comes_from_where_the_user_says(tsqp: Command, how: str, tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT)
     arguments, stdin = {
@@ -119,30 +121,28 @@ def test_the_prompt_comes_from_where_the_user_says(home: Home, how: str, tmp_pat
         "file-stdin": (["--prompt-file", "-"], PROMPT),
     }[how]
     options = ("--protection", "local", "--dtype", "float32", "-n", "4", "--json")
-    result = home.run("generate", *arguments, *MODEL, *options, stdin=stdin)
+    result = tsqp("generate", *arguments, *MODEL, *options, stdin=stdin)
     assert result.json["token_ids"] == expected_tokens(4)
 
 
-def test_sampling_is_repeatable_with_a_seed(home: Home) -> None:
+def test_sampling_is_repeatable_with_a_seed(tsqp: Command) -> None:
     options = ("--protection", "local", "--temperature", "1.5", "-n", "12", "--json")
-    runs = [
-        home.run("generate", PROMPT, *MODEL, *options, "--seed", seed).json["token_ids"] for seed in ("1", "1", "2")
-    ]
+    runs = [tsqp("generate", PROMPT, *MODEL, *options, "--seed", seed).json["token_ids"] for seed in ("1", "1", "2")]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_stop_string_ends_the_answer(home: Home) -> None:
-    whole = home.run("generate", PROMPT, *MODEL, "--protection", "local", "-n", "40", "--json").json["text"]
+def test_a_stop_string_ends_the_answer(tsqp: Command) -> None:
+    whole = tsqp("generate", PROMPT, *MODEL, "--protection", "local", "-n", "40", "--json").json["text"]
     stop = next(c for c in whole[2:] if c.isascii() and c.isprintable() and c not in whole[:2])
     options = ("--protection", "local", "-n", "40", "--json", "--stop", stop)
-    assert home.run("generate", PROMPT, *MODEL, *options).json["text"] == whole[: whole.index(stop)]
+    assert tsqp("generate", PROMPT, *MODEL, *options).json["text"] == whole[: whole.index(stop)]
 
 
-def test_stop_tokens_end_the_answer(home: Home) -> None:
+def test_stop_tokens_end_the_answer(tsqp: Command) -> None:
     tokens = expected_tokens(12)
     stop = next(token for token in tokens if token != tokens[0])
     options = ("--protection", "local", "--dtype", "float32", "-n", "12", "--json", "--stop-token", "319")
-    answer = home.run("generate", PROMPT, *MODEL, *options, "--stop-token", str(stop)).json
+    answer = tsqp("generate", PROMPT, *MODEL, *options, "--stop-token", str(stop)).json
     assert (answer["token_ids"], answer["finish_reason"]) == (tokens[: tokens.index(stop)], "stop")
 
 
@@ -164,8 +164,8 @@ def test_chat_keeps_the_conversation_until_it_is_reset(home: Home) -> None:
         assert result.out == f"{hello}\n{answer(first, hello, second)}\n{answer(second)}\n"
 
 
-def test_chat_needs_a_template(home: Home) -> None:
-    result = home.run("chat", *MODEL, "--protection", "local", stdin="hello\n")
+def test_chat_needs_a_template(tsqp: Command) -> None:
+    result = tsqp("chat", *MODEL, "--protection", "local", stdin="hello\n")
     assert result.code == 2
     assert "chat template" in result.error
 

@@ -81,12 +81,8 @@ def test_raw_keeps_control_tokens_and_takes_no_variable(tsqp: Command, model: Pa
             llm.generate([[1, 2]], style=False)
 
 
-def test_chat_takes_variables(tsqp: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-    import sys
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
-    result = tsqp("chat", "--model", model, *LOCAL, "--template-arg", "style=plain")
+def test_chat_takes_variables(tsqp: Command, model: Path) -> None:
+    result = tsqp("chat", "--model", model, *LOCAL, "--template-arg", "style=plain", stdin="Hi\n")
     assert result.code == 0, result.err
     assert result.out.rstrip("\n") == byte_tokenizer().decode(expected("<s>Hiplain")).rstrip("\n")
 

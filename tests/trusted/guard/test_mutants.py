@@ -489,7 +489,7 @@ class Copy:
         self._runner = subprocess.Popen(
             [sys.executable, "-c", RUNNER, str(directory), str(self._report)],
             cwd=ROOT,
-            env={**os.environ, **UNCOMPILED},
+            env={**os.environ, **UNCOMPILED, "TMPDIR": str(directory)},  # its children leave what they make
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
