@@ -151,6 +151,26 @@ def test_what_is_not_finished_in_time_ends_with_an_error(server: Server) -> None
     server.run(client, settings=ServerSettings(drain_s=0.0))
 
 
+def test_a_worker_that_does_not_answer_does_not_keep_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.server.run.STUCK_S", 0.01)
+
+    def client(ready: Ready) -> None:
+        server.gate.clear()
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(completion, ready)
+            wait_for_running(ready, 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not server.ended_at_once:
+                pass
+            server.gate.set()
+            assert under_way.result().status_code == 503
+
+    server.run(client, settings=ServerSettings(drain_s=0.0))
+    assert server.ended_at_once[0] == 1
+
+
 def test_an_answer_names_the_mode_and_a_metric_counts_it(server: Server) -> None:
     def client(ready: Ready) -> None:
         assert (ready.model, ready.protection) == ("tiny", "local")

@@ -109,6 +109,28 @@ def test_the_endpoint_hears_that_its_client_has_left() -> None:
     assert [message["type"] for message in heard] == ["http.disconnect"]
 
 
+def test_the_bounds_of_a_server_hold_behind_its_keys(keys: KeyFile) -> None:
+    """A request that asks again before it is answered is one too many; while the server drains, none is taken."""
+    lifecycle = Lifecycle()
+    settings = ServerSettings(max_requests_per_key=1)
+    again: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                again.append(message["status"])
+
+        await whole({**scope, "state": {}}, receive, note)
+        await echo(scope, receive, send)
+
+    whole = guarded(app, settings, lifecycle=lifecycle, always={})
+    assert ask(whole).status_code == 200
+    assert again == [429]
+    lifecycle.draining = True
+    assert ask(whole).status_code == 503
+    assert ask(guarded(echo, settings, lifecycle=lifecycle, keys=keys, always={}), "/readyz").status_code == 200
+
+
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
 def test_only_http_is_answered(kind: str) -> None:
     async def nothing(*_: object) -> Message:

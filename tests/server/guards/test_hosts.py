@@ -20,6 +20,8 @@ EVERYWHERE = Faults(Hosts(echo, names_for("0.0.0.0"), any_number=True))
         ("127.0.0.1:1", "127.0.0.1"),
         ("[::1]", "::1"),
         ("[::1]:8000", "::1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("[2001:DB8:0::0:1]:80", "2001:db8::1"),
         ("api.example.:443", "api.example"),
         ("localhost:evil", "localhost:evil"),
         ("", ""),
@@ -42,6 +44,13 @@ def test_other_names_are_refused(host: str) -> None:
     assert answer.status_code == 421
     assert error_of(answer)["code"] == "host_not_allowed"
     assert "evil" not in answer.text
+
+
+def test_a_server_on_an_address_answers_to_it_however_it_is_written() -> None:
+    app = Faults(Hosts(echo, names_for("2001:db8::1")))
+    for host in ("[2001:db8::1]:8000", "[2001:DB8:0:0::1]", "localhost"):
+        assert ask(app, headers={"host": host}).status_code == 200
+    assert ask(app, headers={"host": "[2001:db8::2]:8000"}).status_code == 421
 
 
 def test_two_names_are_refused() -> None:

@@ -14,10 +14,15 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def host_of(authority: str) -> str:
-    """The host in ``host``, ``host:port``, ``[v6]`` or ``[v6]:port``, in lower case, without brackets or a last dot."""
+    """The host in ``host``, ``host:port``, ``v6``, ``[v6]`` or ``[v6]:port``.
+
+    In lower case, without a last dot; a number as it is written shortest.
+    """
     text = authority.strip().lower()
     if text.startswith("["):
-        return text[1:].partition("]")[0]
+        return _shortest(text[1:].partition("]")[0])
+    if _is_number(text):
+        return _shortest(text)
     host, colon, port = text.rpartition(":")
     return (host if colon and port.isdigit() else text).removesuffix(".")
 
@@ -71,6 +76,10 @@ class Origins:
         if origin is not None and origin not in self._allowed and origin.lower() != own:
             raise ApiError(403, "this server does not take requests of that origin", code="origin_not_allowed")
         await self._app(scope, receive, send)
+
+
+def _shortest(host: str) -> str:
+    return str(ipaddress.ip_address(host)) if _is_number(host) else host
 
 
 def _is_number(host: str) -> bool:
