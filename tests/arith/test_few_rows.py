@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from tests.arith.kernels import CPU, KERNELS, NO_VNNI, SATURATES
 from tsqp.arith import field, product, self_test, vnni
 from tsqp.arith.digits_torch import join_torch
-from tsqp.arith.few_rows import FewRowsKernel
+from tsqp.arith.few_rows import LEAST_WEIGHTS, FewRowsKernel, least_columns
 from tsqp.arith.many_rows import ManyRowsKernel
 from tsqp.arith.modulus import P
 from tsqp.arith.product import DigitKernel, OffsetKernel
@@ -283,3 +283,15 @@ def test_vectors_of_256_bits_are_exact_too() -> None:
 )
 def test_the_size_of_vectors(has: set[str], size: int) -> None:
     assert vnni.vector_bytes(has) == size
+
+
+def test_more_rows_are_worth_a_second_thread_for_fewer_weights() -> None:
+    """The time of one row of numbers, four of digits, is that of reading; the time of more is that of multiplying."""
+    w = torch.empty(1, 512, dtype=torch.int8)
+    assert [least_columns(w, rows) * 512 for rows in (1, 4, 8, 64)] == [
+        LEAST_WEIGHTS,
+        LEAST_WEIGHTS,
+        LEAST_WEIGHTS // 2,
+        LEAST_WEIGHTS // 16,
+    ]
+    assert least_columns(torch.empty(1, LEAST_WEIGHTS, dtype=torch.int8), 64) == 2

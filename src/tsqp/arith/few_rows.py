@@ -10,12 +10,12 @@ import torch
 
 from tsqp.arith.product import OffsetKernel
 from tsqp.arith.row_threads import RowWork, least_rows, row_threads
-from tsqp.arith.vnni import VECTOR, features, product_of_few, product_of_numbers, sums_of_few
+from tsqp.arith.vnni import VECTOR, X_ROWS, features, product_of_few, product_of_numbers, sums_of_few
 
 # Up to so many rows of digits the loops are the faster; ``docs/performance.md`` has the measurement.
 FEW = 64  # with vectors of 512 bits, where ``_int_mm`` has no more than the same instruction
 FEW_OTHERWISE = 32  # beside AMX, or with vectors of 256 bits
-LEAST_WEIGHTS = 1 << 21  # fewer are done by one thread: see ``least_columns``
+LEAST_WEIGHTS = 1 << 21  # fewer, times ``X_ROWS`` rows of digits, are done by one thread: see ``least_columns``
 
 
 class FewRowsKernel(OffsetKernel):
@@ -44,7 +44,7 @@ class FewRowsKernel(OffsetKernel):
         if not (w.is_contiguous() and out.is_contiguous()):
             return super().product_mod_p(x, w, offsets, out)
         arrays = (x.flatten(0, 1).numpy(), w.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        return row_threads().run(product_of_few, len(w), *arrays, least=least_columns(w))
+        return row_threads().run(product_of_few, len(w), *arrays, least=least_columns(w, len(arrays[0])))
 
     def prepared(
         self, x: torch.Tensor, digits: int, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -56,9 +56,12 @@ class FewRowsKernel(OffsetKernel):
             return None
         values = x.view(torch.uint32 if digits == 4 else torch.int16).numpy()
         arrays = (values, digits, w.numpy(), offsets.numpy(), out.view(torch.uint32).numpy())
-        return RowWork(product_of_numbers, len(w), arrays, least_columns(w))
+        return RowWork(product_of_numbers, len(w), arrays, least_columns(w, digits * len(x)))
 
 
-def least_columns(w: torch.Tensor) -> int:
-    """Columns of weights (N, K) from which on a second thread pays: waking it takes as long as reading a megabyte."""
-    return max(2, LEAST_WEIGHTS // w.shape[1])
+def least_columns(w: torch.Tensor, rows: int) -> int:
+    """Columns of weights (N, K), for so many rows of digits, from which on a second thread pays.
+
+    Waking it takes as long as reading a megabyte, which a few rows wait for, or as multiplying it by ``X_ROWS`` rows.
+    """
+    return max(2, LEAST_WEIGHTS // (w.shape[1] * max(1, rows // X_ROWS)))

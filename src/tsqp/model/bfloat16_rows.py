@@ -18,8 +18,8 @@ from tsqp.arith.vnni import features
 from tsqp.model.attention_tiles import HAS_DOT, LANES
 from tsqp.model.compiled_rows import VECTOR, product_of_few, product_of_one
 
-FEW = 4 if "amx-bf16" in features() else 8  # rows up to which the loops are faster: docs/performance.md
-LEAST_BYTES = 2 << 20  # of weights, from which on a second thread is worth waking: one reads less in the time it takes
+FEW = 4 if "amx-bf16" in features() else 24  # rows up to which the loops are faster: docs/performance.md
+LEAST_BYTES = 2 << 20  # of weights, times four rows, from which on a second thread is worth waking
 
 
 def has_loops(weight: torch.Tensor) -> bool:
@@ -51,7 +51,7 @@ def prepared(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
     added = np.empty(0, np.uint16) if bias is None else bits(bias)
     arrays = (x.view(torch.uint8).numpy(), weight.view(torch.uint8).numpy(), added, bits(out))
     loop = product_of_one if len(x) == 1 else product_of_few
-    least = max(2, LEAST_BYTES // arrays[1].shape[1])
+    least = max(2, LEAST_BYTES // (arrays[1].shape[1] * max(1, len(x) // 4)))
     return RowWork(loop, len(weight), arrays, least)
 
 

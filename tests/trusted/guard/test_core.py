@@ -26,6 +26,7 @@ from tsqp.arith.loops import quantise_row
 from tsqp.arith.modulus import P
 from tsqp.errors import ChannelError, CheckFailed, PadError, PadReused, ProductMismatch, ReplyRangeError
 from tsqp.trusted.guard import kernels
+from tsqp.trusted.guard import linears as guarded_linears
 from tsqp.trusted.guard.linears import VerifiedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
 
@@ -230,3 +231,19 @@ def test_another_process_gets_no_pads(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PadReused, match="fork"):
         linears.start(KEY, activations(1))
     assert not line.sent
+
+
+def test_slices_of_little_work_stay_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waking another one takes longer: what counts is rows times width."""
+    asked: list[tuple[int, int]] = []
+
+    class Threads:
+        def run(self, work: Callable[[int, int], None], count: int, *, least: int) -> None:
+            asked.append((count, least))
+            work(0, count)
+
+    monkeypatch.setattr(guarded_linears, "row_threads", Threads)
+    verdicts = np.empty(3, np.uint8)
+    for width in (64, 1 << 17):
+        guarded_linears._judge(lambda first, end: verdicts.fill(kernels.OK), [], verdicts, width)
+    assert [least for _, least in asked] == [128, 2]

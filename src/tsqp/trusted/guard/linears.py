@@ -21,7 +21,7 @@ from tsqp.arith.bits import bits, keep_bits
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import Array, Digits
 from tsqp.arith.large_memory import large_memory
-from tsqp.arith.row_threads import row_threads
+from tsqp.arith.row_threads import least_rows, row_threads
 from tsqp.config.groups import GroupKey
 from tsqp.errors import (
     ChannelClosed,
@@ -154,7 +154,7 @@ class CheckedLinears:
                 pads = one.pads(group)
                 kernels.quantise_and_mask(own, limit, group.projections, self.masked, pads, *part, 0, one.rows)
 
-        _judge(mask, slices, desk.verdicts)
+        _judge(mask, slices, desk.verdicts, group.in_features)
         call = Product(self._connection.next_id(), *key, len(x), self.digits)
         reply = self._connection.ask("lm_head" if key[1] is None else "linear", call, desk.slot)
         self._under_way += 1
@@ -174,7 +174,7 @@ class CheckedLinears:
                 check = (group.check_vectors, expected, self.masked, one.products(), scales, group.scales, group.bias)
                 kernels.verify_and_unmask(unchecked_y, *check, out, verdicts, 0, one.rows)
 
-        _judge(unmask, pending.slices, desk.verdicts)
+        _judge(unmask, pending.slices, desk.verdicts, group.out_features)
         self.checks, pending.done = self.checks + 1, True
         if desk.rows > BLOCK_ROWS:
             del desk.slot, desk.sent  # not used again: the connection may have its memory back at once
@@ -205,10 +205,10 @@ _REFUSALS: Sequence[tuple[type[TsqpError], str]] = (  # by verdict, those but OK
 )
 
 
-def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array) -> None:
+def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array, width: int) -> None:
     """Do the work on slices; raise what the worst verdict means. A row without a verdict is not accepted either."""
     verdicts.fill(kernels.UNSEEN)  # there are those of another product
-    row_threads().run(work, len(slices), least=2)
+    row_threads().run(work, len(slices), least=least_rows(BLOCK_ROWS * width))
     refuse(verdicts)
 
 
