@@ -59,14 +59,27 @@ class TinyModel:
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """transformers' logits, float32 (T, vocab_size)."""
-        with torch.no_grad():
-            return self.oracle(torch.tensor([tokens])).logits[0].float()
+        return _logits(self, tuple(tokens)).clone()
 
     def greedy(self, tokens: list[int], count: int) -> list[int]:
         """transformers' greedy continuation."""
-        ids = torch.tensor([tokens])
-        out = self.oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-        return out[0, len(tokens) :].tolist()
+        return list(_greedy(self, tuple(tokens), count))
+
+
+# Many tests compare with the same answers, and transformers takes longer for one than what is tested.
+
+
+@cache
+def _logits(model: TinyModel, tokens: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.oracle(torch.tensor([tokens])).logits[0].float()
+
+
+@cache
+def _greedy(model: TinyModel, tokens: tuple[int, ...], count: int) -> tuple[int, ...]:
+    ids = torch.tensor([tokens])
+    out = model.oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return tuple(out[0, len(tokens) :].tolist())
 
 
 @cache

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 
 
-def modules_after(statement: str) -> set[str]:
-    """The names in ``sys.modules`` of a fresh interpreter after ``statement``."""
+@cache
+def modules_after(statement: str) -> frozenset[str]:
+    """The names in ``sys.modules`` of a fresh interpreter after ``statement``: one interpreter for each statement."""
     code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
+    return frozenset(run.stdout.split())
 
 
-def loaded(modules: set[str], prefix: str) -> set[str]:
+def loaded(modules: frozenset[str], prefix: str) -> set[str]:
     return {name for name in modules if name == prefix or name.startswith(prefix + ".")}

@@ -173,6 +173,7 @@ def test_memory_that_is_shared_and_not_aligned(kernel: DigitKernel, shift: int) 
 
 
 AT_THE_EDGE = """
+import tests.cached_loops
 import ctypes, mmap
 import numpy as np
 from tsqp.arith import vnni

@@ -108,6 +108,7 @@ def test_other_threads_run_meanwhile() -> None:
 
 
 AT_THE_EDGE = """
+import tests.cached_loops
 import ctypes, mmap
 import numpy as np
 from tsqp.arith import amx

@@ -63,7 +63,7 @@ def test_the_self_test_finds_saturation() -> None:
 def test_without_vnni_the_blocked_kernel_is_picked() -> None:
     """oneDNN told to use AVX2 only really saturates; whichever way, what is picked must be exact."""
     code = (
-        "import torch\nfrom tsqp.arith.product import *\nfrom tsqp.arith.self_test import *\n"
+        "import tests.cached_loops, torch\nfrom tsqp.arith.product import *\nfrom tsqp.arith.self_test import *\n"
         "kernel = pick_kernel(torch.device('cpu'))\n"
         "print(type(kernel).__name__, is_exact(kernel, torch.device('cpu')))"
     )

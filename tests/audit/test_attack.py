@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def checkpoint_of(family: str) -> Checkpoint:
     return open_checkpoint(str(tiny_model(family).directory))
 
 
+@cache
 def open_view(family: str) -> View:
+    """What a worker sees in clear of one run, which starts it: the same view for every test."""
     capture = Capture()
     directory = str(tiny_model(family).directory)
     with LLM(

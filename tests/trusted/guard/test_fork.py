@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 FORK = """
+import tests.cached_loops
 import os
 import torch
 torch.set_num_threads(2)

@@ -166,7 +166,7 @@ def test_seeds_do_not_reach_pads() -> None:
 
 def test_a_restart_has_new_keys() -> None:
     code = (
-        "from tests.trusted.guard.honest import *\nlinears, line = masked(small_weights())\n"
+        "import tests.cached_loops\nfrom tests.trusted.guard.honest import *\nlinears, line = masked(small_weights())\n"
         "linears.start(KEY, activations(1))\nprint(line.sent[0].tobytes().hex())"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
