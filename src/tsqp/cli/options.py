@@ -37,7 +37,8 @@ def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection)
     worker = by_field["worker.address"]
     if PROTECTIONS[chosen].uses_worker and _by_flag(by_field["worker.device"]) and not _by_flag(worker):
         worker.tokens.clear()  # the flag asks for a worker that is started here
-    choices = Choices.of(chosen, _text(worker) or None, _text(by_field["guard.pad_source"]))
+    workers = tuple(token.value for token in worker.tokens)
+    choices = Choices.of(chosen, workers, _text(by_field["guard.pad_source"]))
     for rule in UNUSED:
         given = [(name, _value(by_field[name])) for name in rule.fields if _counts(by_field[name])]
         refused = unused(rule, choices, given)
