@@ -26,6 +26,7 @@ class Refused(NamedTuple):
 BAD_VALUES: list[tuple[str, Any, str | None]] = [
     ("protection", "hidden", None),
     *(("worker.deadline_s", value, str(value)) for value in (0.0, -1.0, float("inf"), float("nan"))),
+    *(("worker.patience_s", value, str(value)) for value in (-1.0, float("inf"), float("nan"))),
     ("worker.arena_bytes", 1000, "1000"),
     ("worker.arena_bytes", 1 << 41, "2048GiB"),
     ("guard.checks", 0, "0"),
@@ -53,6 +54,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "worker.device": ("cuda:1", ("cuda:1",)),
     "worker.compiled": (True, ()),
     "worker.deadline_s": (5.0, ("5",)),
+    "worker.patience_s": (5.0, ("5",)),
     "worker.arena_bytes": (1 << 28, ("256MiB",)),
     "worker.key": (Path("x"), ("x",)),
     "worker.server_key": (Path("x"), ("x",)),
@@ -127,6 +129,7 @@ def unused() -> list[tuple[Unused, Refused]]:
 def words(name: str) -> tuple[str, ...]:
     """The flag of an option, and what follows it."""
     names = {"address": "worker", "compiled": "compile", "deadline_s": "deadline", "server_key": "worker-key"}
+    names |= {"patience_s": "worker-patience"}
     names |= {"compiled_kernels": "no-compiled-kernels", "compiled_step": "no-compiled-step", "arena_bytes": "arena"}
     last = name.rpartition(".")[2]
     return (f"--{names.get(last, last.replace('_', '-'))}", *SAMPLES[name][1])
@@ -139,6 +142,7 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
+        (RunConfig(worker=WorkerConfig(("ipc:///x", "ipc:///x"))), ("--worker", "ipc:///x", "--worker", "ipc:///x")),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (
             RunConfig(protection="open", worker=WorkerConfig(AWAY, server_key=theirs)),

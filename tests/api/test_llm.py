@@ -18,8 +18,8 @@ from tests.commands import children, wait_gone
 from tests.conftest import StartWorker
 from tests.families import byte_tokenizer, random_tokens, tiny_model
 from tsqp import LLM, Completion, ComputeConfig, SamplingParams
-from tsqp.api.assemble import build_split_engine
 from tsqp.api.config import PartitionName, ProtectionName, RunConfig
+from tsqp.api.links import SplitLinks
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.dtype import DtypeName, KVDtype, PrivateKVDtype
@@ -220,8 +220,7 @@ def test_the_trusted_side_reads_only_what_it_needs(
     checkpoint: Any = Recording()
     address = start_worker(MODEL)
     plan = Plan.of(RunConfig(MODEL, "open", compute=ComputeConfig(partition, dtype="float32", prefill_chunk=8)))
-    _, session = build_split_engine(checkpoint, plan, PARTITIONS[partition], lambda: connect(address), (), Stats())
-    session.close()
+    SplitLinks(checkpoint, plan, PARTITIONS[partition], Stats()).connect(lambda: connect(address)).close()
     kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
     assert kinds == {"input_layernorm", "post_attention_layernorm", "norm"} | needed
 

@@ -138,3 +138,16 @@ def test_keys_of_8_bits_are_refused_for_heads_that_do_not_fit(head_dim: int) -> 
     ) as error:
         check_heads("int8", head_dim)
     assert error.value.fields == ("compute.kv_dtype",)
+
+
+def test_no_standby_is_the_dealer() -> None:
+    guard = GuardConfig(pad_source="dealer=ipc:///b", dealer_no_separation=True)
+    with pytest.raises(OptionError, match="is the worker itself"):
+        check(RunConfig(worker=WorkerConfig(("ipc:///a", "ipc:///b")), guard=guard))
+
+
+def test_one_address_is_the_same_however_it_is_given() -> None:
+    assert WorkerConfig(("ipc:///x",)) == WorkerConfig("ipc:///x")
+    assert WorkerConfig(()) == WorkerConfig()
+    assert WorkerConfig("ipc:///x").addresses == ("ipc:///x",)
+    assert WorkerConfig(("ipc:///x", "ipc:///y")).addresses == ("ipc:///x", "ipc:///y")

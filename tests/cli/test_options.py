@@ -60,6 +60,17 @@ def test_precedence(
     assert attrgetter(field)(run_options(flag, by_flag)) == by_flag
 
 
+def test_several_workers_are_named_by_flags_or_by_a_variable_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_options("--worker", "ipc:///a", "--worker", "tcp://b:1").worker.addresses == ("ipc:///a", "tcp://b:1")
+    keys = ("--key", "me", "--worker-key", "it")  # which play a part where any of them is reached by tcp
+    assert str(run_options("--worker", "ipc:///a", "--worker", "tcp://b:1", *keys).worker.key) == "me"
+    monkeypatch.setenv("TSQP_WORKER", "ipc:///a ipc:///b")
+    assert run_options().worker.addresses == ("ipc:///a", "ipc:///b")
+    assert run_options("--worker", "ipc:///c").worker == WorkerConfig("ipc:///c")
+    monkeypatch.setenv("TSQP_WORKER_PATIENCE", "7.5")
+    assert run_options().worker.patience_s == 7.5
+
+
 def test_the_worker_reads_the_same_names(monkeypatch: pytest.MonkeyPatch, tsqp: Callable[..., Result]) -> None:
     """And hands them on, as flags, to the program that it becomes."""
     started: list[list[str]] = []

@@ -18,7 +18,7 @@ ENDLESS = ("--ignore-eos", "-n", "2000", "--deadline", "600")  # far longer than
 
 
 def test_a_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
-    with home.started("generate", "hello", *MODEL, *ENDLESS) as process:
+    with home.started("generate", "hello", *MODEL, *ENDLESS, "--worker-patience", "0") as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
         os.kill(worker, signal.SIGKILL)
@@ -35,7 +35,7 @@ def test_a_worker_killed_while_generating_is_reported_before_any_deadline(home: 
 
 def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
     with home.worker(*MODEL, "--dtype", "float32") as (worker, address):
-        options = (*MODEL, "--worker", address, *ENDLESS)
+        options = (*MODEL, "--worker", address, *ENDLESS, "--worker-patience", "0")
         with home.started("generate", "hello", *options) as process:
             assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
             worker.kill()
@@ -44,6 +44,21 @@ def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadli
     assert address in err.decode()
     with home.worker(*MODEL, "--listen", address) as (_, again):  # the stale socket is reclaimed
         assert again == address
+
+
+def test_a_worker_killed_while_generating_costs_a_line_and_no_token(home: Home) -> None:
+    asked = ("generate", "hello", *MODEL, "--ignore-eos", "-n", "300")
+    with home.started(*asked) as process:
+        first = os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
+        (worker,) = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0
+    (line,) = [line for line in err.decode().splitlines() if "SIGKILL" in line]
+    assert line.startswith(f"tsqp: shm://{home.runtime}/tsqp/")
+    undisturbed = home.run(*asked)
+    assert (first + out).decode() == undisturbed.out
+    assert home.leftovers() == []
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(home: Home) -> None:

@@ -86,7 +86,7 @@ def opened(
         with LLM(
             model,
             protection=mode,
-            worker=WorkerConfig(address, deadline_s=deadline_s),
+            worker=WorkerConfig(address, deadline_s=deadline_s, patience_s=0),
             guard=options,
             compute=ComputeConfig(kv_dtype=kv_dtype, **compute),
         ) as llm:

@@ -406,7 +406,7 @@ def test_ctrl_c_while_an_answer_is_awaited(mode: ProtectionName, monkeypatch: py
 @contextmanager
 def process(mode: ProtectionName, **options: Any) -> Iterator[tuple[LLM, int]]:
     """A run whose worker is a process beside this one; its id."""
-    with LLM(MODEL, protection=mode, worker=WorkerConfig(**options)) as llm:
+    with LLM(MODEL, protection=mode, worker=WorkerConfig(patience_s=0, **options)) as llm:
         worker = llm.worker_pid
         assert worker is not None
         try:

@@ -12,16 +12,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tsqp.api.answer import Answer, Completion, Delta
-from tsqp.errors import ChannelClosed, ChannelError
+from tsqp.errors import ChannelClosed, ChannelError, TsqpError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.conversation import Messages
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM, Prompt
+    from tsqp.api.worker_state import WorkerState
     from tsqp.trusted.engine.counts import Counts
     from tsqp.trusted.engine.engine import Engine
     from tsqp.trusted.engine.request import Output
     from tsqp.trusted.engine.sampling import Sampler
+
+
+LOOK_S = 1.0  # without requests, how often to look whether the worker has gone
 
 
 class AsyncAnswer:
@@ -221,6 +225,11 @@ class AsyncLLM:
         """Numbers of requests, tokens and bytes, all of one moment."""
         return self._engine.counts()
 
+    @property
+    def worker_state(self) -> WorkerState | None:
+        """See ``LLM.worker_state``."""
+        return self.llm.worker_state
+
     async def close(self, drain_s: float | None = None) -> None:
         """Take no more requests, wait for those under way, at most ``drain_s`` seconds, abort the rest, close the LLM.
 
@@ -240,6 +249,7 @@ class AsyncLLM:
                 answer.abort()
         self._over.set()
         self._wake.set()
+        self.llm.stop_waiting()
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.llm.close)
 
@@ -270,9 +280,11 @@ class AsyncLLM:
                 self._answer_pings(self._step)
             elif self._pings:
                 self._answer_pings(self.llm.ping)
-            else:
-                self._wake.wait()
+            elif self._wake.wait(LOOK_S):
                 self._wake.clear()
+            else:
+                with suppress(TsqpError):  # the next request hears of it
+                    self._engine.mend()
         self._answer_pings(_refuse)
 
     def _step(self) -> None:

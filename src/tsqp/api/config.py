@@ -56,9 +56,10 @@ _pads = partial(_option, "pads")
 class WorkerConfig:
     """How the worker is reached, or started beside this process. Keys are files, see ``tsqp keys``."""
 
-    address: str | None = _connection(
+    address: str | tuple[str, ...] | None = _connection(
         None,
-        "A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started.",
+        "A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started. Each further one "
+        "is a standby, for when those before it are lost or cheat.",
         former="LLAMA_IPC_PATH",
     )
     device: str = _model("cpu", "Where the worker computes: cpu or cuda[:n].", former="LLAMA_GPU_DEVICE")
@@ -66,6 +67,10 @@ class WorkerConfig:
         False, "The worker compiles its products by torch.compile; needs a C++ compiler.", variable=False
     )
     deadline_s: float = _connection(300.0, "The longest wait for one reply of the worker, in seconds.", variable=False)
+    patience_s: float = _connection(
+        60.0,
+        "How long a lost worker is waited for, in seconds, before all requests end; 0: the first loss ends the run.",
+    )
     arena_bytes: int | None = _connection(
         None,
         "The most memory shared with a worker or dealer over shm: bytes, or such as 512M or 2G; half of what limits "
@@ -77,6 +82,18 @@ class WorkerConfig:
     insecure_plain_tcp: bool = _connection(
         False, "Allow tcp off loopback without keys: anyone on the path can read it.", variable=False
     )
+
+    def __post_init__(self) -> None:
+        if self.address is not None and not isinstance(self.address, str):
+            several = tuple(self.address)  # one alone is the same, however it was given
+            object.__setattr__(self, "address", several if len(several) > 1 else next(iter(several), None))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All of them, in turn; none where a worker is started here."""
+        if self.address is None:
+            return ()
+        return (self.address,) if isinstance(self.address, str) else self.address
 
 
 @_documented

@@ -17,10 +17,12 @@ from tsqp.api.arena import arena_for
 from tsqp.api.config import ComputeConfig, GuardConfig, ProtectionName, RunConfig, WorkerConfig
 from tsqp.api.dealer import Connect, Dealer, client_keys
 from tsqp.api.kernel_cache import kernel_cache_directory
+from tsqp.api.places import Place, Standing, StartedHere
 from tsqp.api.plan import Plan
+from tsqp.api.worker_state import WorkerState
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
 from tsqp.cores import cores
-from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost, WorkerUnreachable
+from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -33,7 +35,9 @@ from tsqp.wire.transport import connect as connect_to
 if TYPE_CHECKING:
     import torch
 
+    from tsqp.api.links import Link
     from tsqp.api.pads import Filling
+    from tsqp.api.supervisor import Supervisor
     from tsqp.checkpoint.base import Checkpoint
     from tsqp.config.model import ModelConfig
     from tsqp.trusted.engine.engine import Engine
@@ -52,7 +56,8 @@ class LLM:
     (the worker sees uniform noise and cannot cheat), ``verified`` (it sees the activations, and cannot cheat), ``open``
     (it sees them, and is believed) or ``local`` (no worker). In the first two this process gives up core dumps and
     being attached to for good. ``worker``: how the worker is reached, or only the address of a running one; without an
-    address one is started beside this process and stopped on ``close``. ``guard``: how products are checked and where
+    address one is started beside this process and stopped on ``close``. A worker that is lost is waited for, or another
+    is asked, and answers go on; see ``worker_state``. ``guard``: how products are checked and where
     pads come from. ``compute``: what is computed where, in which numbers. ``connect`` opens the channels to worker and
     dealer; another than the default may see or change all that crosses, as ``tsqp audit`` does. ``announce`` is called
     with what was asked for, checked, before anything is fetched, started or sent. ``pads_progress`` is told how far it
@@ -92,29 +97,28 @@ class LLM:
                 "the memory of this process can be read by its user: PR_SET_DUMPABLE failed", TsqpWarning, stacklevel=2
             )
         self.stats = Stats()
-        self._session: WorkerSession | None = None
-        self._guard: Guard | None = None
-        self._local_worker: LocalWorker | None = None
+        self._workers: Supervisor | None = None
+        self._started: StartedHere | None = None
         with ExitStack() as stack:
             place = locate(model)
             self.plan = Plan.of(run, stored_dtype(place))
             if run.guard.pads_empty == "refuse":
                 self._prepare_torch()
                 self._check_pool(open_checkpoint(place))
-            if self.plan.partition is not None and run.worker.address is None:
-                self._local_worker = stack.enter_context(self._started(place))
+            places = self._places(place)
+            for one in places:
+                stack.callback(one.close)
+            if self._started is not None:
+                self._started.prepare()
             self._prepare_torch()
             checkpoint = open_checkpoint(place)
-            try:
-                self._engine = self._build_engine(checkpoint, stack)
-            except WorkerLost as error:
-                raise self.explained(error) from None
-            if self._guard is not None and self._guard.filler is not None:
+            self._engine = self._build_engine(checkpoint, places, stack)
+            if self.guard is not None and self.guard.filler is not None:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
 
-                    fill(self._guard.filler, checkpoint.config, pads_progress)
-                self._guard.filler.start()
+                    fill(self.guard.filler, checkpoint.config, pads_progress)
+                self.guard.filler.start()
             stack.callback(self._engine.forget)
             self._resources = stack.pop_all()
 
@@ -125,30 +129,34 @@ class LLM:
             run.model, protection=run.protection, worker=run.worker, guard=run.guard, compute=run.compute, **hooks
         )
 
-    def _started(self, place: str) -> LocalWorker:
-        """A worker beside this process, for the model at ``place``."""
+    def _places(self, model: str) -> list[Place]:
+        """Where workers are to be had, in turn; ``model`` is where the checkpoint is."""
         run = self.plan.run
-        return LocalWorker(
-            place,
-            device=run.worker.device,
-            dtype=self.plan.linear_dtype,
-            threads=run.compute.threads,
-            compiled=run.worker.compiled,
+        if self.plan.partition is None:
+            return []
+        if run.worker.addresses:
+            return [Standing(address, self._dial) for address in run.worker.addresses]
+        self._started = StartedHere(
+            lambda: LocalWorker(
+                model,
+                device=run.worker.device,
+                dtype=self.plan.linear_dtype,
+                threads=run.compute.threads,
+                compiled=run.worker.compiled,
+            ),
+            self._dial,
         )
+        return [self._started]
 
-    def _dial(self) -> Channel:
-        """A channel to the worker, which may still be loading where it was started here. Raises ChannelError."""
-        worker = self.plan.run.worker
-        address = str(worker.address) if self._local_worker is None else self._local_worker.wait_ready()
-        try:
-            return self._connect(
-                address,
-                security=self._security,
-                insecure_plain_tcp=worker.insecure_plain_tcp,
-                arena_bytes=arena_for(address, worker.arena_bytes, self.worker_pid),
-            )
-        except WorkerUnreachable as error:
-            raise self.explained(error) from None
+    def _dial(self, address: str, pid: int | None) -> Channel:
+        """A channel to a worker, which may still be loading over shm. Raises ChannelError."""
+        worker, tcp = self.plan.run.worker, address.startswith("tcp://")
+        return self._connect(
+            address,
+            security=self._security if tcp else None,
+            insecure_plain_tcp=worker.insecure_plain_tcp and tcp,
+            arena_bytes=arena_for(address, worker.arena_bytes, pid),
+        )
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool
@@ -167,27 +175,27 @@ class LLM:
             enable_cache(kernels)
         torch.set_num_threads(compute.threads or cores())
 
-    def _build_engine(self, checkpoint: Checkpoint, stack: ExitStack) -> Engine:
-        from tsqp.api.assemble import build_local_engine, build_private_engine, build_split_engine
+    def _build_engine(self, checkpoint: Checkpoint, places: list[Place], stack: ExitStack) -> Engine:
+        from tsqp.api.assemble import build_local_engine
+        from tsqp.api.links import SplitLinks
+        from tsqp.api.private_links import PrivateLinks
+        from tsqp.api.supervisor import Supervisor
 
         self.tokenizer = Tokenizer(checkpoint.text_format())
         ends = self.tokenizer.eos_token_ids
+        links: PrivateLinks | SplitLinks
         if self.plan.partition is None:
             return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits)
         if self.plan.protection.checked:
             arena = self.plan.run.worker.arena_bytes
             dial_dealer = None if self._dealer is None else partial(self._dealer.dial, self._connect, arena)
-            engine, self._session, self._guard = build_private_engine(
-                checkpoint, self.plan, self._dial, dial_dealer, ends, self.stats, self._limits
-            )
-            stack.callback(self._session.close)
-            stack.callback(self._guard.close)
-            return engine
-        engine, self._session = build_split_engine(
-            checkpoint, self.plan, self.plan.partition, self._dial, ends, self.stats, self._limits
-        )
-        stack.callback(self._session.close)
-        return engine
+            links = PrivateLinks(checkpoint, self.plan, dial_dealer, self.stats)
+            stack.callback(links.close)
+        else:
+            links = SplitLinks(checkpoint, self.plan, self.plan.partition, self.stats)
+        self._workers = Supervisor(places, links, self.plan.run.worker.patience_s)
+        stack.callback(self._workers.close)
+        return links.engine(self._workers.open().decoder, ends, self._limits, self._workers)
 
     @property
     def engine(self) -> Engine:
@@ -201,13 +209,34 @@ class LLM:
 
     @property
     def session(self) -> WorkerSession | None:
-        """The connection to the worker; None at ``local``."""
-        return self._session
+        """The connection to the worker; None at ``local``, and while there is no worker."""
+        link = self._link
+        return None if link is None else link.session
 
     @property
     def guard(self) -> Guard | None:
-        """What checks products, and the pads; None where nothing is checked."""
-        return self._guard
+        """What checks products, and the pads; None where nothing is checked, and while there is no worker."""
+        link = self._link
+        return None if link is None else link.guard
+
+    @property
+    def _link(self) -> Link | None:
+        return None if self._workers is None else self._workers.link
+
+    @property
+    def worker_state(self) -> WorkerState | None:
+        """Whether there is a worker, how often it was lost, and who was expelled; None at ``local``."""
+        return None if self._workers is None else self._workers.state()
+
+    def readmit(self, worker: str) -> None:
+        """Ask a worker again that was expelled, by its name in ``worker_state``: for who knows that it is well."""
+        if self._workers is not None:
+            self._workers.readmit(worker)
+
+    def stop_waiting(self) -> None:
+        """Whoever waits for a worker waits no longer, and there is to be no other; any thread may call it."""
+        if self._workers is not None:
+            self._workers.stop()
 
     @property
     def dealer(self) -> Dealer | None:
@@ -217,7 +246,7 @@ class LLM:
     @property
     def worker_pid(self) -> int | None:
         """The process id of the worker started here."""
-        return None if self._local_worker is None else self._local_worker.pid
+        return None if self._started is None else self._started.pid
 
     def generate(
         self,
@@ -279,14 +308,8 @@ class LLM:
         return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
 
     def explained(self, error: ChannelError) -> ChannelError:
-        """A worker that was started here and ended can say how, and is nobody's to start again."""
-        worker = self._local_worker
-        if worker is None or error.side == "dealer":
-            return error  # not ours
-        words = worker.last_words()  # it may be ending: this waits a moment
-        if not worker.ended:
-            return error  # what was wrong is something else
-        return WorkerLost(f"that was started here went away: {words}", address=worker.address)
+        """The error, or a better one where more is known of the worker."""
+        return error if self._workers is None else self._workers.explained(error)
 
     def ping(self) -> None:
         """One round trip to the worker, once no pass is under way; nothing where there is no worker.

@@ -2,7 +2,7 @@
 
 Three tables: ``VALUES``, what one option may be; ``UNUSED``, options that would play no part beside others and are
 therefore refused by name; ``CONFLICTS``, options that cannot be what they are together. What depends on the model is
-refused where the model is known: ``pads.py`` and ``assemble.py``.
+refused where the model is known: ``pads.py`` and ``private_links.py``.
 
 Covers: a dealer with the worker's address or key, and a line to a dealer that the worker's host can read, are refused
 before anything is started (tests/api/test_rules.py); no option that is refused is ignored instead, and no flag weakens
@@ -62,17 +62,17 @@ class Choices(NamedTuple):
     """What the parts that other options play depend on."""
 
     protection: Protection
-    worker: str | None  # an address
+    workers: tuple[str, ...]  # addresses
     dealer: str | None  # an address
     partition: str | None  # where the mode leaves a choice
 
     @classmethod
-    def of(cls, protection: str, worker: str | None, pad_source: str, partition: str) -> Choices:
+    def of(cls, protection: str, workers: tuple[str, ...], pad_source: str, partition: str) -> Choices:
         """``protection`` is one that exists; a dealer plays a part where there are pads alone."""
         chosen = PROTECTIONS[protection]
         return cls(
             chosen,
-            worker,
+            workers,
             dealer_address(pad_source) if chosen.masked else None,
             partition if chosen.uses_worker and not chosen.checked else None,
         )
@@ -81,9 +81,13 @@ class Choices(NamedTuple):
     def split(self) -> bool:
         return self.protection.uses_worker
 
+    def worker_over(self, scheme: str) -> bool:
+        """Whether a worker has an address of this scheme."""
+        return any(address.startswith(scheme) for address in self.workers)
+
     def over(self, scheme: str) -> bool:
-        """Whether the worker or the dealer has an address of this scheme."""
-        return any(address is not None and address.startswith(scheme) for address in (self.worker, self.dealer))
+        """Whether a worker or the dealer has an address of this scheme."""
+        return self.worker_over(scheme) or (self.dealer or "").startswith(scheme)
 
 
 def one_of(names: Collection[str]) -> Value:
@@ -98,6 +102,7 @@ def at_least(least: int, unit: str) -> Value:
 
 VALUES = {
     "protection": one_of(PROTECTIONS),
+    "worker.patience_s": Value("0 or more seconds", lambda seconds: 0 <= seconds < math.inf),
     "worker.deadline_s": Value("a positive number of seconds", lambda seconds: 0 < seconds < math.inf),
     "worker.arena_bytes": Value(
         f"{ARENA_BYTES[0]} to {ARENA_BYTES[1]} bytes",
@@ -173,12 +178,12 @@ UNUSED = (
     Unused(
         "the worker's address is given, and it has a device of its own",
         ("worker.device", "worker.compiled"),
-        lambda of: of.split and of.worker is not None,
+        lambda of: of.split and bool(of.workers),
     ),
     Unused(
         "there is no worker with a tcp address",
         ("worker.server_key", "worker.insecure_plain_tcp"),
-        lambda of: of.split and not (of.worker or "").startswith("tcp://"),
+        lambda of: of.split and not of.worker_over("tcp://"),
     ),
     Unused(
         "there is neither worker nor dealer with a tcp address",
@@ -188,12 +193,17 @@ UNUSED = (
     Unused(
         "neither worker nor dealer is reached by shm",
         ("worker.arena_bytes",),
-        lambda of: of.split and of.worker is not None and not of.over("shm://"),
+        lambda of: of.split and bool(of.workers) and not of.over("shm://"),
     ),
 )
 
 
 CONFLICTS = (
+    Conflict(
+        "worker.address names a worker twice: each further one is a standby for the others",
+        ("worker.address",),
+        lambda run: len(set(run.worker.addresses)) < len(run.worker.addresses),
+    ),
     Conflict(
         "guard.warm_pads fills a pool that 0 of guard.pads_ahead keeps empty: leave out one of them",
         ("guard.warm_pads", "guard.pads_ahead"),
@@ -239,9 +249,8 @@ CONFLICTS = (
         "guard.pad_source is the worker itself: a dealer must be another party's",
         ("guard.pad_source",),
         lambda run: (
-            run.worker.address is not None
-            and run.guard.dealer is not None
-            and _same_place(_dealer(run), _address(run.worker.address))
+            run.guard.dealer is not None
+            and any(_same_place(_dealer(run), _address(one)) for one in run.worker.addresses)
         ),
     ),
     Conflict(
@@ -258,7 +267,7 @@ def check(run: RunConfig) -> None:
     for name, may_be in VALUES.items():
         if name in given and not may_be.holds(given[name]):
             raise OptionError(f"{name} must be {may_be.must}, not {given[name]}", fields=(name,))
-    choices = Choices.of(run.protection, run.worker.address, run.guard.pad_source, run.compute.partition)
+    choices = Choices.of(run.protection, run.worker.addresses, run.guard.pad_source, run.compute.partition)
     for rule in UNUSED:
         refused = unused(rule, choices, given.items())
         if refused:

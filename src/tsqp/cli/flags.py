@@ -29,6 +29,7 @@ NAMES = {
     "compiled": "--compile",
     "deadline_s": "--deadline",
     "json": "--json-schema",
+    "patience_s": "--worker-patience",
     "server_key": "--worker-key",
     "stop_token_ids": "--stop-token",
 }
@@ -116,4 +117,6 @@ def option_type(section: str, name: str) -> Any:
 def _annotated(config: type[DataclassInstance], one: Field[Any]) -> Any:
     """The type of a field, with how cyclopts reads the field."""
     hint = get_type_hints(config)[one.name]
+    if one.name == "address":
+        hint = tuple[str, ...] | None  # a flag that may be given again, a variable with spaces
     return Annotated[hint, _parameter(one)]

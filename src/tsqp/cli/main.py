@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import re
 import signal
@@ -35,6 +36,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # as an exception, so that workers are stopped
     _open_streams_to_all_text()
+    logging.basicConfig(stream=sys.stderr, format="tsqp: %(message)s", level=logging.WARNING)
     sys.exit(run(sys.argv[1:]))
 
 

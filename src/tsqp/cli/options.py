@@ -37,8 +37,9 @@ def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection)
     worker = by_field["worker.address"]
     if PROTECTIONS[chosen].uses_worker and _by_flag(by_field["worker.device"]) and not _by_flag(worker):
         worker.tokens.clear()  # the flag asks for a worker that is started here
+    workers = tuple(token.value for token in worker.tokens)
     pad_source, partition = (_text(by_field[name]) for name in ("guard.pad_source", "compute.partition"))
-    choices = Choices.of(chosen, _text(worker) or None, pad_source, partition)
+    choices = Choices.of(chosen, workers, pad_source, partition)
     for rule in UNUSED:
         given = [(name, _value(by_field[name])) for name in rule.fields if _counts(by_field[name])]
         refused = unused(rule, choices, given)

@@ -81,6 +81,7 @@ class LocalWorker:
             env=worker_environment(),
             start_new_session=True,  # Ctrl-C is for this side; it ends the worker in good order
         )
+        self._listens = False
         self._errors: deque[str] = deque(maxlen=50)
         self._drain = threading.Thread(target=self._collect, args=(self._process.stderr,), daemon=True)
         self._drain.start()
@@ -94,8 +95,13 @@ class LocalWorker:
         return self._process.poll() is not None
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
-        """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words."""
+        """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words.
+
+        Once it has said that it listens, there is nothing to wait for.
+        """
         output = self._process.stdout
+        if self._listens:
+            return self.address
         if output is None:
             raise WorkerUnreachable("the worker was started without a pipe")
         deadline = time.monotonic() + timeout_s
@@ -118,6 +124,7 @@ class LocalWorker:
         if ready is None or ready.address != self.address:
             self.close()
             raise WorkerUnreachable("the worker does not listen where it was told to")
+        self._listens = True
         return self.address
 
     def last_words(self) -> str:
@@ -132,6 +139,11 @@ class LocalWorker:
             if line.strip():
                 return printable(line.strip().removeprefix("tsqp worker: ").removeprefix("error: "))
         return "it said nothing" if code is None else f"it ended with exit code {code}"
+
+    def kill(self) -> None:
+        """End the worker at once, whatever it does; ``close`` it too. Another thread may be waiting for it."""
+        if self._process.poll() is None:
+            self._process.kill()
 
     def close(self) -> None:
         """End the worker: politely, then not. Closing twice is allowed."""

@@ -56,14 +56,15 @@ class PadFiller:
     def __init__(self, pool: PadPool, blocks: Mapping[GroupKey, int]) -> None:
         self.busy: Callable[[], bool] = lambda: False
         self.blocks = {key: count for key, count in blocks.items() if count}
-        self._pool = pool
+        self.pool = pool
         self._stop = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tsqp-pads", daemon=True)
 
     def start(self) -> None:
-        """Begin to fill in idle time."""
-        self._thread.start()
+        """Begin to fill in idle time. Starting twice is allowed."""
+        if self._thread.ident is None and not self._stop.is_set():
+            self._thread.start()
 
     @property
     def ahead(self) -> int:
@@ -77,14 +78,18 @@ class PadFiller:
 
     def ready(self, *, answer: bool) -> int:
         """Tokens of an answer, or of a prompt, whose pads are ready in every group."""
-        return min(self._pool.ready(key) for key in self._pool.keys if answer or key[1] is not None)
+        return min(self.pool.ready(key) for key in self.pool.keys if answer or key[1] is not None)
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Fill the pool now; ``progress`` is told the blocks that are ready and the blocks there are to be."""
-        while self._make_some(idle=True):
+        while self.make_some():
             if progress is not None:
-                ready = sum(min(self._pool.ready(key) // BLOCK_ROWS, count) for key, count in self.blocks.items())
+                ready = sum(min(self.pool.ready(key) // BLOCK_ROWS, count) for key, count in self.blocks.items())
                 progress(ready, sum(self.blocks.values()))
+
+    def make_some(self) -> bool:
+        """Make a few blocks of the group that needs them most; False where the pool is full."""
+        return self._make_some(idle=True)
 
     def close(self) -> None:
         """End the thread. Closing twice is allowed."""
@@ -100,27 +105,27 @@ class PadFiller:
             except Exception as error:  # whatever it is, the run must hear of it
                 if not isinstance(error, TsqpError):
                     error = PadsExhausted(f"no pads could be made: {error}")
-                self._pool.failure = error
+                self.pool.failure = error
                 return
 
     def _make_some(self, idle: bool) -> bool:
         """Make a few blocks of the group that needs them most; whether there was one."""
         with self._one_at_a_time:
-            ready = {key: self._pool.ready(key) // BLOCK_ROWS for key in self.blocks}
+            ready = {key: self.pool.ready(key) // BLOCK_ROWS for key in self.blocks}
             wanting = [key for key in ready if ready[key] < self.blocks[key] and (idle or self._runs_out(key))]
             if not wanting or self._stop.is_set():
                 return False
             key = min(wanting, key=lambda key: ready[key] / self.blocks[key])
-            self._pool.make(key, min(self.blocks[key] - ready[key], MAKE_BLOCKS if idle else 2))
+            self.pool.make(key, min(self.blocks[key] - ready[key], MAKE_BLOCKS if idle else 2))
             return True
 
     def _is_idle(self) -> bool:
         if self.busy():
             return False
-        last = max((when for when, _ in list(self._pool.recent.values())), default=0.0)
+        last = max((when for when, _ in list(self.pool.recent.values())), default=0.0)
         return time.monotonic() - last > IDLE_S
 
     def _runs_out(self, key: GroupKey) -> bool:
         """Whether an answer is under way that is on its last block: better made now than by the call that needs it."""
-        _, rows = self._pool.recent.get(key, (0.0, 0))
-        return 0 < rows <= BLOCK_ROWS and self._pool.ready(key) < BLOCK_ROWS
+        _, rows = self.pool.recent.get(key, (0.0, 0))
+        return 0 < rows <= BLOCK_ROWS and self.pool.ready(key) < BLOCK_ROWS

@@ -5,6 +5,8 @@ Policy only: it knows counts, and never sees a pad.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tsqp.errors import MORE_PADS, PadsExhausted
 from tsqp.trusted.filler import PadFiller
 
@@ -35,3 +37,13 @@ class PadReserve:
     def release(self, rows: int) -> None:
         """Rows whose pads were used, or that will not be needed."""
         self.promised -= rows
+
+    def renew(self, filler: PadFiller, stopped: Callable[[], bool]) -> None:
+        """The pads are gone with their session: from now on those of ``filler`` are promised, and made up to that.
+
+        What was promised fitted into the pool, so it fits again. Ends early where ``stopped``. Raises as the filler.
+        """
+        self._filler = filler
+        while filler.ready(answer=True) < self.promised and not stopped():
+            if not filler.make_some():
+                return

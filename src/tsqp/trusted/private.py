@@ -7,17 +7,18 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 
 from tsqp.arith.field import FieldWeights
 from tsqp.arith.modulus import P
-from tsqp.arith.product import BlockedKernel
+from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
+from tsqp.errors import CorruptCheckpoint
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.trusted.decode_step import DecodeStep
@@ -32,17 +33,45 @@ from tsqp.trusted.remote.session import WorkerSession
 class PrivateModel:
     """``groups``: what the guard holds. ``digests``: SHA-256 of each group's 8-bit weights, which a worker must have.
 
-    ``digest``: SHA-256 of those and of everything else that this side loads; see ``ModelDigest``.
+    ``digest``: SHA-256 of those and of everything else that this side loads; see ``ModelDigest``. ``kernel`` multiplies
+    pads, where this side does.
     """
 
     groups: Mapping[GroupKey, GuardedGroup]
     digests: Mapping[GroupName, str]
     digest: str
+    kernel: DigitKernel
+
+    def renewed(self, checkpoint: Checkpoint) -> PrivateModel:
+        """The same model with check vectors that no connection has had.
+
+        They need the 8-bit weights. Where this side has let go of those, they are read and quantised again. Raises
+        CorruptCheckpoint where they are others by now.
+        """
+        digests, groups = GroupDigests(), dict[GroupKey, GuardedGroup]()
+        for key, old in self.groups.items():
+            keeps = old.weights is not None
+            wq = load_quantised_group(checkpoint, key).wq if old.weights is None else old.weights.wq
+            if not keeps:
+                digests.add(key, wq)
+            scales, bias, checks = torch.from_numpy(old.scales), torch.from_numpy(old.bias), len(old.check_vectors)
+            groups[key] = GuardedGroup.of(key, wq, scales, bias, self.kernel, checks=checks, keep_weights=keeps)
+        if digests.hexdigests() not in ({}, self.digests):
+            raise CorruptCheckpoint("the weights on the disk have changed since they were read: open the model anew")
+        return replace(self, groups=groups)
+
+    def forget(self) -> None:
+        """Overwrite all check vectors."""
+        for group in self.groups.values():
+            group.forget()
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The guard of one run: what it has done, and its pads. ``filler`` and ``dealer`` are None where there is none."""
+    """The guard of one session: what it has done, and its pads.
+
+    ``filler`` and ``dealer`` are None where there is none. ``earlier``: what the sessions before have counted.
+    """
 
     linears: CheckedLinears
     check_vectors: int
@@ -50,20 +79,29 @@ class Guard:
     filler: PadFiller | None
     dealer: WorkerSession | None
     step: DecodeStep | None = None  # which has memory of the guard
+    earlier: Mapping[str, int] = field(default_factory=dict)
+
+    def counted(self) -> dict[str, int]:
+        """Of this session and those before: products checked; rows of pads used, and those made on the spot."""
+        counts = {"checks": self.linears.checks}
+        if isinstance(self.linears, MaskedLinears):
+            counts |= {"pads_used": self.linears.pool.used, "pads_missed": self.linears.pool.missed}
+        return {name: count + self.earlier.get(name, 0) for name, count in counts.items()}
+
+    def failed_pads(self, error: Exception) -> bool:
+        """Whether this is what has ended the making of pads: then it is not about the worker."""
+        return isinstance(self.linears, MaskedLinears) and self.linears.pool.failure is error
 
     def report(self) -> dict[str, object]:
         """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
         figures: dict[str, object] = {
-            "checks": self.linears.checks,
+            **self.counted(),
             # A wrong product goes unnoticed, in the whole session, with probability 2 to minus this.
             "soundness_bits": round(self.check_vectors * math.log2(P), 2),
             "model_digest": self.model_digest,
         }
-        if isinstance(self.linears, MaskedLinears) and self.filler is not None:
-            pool = self.linears.pool
+        if self.filler is not None:
             figures |= {
-                "pads_used": pool.used,
-                "pads_missed": pool.missed,
                 "pads_ahead": self.filler.ahead,
                 "pads_ready": self.filler.ready(answer=True),
                 "pads_ready_prompt": self.filler.ready(answer=False),
@@ -106,7 +144,7 @@ def load_private_model(
             whole.add(f"layer {index} norm {name}", weight)
     whole.add("final norm", norms.final)
     whole.add("embedding", embedding)
-    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest(digests.hexdigests()))
+    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest(digests.hexdigests()), kernel)
 
 
 class ModelDigest:

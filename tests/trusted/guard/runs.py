@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tests.conftest import fresh_address
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, SamplingParams, WorkerConfig
 from tsqp.api.config import GuardConfig
 from tsqp.audit.capture import Capture
 from tsqp.checkpoint import open_checkpoint
@@ -27,7 +27,7 @@ PROMPT = list(range(3, 43))  # 40 tokens: three blocks of pads, the last in part
 FEW = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
-def open_llm(worker: str, capture: Capture, connect: Any = None) -> LLM:
+def open_llm(worker: str | WorkerConfig, capture: Capture, connect: Any = None) -> LLM:
     """A masked run whose messages are copied. Pads are made when they are needed, so that every path is taken."""
     options = GuardConfig(pads_ahead=0)
     return LLM(MODEL, protection="masked", worker=worker, guard=options, connect=connect or capture.connect)

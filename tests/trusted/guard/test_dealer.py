@@ -16,9 +16,9 @@ from tests.trusted.guard.fakes import record_blocks, secrets_of
 from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
 from tests.trusted.guard.recorder import Recorder
 from tsqp import LLM, SamplingParams
-from tsqp.api.assemble import build_private_engine
 from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.plan import Plan
+from tsqp.api.private_links import PrivateLinks
 from tsqp.checkpoint import open_checkpoint, stored_dtype
 from tsqp.errors import (
     ChannelError,
@@ -78,17 +78,11 @@ def dealt(
             channels.append(Recorder(connect(where)))
             return channels[-1]
 
-        engine, session, guard = build_private_engine(
-            open_checkpoint(MODEL),
-            plan,
-            lambda: dial(address),
-            lambda: dial(dealer_address),
-            (),
-            Stats(),
-        )
-        stack.callback(session.close)
-        stack.callback(guard.close)
-        yield Run(engine, guard, worker, dealer, *channels)
+        links = PrivateLinks(open_checkpoint(MODEL), plan, lambda: dial(dealer_address), Stats())
+        link = links.connect(lambda: dial(address))
+        stack.callback(link.close)
+        assert link.guard is not None
+        yield Run(links.engine(link.decoder, ()), link.guard, worker, dealer, *channels)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from tests.families import tiny_model
 from tests.trusted.guard.altered import Altered
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
-from tsqp.api.assemble import build_private_engine
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.plan import Plan
+from tsqp.api.private_links import PrivateLinks
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.config.model import ModelConfig, RopeConfig
@@ -138,12 +138,7 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
     with serve(MODEL) as (honest, right), serving(cheats) as wrong:
         addresses = {"worker": right, "dealer": right, cheat: wrong}
         with pytest.raises(ModelMismatch, match=f"the {cheat} at .* another model"):
-            build_private_engine(
-                open_checkpoint(MODEL),
-                plan,
-                lambda: connect(addresses["worker"]),
-                lambda: connect(addresses["dealer"]),
-                (),
-                Stats(),
+            PrivateLinks(open_checkpoint(MODEL), plan, lambda: connect(addresses["dealer"]), Stats()).connect(
+                lambda: connect(addresses["worker"])
             )
         assert honest.products == cheats.products == 0

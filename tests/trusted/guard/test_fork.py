@@ -18,14 +18,14 @@ capture = Capture()
 with worker_that_can_go() as (worker, _), open_llm(worker, capture) as llm:
     llm.generate(PROMPT, FEW)
     sent = len(capture.messages)
-    lock = llm._guard.linears.pool._lock
+    lock = llm.guard.linears.pool._lock
     lock.acquire()  # as another thread may have done at that moment
     child = os.fork()
     if child:
         lock.release()
     else:
         refused = 0
-        pool = llm._guard.linears.pool
+        pool = llm.guard.linears.pool
         asked = (lambda: llm.generate(PROMPT, FEW), lambda: pool.take(("qkv", 0), 1), lambda: pool.make(("qkv", 0), 1))
         for ask, expected in zip(asked, (InputError, PadReused, PadReused), strict=True):
             try:

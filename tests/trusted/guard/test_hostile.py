@@ -82,7 +82,7 @@ def tokens_until_failure(llm: LLM, expected: type[ChannelError]) -> tuple[list[i
 
 def assert_nothing_left(llm: LLM) -> None:
     """Check vectors and pads are gone, and every call raises."""
-    guard = llm._guard
+    guard = llm.guard
     assert guard is not None
     for group in guard.linears.groups.values():
         assert (group.projections == 1).all()
@@ -107,7 +107,7 @@ def attack_a_run(
     deadline_s = 0.5 if expected is DeadlineExceeded else 60.0
     with (
         serve(MODEL, attack, at, transport) as (worker, address),
-        LLM(MODEL, protection=mode, worker=WorkerConfig(address, deadline_s=deadline_s)) as llm,
+        LLM(MODEL, protection=mode, worker=WorkerConfig(address, deadline_s=deadline_s, patience_s=0)) as llm,
     ):
         tokens, _ = tokens_until_failure(llm, expected)
         assert worker.attacked is not None
@@ -206,8 +206,8 @@ def test_other_products_under_way_go_down_too(
         serve(MODEL, edited(hostile.zeros), at) as (worker, address),
         LLM(MODEL, protection=mode, worker=address, guard=guard, compute=ComputeConfig(micro_batches=2)) as llm,
     ):
-        if llm._guard is not None and llm._guard.filler is not None:
-            llm._guard.filler.fill()
+        if llm.guard is not None and llm.guard.filler is not None:
+            llm.guard.filler.fill()
         with pytest.raises(ProductMismatch):
             llm.generate(random_tokens(32), SamplingParams(max_tokens=STEPS))
         assert worker.attacked == at

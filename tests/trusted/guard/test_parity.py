@@ -127,8 +127,8 @@ def private_answers(
         guard=guard if mode == "masked" else None,
         compute=ComputeConfig(prefill_chunk=prefill_chunk, micro_batches=micro_batches, kv_dtype=kept),
     ) as llm:
-        if guard is not None and llm._guard is not None and llm._guard.filler is not None:
-            llm._guard.filler.fill()
+        if guard is not None and llm.guard is not None and llm.guard.filler is not None:
+            llm.guard.filler.fill()
         return answers(llm.engine)
 
 

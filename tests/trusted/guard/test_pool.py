@@ -114,13 +114,13 @@ def test_what_a_filled_pool_holds_is_what_was_reckoned(monkeypatch: pytest.Monke
 def test_the_memory_of_a_run_is_bounded() -> None:
     options = GuardConfig(pads_ahead=1024, pad_memory=200_000)
     with serve(MODEL) as (_, address), LLM(MODEL, protection="masked", worker=address, guard=options) as llm:
-        assert llm._guard is not None
-        filler = llm._guard.filler
+        assert llm.guard is not None
+        filler = llm.guard.filler
         assert filler is not None
         assert 0 < filler.ahead < 1024
         assert bytes_of(dict(filler.blocks)) <= 200_000
         assert eventually(lambda: filler.ready(answer=False) >= filler.ahead)
-        assert llm._guard.report()["pads_ahead"] == filler.ahead
+        assert llm.guard.report()["pads_ahead"] == filler.ahead
 
 
 # Filling
@@ -295,8 +295,8 @@ def test_refuse_raises_before_anything_is_sent_and_the_session_goes_on() -> None
 def test_refuse_in_a_run() -> None:
     options = GuardConfig(pads_ahead=32, pads_empty="refuse")
     with serve(MODEL) as (worker, address), LLM(MODEL, protection="masked", worker=address, guard=options) as llm:
-        assert llm._guard is not None
-        filler = llm._guard.filler
+        assert llm.guard is not None
+        filler = llm.guard.filler
         assert filler is not None
         filler.fill()
         with pytest.raises(PadsExhausted):

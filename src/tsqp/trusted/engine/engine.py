@@ -21,11 +21,12 @@ from typing import Any, Protocol
 import torch
 
 from tsqp.config.model import ModelConfig
-from tsqp.errors import InputError, NumericError, PromptError
+from tsqp.errors import ChannelError, InputError, NumericError, PromptError, TsqpError
 from tsqp.model.batch import Batch
-from tsqp.model.pending import Steps, run
+from tsqp.model.pending import run
 from tsqp.trusted.engine.counts import Counts
 from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.line import Line, PassDecoder
 from tsqp.trusted.engine.logprobs import read_prompt
 from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
@@ -35,20 +36,6 @@ from tsqp.trusted.engine.turns import Turns
 from tsqp.trusted.stats import Stats
 
 Tokens = SequenceOf[int]
-
-
-class PassDecoder(Protocol):
-    """What the engine needs of a decoder; sequences are known by caches that the decoder makes.
-
-    ``max_sequences`` of one pass, where a decoder has such a bound.
-    """
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def new_cache(self) -> Any: ...
-
-    def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]: ...
 
 
 class ReservesPads(Protocol):
@@ -64,8 +51,8 @@ class Engine:
 
     ``eos_token_ids`` end an answer unless it ignores them. ``kv_memory``: bytes for caches, None for no bound.
     ``same_bits``: rows of prompts and rows of answers are told apart, so that logits do not depend on how they were
-    computed. ``pads``: where a request reserves them, in a run that does not make missing ones. ``clock``: seconds, for
-    how long steps take.
+    computed. ``pads``: where a request reserves them, in a run that does not make missing ones. ``line``: where further
+    decoders come from, should the worker of this one be lost. ``clock``: seconds, for how long steps take.
     """
 
     def __init__(
@@ -78,6 +65,7 @@ class Engine:
         kv_memory: int | None = None,
         same_bits: bool = False,
         pads: ReservesPads | None = None,
+        line: Line | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = limits or Limits()
@@ -88,9 +76,10 @@ class Engine:
         self.limits = replace(limits, running=min(limits.running, most))
         self._same_bits = same_bits
         self._pads = pads
+        self._line = line
         self._clock = clock
         self._scheduler = Scheduler(
-            decoder.new_cache,
+            lambda: self.decoder.new_cache(),
             self.limits,
             kv_memory=kv_memory,
             same_bits=same_bits,
@@ -185,6 +174,9 @@ class Engine:
 
         Steps of several threads take turns. Raises NumericError, PadsExhausted and any ChannelError; then no request
         has changed, and the step can be asked for again. InputError in a forked process.
+
+        A step that loses its worker gives nothing, and the next one waits for another worker. Where none comes, all
+        requests end with the error, which each is delivered.
         """
         self._refuse_fork()
         with self._one_at_a_time:
@@ -218,12 +210,15 @@ class Engine:
         """End every request with an error, which each is delivered."""
         self._refuse_fork()
         with self._one_at_a_time:
-            with self._books():
-                requests = list(self._scheduler.unended())
-                for request in requests:
-                    self._end(request, "error")
-            for request in requests:
-                _deliver(request, Output(request.id, None, "error", error))
+            self._fail(error)
+
+    def mend(self) -> None:
+        """Wait for a worker if there is none: in idle time, so that the next request need not. Raises ChannelError."""
+        self._refuse_fork()
+        if self._line is not None:
+            with self._one_at_a_time:
+                if self._line.look():
+                    self._have_decoder()
 
     def forget(self) -> None:
         """Let go of the caches that ended requests have left."""
@@ -248,24 +243,65 @@ class Engine:
         if self._pads is not None:
             self._pads.reserve(len(prompt))
         try:
-            return self.run(Batch([prompt], [self.decoder.new_cache()], every_row=True))
+            with self._one_at_a_time:
+                while True:
+                    self._have_decoder()
+                    try:
+                        return self._forward(Batch([prompt], [self.decoder.new_cache()], every_row=True))
+                    except ChannelError as error:
+                        if not self._mends(error):
+                            raise
         finally:
             if self._pads is not None:
                 self._pads.release(len(prompt))
 
     def run(self, batch: Batch[Any]) -> torch.Tensor:
-        """One forward pass; the passes of several threads take turns. Raises InputError in a forked process."""
+        """One forward pass; the passes of several threads take turns. Raises InputError in a forked process.
+
+        A lost worker is an error here: whether the caches of the batch are still good is for its caller to know.
+        """
         self._refuse_fork()
         with self._one_at_a_time:
+            self._have_decoder()
             return self._forward(batch)
 
     def _forward(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass, for who has the turn."""
         with torch.inference_mode():
-            return run(self.decoder.forward(batch))
+            logits = run(self.decoder.forward(batch))
+        if self._line is not None:
+            self._line.passed()
+        return logits
+
+    def _have_decoder(self) -> None:
+        """A decoder whose worker is there; the lock for passes is held. Raises what ends all requests."""
+        decoder = self.decoder if self._line is None else self._line.decoder()
+        if decoder is not self.decoder:
+            with self._books():
+                self.decoder = decoder
+                if getattr(decoder, "caches_on_worker", False):
+                    self._scheduler.lose_caches()
+
+    def _mends(self, error: Exception) -> bool:
+        return self._line is not None and self._line.mends(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End every request; the lock for passes is held."""
+        with self._books():
+            requests = list(self._scheduler.unended())
+            for request in requests:
+                self._end(request, "error")
+        for request in requests:
+            _deliver(request, Output(request.id, None, "error", error))
 
     def _step(self) -> list[Output]:
         """See ``step``; the lock for passes is held."""
+        if self.has_work():
+            try:
+                self._have_decoder()
+            except TsqpError as error:
+                self._fail(error)
+                return []
         with self._books():
             shares = self._scheduler.plan()
             held = {request: request.computed for request in shares}
@@ -275,6 +311,9 @@ class Engine:
         try:
             if shares:
                 self._pass(shares, given)
+        except ChannelError as error:
+            if not self._mends(error):
+                raise
         finally:
             with self._books():
                 for request, before in held.items():

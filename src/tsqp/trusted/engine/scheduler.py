@@ -123,6 +123,12 @@ class Scheduler:
         queue.move_to_end(request.id, last=False)
         self._counts.preemptions += 1
 
+    def lose_caches(self) -> None:
+        """Every cache is gone: running requests wait again, in the order in which they were admitted."""
+        for request in reversed(list(self._running.values())):
+            self.preempt(request)
+        self.forget()
+
     def forget(self) -> None:
         """Let go of all kept caches."""
         self._prefixes.clear()

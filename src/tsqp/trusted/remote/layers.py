@@ -36,6 +36,7 @@ class LayerDecoder:
     """The forward pass as the worker's layers do it."""
 
     max_sequences = MAX_PLACES
+    caches_on_worker = True
 
     def __init__(self, session: WorkerSession, *, max_rows: int) -> None:
         self.config = session.config

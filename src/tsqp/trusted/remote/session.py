@@ -43,7 +43,8 @@ class WorkerSession:
     """Calls to one worker. Any error ends it: the channel is closed and every later call raises.
 
     ``wire_dtype`` is the format of float payloads, ``dtype`` the one results are handed out in. ``deadline_s`` bounds
-    the wait for each reply. ``role``: what errors call the other side.
+    the wait for each reply, ``handshake_s`` that for the first, where it is another. ``role``: what errors call the
+    other side.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class WorkerSession:
         dtype: DtypeName,
         stats: Stats,
         deadline_s: float,
+        handshake_s: float | None = None,
         path: NumericPath = "float",
         digests: Mapping[GroupName, str] | None = None,
         role: Literal["worker", "dealer"] = "worker",
@@ -74,10 +76,17 @@ class WorkerSession:
         self._path = path
         self._idle_slot: Slot | None = None
         try:
-            self.welcome = self._handshake(Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path))
+            self.welcome = self._handshake(
+                Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path), handshake_s or deadline_s
+            )
         except ChannelError:
             channel.close()
             raise
+
+    @property
+    def ended(self) -> ChannelError | None:
+        """What has ended the session, None while it goes on."""
+        return self._dead
 
     def next_id(self) -> int:
         """A call id that no earlier call of this session had."""
@@ -282,9 +291,9 @@ class WorkerSession:
             raise WorkerFailed(f"the {self._role} at {self.channel.address} failed: {printable(reply.reason)}")
         return reply
 
-    def _handshake(self, hello: Hello) -> Welcome:
+    def _handshake(self, hello: Hello, within_s: float) -> Welcome:
         self.channel.send(Frames(encode(hello)))
-        control, tensors = self.channel.receive(self.deadline_s)  # it may still be reading its weights
+        control, tensors = self.channel.receive(within_s)  # it may still be reading its weights
         answer = decode_handshake(control)
         if tensors:
             raise ProtocolError("a handshake with payloads")

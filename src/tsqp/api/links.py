@@ -1,0 +1,133 @@
+"""A link is one session with a worker and all that is good for this session alone; what outlives it makes the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from tsqp.api.assemble import Placement, attention_here, build_decoder, kv_memory
+from tsqp.api.plan import Plan
+from tsqp.checkpoint.base import Checkpoint
+from tsqp.config.dtype import numeric_path
+from tsqp.config.partition import Partition
+from tsqp.errors import ChannelError
+from tsqp.model.decoder_layers import Norms
+from tsqp.model.local import LocalEmbedding
+from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.line import Line, PassDecoder
+from tsqp.trusted.private import Guard
+from tsqp.trusted.remote.attention import OpenAttention
+from tsqp.trusted.remote.embedding import OpenEmbedding
+from tsqp.trusted.remote.layers import LayerDecoder
+from tsqp.trusted.remote.linears import OpenLinears
+from tsqp.trusted.remote.session import WorkerSession
+from tsqp.trusted.stats import Stats
+from tsqp.wire.channel import Channel
+from tsqp.wire.payload import TORCH_DTYPES
+
+Dial = Callable[[], Channel]
+
+
+@dataclass(frozen=True)
+class Link:
+    """``guard`` is None where nothing is checked."""
+
+    decoder: PassDecoder
+    session: WorkerSession
+    guard: Guard | None = None
+
+    @property
+    def ended(self) -> ChannelError | None:
+        """What has ended the session with the worker, or with the dealer; None while they go on."""
+        dealer = None if self.guard is None else self.guard.dealer
+        return self.session.ended or (None if dealer is None else dealer.ended)
+
+    def close(self) -> None:
+        """End the sessions and destroy what is secret. Closing twice is allowed."""
+        try:
+            if self.guard is not None:
+                self.guard.close()
+        finally:
+            self.session.close()
+
+
+class Links(Protocol):
+    """Makes links of one run, one after another. One thread asks at a time."""
+
+    def renew(self) -> None:
+        """Make what the next link needs apart from its worker; ``connect`` does it otherwise."""
+
+    def connect(self, dial: Dial, handshake_s: float | None = None) -> Link:
+        """A link over a new channel, in which the handshake may take ``handshake_s``, or as long as any call.
+
+        Raises ChannelError and what ``dial`` raises.
+        """
+
+    def resume(self, link: Link, stopped: Callable[[], bool]) -> None:
+        """Make ready what requests that were begun with an earlier link count on; early end where ``stopped``.
+
+        Raises ChannelError.
+        """
+
+
+class SplitLinks:
+    """Links of mode ``open``: what the partition names is on the worker, which sees it and is believed.
+
+    This side's weights are read here, so that a worker can load at the same time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, partition: Partition, stats: Stats) -> None:
+        self._checkpoint, self._plan, self._partition, self._stats = checkpoint, plan, partition, stats
+        self._fingerprint = checkpoint.fingerprint()
+        dtype = TORCH_DTYPES[plan.dtype]
+        self._embedding: LocalEmbedding | None = None
+        if not partition.remote_embedding:
+            table = checkpoint.tensor("model.embed_tokens.weight").to(dtype, copy=True)  # the one large tensor here
+            self._embedding = LocalEmbedding(table, stats)
+        self._norms = None if partition.whole_layers else Norms.load(checkpoint, dtype)
+
+    def renew(self) -> None:
+        """See Links: there is nothing to make."""
+
+    def connect(self, dial: Dial, handshake_s: float | None = None) -> Link:
+        """See Links."""
+        session = WorkerSession(
+            dial(),
+            self._checkpoint.config,
+            self._fingerprint,
+            wire_dtype=self._plan.wire_dtype,
+            dtype=self._plan.dtype,
+            stats=self._stats,
+            deadline_s=self._plan.run.worker.deadline_s,
+            handshake_s=handshake_s,
+            path=numeric_path(self._plan.linear_dtype),
+        )
+        return Link(self._decoder(session), session)
+
+    def resume(self, link: Link, stopped: Callable[[], bool]) -> None:
+        """See Links: there is nothing that they count on."""
+
+    def engine(
+        self,
+        decoder: PassDecoder,
+        eos_token_ids: tuple[int, ...],
+        limits: Limits | None = None,
+        line: Line | None = None,
+    ) -> Engine:
+        """An engine that begins with the decoder of a link."""
+        memory = None if self._partition.whole_layers else kv_memory(self._plan)
+        return Engine(decoder, eos_token_ids, self._stats, limits=limits, kv_memory=memory, line=line)
+
+    def _decoder(self, session: WorkerSession) -> PassDecoder:
+        plan, partition = self._plan, self._partition
+        if self._norms is None:
+            return LayerDecoder(session, max_rows=plan.run.compute.prefill_chunk)
+        here = None if partition.remote_attention else attention_here(self._checkpoint, plan, self._stats)
+        placement = Placement(
+            self._embedding or OpenEmbedding(session),
+            OpenLinears(session, split=partition.split_groups),
+            here or OpenAttention(session),
+        )
+        return build_decoder(self._checkpoint, plan, placement, self._stats, self._norms)

@@ -1,0 +1,147 @@
+"""Where a worker is to be had: at an address, or started beside this process, as often as one is needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable
+from tsqp.launch.local import LocalWorker
+from tsqp.wire.channel import Channel
+
+Dial = Callable[[str, int | None], Channel]  # an address, and the process there if it was started here
+
+
+class Place(Protocol):
+    """One worker, or one after another that count as the same. ``name`` is what an operator knows it by."""
+
+    name: str
+
+    def prepare(self) -> None:
+        """Begin what takes long, and do not wait for it. Raises OSError."""
+
+    def dial(self) -> Channel:
+        """A channel to the worker. Raises ChannelError."""
+
+    def gone(self) -> bool:
+        """Whether the worker is known to have ended."""
+
+    def explained(self, error: ChannelError) -> ChannelError:
+        """The error, or a better one where more is known."""
+
+    def leave(self) -> None:
+        """Its session is over: whatever is left of the worker there is of no use."""
+
+    def interrupt(self) -> None:
+        """Whoever waits in ``dial`` waits no longer, as far as that can be had. Another thread may call it."""
+
+    def close(self) -> None:
+        """Leave for good. Closing twice is allowed."""
+
+
+class Standing:
+    """A worker that somebody else runs, at an address."""
+
+    def __init__(self, address: str, dial: Dial) -> None:
+        self.name = address
+        self._dial = dial
+
+    def prepare(self) -> None:
+        """See Place."""
+
+    def dial(self) -> Channel:
+        """See Place."""
+        return self._dial(self.name, None)
+
+    def gone(self) -> bool:
+        """See Place: that shows when it is called."""
+        return False
+
+    def explained(self, error: ChannelError) -> ChannelError:
+        """See Place."""
+        return error
+
+    def leave(self) -> None:
+        """See Place."""
+
+    def interrupt(self) -> None:
+        """See Place."""
+
+    def close(self) -> None:
+        """See Place."""
+
+
+class StartedHere:
+    """A worker process of this one. After a loss it is ended, whatever state it is in, and the next one is started."""
+
+    name = "the worker that is started here"
+
+    def __init__(self, start: Callable[[], LocalWorker], dial: Dial) -> None:
+        self._start = start
+        self._dial = dial
+        self._worker: LocalWorker | None = None
+        self._closed = False
+        self._lock = threading.Lock()  # of the two: no process may be started once all were to end
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker, None between two of them."""
+        worker = self._worker
+        return None if worker is None else worker.pid
+
+    def prepare(self) -> None:
+        """See Place: a process. Raises WorkerUnreachable after ``close``."""
+        self._started()
+
+    def dial(self) -> Channel:
+        """See Place; the worker may still be loading."""
+        worker = self._started()
+        try:
+            return self._dial(worker.wait_ready(), worker.pid)
+        except WorkerUnreachable as error:
+            raise self.explained(error) from None
+
+    def gone(self) -> bool:
+        """See Place."""
+        worker = self._worker
+        return worker is not None and worker.ended
+
+    def explained(self, error: ChannelError) -> ChannelError:
+        """See Place: a worker that has ended can say how, and is nobody's to start again."""
+        worker = self._worker
+        if worker is None or not isinstance(error, WorkerLost | WorkerUnreachable) or error.side == "dealer":
+            return error
+        words = worker.last_words()  # it may be ending: this waits a moment
+        if not worker.ended:
+            return error  # what was wrong is something else
+        return WorkerLost(f"that was started here went away: {words}", address=worker.address)
+
+    def leave(self) -> None:
+        """See Place."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            worker.close()
+
+    def interrupt(self) -> None:
+        """See Place: what is being waited for ends."""
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
+
+    def close(self) -> None:
+        """See Place: politely."""
+        with self._lock:
+            self._closed = True
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+    def _started(self) -> LocalWorker:
+        with self._lock:
+            if self._closed:
+                raise WorkerUnreachable("the model was closed")
+            if self._worker is None:
+                self._worker = self._start()
+            return self._worker

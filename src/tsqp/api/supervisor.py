@@ -1,0 +1,318 @@
+"""Which worker is asked, and what becomes of a run whose worker is lost or cheats.
+
+A lost worker costs a pause: the next link is made at the next place in turn, with growing waits between the rounds, for
+as long as patience lasts. A worker whose product has failed its check, or that breaks the protocol, is expelled:
+nothing is asked of it again until ``readmit``. ``docs/serving.md`` §9 says what counts as what, and why.
+
+Covers: a place that was expelled is never dialled again (tests/api/test_supervisor.py); no link outlives its end (same
+file). Does not cover: one party with two addresses. Assumes: errors name what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from tsqp.api.attempt import Attempt
+from tsqp.api.links import Link, Links
+from tsqp.api.places import Place
+from tsqp.api.worker_state import WorkerState
+from tsqp.errors import (
+    ChannelClosed,
+    ChannelError,
+    CheckFailed,
+    DeadlineExceeded,
+    PathRefused,
+    ProtocolError,
+    TsqpError,
+    WorkerFailed,
+    WorkerLost,
+    WorkerUnreachable,
+)
+from tsqp.trusted.engine.line import PassDecoder
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # between two rounds of all places; each wait is twice the one before
+
+CHEATS = (CheckFailed, ProtocolError)
+LOST = (WorkerLost, WorkerUnreachable, WorkerFailed, DeadlineExceeded, ChannelClosed)
+TRIED_AGAIN = (ChannelError, PathRefused, OSError)  # of an attempt to connect
+
+log = logging.getLogger("tsqp.workers")
+
+
+class Supervisor:
+    """See Line. ``places`` are asked in turn; with a patience of 0 only the first link there is to be had is used.
+
+    ``clock`` in seconds; ``dice`` gives 0 to 1; ``wait`` waits so many seconds, and says whether ``stop`` was called.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        links: Links,
+        patience_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        dice: Callable[[], float] = random.random,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
+        self._places = places
+        self._links = links
+        self._patience_s = patience_s
+        self._clock = clock
+        self._dice = dice
+        self._turn = 0  # of the place in use, or to be tried next
+        self._link: Link | None = None
+        self._judged: Link | None = None  # whose end is in the books
+        self._left: list[Place] = []  # to be left before the next link
+        self._expelled: dict[str, ChannelError] = {}
+        self._broken_pads: ChannelError | None = None  # what has ended the making of pads for good
+        self._lost_at: float | None = None  # since no pass was completed
+        self._given_up = self._mending = False
+        self._error: str | None = None
+        self._tried = 0  # connections since the loss
+        self._losses = self._reconnects = self._failed_checks = 0
+        self._since = clock()
+        self._stop = threading.Event()
+        self._wait = wait or self._stop.wait
+        self._lock = threading.Lock()  # of the link, and whether there is to be one
+        self._at_work = threading.Lock()  # held while a worker is waited for
+
+    def open(self) -> Link:
+        """The first link. Raises what the last place has to say, where none is to be had."""
+        for number, place in enumerate(self._places):
+            self._turn = number
+            try:
+                return self._adopt(self._links.connect(place.dial))
+            except ChannelError as error:
+                told = place.explained(error)
+                place.leave()
+                if number == len(self._places) - 1:
+                    raise told from None
+                log.warning("worker %s cannot be had: %s", place.name, told)
+        raise ChannelClosed("no worker was named")
+
+    @property
+    def link(self) -> Link | None:
+        """The last one that there was, which may have ended; None while there is none."""
+        return self._link
+
+    def decoder(self) -> PassDecoder:
+        """See Line. Raises ChannelError, CheckpointError and PadError."""
+        link = self._link
+        if link is not None and ((link.ended is None and not self._mending) or not self._patience_s):
+            return link.decoder  # at a patience of 0 its every pass raises what has ended it
+        self._raise_if_stopped()
+        if link is not None and link.ended is not None:
+            self._judge(link, link.ended)
+        self._mending = True  # until it is done: an interrupt leaves a link that is not ready
+        with self._at_work:
+            link = self._mended()
+        self._mending = False
+        return link.decoder
+
+    def look(self) -> bool:
+        """See Line: only a worker that was started here is seen to have ended before it is asked for something."""
+        link, place = self._link, self._place
+        if not self._patience_s or self._verdict() is not None:
+            return False
+        if link is not None and place.gone():
+            link.session.fail(WorkerLost("went away; start it again and connect anew", address=self._address(link)))
+        return link is None or link.ended is not None
+
+    def passed(self) -> None:
+        """See Line."""
+        if self._lost_at is not None:
+            self._lost_at, self._tried = None, 0
+
+    def mends(self, error: Exception) -> bool:
+        """See Line: after a loss, and after a cheat where somebody else can be asked."""
+        link = self._link
+        if link is None or not isinstance(error, ChannelError):
+            return False
+        first = link.ended or error
+        self._judge(link, first)
+        return bool(self._patience_s) and isinstance(first, LOST + CHEATS) and self._verdict() is None
+
+    def explained(self, error: ChannelError) -> ChannelError:
+        """The error, or a better one where more is known."""
+        return self._place.explained(error)
+
+    def state(self) -> WorkerState:
+        """How it is now. Any thread may ask."""
+        link, verdict = self._link, self._verdict()
+        ready = link is not None and link.ended is None and not self._mending
+        failed = verdict is not None or self._given_up or (not ready and not self._patience_s)
+        error = None if ready else (self._error if verdict is None else str(verdict))
+        return WorkerState(
+            "ready" if ready else "failed" if failed else "reconnecting",
+            self._clock() - self._since,
+            self._place.name if link is None else self._address(link),
+            self._losses,
+            self._reconnects,
+            self._failed_checks,
+            {name: str(reason) for name, reason in list(self._expelled.items())},
+            error,
+        )
+
+    def readmit(self, name: str) -> None:
+        """An operator says that a place may be asked again: a new guess at new secrets for whoever is there."""
+        self._expelled.pop(name, None)
+        log.warning("worker %s is admitted again", name)
+
+    def stop(self) -> None:
+        """Whoever waits for a worker waits no longer, and no further link is made. Any thread may call it."""
+        self._stop.set()
+        if self._link is None:
+            self._place.interrupt()
+
+    def close(self) -> None:
+        """End the link, and every place. Closing twice is allowed."""
+        self.stop()
+        with self._at_work, self._lock:  # soon: whoever waits has been told
+            link = self._link
+        try:
+            if link is not None:
+                link.close()
+        finally:
+            for place in self._places:
+                place.close()
+
+    @property
+    def _place(self) -> Place:
+        return self._places[self._turn]
+
+    def _address(self, link: Link) -> str:
+        return link.session.channel.address
+
+    def _judge(self, link: Link, error: ChannelError) -> None:
+        """Once for each link: what its end means for whoever was at the other end."""
+        if link is self._judged:
+            return
+        self._judged = link
+        place = self._place
+        of_pads = link.guard is not None and link.guard.failed_pads(error)
+        self._since, self._given_up = self._clock(), False
+        self._failed_checks += isinstance(error, CheckFailed)
+        if of_pads and isinstance(error, CHEATS):
+            self._broken_pads = error  # the dealer, or this machine: nobody else makes pads
+            log.error("no more pads are made, and nothing more is asked: %s", error)
+        elif isinstance(error, CHEATS):
+            self._expelled[place.name] = error
+            self._left.append(place)
+            log.error("worker %s is expelled: %s", place.name, error)
+        else:
+            self._losses += 1
+            self._lost_at = self._clock() if self._lost_at is None else self._lost_at
+            if not of_pads and isinstance(error, LOST):
+                error = place.explained(error)
+                if not isinstance(error, ChannelClosed):  # given up on this side, by an interrupt: the worker is well
+                    self._left.append(place)
+            log.warning("%s; another worker is waited for, at most %g s", error, self._patience_s)
+        self._error = str(error)
+
+    def _verdict(self) -> ChannelError | None:
+        """Why nobody is left to ask; None where somebody is."""
+        if self._broken_pads is not None:
+            return self._broken_pads
+        left = [place for place in self._places if place.name not in self._expelled]
+        return None if left else next(reversed(self._expelled.values()))
+
+    def _next_turn(self) -> None:
+        """The next place that was not expelled, if there is one."""
+        for _ in self._places:
+            self._turn = (self._turn + 1) % len(self._places)
+            if self._place.name not in self._expelled:
+                return
+
+    def _mended(self) -> Link:
+        """A new link. Raises the verdict, what ends the run, and WorkerLost once patience is over."""
+        self._end_link()
+        while True:
+            self._raise_if_stopped()
+            self._leave()
+            verdict = self._verdict()
+            if verdict is not None:
+                raise verdict.with_traceback(None)  # the frames of the pass that failed are not kept
+            if self._lost_at is None:  # after a failed check, or after giving up
+                self._lost_at = self._clock()
+            left = self._lost_at + self._patience_s - self._clock()
+            if left <= 0:
+                raise self._gave_up()
+            if self._wait(min(left, self._wait_s())):
+                continue
+            self._tried += 1
+            try:
+                return self._connected(left)
+            except TRIED_AGAIN as error:
+                self._failed(error)
+
+    def _leave(self) -> None:
+        """Nothing more is asked of who was lost or has cheated: it is another's turn."""
+        for place in self._left:
+            place.leave()
+        if self._place in self._left or self._place.name in self._expelled:
+            self._next_turn()
+        self._left.clear()
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise ChannelClosed("the model was closed")
+
+    def _wait_s(self) -> float:
+        """None in the first round; then one that grows, the same for no two runs."""
+        rounds = self._tried // len([place for place in self._places if place.name not in self._expelled])
+        return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**rounds) * (0.5 + self._dice() / 2) if rounds else 0.0
+
+    def _connected(self, within_s: float) -> Link:
+        """One attempt, at the place whose turn it is."""
+        place = self._place
+        place.prepare()
+        self._links.renew()  # while a worker that was started loads
+        link = self._adopt(Attempt(lambda: self._links.connect(place.dial, within_s)).link(self._stop))
+        self._links.resume(link, self._stop.is_set)
+        self._reconnects += 1
+        log.info("worker %s is there, after %.1f s", place.name, self._clock() - self._since)
+        self._since = self._clock()
+        return link
+
+    def _failed(self, error: Exception) -> None:
+        """An attempt has failed: the next one is somewhere else, if there is somewhere else."""
+        link = self._link
+        if link is not None:  # while it was made ready
+            self._judge(link, link.ended or (error if isinstance(error, ChannelError) else ChannelClosed(str(error))))
+            self._end_link()
+            return
+        place = self._place
+        self._error = str(place.explained(error) if isinstance(error, ChannelError) else error)
+        if not (isinstance(error, ChannelError) and error.side == "dealer"):
+            place.leave()
+            self._next_turn()
+        log.info("worker %s cannot be had: %s", place.name, self._error)
+
+    def _gave_up(self) -> TsqpError:
+        """Patience is over. Whatever is asked next begins anew."""
+        self._given_up, self._lost_at, self._tried, self._since = True, None, 0, self._clock()
+        error = WorkerLost(f"no worker within {self._patience_s:g} s: {self._error}")
+        log.error("%s; all requests end", error)
+        return error
+
+    def _adopt(self, link: Link) -> Link:
+        with self._lock:
+            if not self._stop.is_set():
+                self._link = link
+                return link
+        link.close()
+        raise ChannelClosed("the model was closed")
+
+    def _end_link(self) -> None:
+        with self._lock:
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
+            self._judged = None
+            if link.ended is not None:
+                link.ended.with_traceback(None)  # its frames would keep the memory of the connection

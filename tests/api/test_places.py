@@ -1,0 +1,111 @@
+"""Where workers are to be had: one at an address, and one after another beside this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tsqp.api.places import Standing, StartedHere
+from tsqp.errors import DeadlineExceeded, WorkerLost, WorkerUnreachable
+
+
+class FakeWorker:
+    def __init__(self, number: int) -> None:
+        self.address = f"shm:///worker-{number}"
+        self.pid = 100 + number
+        self.ended = False
+        self.did: list[str] = []
+
+    def wait_ready(self) -> str:
+        self.did.append("waited for")
+        return self.address
+
+    def last_words(self) -> str:
+        return "it was ended by SIGKILL"
+
+    def kill(self) -> None:
+        self.did.append("killed")
+
+    def close(self) -> None:
+        self.did.append("closed")
+
+
+def started_here(dial: Any = lambda address, pid: (address, pid)) -> tuple[StartedHere, list[FakeWorker]]:
+    workers: list[FakeWorker] = []
+
+    def start() -> Any:
+        workers.append(FakeWorker(len(workers)))
+        return workers[-1]
+
+    return StartedHere(start, dial), workers
+
+
+def test_one_worker_serves_one_session_after_another_until_it_is_left() -> None:
+    place, workers = started_here()
+    assert place.pid is None
+    place.prepare()
+    assert place.dial() == place.dial() == ("shm:///worker-0", 100)
+    place.leave()
+    assert (workers[0].did[-2:], place.pid) == (["killed", "closed"], None)
+    assert place.dial() == ("shm:///worker-1", 101)
+    assert place.pid == 101
+    place.leave()
+    place.leave()
+    assert len(workers) == 2
+
+
+def test_after_closing_none_is_started() -> None:
+    place, workers = started_here()
+    place.prepare()
+    place.close()
+    place.close()
+    assert workers[0].did == ["closed"]
+    for call in (place.prepare, place.dial):
+        with pytest.raises(WorkerUnreachable):
+            call()
+    assert len(workers) == 1
+
+
+def test_whoever_waits_is_told_by_the_end_of_the_worker() -> None:
+    place, workers = started_here()
+    place.interrupt()
+    place.prepare()
+    place.interrupt()
+    assert workers[0].did == ["killed"]
+
+
+def test_a_worker_that_has_ended_says_how() -> None:
+    place, workers = started_here()
+    lost = WorkerLost("went away")
+    assert place.explained(lost) is lost
+    place.prepare()
+    assert not place.gone()
+    assert place.explained(lost) is lost  # it lives
+    workers[0].ended = True
+    assert place.gone()
+    assert str(place.explained(lost)) == (
+        "shm:///worker-0: the worker that was started here went away: it was ended by SIGKILL"
+    )
+    for other in (DeadlineExceeded("too late"), WorkerLost("went away", side="dealer")):
+        assert place.explained(other) is other
+
+
+def test_a_worker_that_ends_before_it_is_reached_says_so() -> None:
+    def unreachable(address: str, pid: int | None) -> Any:
+        workers[0].ended = True
+        raise WorkerUnreachable("nobody answered")
+
+    place, workers = started_here(unreachable)
+    with pytest.raises(WorkerLost, match="SIGKILL"):
+        place.dial()
+
+
+def test_a_standing_worker_is_somebody_elses() -> None:
+    dialled: list[tuple[str, int | None]] = []
+    place = Standing("tcp://a:1", lambda address, pid: dialled.append((address, pid)))  # type: ignore[func-returns-value, arg-type, return-value]
+    error = WorkerLost("went away")
+    for call in (place.prepare, place.interrupt, place.leave, place.dial, place.close):
+        call()
+    assert dialled == [("tcp://a:1", None)]
+    assert (place.name, place.gone(), place.explained(error)) == ("tcp://a:1", False, error)

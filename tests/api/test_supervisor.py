@@ -1,0 +1,374 @@
+"""What becomes of a run whose worker is lost or cheats: who is asked next, when, and when nobody is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api.workers import FakeLinks, FakePlace, Scene, scene
+from tsqp.api.supervisor import FIRST_WAIT_S, LONGEST_WAIT_S
+from tsqp.errors import (
+    ArenaFull,
+    ChannelClosed,
+    ChannelError,
+    CorruptCheckpoint,
+    DeadlineExceeded,
+    NumericError,
+    PathRefused,
+    ProductMismatch,
+    ProtocolError,
+    ReplyRangeError,
+    ReplyShapeError,
+    WorkerFailed,
+    WorkerLost,
+    WorkerUnreachable,
+)
+
+LOST = [WorkerLost, WorkerUnreachable, WorkerFailed, DeadlineExceeded]
+CHEATS: list[ChannelError] = [
+    ProductMismatch("wrong"),
+    ReplyRangeError("wrong"),
+    ProtocolError("wrong"),
+    ReplyShapeError(8, 4),
+]
+
+
+def dialled(seen: Scene) -> list[int]:
+    return [place.dialled for place in seen.places]
+
+
+def test_while_nothing_happens_the_decoder_stays() -> None:
+    seen = scene("a", "b")
+    assert {seen.decoder() for _ in range(3)} == {"decoder 0"}
+    state = seen.supervisor.state()
+    assert (state.state, state.address, state.losses, state.reconnects, state.error) == ("ready", "a", 0, 0, None)
+    assert not seen.supervisor.look()
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_after_a_loss_the_next_in_turn_is_asked_at_once(lost: type[ChannelError]) -> None:
+    seen = scene("a", "b", "c")
+    assert seen.lose(lost("went away"))
+    assert seen.supervisor.state().state == "reconnecting"
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [1, 1, 0]
+    assert [place.left for place in seen.places] == [1, 0, 0]
+    assert not seen.clock.waits
+    assert [link.closed for link in seen.links.made] == [1, 0]
+    assert seen.links.renewed == 1
+    state = seen.supervisor.state()
+    assert (state.state, state.address, state.losses, state.reconnects) == ("ready", "b", 1, 1)
+
+
+def test_one_place_alone_is_asked_again() -> None:
+    seen = scene("a")
+    seen.lose()
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [2]
+
+
+def test_the_turn_goes_round() -> None:
+    seen = scene("a", "b")
+    for number in range(1, 5):
+        seen.lose()
+        assert seen.decoder() == f"decoder {number}"
+        seen.supervisor.passed()
+    assert dialled(seen) == [3, 2]
+
+
+def test_waits_between_rounds_grow_to_a_bound_and_are_no_longer_than_patience() -> None:
+    seen = scene("a", "b")
+    for place in seen.places:
+        place.down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost, match="no worker within 60 s: nobody there"):
+        seen.decoder()
+    waits = seen.clock.waits
+    assert waits[:4] == [2 * FIRST_WAIT_S] * 2 + [4 * FIRST_WAIT_S] * 2  # two places in each round
+    assert max(waits) == LONGEST_WAIT_S
+    assert sum(waits) == pytest.approx(60.0)
+    assert all(within is None or 0 < within <= 60.0 for within in seen.links.within)
+    assert abs(dialled(seen)[0] - dialled(seen)[1]) <= 1
+
+
+def test_dice_make_waits_shorter_by_half_at_most() -> None:
+    seen = scene("a", dice=0.0)
+    seen.places[0].down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    assert seen.clock.waits[0] == FIRST_WAIT_S
+
+
+def test_once_patience_is_over_the_next_request_begins_anew() -> None:
+    seen = scene("a", patience_s=3.0)
+    seen.places[0].down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    state = seen.supervisor.state()
+    assert state.state == "failed"
+    assert state.error is not None
+    assert "nobody there" in state.error
+    tried = dialled(seen)[0]
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    assert dialled(seen)[0] > tried
+    seen.places[0].down = None
+    assert seen.decoder() == "decoder 1"
+    assert seen.supervisor.state().state == "ready"
+
+
+def test_patience_is_counted_from_the_last_pass_and_not_from_the_last_connection() -> None:
+    """A worker that greets and dies in each pass holds nobody up for ever."""
+    seen = scene("a", patience_s=10.0)
+
+    def again_and_again() -> None:
+        for _ in range(100):
+            seen.lose()
+            seen.decoder()
+
+    with pytest.raises(WorkerLost, match="within 10 s"):
+        again_and_again()
+    assert sum(seen.clock.waits) == pytest.approx(10.0)
+    assert len(seen.links.made) > 3
+
+
+def test_a_pass_ends_the_outage() -> None:
+    seen = scene("a", patience_s=10.0)
+    for _ in range(100):
+        seen.lose()
+        seen.decoder()
+        seen.supervisor.passed()
+    assert not seen.clock.waits
+
+
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda error: type(error).__name__)
+def test_a_cheat_is_never_asked_again(cheat: ChannelError) -> None:
+    seen = scene("a", "b", patience_s=5.0)
+    assert seen.lose(cheat)
+    assert seen.decoder() == "decoder 1"
+    seen.supervisor.passed()
+    seen.places[1].down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    assert dialled(seen)[0] == 1
+    state = seen.supervisor.state()
+    assert state.expelled == {"a": str(cheat)}
+    assert state.failed_checks == isinstance(cheat, ProductMismatch | ReplyRangeError)
+
+
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda error: type(error).__name__)
+def test_where_all_have_cheated_every_request_hears_of_it(cheat: ChannelError) -> None:
+    seen = scene("a", "b")
+    assert seen.lose(ProductMismatch("an earlier one"))
+    seen.decoder()
+    assert not seen.lose(cheat)
+    for _ in range(2):
+        with pytest.raises(type(cheat)) as caught:
+            seen.decoder()
+        assert caught.value is cheat
+        assert not seen.supervisor.look()
+    assert dialled(seen) == [1, 1]
+    assert seen.supervisor.state().state == "failed"
+    assert not seen.clock.waits
+
+
+def test_an_operator_may_admit_it_again() -> None:
+    seen = scene("a")
+    seen.lose(ProductMismatch("wrong"))
+    with pytest.raises(ProductMismatch):
+        seen.decoder()
+    seen.supervisor.readmit("a")
+    assert seen.decoder() == "decoder 1"
+    assert seen.links.renewed == 1
+    assert seen.supervisor.state().expelled == {}
+
+
+def test_a_dealer_that_is_lost_is_waited_for_and_the_worker_stays() -> None:
+    seen = scene("a", "b")
+    lost = WorkerLost("the dealer went away")
+    seen.links.made[-1].guard.bad = lost
+    assert seen.lose(lost)
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [2, 0]
+    assert seen.places[0].left == 0
+
+
+def test_a_dealer_that_cannot_be_had_leaves_the_worker_where_it_is() -> None:
+    seen = scene("a", "b", patience_s=1.0)
+    seen.places[0].down = WorkerUnreachable("nobody there", side="dealer")
+    seen.lose(ChannelClosed("given up"))
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    assert seen.places[0].left == seen.places[1].dialled == 0
+
+
+def test_pads_that_fail_their_check_end_everything_and_accuse_no_worker() -> None:
+    seen = scene("a", "b")
+    wrong = ProductMismatch("products of pads are wrong")
+    seen.links.made[-1].guard.bad = wrong
+    assert not seen.lose(wrong)
+    with pytest.raises(ProductMismatch) as caught:
+        seen.decoder()
+    assert caught.value is wrong
+    state = seen.supervisor.state()
+    assert (state.expelled, state.failed_checks, state.state) == ({}, 1, "failed")
+    assert dialled(seen) == [1, 0]
+
+
+def test_an_error_of_this_side_ends_requests_and_not_the_run() -> None:
+    seen = scene("a", "b")
+    assert not seen.lose(ArenaFull("no room"))
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [2, 0]
+    assert not seen.supervisor.mends(NumericError("not numbers"))
+
+
+def test_a_session_that_was_given_up_here_is_made_anew_with_the_same_worker() -> None:
+    seen = scene("a", "b")
+    assert seen.lose(ChannelClosed("a product was given up"))
+    assert seen.decoder() == "decoder 1"
+    assert (dialled(seen), seen.places[0].left) == ([2, 0], 0)
+
+
+def test_the_first_error_is_the_one_that_counts() -> None:
+    """What fails afterwards is a consequence of it."""
+    seen = scene("a")
+    seen.links.made[-1].session.fail(ProductMismatch("wrong"))
+    assert not seen.supervisor.mends(WorkerLost("went away"))
+    assert list(seen.supervisor.state().expelled) == ["a"]
+
+
+def test_without_patience_the_first_loss_ends_the_run() -> None:
+    seen = scene("a", "b", patience_s=0.0)
+    assert not seen.lose()
+    assert seen.decoder() == "decoder 0"  # whose session says why it is over
+    assert dialled(seen) == [1, 0]
+    assert seen.supervisor.state().state == "failed"
+    assert not seen.supervisor.look()
+
+
+@pytest.mark.parametrize("error", [PathRefused(Path("/x"), "is open", "close it", unsafe=True), OSError("no process")])
+def test_other_reasons_why_nobody_is_to_be_had_are_waited_for_too(error: Exception) -> None:
+    seen = scene("a", "b")
+    seen.places[1].down = error
+    seen.lose()
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [2, 1]
+
+
+def test_what_is_wrong_with_the_model_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = scene("a")
+
+    def changed() -> None:
+        raise CorruptCheckpoint("the weights have changed")
+
+    monkeypatch.setattr(seen.links, "renew", changed)
+    seen.lose()
+    with pytest.raises(CorruptCheckpoint):
+        seen.decoder()
+
+
+def test_a_link_that_fails_while_it_is_made_ready_is_closed_and_judged() -> None:
+    seen = scene("a", "b")
+
+    def fail(link: Any) -> None:
+        if link.session.address == "b":
+            error = ProductMismatch("wrong")
+            link.session.fail(error)
+            raise error
+
+    seen.links.resumes = fail
+    seen.lose()
+    assert seen.decoder() == "decoder 2"
+    assert [link.closed for link in seen.links.made] == [1, 1, 0]
+    assert list(seen.supervisor.state().expelled) == ["b"]
+
+
+def test_a_worker_that_has_gone_is_seen_before_it_is_asked() -> None:
+    seen = scene("a")
+    seen.places[0].has_gone = True
+    assert seen.supervisor.look()
+    assert isinstance(seen.links.made[0].session.ended, WorkerLost)
+    seen.places[0].has_gone = False
+    assert seen.decoder() == "decoder 1"
+    assert not seen.supervisor.look()
+
+
+def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
+    """Who waits hears of it at once; what comes of the attempt later is closed."""
+    seen = scene("a", patience_s=1e6)
+    dials, answers, interrupted = threading.Event(), threading.Event(), threading.Event()
+    late: list[Any] = []
+
+    def connect(dial: Any, handshake_s: float | None = None) -> Any:
+        dials.set()
+        answers.wait(20)
+        late.append(FakeLinks().connect(dial))
+        return late[0]
+
+    seen.places[0].interrupt = interrupted.set
+    seen.links.connect = connect  # type: ignore[method-assign]
+    seen.lose()
+    raised: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            seen.decoder()
+        except ChannelClosed as error:
+            raised.append(error)
+
+    waits = threading.Thread(target=wait)
+    waits.start()
+    assert dials.wait(20)
+    seen.supervisor.stop()
+    waits.join(20)
+    assert raised
+    assert interrupted.is_set()
+    answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "tsqp-connect":
+            thread.join(20)
+    assert late[0].closed == 1
+    seen.supervisor.close()
+    assert seen.places[0].closed == 1
+
+
+def test_closing_closes_the_link_and_every_place_and_no_other_is_made() -> None:
+    seen = scene("a", "b")
+    seen.supervisor.close()
+    seen.supervisor.close()
+    assert seen.links.made[0].closed >= 1
+    assert all(place.closed for place in seen.places)
+    seen.lose()
+    with pytest.raises(ChannelClosed):
+        seen.decoder()
+    assert len(seen.links.made) == 1
+
+
+def test_at_the_start_each_place_is_tried_once() -> None:
+    seen = scene("a")
+    seen.supervisor._places = places = [FakePlace("x", WorkerUnreachable("no x")), FakePlace("y")]
+    assert seen.supervisor.open().session.channel.address == "y"
+    places[1].down = WorkerUnreachable("no y")
+    with pytest.raises(WorkerUnreachable, match="no y"):
+        seen.supervisor.open()
+    assert [place.dialled for place in places] == [2, 2]
+
+
+def test_one_line_for_each_event(caplog: pytest.LogCaptureFixture) -> None:
+    seen = scene("a", "b")
+    with caplog.at_level(logging.INFO, "tsqp.workers"):
+        seen.lose()
+        seen.decoder()
+        seen.lose(ProductMismatch("wrong"))
+        seen.decoder()
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO", "ERROR", "INFO"]
+    assert "worker b is expelled: wrong" in caplog.text
