@@ -248,7 +248,8 @@ def test_a_ping_is_a_round_trip_that_changes_nothing(
             while not all(answer.done() for answer in answers):
                 await model.ping()
             assert [answer.result() for answer in answers] == expected
-            assert llm.lost() is None
+            assert llm.worker_state is not None
+            assert (llm.worker_state.state, llm.worker_state.losses) == ("ready", 0)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -267,7 +268,8 @@ def test_a_ping_of_a_worker_that_has_gone_ends_the_line(start_worker: StartWorke
             llm.session.fail(WorkerLost("went away"))
             with pytest.raises(WorkerLost, match="went away"):
                 await model.ping()
-            assert isinstance(llm.lost(), WorkerLost)
+            assert llm.worker_state is not None
+            assert llm.worker_state.state != "ready"
             assert llm.silent_s() > silent_before
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -276,7 +278,7 @@ def test_a_ping_of_a_worker_that_has_gone_ends_the_line(start_worker: StartWorke
 def test_without_a_worker_there_is_nothing_to_ping() -> None:
     async def test(llm: AsyncLLM) -> None:
         await llm.ping()
-        assert (llm.llm.silent_s(), llm.llm.lost()) == (0.0, None)
+        assert (llm.llm.silent_s(), llm.worker_state) == (0.0, None)
         await llm.close()
         with pytest.raises(ChannelClosed):
             await llm.ping()

@@ -12,7 +12,9 @@ import pytest
 from starlette.applications import Starlette
 
 from tests.server.asgi import ask
-from tsqp.errors import ChannelError, PadsExhausted, ProductMismatch, TsqpError, WorkerLost
+from tests.server.worker_states import worker_state
+from tsqp.api.worker_state import WorkerState
+from tsqp.errors import PadsExhausted, ProductMismatch, TsqpError, WorkerLost
 from tsqp.server.health import OPEN_PATHS, Problem, WorkerProbe, health_routes
 from tsqp.server.lifecycle import Lifecycle
 
@@ -33,7 +35,7 @@ class FakeModel:
 
     silence_s: float = 100.0
     error: Exception | None = None
-    ended_by: ChannelError | None = None
+    worker_state: WorkerState | None = None
     filler: FakeFiller | None = None
     pads_empty: str = "wait"
     pings: int = 0
@@ -44,7 +46,6 @@ class FakeModel:
         guard = None if self.filler is None else SimpleNamespace(filler=self.filler)
         run = SimpleNamespace(guard=SimpleNamespace(pads_empty=self.pads_empty))
         return SimpleNamespace(
-            lost=lambda: self.ended_by,
             silent_s=lambda: self.silence_s,
             guard=guard,
             plan=SimpleNamespace(run=run),
@@ -104,10 +105,22 @@ def test_a_round_trip_that_fails_says_why_and_no_more(error: Exception, code: st
     assert "canary" not in problem.text
 
 
-def test_a_dead_line_is_not_asked() -> None:
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (worker_state("reconnecting", expelled={"canary": "canary"}), "worker_lost"),
+        (worker_state("failed", expelled={"canary": "canary"}), "check_failed"),
+        (worker_state("failed", failed_checks=1), "check_failed"),
+        (worker_state("failed"), "worker_lost"),
+    ],
+)
+def test_without_a_worker_nobody_is_asked(state: WorkerState, code: str) -> None:
     async def run() -> None:
-        model: Any = FakeModel(silence_s=0.0, ended_by=ProductMismatch("x"))
-        assert code_of(await WorkerProbe(model, 0.01).problem()) == "check_failed"
+        model: Any = FakeModel(silence_s=0.0, worker_state=state)
+        problem = await WorkerProbe(model, 0.01).problem()
+        assert problem is not None
+        assert problem.code == code
+        assert "canary" not in problem.text
         assert model.pings == 0
 
     asyncio.run(run())

@@ -12,8 +12,9 @@ from starlette.applications import Starlette
 
 from tests.families import tiny_model
 from tests.server.asgi import ask
+from tests.server.worker_states import worker_state
 from tsqp import LLM, AsyncLLM, ComputeConfig, Limits, SamplingParams
-from tsqp.errors import ProductMismatch, QueueFull, WorkerLost
+from tsqp.errors import QueueFull
 from tsqp.server.metrics import PrometheusMeters, metrics_route
 
 MODEL = str(tiny_model("llama").directory)
@@ -131,13 +132,24 @@ def test_what_endpoints_tell_is_there(meters: PrometheusMeters) -> None:
     assert found["vllm:request_generation_tokens_sum",] == 3
 
 
-@pytest.mark.parametrize(("error", "failed"), [(ProductMismatch("x"), 1), (WorkerLost("x"), 0)])
-def test_a_lost_worker_and_a_failed_check_show(
-    meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch, error: Exception, failed: int
-) -> None:
-    monkeypatch.setattr(LLM, "lost", lambda _: error)
-    found = samples(meters.page())
-    assert (found["tsqp:worker_up",], found["tsqp:failed_checks_total",]) == (0, failed)
+def test_losses_and_cheats_show(meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = worker_state("reconnecting", losses=5, reconnects=4, failed_checks=3, expelled={"tcp://canary:1": "canary"})
+    monkeypatch.setattr(AsyncLLM, "worker_state", state)
+    page = meters.page()
+    found = samples(page)
+    assert (found["tsqp:worker_up",], found["tsqp:workers_expelled",]) == (0, 1)
+    assert (found["tsqp:worker_losses_total",], found["tsqp:worker_reconnects_total",]) == (5, 4)
+    assert found["tsqp:failed_checks_total",] == 3
+    assert b"canary" not in page
+
+
+def test_a_worker_that_is_there_shows(meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AsyncLLM, "worker_state", worker_state("ready"))
+    assert samples(meters.page())["tsqp:worker_up",] == 1
+
+
+def test_without_a_worker_to_be_nothing_is_said_of_one(meters: PrometheusMeters) -> None:
+    assert b"tsqp:worker" not in meters.page()
 
 
 def test_the_page_is_what_prometheus_reads(meters: PrometheusMeters) -> None:

@@ -268,10 +268,10 @@ def test_a_socket_in_the_file_system(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped, going on, killed: each shows, and none keeps the server from ending."""
+    """Stopped, going on, killed with nobody to wait for: each shows, and none keeps the server from ending."""
     monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
     monkeypatch.setattr(Running, "_end_at_once", lambda _, code: None)
-    llm = LLM(MODEL, protection="verified")
+    llm = LLM(MODEL, protection="verified", worker=WorkerConfig(patience_s=0))
     worker = llm.worker_pid
     assert worker is not None
 

@@ -312,20 +312,22 @@ class LLM:
         return error if self._workers is None else self._workers.explained(error)
 
     def ping(self) -> None:
-        """One round trip to the worker, once no pass is under way; nothing where there is no worker.
+        """One round trip to the worker, once no pass is under way; nothing where there is no worker to be.
 
-        Raises any ChannelError.
+        Raises any ChannelError, also while a lost worker is waited for.
         """
-        if self._session is not None:
-            self._engine.between_passes(self._session.ping)
+        if self._workers is not None:
+            self._engine.between_passes(self._ping_link)
 
     def silent_s(self) -> float:
         """Seconds since the worker's last sign of life: a reply, or the end of a pass. 0 where there is no worker."""
-        return 0.0 if self._session is None else time.perf_counter() - self.stats.heard_s
+        return 0.0 if self._workers is None else time.perf_counter() - self.stats.heard_s
 
-    def lost(self) -> ChannelError | None:
-        """What has ended the line to the worker, if it has ended."""
-        return None if self._session is None else self._session.ended_by
+    def _ping_link(self) -> None:
+        session = self.session
+        if session is None:
+            raise WorkerLost("is lost, and another one is waited for")
+        session.ping()
 
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. Closing twice is allowed."""

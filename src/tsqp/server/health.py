@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tsqp.api.async_llm import AsyncLLM
+from tsqp.api.worker_state import WorkerState
 from tsqp.errors import CheckFailed, PadError, TsqpError
 from tsqp.server.lifecycle import Lifecycle
 
@@ -51,9 +52,9 @@ class WorkerProbe:
         return await self._problem_of_worker() or self._problem_of_pads()
 
     async def _problem_of_worker(self) -> Problem | None:
-        lost = self._model.llm.lost()
-        if lost is not None:
-            return _explained(lost)
+        problem = _of_state(self._model.worker_state)
+        if problem is not None:
+            return problem
         end = time.monotonic() + self._deadline_s
         while not self._heard():
             if self._asked is None:
@@ -85,6 +86,17 @@ class WorkerProbe:
         if self._model.llm.plan.run.guard.pads_empty == "refuse" and not guard.filler.ready(answer=True):
             return Problem("no_pads", "no pads are ready: requests are refused until there are some")
         return None
+
+
+def _of_state(state: WorkerState | None) -> Problem | None:
+    """What is known without a round trip."""
+    if state is None or state.state == "ready":
+        return None
+    if state.state == "reconnecting":
+        return Problem("worker_lost", "the worker is lost, and another one is waited for")
+    if state.expelled or state.failed_checks:
+        return Problem("check_failed", "a product of the worker was wrong: it is not asked for anything any more")
+    return Problem("worker_lost", "the worker is lost")
 
 
 def _explained(error: BaseException) -> Problem:

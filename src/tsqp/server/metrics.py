@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tsqp.api.async_llm import AsyncLLM
-from tsqp.errors import CheckFailed
 from tsqp.server.meters import Reason
 
 FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0)
@@ -122,10 +121,16 @@ class EngineCollector(Collector):
         yield self._gauge("tsqp:kept_kv_bytes", "Bytes of keys and values kept of ended requests.", counts.kept_bytes)
 
     def _of_worker(self) -> Iterator[Metric]:
-        lost, silent_s = self._model.llm.lost(), self._model.llm.silent_s()
-        yield self._gauge("tsqp:worker_up", "1 while the line to the worker is open.", lost is None)
+        state = self._model.worker_state
+        if state is None:
+            return
+        silent_s = self._model.llm.silent_s()
+        yield self._gauge("tsqp:worker_up", "1 while there is a worker.", state.state == "ready")
         yield self._gauge("tsqp:worker_silent_seconds", "Time since the worker's last sign of life.", silent_s)
-        yield self._counter("tsqp:failed_checks", "Products that were wrong.", isinstance(lost, CheckFailed))
+        yield self._gauge("tsqp:workers_expelled", "Workers that nothing is asked of any more.", len(state.expelled))
+        yield self._counter("tsqp:worker_losses", "Sessions with workers that were lost.", state.losses)
+        yield self._counter("tsqp:worker_reconnects", "Sessions after the first one.", state.reconnects)
+        yield self._counter("tsqp:failed_checks", "Products that were wrong.", state.failed_checks)
 
     def _of_pads(self) -> Iterator[Metric]:
         guard = self._model.llm.guard

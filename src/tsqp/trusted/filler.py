@@ -74,7 +74,7 @@ class PadFiller:
     @property
     def failure(self) -> TsqpError | None:
         """What has ended the making of pads, if it has ended."""
-        return self._pool.failure
+        return self.pool.failure
 
     def ready(self, *, answer: bool) -> int:
         """Tokens of an answer, or of a prompt, whose pads are ready in every group."""

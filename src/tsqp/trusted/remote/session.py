@@ -167,11 +167,6 @@ class WorkerSession:
         began = time.perf_counter()
         return self._send(PendingReply(self, kind, call, slot.reply_bytes, _as_it_is, began), slot)
 
-    @property
-    def ended_by(self) -> ChannelError | None:
-        """What has ended the session; None while it goes on."""
-        return self._dead
-
     def ping(self) -> None:
         """A call that has nothing to do with any text, and its reply, of which nothing is made.
 

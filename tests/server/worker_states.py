@@ -1,0 +1,19 @@
+"""How workers are, as a supervisor would say."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tsqp.api.worker_state import WorkerState
+
+
+def worker_state(
+    state: Literal["ready", "reconnecting", "failed"],
+    *,
+    losses: int = 0,
+    reconnects: int = 0,
+    failed_checks: int = 0,
+    expelled: dict[str, str] | None = None,
+) -> WorkerState:
+    """A state with these figures."""
+    return WorkerState(state, 0.0, "shm:///x", losses, reconnects, failed_checks, expelled or {}, None)
