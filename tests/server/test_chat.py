@@ -406,7 +406,8 @@ def test_one_call_at_most_where_several_are_not_wanted() -> None:
         (answer,) = ask(script, {"tools": [TOOL], "parallel_tool_calls": False, "stream": stream})
         message = answer.json()["choices"][0]["message"] if not stream else {"content": joined(answer)[0]}
         assert message["content"] == "a"
-        assert len(joined(answer)[1] if stream else message["tool_calls"]) == 1
+        calls = joined(answer)[1] if stream else [call["function"] for call in message["tool_calls"]]
+        assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}']
 
 
 def test_no_call_comes_where_none_is_wanted() -> None:
