@@ -138,6 +138,7 @@ def test_a_stream_joined_is_the_whole_answer(tokens: list[int], stops: list[str]
     whole, stream = ask(Script(tokens), body, {**body, "stream": True, "stream_options": {"include_usage": True}})
     (choice,) = whole.json()["choices"]
     assert joined(stream)[0] == choice["message"]["content"]
+    assert joined(stream)[2] == (choice["logprobs"]["content"] if logprobs else [])
     assert joined(stream)[3] == choice["finish_reason"]
     assert [event["usage"] for event in events_of(stream.text) if event["usage"]] == [whole.json()["usage"]]
     assert all(one not in choice["message"]["content"] for one in stop)
@@ -405,7 +406,8 @@ def test_one_call_at_most_where_several_are_not_wanted() -> None:
         (answer,) = ask(script, {"tools": [TOOL], "parallel_tool_calls": False, "stream": stream})
         message = answer.json()["choices"][0]["message"] if not stream else {"content": joined(answer)[0]}
         assert message["content"] == "a"
-        assert len(joined(answer)[1] if stream else message["tool_calls"]) == 1
+        calls = joined(answer)[1] if stream else [call["function"] for call in message["tool_calls"]]
+        assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}']
 
 
 def test_no_call_comes_where_none_is_wanted() -> None:

@@ -210,6 +210,14 @@ def test_the_events_are_the_whole_answer(parts: list[list[int] | str], most: int
         assert item["status"] == ("completed" if index < len(done) - 1 else last["status"])
 
 
+def test_an_answer_that_is_cut_says_so() -> None:
+    whole, stream = ask(Script("Hello"), *({"max_output_tokens": 2, "stream": stream} for stream in (False, True)))
+    assert events_of(stream.text)[-1]["type"] == "response.incomplete"
+    response = whole.json()
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert (response["output"][0]["status"], response["output"][0]["content"][0]["text"]) == ("incomplete", "He")
+
+
 def test_calls_are_items() -> None:
     (answer,) = ask(Script(f"Well.\n{CALL}"), {"tools": [TOOL]})
     message, call = answer.json()["output"]
