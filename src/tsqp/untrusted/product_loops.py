@@ -35,13 +35,14 @@ PRODUCT_NUMBERS = 12
 
 # Of a crew, int64 (CREW_NUMBERS,), in lines of the cache that different threads write: parts that nobody has taken, and
 # parts that are not done; addresses of the product and of room for its digits, helpers, whether they are to stop, and
-# whether a part has failed; two semaphores: there is work, and it is done.
-LEFT, PENDING, PRODUCT, ROOM, HELPERS, STOP, FAILED, BEGUN, DONE = 0, 8, 16, 17, 18, 19, 20, 24, 32
+# whether a part has failed; until when nobody spins; two semaphores: there is work, and it is done.
+LEFT, PENDING, PRODUCT, ROOM, HELPERS, STOP, FAILED, REST_UNTIL, BEGUN, DONE = 0, 8, 16, 17, 18, 19, 20, 21, 24, 32
 CREW_NUMBERS = 40
 
 _WORD = np.int64(8)
 _ZERO, _ONE = np.int64(0), np.int64(1)
-_SPIN_NS, _CROWDED_NS = np.int64(100_000), np.int64(200_000)  # as those who wait for a call: ``transport/shm/spin.py``
+# As those who wait for a call: ``transport/shm/spin.py``.
+_SPIN_NS, _CROWDED_NS, _REST_NS = np.int64(100_000), np.int64(200_000), np.int64(100_000_000)
 
 _set_up: Any = types.ExternalFunction("sem_init", types.int32(types.intp, types.int32, types.uint32))
 _post: Any = types.ExternalFunction("sem_post", types.int32(types.intp))
@@ -183,16 +184,17 @@ def _help(crew, begin):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _await_others(begin, clock):  # type: ignore[no-untyped-def]
+def _await_others(crew, begin, clock):  # type: ignore[no-untyped-def]
     """Until another thread says that it has done the last part."""
     moment = now(clock)
-    until = moment + _SPIN_NS
+    until = moment + _SPIN_NS if moment >= crew[REST_UNTIL] else moment
     while moment < until:
         if _try(begin + DONE * _WORD) == 0:
             return
         give_way()
         before, moment = moment, now(clock)
-        if moment - before > _CROWDED_NS:
+        if moment - before > _CROWDED_NS:  # others want this core: a sleeper is woken at once
+            crew[REST_UNTIL] = moment + _REST_NS
             break
     while _wait(begin + DONE * _WORD) != 0:  # a signal may end it early
         pass
@@ -214,7 +216,7 @@ def multiply(product, crew, clock):  # type: ignore[no-untyped-def]
     for _ in range(min(crew[HELPERS], parts - 1)):
         _post(begin + BEGUN * _WORD)
     if not _help(crew, begin):
-        _await_others(begin, clock)
+        _await_others(crew, begin, clock)
     return crew[FAILED] == 0
 
 
