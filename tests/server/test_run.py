@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.families import tiny_model
-from tsqp import LLM, ComputeConfig
+from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.server.api_keys import add_line, line_for, new_key
 from tsqp.server.listening import Listening
 from tsqp.server.ready import Ready, since_start_s, url
