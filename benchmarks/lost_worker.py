@@ -3,10 +3,10 @@
     python -m benchmarks.lost_worker [--model default] [--protection masked] [--runs 5]
 
 ``started here``: the worker beside this process is killed with SIGKILL between two tokens, and another is started.
-``standby``: a standing worker is killed, and a second standing one takes over. The pause is the time from the signal to
-the next token; the parts are ``start`` (the new process, until it listens), ``vectors`` (fresh check vectors, made
-meanwhile), ``greeting`` (connection, handshake, tables of the compiled step) and ``rest`` (detection, the step itself).
-Medians count.
+``spare``: the same with ``--spare``, once the spare has loaded. ``standby``: a standing worker is killed, and a second
+standing one takes over. The pause is the time from the signal to the next token; the parts are ``start`` (the new
+process, until it listens), ``vectors`` (fresh check vectors, made meanwhile), ``greeting`` (connection, handshake,
+tables of the compiled step) and ``rest`` (detection, pads that were not ready, the step itself). Medians count.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     check_tree(options)
     console, rows = Console(), dict[str, Any]()
-    for name, measure in (("started here", started_here), ("standby", standby)):
+    for name, measure in (("started here", started_here), ("spare", spare), ("standby", standby)):
         parts = list(measure(options))
         rows[name] = {part: statistics.median(run[part] for run in parts) for part in parts[0]}
         rows[name]["all_pause_s"] = [run["pause_s"] for run in parts]
@@ -72,6 +72,17 @@ def started_here(options: argparse.Namespace) -> Iterator[dict[str, float]]:
     compute = ComputeConfig(threads=options.threads)
     with parts_of() as parts, LLM(options.model, protection=options.protection, compute=compute) as llm:
         for _ in range(options.runs):
+            yield paused(llm, parts, lambda: os.kill(llm.worker_pid or 0, signal.SIGKILL))
+
+
+def spare(options: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """Each run waits for the spare that the last one has started."""
+    config, compute = WorkerConfig(spare=True), ComputeConfig(threads=options.threads)
+    with parts_of() as parts, LLM(options.model, protection=options.protection, worker=config, compute=compute) as llm:
+        for _ in range(options.runs):
+            waiting = llm._started._spare if llm._started is not None else None
+            if waiting is not None:
+                waiting.wait_ready()
             yield paused(llm, parts, lambda: os.kill(llm.worker_pid or 0, signal.SIGKILL))
 
 

@@ -53,6 +53,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "worker.address": ("ipc:///x", ("ipc:///x",)),
     "worker.device": ("cuda:1", ("cuda:1",)),
     "worker.compiled": (True, ()),
+    "worker.spare": (True, ()),
     "worker.deadline_s": (5.0, ("5",)),
     "worker.patience_s": (5.0, ("5",)),
     "worker.arena_bytes": (1 << 28, ("256MiB",)),
@@ -142,6 +143,7 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
+        (RunConfig(worker=WorkerConfig(spare=True, patience_s=0)), ("--spare", "--worker-patience", "0")),
         (RunConfig(worker=WorkerConfig(("ipc:///x", "ipc:///x"))), ("--worker", "ipc:///x", "--worker", "ipc:///x")),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (

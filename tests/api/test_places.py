@@ -31,28 +31,69 @@ class FakeWorker:
         self.did.append("closed")
 
 
-def started_here(dial: Any = lambda address, pid: (address, pid)) -> tuple[StartedHere, list[FakeWorker]]:
+def started_here(
+    dial: Any = lambda address, pid: (address, pid), *, spare: bool = False
+) -> tuple[StartedHere, list[FakeWorker]]:
     workers: list[FakeWorker] = []
 
     def start() -> Any:
         workers.append(FakeWorker(len(workers)))
         return workers[-1]
 
-    return StartedHere(start, dial), workers
+    return StartedHere(start, dial, spare=spare), workers
+
+
+def dialled(place: StartedHere) -> Any:
+    """What came of dialling: here an address and a process."""
+    return place.dial()
 
 
 def test_one_worker_serves_one_session_after_another_until_it_is_left() -> None:
     place, workers = started_here()
     assert place.pid is None
     place.prepare()
-    assert place.dial() == place.dial() == ("shm:///worker-0", 100)
+    assert dialled(place) == dialled(place) == ("shm:///worker-0", 100)
     place.leave()
     assert (workers[0].did[-2:], place.pid) == (["killed", "closed"], None)
-    assert place.dial() == ("shm:///worker-1", 101)
+    assert dialled(place) == ("shm:///worker-1", 101)
     assert place.pid == 101
     place.leave()
     place.leave()
     assert len(workers) == 2
+
+
+def test_a_spare_is_started_once_there_is_time_and_takes_over() -> None:
+    place, workers = started_here(spare=True)
+    place.prepare()
+    assert len(workers) == 1
+    place.settled()
+    place.settled()
+    assert (len(workers), place.pid) == (2, 100)
+    place.leave()
+    assert (dialled(place), len(workers)) == (("shm:///worker-1", 101), 2)
+    place.settled()
+    assert len(workers) == 3
+    place.close()
+    assert [worker.did[-1] for worker in workers] == ["closed"] * 3
+    place.settled()
+    assert len(workers) == 3
+
+
+def test_a_spare_that_has_ended_is_of_no_use() -> None:
+    place, workers = started_here(spare=True)
+    place.prepare()
+    place.settled()
+    workers[1].ended = True
+    place.leave()
+    assert dialled(place) == ("shm:///worker-2", 102)
+    assert workers[1].did == ["closed"]
+
+
+def test_nobody_gets_a_spare_who_has_not_asked_for_one() -> None:
+    place, workers = started_here()
+    place.prepare()
+    place.settled()
+    assert len(workers) == 1
 
 
 def test_after_closing_none_is_started() -> None:
@@ -102,10 +143,14 @@ def test_a_worker_that_ends_before_it_is_reached_says_so() -> None:
 
 
 def test_a_standing_worker_is_somebody_elses() -> None:
-    dialled: list[tuple[str, int | None]] = []
-    place = Standing("tcp://a:1", lambda address, pid: dialled.append((address, pid)))  # type: ignore[func-returns-value, arg-type, return-value]
+    asked: list[tuple[str, int | None]] = []
+
+    def dial(address: str, pid: int | None) -> Any:
+        asked.append((address, pid))
+
+    place = Standing("tcp://a:1", dial)
     error = WorkerLost("went away")
-    for call in (place.prepare, place.interrupt, place.leave, place.dial, place.close):
+    for call in (place.prepare, place.settled, place.interrupt, place.leave, place.dial, place.close):
         call()
-    assert dialled == [("tcp://a:1", None)]
+    assert asked == [("tcp://a:1", None)]
     assert (place.name, place.gone(), place.explained(error)) == ("tcp://a:1", False, error)

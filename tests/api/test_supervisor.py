@@ -57,6 +57,7 @@ def test_after_a_loss_the_next_in_turn_is_asked_at_once(lost: type[ChannelError]
     assert seen.decoder() == "decoder 1"
     assert dialled(seen) == [1, 1, 0]
     assert [place.left for place in seen.places] == [1, 0, 0]
+    assert [place.sessions for place in seen.places] == [1, 1, 0]
     assert not seen.clock.waits
     assert [link.closed for link in seen.links.made] == [1, 0]
     assert seen.links.renewed == 1

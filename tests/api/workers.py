@@ -74,12 +74,16 @@ class FakePlace:
     has_gone: bool = False
     prepare: Callable[[], None] = lambda: None
     interrupt: Callable[[], None] = lambda: None
+    sessions: int = 0
 
     def dial(self) -> Any:
         self.dialled += 1
         if self.down is not None:
             raise self.down
         return self.name
+
+    def settled(self) -> None:
+        self.sessions += 1
 
     def gone(self) -> bool:
         return self.has_gone

@@ -66,6 +66,12 @@ class WorkerConfig:
     compiled: bool = _model(
         False, "The worker compiles its products by torch.compile; needs a C++ compiler.", variable=False
     )
+    spare: bool = _connection(
+        False,
+        "Keep a second worker started here and loaded, which takes over from a lost one at once; a worker's "
+        "memory is taken twice.",
+        variable=False,
+    )
     deadline_s: float = _connection(300.0, "The longest wait for one reply of the worker, in seconds.", variable=False)
     patience_s: float = _connection(
         60.0,

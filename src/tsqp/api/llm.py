@@ -145,6 +145,7 @@ class LLM:
                 compiled=run.worker.compiled,
             ),
             self._dial,
+            spare=run.worker.spare,
         )
         return [self._started]
 

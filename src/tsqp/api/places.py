@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
 from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable
@@ -23,6 +24,9 @@ class Place(Protocol):
 
     def dial(self) -> Channel:
         """A channel to the worker. Raises ChannelError."""
+
+    def settled(self) -> None:
+        """There is a session with the worker. Raises OSError."""
 
     def gone(self) -> bool:
         """Whether the worker is known to have ended."""
@@ -54,6 +58,9 @@ class Standing:
         """See Place."""
         return self._dial(self.name, None)
 
+    def settled(self) -> None:
+        """See Place."""
+
     def gone(self) -> bool:
         """See Place: that shows when it is called."""
         return False
@@ -73,14 +80,19 @@ class Standing:
 
 
 class StartedHere:
-    """A worker process of this one. After a loss it is ended, whatever state it is in, and the next one is started."""
+    """A worker process of this one. After a loss it is ended, whatever state it is in, and the next one is started.
+
+    ``spare``: the next one is started beforehand, and waits.
+    """
 
     name = "the worker that is started here"
 
-    def __init__(self, start: Callable[[], LocalWorker], dial: Dial) -> None:
+    def __init__(self, start: Callable[[], LocalWorker], dial: Dial, *, spare: bool = False) -> None:
         self._start = start
         self._dial = dial
+        self._keeps_spare = spare
         self._worker: LocalWorker | None = None
+        self._spare: LocalWorker | None = None
         self._closed = False
         self._lock = threading.Lock()  # of the two: no process may be started once all were to end
 
@@ -101,6 +113,12 @@ class StartedHere:
             return self._dial(worker.wait_ready(), worker.pid)
         except WorkerUnreachable as error:
             raise self.explained(error) from None
+
+    def settled(self) -> None:
+        """See Place: now there is time to start the next one."""
+        with self._lock:
+            if self._keeps_spare and self._spare is None and not self._closed:
+                self._spare = self._start()
 
     def gone(self) -> bool:
         """See Place."""
@@ -134,14 +152,19 @@ class StartedHere:
         """See Place: politely."""
         with self._lock:
             self._closed = True
-            worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
+            workers = [worker for worker in (self._worker, self._spare) if worker is not None]
+            self._worker = self._spare = None
+        with ExitStack() as closing:
+            for worker in workers:
+                closing.callback(worker.close)
 
     def _started(self) -> LocalWorker:
         with self._lock:
             if self._closed:
                 raise WorkerUnreachable("the model was closed")
+            if self._worker is None and self._spare is not None and self._spare.ended:
+                self._spare.close()
+                self._spare = None
             if self._worker is None:
-                self._worker = self._start()
+                self._worker, self._spare = self._spare or self._start(), None
             return self._worker

@@ -177,7 +177,7 @@ UNUSED = (
     ),
     Unused(
         "the worker's address is given, and it has a device of its own",
-        ("worker.device", "worker.compiled"),
+        ("worker.device", "worker.compiled", "worker.spare"),
         lambda of: of.split and bool(of.workers),
     ),
     Unused(
@@ -199,6 +199,11 @@ UNUSED = (
 
 
 CONFLICTS = (
+    Conflict(
+        "at a worker.patience_s of 0 nothing takes over from a lost worker: leave out worker.spare",
+        ("worker.patience_s", "worker.spare"),
+        lambda run: run.worker.spare and not run.worker.patience_s,
+    ),
     Conflict(
         "worker.address names a worker twice: each further one is a standby for the others",
         ("worker.address",),

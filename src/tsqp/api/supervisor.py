@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from tsqp.api.attempt import Attempt
 from tsqp.api.links import Link, Links
@@ -86,7 +87,9 @@ class Supervisor:
         for number, place in enumerate(self._places):
             self._turn = number
             try:
-                return self._adopt(self._links.connect(place.dial))
+                link = self._adopt(self._links.connect(place.dial))
+                place.settled()
+                return link
             except ChannelError as error:
                 told = place.explained(error)
                 place.leave()
@@ -274,6 +277,8 @@ class Supervisor:
         self._links.renew()  # while a worker that was started loads
         link = self._adopt(Attempt(lambda: self._links.connect(place.dial, within_s)).link(self._stop))
         self._links.resume(link, self._stop.is_set)
+        with suppress(OSError):  # the session is there; a spare may come another time
+            place.settled()
         self._reconnects += 1
         log.info("worker %s is there, after %.1f s", place.name, self._clock() - self._since)
         self._since = self._clock()
