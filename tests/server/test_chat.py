@@ -404,7 +404,9 @@ def test_one_call_at_most_where_several_are_not_wanted() -> None:
     script = Script(f"a{CALL}b{CALL}c")
     for stream in (False, True):
         (answer,) = ask(script, {"tools": [TOOL], "parallel_tool_calls": False, "stream": stream})
-        message = answer.json()["choices"][0]["message"] if not stream else {"content": joined(answer)[0]}
+        message: dict[str, Any] = (
+            answer.json()["choices"][0]["message"] if not stream else {"content": joined(answer)[0]}
+        )
         assert message["content"] == "a"
         calls = joined(answer)[1] if stream else [call["function"] for call in message["tool_calls"]]
         assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}']

@@ -55,7 +55,7 @@ def test_all_names_are_there_from_the_start() -> None:
             assert {name for name, *_ in found} >= set(OF_VLLM)
             ended = {key[1] for key in found if key[0] == "vllm:request_success_total"}
             assert ended == {"stop", "length", "abort", "error"}
-            assert found["tsqp:worker_up",] == 1
+            assert found["tsqp:requests_added_total",] == 0
 
     asyncio.run(run())
 
