@@ -286,6 +286,7 @@ def test_a_scale_that_is_not_finite_shows_in_every_row_that_sees_it(which: int, 
 def test_no_call_waits_for_a_compiler(kept: str, out: str) -> None:
     """In a process of its own: in this one every loop has been compiled."""
     code = f"""
+import tests.cached_loops
 import torch
 from tsqp.checkpoint import open_checkpoint
 from tsqp.model import compiled_attention, int8_attention

@@ -224,6 +224,7 @@ def test_the_choice_of_kernels() -> None:
 def test_no_forward_pass_waits_for_a_compiler(dtype: str) -> None:
     """In a process of its own: in this one every loop has been compiled."""
     code = f"""
+import tests.cached_loops
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.model import compiled
 loops = (compiled.rms_norm, compiled.add_rms_norm, compiled.silu_mul, compiled.widen, compiled.store)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.commands import LIMIT_S
+
 FORK = """
 import tests.cached_loops
 import os
@@ -42,6 +44,6 @@ print("ok", len(sent_rows(capture)))
 
 def test_a_forked_process_sends_nothing() -> None:
     """Also where it would wait for threads or locks that the fork has left behind."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok")

@@ -119,19 +119,25 @@ def attack_a_run(
         assert not secrets_of(blocks)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("transport", ["mem", "shm"])
-@pytest.mark.parametrize("at", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("attack", ATTACKS)
+# Half of all combinations, and every one of three of the four: a fault that needs no more than three is found.
+RUNS = [
+    (attack, place, transport, MODES[(i + j + k) % 2])
+    for i, attack in enumerate(ATTACKS)
+    for j, place in enumerate(PLACES)
+    for k, transport in enumerate(("mem", "shm"))
+]
+
+
+@pytest.mark.parametrize(("attack", "place", "transport", "mode"), RUNS)
 def test_each_attack_is_named_before_any_token(
     attack: str,
-    at: int,
+    place: str,
     transport: str,
     mode: ProtectionName,
     honest_tokens: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    attack_a_run(*ATTACKS[attack], at, transport, mode, honest_tokens, monkeypatch)
+    attack_a_run(*ATTACKS[attack], PLACES[place], transport, mode, honest_tokens, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -230,9 +236,10 @@ def tampered(weights: Weights, change: Callable[[Array], None]) -> HonestConnect
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_flipped_bit_of_a_thousand_is_found(mode: ProtectionName) -> None:
+def test_every_flipped_bit_is_found(mode: ProtectionName) -> None:
+    """Each of 32 bits in eight places, of products of 1 to 19 rows."""
     generator = np.random.default_rng(1)
-    for trial in range(1024):
+    for trial in range(256):
         groups, weights = make_groups({KEY: SHAPES[KEY]}, seed=trial)
         rows = int(generator.integers(1, 20))
         row, column, bit = int(generator.integers(rows)), int(generator.integers(24)), np.uint32(1 << trial % 32)

@@ -342,6 +342,7 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
 
 
 COMPILED = """
+import tests.cached_loops
 import torch
 from tests.untrusted.calls import CHECKPOINT, HELLO, CONFIG, answer, greet
 from tsqp.untrusted.store import WeightStore
@@ -366,4 +367,4 @@ assert compiled() == before, (before, compiled())
 
 
 def test_no_call_waits_for_a_compiler() -> None:
-    subprocess.run([sys.executable, "-c", COMPILED], check=True)  # a process that has compiled nothing yet
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)  # a process that has no loop yet
