@@ -404,11 +404,12 @@ def test_one_call_at_most_where_several_are_not_wanted() -> None:
     script = Script(f"a{CALL}b{CALL}c")
     for stream in (False, True):
         (answer,) = ask(script, {"tools": [TOOL], "parallel_tool_calls": False, "stream": stream})
-        message: dict[str, Any] = (
-            answer.json()["choices"][0]["message"] if not stream else {"content": joined(answer)[0]}
-        )
-        assert message["content"] == "a"
-        calls = joined(answer)[1] if stream else [call["function"] for call in message["tool_calls"]]
+        if stream:
+            text, calls, _, _ = joined(answer)
+        else:
+            message = answer.json()["choices"][0]["message"]
+            text, calls = message["content"], [call["function"] for call in message["tool_calls"]]
+        assert text == "a"
         assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}']
 
 
