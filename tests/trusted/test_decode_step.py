@@ -129,21 +129,14 @@ def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPa
             assert taken.why == [*by_keys, step_loops.OVER] * 3
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_that_threads_share(threads: int, mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes a row computes the same."""
-    monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
-    with opened(mode, threads=threads) as (llm, _):
-        taken = Taken(monkeypatch)
-        for lengths in ROWS.values():
-            assert_same_bits(llm, lengths, taken, steps=5)
-
-
-def test_threads_of_steps_end_with_the_run(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_rows_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a row computes the same. The threads end with the run."""
     others = set(threading.enumerate())
     monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
     with opened("masked", threads=threads) as (llm, _):
-        stepped(llm, caches(llm, [3, 4]))
+        taken = Taken(monkeypatch)
+        for lengths in ROWS.values():
+            assert_same_bits(llm, lengths, taken)
         own = [one for one in set(threading.enumerate()) - others if one.name.startswith("tsqp-step")]
         assert len(own) == threads - 1
     for thread in own:
