@@ -24,6 +24,7 @@ from tests.trusted.step_runs import (
     opened,
     plain,
     same,
+    step_of,
     stepped,
 )
 from tsqp import LLM, SamplingParams
@@ -128,24 +129,17 @@ def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPa
             assert taken.why == [*by_keys, step_loops.OVER] * 3
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_that_threads_share(threads: int, mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes a row computes the same."""
-    monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
-    with opened(mode, threads=threads) as (llm, _):
-        taken = Taken(monkeypatch)
-        for lengths in ROWS.values():
-            assert_same_bits(llm, lengths, taken, steps=5)
-        assert not any(thread.name.startswith("tsqp-step") for thread in threading.enumerate()) or threads > 1
-
-
-def test_threads_of_steps_end_with_the_run(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_rows_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a row computes the same. The threads end with the run."""
+    others = set(threading.enumerate())
     monkeypatch.setattr(decode_step, "SHARE_NUMBERS", 1)
     with opened("masked", threads=threads) as (llm, _):
-        stepped(llm, caches(llm, [3, 4]))
-        named = [thread for thread in threading.enumerate() if thread.name.startswith("tsqp-step")]
-        assert len(named) == threads - 1
-    for thread in named:
+        taken = Taken(monkeypatch)
+        for lengths in ROWS.values():
+            assert_same_bits(llm, lengths, taken)
+        own = [one for one in set(threading.enumerate()) - others if one.name.startswith("tsqp-step")]
+        assert len(own) == threads - 1
+    for thread in own:
         thread.join(timeout=10)
         assert not thread.is_alive()
 
@@ -355,6 +349,17 @@ def test_a_run_that_does_not_wait_for_pads_goes_on_with_others(monkeypatch: pyte
         assert torch.equal(stepped(llm, sequences), expected)
         assert taken.steps == 1
         assert not shared_pads(worker.rows(np.uint32))
+
+
+def test_where_there_are_no_pads_their_addresses_are_memory_that_stays_as_it_is(run: Run) -> None:
+    llm, _ = run
+    stepped(llm, caches(llm, [5, 6]))
+    plan = step_of(llm)._plans[2]
+    assert (plan._secrets != 0).all()
+    if llm.plan.protection.name == "verified":
+        assert (plan._secrets == plan._no_pads.ctypes.data).all()
+        assert len(plan._no_pads) >= plan.calls[:, [step_loops.INNER, step_loops.OUTER]].max()
+    assert not plan._no_pads.any()
 
 
 # What is counted

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-LEAST_ROWS = 16  # a prompt goes on at this pace at least, however long its steps take
+LEAST_ROWS = 8  # a prompt goes on at this pace at least, however long its steps take
 MEASURED = 5  # times of which the median counts: one that another process has held up is none of them
 MEASURE_AGAIN = 64  # steps after which a time is old: answers have grown meanwhile
 GREATEST_FACTOR = 1.5  # by which the number grows after one step; it shrinks by half at most
