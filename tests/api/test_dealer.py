@@ -106,7 +106,8 @@ def test_a_dealer_that_is_lost_is_named(home: Home, start_worker: StartWorker) -
     with home.worker("--model", MODEL, "--dtype", "field", "--listen", f"ipc://{home.runtime}/d.sock") as found:
         process, address = found
         guard = options(address, dealer_no_separation=True, pads_ahead=0)
-        with LLM(MODEL, protection="masked", worker=start_worker(MODEL, dtype="field"), guard=guard) as llm:
+        worker = WorkerConfig(start_worker(MODEL, dtype="field"), patience_s=0)
+        with LLM(MODEL, protection="masked", worker=worker, guard=guard) as llm:
             process.kill()
             with pytest.raises(ChannelError, match=f"{address}: the dealer went away") as caught:
                 llm.generate(PROMPT, FOUR)

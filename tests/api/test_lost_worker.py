@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,15 +273,20 @@ def descriptors() -> int:
 
 
 def killed_at(llm: LLM, numbers: list[int], monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGKILL) -> list[int]:
-    """Kills the worker before so many steps of the engine have been made; the processes that were killed."""
+    """Kills a worker at a random moment after each of these steps of the engine; the processes, each killed once."""
     killed: list[int] = []
-    steps = iter(range(10**9))
-    real = llm.engine._step
+    due, steps, real = sorted(numbers), iter(range(10**9)), llm.engine._step
+
+    def kill(pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
     def step() -> Any:
-        if next(steps) in numbers and llm.worker_pid is not None:
-            killed.append(llm.worker_pid)
-            threading.Timer(random.Random(len(killed)).random() * 0.003, os.kill, (killed[-1], number)).start()
+        pid = llm.worker_pid
+        if next(steps) >= (due or [10**9])[0] and pid is not None and pid not in killed:
+            due.pop(0)
+            killed.append(pid)
+            threading.Timer(random.Random(len(killed)).random() * 0.003, kill, (pid,)).start()
         return real()
 
     monkeypatch.setattr(llm.engine, "_step", step)
@@ -329,6 +334,7 @@ def test_a_worker_that_ends_without_requests_is_there_again_before_the_next() ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_kills_under_sixteen_streams(mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +353,7 @@ def test_twenty_kills_under_sixteen_streams(mode: ProtectionName, monkeypatch: p
     expected = run(LLM(MODEL, protection=mode, compute=ComputeConfig(threads=1)))
     blocks = record_blocks(monkeypatch)
     llm = LLM(MODEL, protection=mode, worker=WorkerConfig(patience_s=120.0), compute=ComputeConfig(threads=1))
-    killed = killed_at(llm, random.Random(1).sample(range(75), 20), monkeypatch)
+    killed = killed_at(llm, random.Random(1).sample(range(55), 20), monkeypatch)
     assert run(llm) == expected
     for pid in killed:
         wait_gone(pid)
