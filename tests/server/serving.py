@@ -25,6 +25,7 @@ from tsqp.server.handlers import exception_handlers
 from tsqp.server.routes import routes
 from tsqp.server.service import Service
 from tsqp.server.settings import ServerSettings
+from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
@@ -129,7 +130,10 @@ class ScriptedAnswer:
         self.script.ended.append(self.number)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        answer = Answer(list(self.prompt_token_ids), TextStream(self.script.tokenizer, self.params.stop))
+        entries: list[TokenLogprobs] = []
+        wanted = self.params.logprobs
+        text = TextStream(self.script.tokenizer, self.params.stop)
+        answer = Answer(list(self.prompt_token_ids), text, None if wanted is None else entries)
         given = 0
         for step in [*self.steps, IM_END]:
             if isinstance(step, Exception):
@@ -138,6 +142,7 @@ class ScriptedAnswer:
                 await step.wait()
                 continue
             given += 1
+            entries.append(TokenLogprobs(step, -0.25 * given, tuple((one, -1.0) for one in range(wanted or 0))))
             reason = "stop" if step == IM_END else "length" if given >= self.params.max_tokens else None
             delta = answer.extend(Output(self.number, step, cast(Any, reason)))
             yield delta

@@ -138,6 +138,7 @@ def test_a_stream_joined_is_the_whole_answer(tokens: list[int], stops: list[str]
     whole, stream = ask(Script(tokens), body, {**body, "stream": True, "stream_options": {"include_usage": True}})
     (choice,) = whole.json()["choices"]
     assert joined(stream)[0] == choice["message"]["content"]
+    assert joined(stream)[2] == (choice["logprobs"]["content"] if logprobs else [])
     assert joined(stream)[3] == choice["finish_reason"]
     assert [event["usage"] for event in events_of(stream.text) if event["usage"]] == [whole.json()["usage"]]
     assert all(one not in choice["message"]["content"] for one in stop)

@@ -48,6 +48,9 @@ def test_a_class_has_its_status_and_a_constant_text(error: Exception, status: in
 def test_what_the_package_says_of_an_option_is_told_with_its_name_in_the_api() -> None:
     told = translated(errors.OptionError("structured_outputs must be so", fields=("structured_outputs",)))
     assert (told.status, told.body.message, told.body.param) == (400, "response_format must be so", "response_format")
+    told = translated(errors.InputError("compute.kv_memory is 5", fields=("compute.kv_memory",)))
+    assert (told.status, told.body.param, told.body.code) == (400, "max_tokens", "context_length_exceeded")
+    assert "kv_memory" not in told.body.message
     told = translated(errors.PromptError("the template refuses this"))
     assert (told.status, told.body.message, told.body.param) == (400, "the template refuses this", None)
 

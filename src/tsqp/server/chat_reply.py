@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from tsqp.server.answers import Answers
@@ -108,10 +109,9 @@ class Reply:
         entries = choice.logprobs(delta)
         if entries and not news:
             news = [Piece(content="")]
-        pieces = [
-            ChoicePiece(index, one, Logprobs(entries) if entries and first else None)
-            for first, one in zip((True, *[False] * len(news)), news, strict=False)
-        ]
+        pieces = [ChoicePiece(index, one) for one in news]
+        if entries:
+            pieces[0] = msgspec.structs.replace(pieces[0], logprobs=Logprobs(entries))
         if delta.completion is not None:
             self._answer_tokens += len(delta.completion.token_ids)
             reason = choice.reader.finish_reason(delta.completion.finish_reason)

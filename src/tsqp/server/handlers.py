@@ -54,6 +54,9 @@ def translated(error: Exception) -> ApiError:
             return _unavailable("the server is shutting down, or has lost its worker", "unavailable", retry_after_s=2)
         case ChannelError():
             return _unavailable("the worker cannot be reached", "worker_lost", retry_after_s=2)
+        case InputError() if "compute.kv_memory" in error.fields:
+            text = "prompt and answer need more memory than this server has for one: ask for fewer tokens"
+            return ApiError(400, text, param="max_tokens", code="context_length_exceeded")
         case InputError() | UnsupportedModel():
             fields = [_API_NAMES.get(name, name) for name in error.fields]
             text = error.explained(lambda name: _API_NAMES.get(name, name))

@@ -25,7 +25,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class SamplingBody(Body, kw_only=True, frozen=True):
-    """The fields that all endpoints share which make text; those below ``stream_options`` are not OpenAI's."""
+    """The fields that all endpoints share which make text. Those from ``top_k`` on are not in each API of OpenAI's."""
 
     model: str
     temperature: float | None = None
