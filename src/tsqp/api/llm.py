@@ -291,16 +291,19 @@ class LLM:
 
         Raises any ChannelError.
         """
-        if self._session is not None:
-            self._engine.between_passes(self._session.ping)
+        session = self.session
+        if session is not None:
+            self._engine.between_passes(session.ping)
 
     def silent_s(self) -> float:
         """Seconds since the worker's last sign of life: a reply, or the end of a pass. 0 where there is no worker."""
-        return 0.0 if self._session is None else time.perf_counter() - self.stats.heard_s
+        return 0.0 if self.plan.partition is None else time.perf_counter() - self.stats.heard_s
 
     def lost(self) -> ChannelError | None:
-        """What has ended the line to the worker, if it has ended."""
-        return None if self._session is None else self._session.ended_by
+        """What has ended the line to the worker, if it has ended. None where there is to be no worker."""
+        if self.plan.partition is None:
+            return None
+        return WorkerLost("is not there") if self.session is None else self.session.ended_by
 
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. Closing twice is allowed."""
