@@ -113,9 +113,15 @@ def test_an_error_about_the_command_line_repeats_no_prompt(tsqp: Command, argume
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generat", "my secret"], "no command generat: use one of audit, bench, chat, doctor, eval, generate, keys, "),
+        (
+            ["generat", "my secret"],
+            "no command generat: use one of api-key, audit, bench, chat, doctor, eval, generate, ",
+        ),
         (["bench", "decod"], "no command decod: use one of all, decode, guard, "),
-        (["my secret"], "no such command: use one of audit, bench, chat, doctor, eval, generate, keys, model, worker"),
+        (
+            ["my secret"],
+            "no such command: use one of api-key, audit, bench, chat, doctor, eval, generate, keys, model, ",
+        ),
     ],
 )
 def test_an_unknown_command_gets_the_names_of_all(tsqp: Command, arguments: list[str], said: str) -> None:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import re
 import select
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from tests.server.asgi import echo
 from tests.server.sockets import Client, parsed, served
-from tsqp.server.connection import Bounds
+from tsqp.server.connection import Bounds, bounded
 from tsqp.server.guards.faults import Faults
 from tsqp.server.guards.limits import Bodies
 
@@ -132,6 +142,60 @@ def test_a_broken_body_ends_the_request(patient: int) -> None:
         assert parsed(client.rest())[0] == 400
 
 
+def test_a_body_that_breaks_while_it_is_answered_ends_both() -> None:
+    heard = threading.Event()
+
+    async def early(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        heard.set()
+
+    with served(early, Bounds(10, LONG_S, LONG_S)) as port, Client(port) as client:
+        client.send("POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        client.until(b"begun")
+        client.send("nonsense\r\n")
+        assert b"0\r\n\r\n" not in client.rest()  # the end of an answer would say that it is whole
+        assert heard.wait(30)
+
+
+PIECES = (
+    *("GET / HTTP/1.1\r\n", "POST / HTTP/1.1\r\n", "host: x\r\n", "content-length: 3\r\n", "\r\n", "abc", "0\r\n\r\n"),
+    *("transfer-encoding: chunked\r\n", "expect: 100-continue\r\n", "connection: upgrade\r\nupgrade: websocket\r\n"),
+    *(
+        "3\r\nabc\r\n",
+        "FFFFFFFFFFFFFFFFFF\r\n",
+        "connection: close\r\n",
+        "\x00",
+        "\r",
+        "HTTP/1.0\r\n",
+        "content-length: 9\r\n",
+    ),
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12))
+def test_whatever_comes_the_server_goes_on_without_a_fault(hasty: int, pieces: list[str]) -> None:
+    with Client(hasty) as client:
+        with contextlib.suppress(ConnectionError):
+            client.send("".join(pieces))
+            client.socket.shutdown(socket.SHUT_WR)
+        for line in re.findall(rb"HTTP/1\.1 (\d+)", client.rest()):
+            assert int(line) in (100, 200, 400, 408, 413, 431)
+    with Client(hasty) as client:
+        client.send(POST + "0123456789")
+        assert b"200" in client.until(b"\r\n")
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    faults = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    assert not faults
+
+
 def test_more_connections_than_there_may_be_are_told_so() -> None:
     with served(echo, Bounds(2, LONG_S, LONG_S)) as port, Client(port) as first, Client(port) as second:
         for client in (first, second):
@@ -143,3 +207,52 @@ def test_more_connections_than_there_may_be_are_told_so() -> None:
         assert (status, error["code"]) == (503, "too_many_connections")
         first.send(POST + "0123456789")  # those that were here first go on
         assert b"200" in first.until(b"\r\n")
+
+
+def test_a_crowd_is_cut_off_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.server.connection.SPARE", 0)
+    with served(echo, Bounds(1, LONG_S, LONG_S)) as port, Client(port) as first:
+        first.send(POST + "0123456789")
+        first.until(b"0123456789")
+        with Client(port) as second:
+            assert second.rest() == b""
+
+
+class FakeLoop:
+    """Keeps what is to be called later."""
+
+    def __init__(self) -> None:
+        self.timers: list[FakeTimer] = []
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> FakeTimer:
+        self.timers.append(FakeTimer(delay_s))
+        return self.timers[-1]
+
+
+@dataclass
+class FakeTimer:
+    delay_s: float
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeTransport(asyncio.Transport):
+    """Leads nowhere."""
+
+    def close(self) -> None: ...
+
+
+def test_a_client_that_takes_something_has_as_long_again() -> None:
+    loop: Any = FakeLoop()
+    config = uvicorn.Config(echo, ws="none", lifespan="off", log_config=None)
+    protocol = bounded(Bounds(1, 7.0, 9.0))(config, ServerState(), {}, loop)
+    protocol.connection_made(FakeTransport())
+    protocol.pause_writing()
+    assert [(timer.delay_s, timer.cancelled) for timer in loop.timers] == [(7.0, False), (9.0, False)]
+    protocol.resume_writing()
+    assert loop.timers[1].cancelled
+    protocol.pause_writing()
+    protocol.connection_lost(None)
+    assert all(timer.cancelled for timer in loop.timers)

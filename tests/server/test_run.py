@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.families import tiny_model
+from tests.fresh_interpreter import loaded, modules_after
 from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.server.api_keys import add_line, line_for, new_key
 from tsqp.server.listening import Listening
@@ -294,6 +295,11 @@ def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with llm:
         Server(llm, threading.Event(), []).run(client, settings=ServerSettings(probe_s=0.2))
+
+
+def test_torch_is_loaded_with_the_model_and_not_before() -> None:
+    """A port in use is known at once, and a worker loads it at the same time."""
+    assert not loaded(modules_after("import tsqp.server.run"), "torch")
 
 
 def test_how_an_address_is_written() -> None:

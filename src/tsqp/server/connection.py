@@ -93,11 +93,11 @@ class BoundedProtocol(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self._heard and self._idle() and self.conn.our_state is h11.IDLE:
-            message = f"the headers did not arrive within {self.bounds.head_s:g} s"
-            self._refuse(ApiError(408, message, code="request_timeout"))
-        elif self._idle():
-            self.transport.abort()
+        if not self._heard:
+            self.transport.abort()  # who has said nothing expects no answer
+            return
+        message = f"the headers did not arrive within {self.bounds.head_s:g} s"
+        self._refuse(ApiError(408, message, code="request_timeout"))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer, if nothing of another answer has been sent, and end the connection."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tsqp.api.async_llm import AsyncLLM
-from tsqp.api.worker_state import WorkerState
 from tsqp.errors import CheckFailed, PadError, TsqpError
 from tsqp.server.lifecycle import Lifecycle
+
+if TYPE_CHECKING:
+    from tsqp.api.async_llm import AsyncLLM
+    from tsqp.api.worker_state import WorkerState
 
 FRESH_S = 1.0  # what the worker has said within so long is proof enough
 LOOK_S = 0.05  # how often signs of life of a pass under way are looked for

@@ -22,7 +22,6 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from tsqp.api.async_llm import AsyncLLM
 from tsqp.errors import TsqpError
 from tsqp.server.api_keys import KeyFile
 from tsqp.server.app import create_app
@@ -39,6 +38,7 @@ from tsqp.server.service import Service
 from tsqp.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from tsqp.api.async_llm import AsyncLLM
     from tsqp.api.llm import LLM
 
 GRACE_S = 5.0  # for the last bytes of answers, once they were ended
@@ -117,6 +117,8 @@ class Running:
         announce: Callable[[Ready], None],
     ) -> None:
         """Answer until told to end. Raises OSError where a socket cannot be listened on after all."""
+        from tsqp.api.async_llm import AsyncLLM  # with it comes torch, which is loaded while a worker starts
+
         loop, told_to_end = asyncio.get_running_loop(), asyncio.Event()
         loop.set_exception_handler(log_of_loop)
         self._tls = tls
