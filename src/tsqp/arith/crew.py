@@ -19,7 +19,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tsqp.arith.bits import Array
 from tsqp.arith.jit import kernel
 
 # Of a board, int64 (BOARD_NUMBERS,): items taken, said and done, each on a cache line of its own; whether helpers are
@@ -36,7 +35,7 @@ _wake: Any = types.ExternalFunction("sem_post", types.int32(types.intp))
 _sleep: Any = types.ExternalFunction("sem_wait", types.int32(types.intp))
 
 
-def new_board(helpers: int) -> Array:
+def new_board(helpers: int) -> Any:
     """A board for one leader and so many helpers."""
     board = np.zeros(BOARD_NUMBERS, np.int64)
     board[HELPERS] = helpers
