@@ -153,10 +153,10 @@ class StartedHere:
         with self._lock:
             self._closed = True
             workers = [worker for worker in (self._worker, self._spare) if worker is not None]
-            self._worker = self._spare = None
         with ExitStack() as closing:
             for worker in workers:
                 closing.callback(worker.close)
+        self._worker = self._spare = None  # only now: who cannot wait for the end has to know whom to kill
 
     def _started(self) -> LocalWorker:
         with self._lock:
