@@ -118,15 +118,7 @@ def test_without_the_instruction_the_library_multiplies(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("rows", "share"), [(1, 1), (4, 1), (8, 2), (FEW, max(1, FEW // 4))])
-def test_more_rows_are_worth_a_second_thread_for_fewer_weights(
-    rows: int, share: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-
-    class Threads:
-        def run(self, *_: object, least: int) -> None:
-            asked.append(least)
-
-    monkeypatch.setattr(bfloat16_rows, "row_threads", Threads)
-    product(whole_numbers(rows, 64, seed=1), whole_numbers(5, 64, seed=2), None)
-    assert asked == [bfloat16_rows.LEAST_BYTES // (128 * share)]
+def test_more_rows_are_worth_a_second_thread_for_fewer_weights(rows: int, share: int) -> None:
+    out = torch.empty(rows, 5, dtype=torch.bfloat16)
+    work = bfloat16_rows.prepared(whole_numbers(rows, 64, seed=1), whole_numbers(5, 64, seed=2), None, out)
+    assert work.least == bfloat16_rows.LEAST_BYTES // (128 * share)

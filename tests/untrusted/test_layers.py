@@ -12,7 +12,7 @@ import torch
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, arrival
-from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.model.batch import Batch
@@ -44,7 +44,8 @@ def whole_pass(state: LayerState, begin: Begin) -> torch.Tensor:
 
 
 def at_layer(directory: str, worker: str) -> LLM:
-    return LLM(directory, protection="open", worker=worker, compute=ComputeConfig(partition="layer", dtype="float32"))
+    compute = ComputeConfig(partition="layer", dtype="float32")
+    return LLM(directory, protection="open", worker=WorkerConfig(worker, patience_s=0), compute=compute)
 
 
 def test_a_sequence_goes_on_where_it_was() -> None:

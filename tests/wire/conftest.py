@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,12 +14,10 @@ from tsqp.wire.channel import Channel, Listener
 
 
 @pytest.fixture
-def private_dir(tmp_path: Path) -> Path:
-    """A directory that only this user can enter, whatever the umask."""
-    directory = tmp_path / "private"
-    directory.mkdir()
-    directory.chmod(0o700)
-    return directory
+def private_dir() -> Iterator[Path]:
+    """A directory that only this user can enter, with a path that leaves room for names of sockets."""
+    with TemporaryDirectory(prefix="tsqp-w") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(params=["mem", "ipc", "shm", "shm-file", "tcp", "curve"])

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tsqp.api.answer import Answer, Completion, Delta
+from tsqp.api.text_threads import on_text_thread
 from tsqp.errors import ChannelClosed, ChannelError, TsqpError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.conversation import Messages
@@ -146,7 +147,7 @@ class AsyncLLM:
 
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
-        tokens = await asyncio.to_thread(self.llm.encode, prompt, raw=raw, **template_args)
+        tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
         return await self._begin(tokens, params or SamplingParams(), tenant, salt)
 
     async def open_chat(
@@ -159,7 +160,7 @@ class AsyncLLM:
         **template_args: object,
     ) -> AsyncAnswer:
         """The same for a conversation, see ``LLM.chat``; one that goes on is not computed again from its beginning."""
-        tokens = await asyncio.to_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
+        tokens = await on_text_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
         return await self._begin(tokens, params or SamplingParams(), tenant, salt)
 
     async def stream(
@@ -202,7 +203,7 @@ class AsyncLLM:
         **template_args: object,
     ) -> Completion:
         """Answer one prompt; several by ``asyncio.gather``. Nobody sees it grow, so other prompts may hold it up."""
-        tokens = await asyncio.to_thread(self.llm.encode, prompt, raw=raw, **template_args)
+        tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
         async with await self._begin(tokens, params or SamplingParams(), tenant, salt, patient=True) as answer:
             async for delta in answer:
                 if delta.completion is not None:
@@ -264,7 +265,7 @@ class AsyncLLM:
     async def _begin(
         self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None, *, patient: bool = False
     ) -> AsyncAnswer:
-        ((begun, sampler),) = await asyncio.to_thread(self.llm.new_answers, [tokens], params)
+        ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)

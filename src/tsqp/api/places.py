@@ -109,8 +109,9 @@ class StartedHere:
     def dial(self) -> Channel:
         """See Place; the worker may still be loading."""
         worker = self._started()
+        address = worker.wait_ready()
         try:
-            return self._dial(worker.wait_ready(), worker.pid)
+            return self._dial(address, worker.pid)
         except WorkerUnreachable as error:
             raise self.explained(error) from None
 
@@ -130,6 +131,8 @@ class StartedHere:
         worker = self._worker
         if worker is None or not isinstance(error, WorkerLost | WorkerUnreachable) or error.side == "dealer":
             return error
+        if isinstance(error, WorkerUnreachable) and error.address is None:
+            return error  # of its start, which says how it ended
         words = worker.last_words()  # it may be ending: this waits a moment
         if not worker.ended:
             return error  # what was wrong is something else

@@ -41,6 +41,7 @@ SOURCES = (
     "untrusted/product_loops.py",
     "untrusted/call_loops.py",
     "bench/null_steps.py",
+    "bench/read_loop.py",
 )
 
 Loop = Callable[..., Any]

@@ -7,18 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from tsqp.arith.jit import kernel
 from tsqp.arith.row_threads import row_threads
-
-
-@kernel
-def read(words, out, first, end):  # type: ignore[no-untyped-def]
-    """Sums of rows of int64: out (N,)."""
-    for row in range(first, end):
-        total = np.int64(0)
-        for j in range(words.shape[1]):
-            total += words[row, j]
-        out[row] = total
+from tsqp.bench.read_loop import read
 
 
 def reading(weights: Sequence[torch.Tensor]) -> Callable[[], None]:

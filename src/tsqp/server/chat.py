@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tsqp.api.text_threads import on_text_thread
 from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import read_body
 from tsqp.server.chat_messages import Message, conversation
@@ -75,7 +75,7 @@ async def encoded(
     if tokenizer.unread(arguments):
         text = "chat_template_kwargs has a name that the model's template does not read"
         raise ApiError(400, text, param="chat_template_kwargs", code="invalid_value")
-    return await asyncio.to_thread(lambda: tokenizer.encode_chat(turns, **arguments))
+    return await on_text_thread(lambda: tokenizer.encode_chat(turns, **arguments))
 
 
 def _tools(service: Service, body: ChatBody) -> ToolUse | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tsqp.api.text_threads import on_text_thread
 from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import read_body
 from tsqp.server.completions_reply import Reply
@@ -44,7 +44,7 @@ async def create(service: Service, request: Request) -> Response:
         params = replace(params, prompt_logprobs=body.logprobs)
     asked = 1 if body.max_tokens == 0 and body.echo else body.max_tokens
     special = body.add_special_tokens is not False
-    prompts = [await asyncio.to_thread(_encoded, service, one, special) for one in given]
+    prompts = [await on_text_thread(_encoded, service, one, special) for one in given]
     every = []
     for prompt in prompts:
         most = answer_tokens(service, len(prompt.tokens), asked, DEFAULT_TOKENS, param="max_tokens", prompt="prompt")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tsqp.api.text_threads import on_text_thread
 from tsqp.server.body import Body, read_body
 from tsqp.server.chat import encoded
 from tsqp.server.chat_messages import Message
@@ -62,7 +62,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         tokens = await encoded(service, body.messages, tools, body.chat_template_kwargs)
     else:
         special = body.add_special_tokens is not False
-        tokens = await asyncio.to_thread(service.tokenizer.encode, body.prompt or "", special_tokens=special)
+        tokens = await on_text_thread(service.tokenizer.encode, body.prompt or "", special_tokens=special)
     return _json(Tokens(tokens, len(tokens), service.context))
 
 
@@ -73,7 +73,7 @@ async def detokenize(service: Service, request: Request) -> Response:
     if not all(0 <= token < service.vocab_size for token in body.tokens):
         text = f"tokens must be ids of tokens, which end at {service.vocab_size - 1} in this model"
         raise ApiError(400, text, param="tokens", code="invalid_value")
-    return _json(Text(await asyncio.to_thread(service.tokenizer.decode, body.tokens)))
+    return _json(Text(await on_text_thread(service.tokenizer.decode, body.tokens)))
 
 
 def _check_name(service: Service, name: str | None) -> None:

@@ -1,0 +1,279 @@
+"""A server under many requests for a while, most of them given up or wrong: nothing that it holds may grow.
+
+    python -m benchmarks.soak [--minutes 30] [--model default] [--protection masked]
+
+Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
+requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
+the server is idle, and is looked at: its own memory (RssAnon), descriptors, threads, segments of shared memory, and its
+metrics, which must add up. Exit code 1, and a line for each, where something grew or does not add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+BURST = 200  # requests between two looks
+AT_ONCE = 16
+IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
+GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
+KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
+WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an idle server holds."""
+
+    anonymous_bytes: int
+    descriptors: int
+    threads: int
+    segments: int
+
+
+@dataclass
+class Report:
+    """What was asked, how it ended, and what was found at each look."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    looks: list[Look] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def verdict(self) -> list[str]:
+        """What is wrong, a line each; empty for a server that holds."""
+        return self.faults + growth(self.looks)
+
+
+def growth(looks: Sequence[Look]) -> list[str]:
+    """What grew between the second quarter of the looks and the last one."""
+    if len(looks) < 4:
+        return [f"{len(looks)} looks are too few to tell: let it run longer"]
+    quarter = len(looks) // 4
+    early, late = looks[quarter : 2 * quarter], looks[-quarter:]
+    found = []
+    for name, allowed in (("anonymous_bytes", GROWTH_BYTES), ("descriptors", 2), ("threads", 2), ("segments", 0)):
+        before, after = (statistics.median(getattr(look, name) for look in part) for part in (early, late))
+        if after > before + allowed:
+            found.append(f"{name} grew from {before:.0f} to {after:.0f}")
+    return found
+
+
+def look_at(pid: int) -> Look:
+    """Read from /proc what a process holds."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return Look(
+        anonymous_bytes=int(status["RssAnon"].split()[0]) * 1024,
+        descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        threads=int(status["Threads"]),
+        segments=Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/"),
+    )
+
+
+class Traffic:
+    """Requests of many kinds, by chance but the same ones for the same seed."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, seed: int, outcomes: Counter[str]) -> None:
+        self._client = client
+        self._model = model
+        self._dice = random.Random(seed)
+        self._outcomes = outcomes
+        self.kinds = (self._read, self._left, self._left, self._left, self._whole, self._dropped, self._wrong)
+
+    async def one(self) -> None:
+        """One request, to its end or to ours."""
+        kind = self._dice.choice(self.kinds)
+        try:
+            self._outcomes[await kind()] += 1
+        except httpx.TransportError as error:
+            self._outcomes[f"{type(error).__name__} of {kind.__name__}"] += 1
+
+    def _body(self, **more: Any) -> dict[str, Any]:
+        dice = self._dice
+        text = " ".join(dice.choices(WORDS, k=dice.randint(1, 60)))
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": dice.randint(1, 24),
+            "temperature": dice.choice((0, 0.7, 1.5)),
+            "seed": dice.randrange(2**31),
+        }
+        extras: tuple[dict[str, Any], ...] = (
+            {"n": 3},
+            {"logprobs": True, "top_logprobs": 3},
+            {"stop": ["a", "zz"]},
+            {"presence_penalty": 1.0},
+            {},
+        )
+        return {**body, **dice.choice(extras), **more}
+
+    async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        async with self._client.stream("POST", "/chat/completions", json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                yield f"status {answer.status_code}"
+                return
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    yield line.removeprefix("data: ")
+
+    async def _read(self) -> str:
+        last = ""
+        async for event in self._events(self._body(stream=True)):
+            last = event
+        return "streams read" if last == "[DONE]" else f"a stream ended with {last[:80]}"
+
+    async def _left(self) -> str:
+        after = self._dice.randint(0, 6)
+        body = self._body(stream=True, max_tokens=200)
+        events = self._events(body)
+        try:
+            async for _ in events:
+                after -= 1
+                if after <= 0:
+                    break
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        return "streams left"
+
+    async def _whole(self) -> str:
+        answer = await self._client.post("/chat/completions", json=self._body())
+        return "answers" if answer.status_code == 200 else f"status {answer.status_code}"
+
+    async def _dropped(self) -> str:
+        request = self._client.post("/chat/completions", json=self._body(max_tokens=400))
+        try:
+            await asyncio.wait_for(request, self._dice.uniform(0.001, 0.1))
+        except TimeoutError:
+            return "requests dropped"
+        return "answers"
+
+    async def _wrong(self) -> str:
+        wrong = (
+            self._body(temperature=9),
+            self._body(messages=[]),
+            self._body(model="another"),
+            self._body(messages=[{"role": "user", "content": "x " * 200_000}]),
+            self._body(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}),
+        )
+        answer = await self._client.post("/chat/completions", json=self._dice.choice(wrong))
+        return "refusals" if answer.status_code in (400, 404, 413) else f"status {answer.status_code} of a wrong one"
+
+
+async def metrics_of(client: httpx.AsyncClient, address: str) -> Metrics:
+    """Every sample without labels but the model's; those that have one more are summed."""
+    found: Counter[str] = Counter()
+    page = (await client.get(address)).raise_for_status()
+    for family in text_string_to_metric_families(page.text):
+        for sample in family.samples:
+            found[sample.name] += sample.value  # type: ignore[assignment]
+    return dict(found)
+
+
+def inconsistent(metrics: Metrics) -> list[str]:
+    """What does not add up, at any moment."""
+    running, waiting = metrics["vllm:num_requests_running"], metrics["vllm:num_requests_waiting"]
+    added, ended = metrics["tsqp:requests_added_total"], metrics["vllm:request_success_total"]
+    found = [f"{name} is {value}" for name, value in metrics.items() if value < 0]
+    if added != running + waiting + ended:
+        found.append(f"{added:.0f} requests added, but {running:.0f} run, {waiting:.0f} wait, {ended:.0f} have ended")
+    return found
+
+
+async def soak(
+    address: str, metrics_address: str, pid: int, model: str, *, seconds: float = 0.0, given_up: int = 0, seed: int = 1
+) -> Report:
+    """Bursts for ``seconds`` at least, and until ``given_up`` requests at least were given up."""
+    report = Report()
+    until = time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=AT_ONCE)
+    async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
+        traffic = Traffic(client, model, seed, report.outcomes)
+        while (
+            time.monotonic() < until or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
+        ):
+            places = asyncio.Semaphore(AT_ONCE)
+
+            async def placed(places: asyncio.Semaphore = places) -> None:
+                async with places:
+                    await traffic.one()
+
+            await asyncio.gather(*(placed() for _ in range(BURST)))
+            report.faults += inconsistent(await metrics_of(client, metrics_address))
+            report.faults += await idle(client, metrics_address)
+            report.looks.append(look_at(pid))
+            if report.faults:
+                break
+    return report
+
+
+async def idle(client: httpx.AsyncClient, metrics_address: str) -> list[str]:
+    """Wait until nothing runs or waits; what was found instead, after ``IDLE_LIMIT_S``."""
+    until = time.monotonic() + IDLE_LIMIT_S
+    while True:
+        metrics = await metrics_of(client, metrics_address)
+        busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
+        if not busy:
+            return inconsistent(metrics)
+        if time.monotonic() > until:
+            return [f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients"]
+        await asyncio.sleep(0.02)
+
+
+@contextmanager
+def server(*options: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """A `tsqp serve` of its own: what it said when it was ready, and its process id."""
+    command = [sys.executable, "-m", "tsqp", "serve", "--json", "--port", "0", "--metrics-port", "0"]
+    with subprocess.Popen([*command, "--kv-memory", KV_MEMORY, *options], stdout=subprocess.PIPE) as process:
+        try:
+            if process.stdout is None or not (line := process.stdout.readline()):
+                raise SystemExit("the server did not start")
+            yield json.loads(line), process.pid
+        finally:
+            process.terminate()
+
+
+def main() -> None:
+    """Run, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--protection", default="masked")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with server("--model", options.model, "--protection", options.protection) as (ready, pid):
+        running = soak(
+            ready["address"] + "/v1",
+            ready["metrics_address"],
+            pid,
+            ready["model"],
+            seconds=60 * options.minutes,
+            seed=options.seed,
+        )
+        report = asyncio.run(running)
+    for outcome, count in sorted(report.outcomes.items()):
+        print(f"{count:8d} {outcome}")
+    for look in report.looks[:: max(1, len(report.looks) // 20)]:
+        print(look)
+    if wrong := report.verdict():
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

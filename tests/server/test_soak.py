@@ -1,0 +1,50 @@
+"""A minute of many kinds of requests, most of them given up or wrong: the server holds no more than before."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from benchmarks.soak import Look, growth, inconsistent, soak
+
+from tests.commands import Home
+from tests.server.chat_model import chat_model
+from tests.server.process import serving
+
+SOAK_S = 60.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nothing_grows_and_all_adds_up(home: Home) -> None:
+    options = ("--model", chat_model(), "--port", 0, "--metrics-port", 0, "--kv-memory", "2MiB")
+    with serving(home, *options) as server:
+        assert server.metrics_address is not None
+        pid = server.process.pid
+        report = asyncio.run(
+            soak(f"{server.address}/v1", server.metrics_address, pid, chat_model().name, seconds=SOAK_S)
+        )
+        assert report.verdict() == []
+        assert set(report.outcomes) == {"answers", "refusals", "requests dropped", "streams left", "streams read"}
+
+
+def test_what_grows_is_told() -> None:
+    flat = [Look(100 << 20, 20, 9, 0)] * 8
+    assert growth(flat) == []
+    for name, more in (("anonymous_bytes", 9 << 20), ("descriptors", 3), ("threads", 3), ("segments", 1)):
+        grown = flat[:6] + [Look(**{**vars(flat[0]), name: getattr(flat[0], name) + more})] * 2
+        (told,) = growth(grown)
+        assert told.startswith(name)
+    assert growth(flat[:3])
+
+
+def test_what_does_not_add_up_is_told() -> None:
+    right = {
+        "vllm:num_requests_running": 1.0,
+        "vllm:num_requests_waiting": 2.0,
+        "tsqp:requests_added_total": 10.0,
+        "vllm:request_success_total": 7.0,
+    }
+    assert inconsistent(right) == []
+    assert len(inconsistent({**right, "tsqp:requests_added_total": 11.0})) == 1
+    assert inconsistent({**right, "vllm:num_requests_waiting": -2.0, "tsqp:requests_added_total": 6.0})
