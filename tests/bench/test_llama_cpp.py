@@ -189,11 +189,11 @@ def test_the_server_has_our_threads_and_waits_as_it_likes(monkeypatch: pytest.Mo
     library: Any = SimpleNamespace(CommonParams=lambda: settings, Server=server)
     monkeypatch.setitem(sys.modules, "xllamacpp", library)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    monkeypatch.setattr("sys.argv", ["", "copy.gguf", "57", "3"])
+    monkeypatch.setattr("sys.argv", ["", "copy.gguf", "57", "3", "4"])
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO()))
     llama_server.main()
     assert policies == [None]
-    assert (settings.model.path, settings.n_ctx) == ("copy.gguf", 57)
+    assert (settings.model.path, settings.n_ctx, settings.n_parallel) == ("copy.gguf", 4 * 57, 4)
     assert settings.cpuparams.n_threads == settings.cpuparams_batch.n_threads == 3
 
 

@@ -470,8 +470,8 @@ MUTANTS = [
         "a dealer's digests are not compared",
         digests("test_neither_a_worker_nor_a_dealer_may_have_other_weights"),
         (
-            "api/assemble.py",
-            "_open_guard",
+            "api/private_links.py",
+            "PrivateLinks._session",
             lambda node: isinstance(node, ast.keyword) and node.arg == "digests",
             value("OLD if role == 'worker' else None"),
         ),
