@@ -33,6 +33,17 @@ def test_a_file_has_no_key(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
+def test_a_line_is_added_to_a_file_whose_last_line_has_no_end(tmp_path: Path) -> None:
+    keys = {name: new_key() for name in ("alice", "bob", "carol")}
+    path = tmp_path / "keys"
+    path.write_text(line_for("alice", keys["alice"]))
+    path.chmod(0o600)
+    for name in ("bob", "carol"):
+        add_line(path, line_for(name, keys[name]))
+    assert [KeyFile(path).tenant_of(key) for key in keys.values()] == list(keys)
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_two_keys_of_one_name_are_one_tenant(tmp_path: Path) -> None:
     old, new, other = new_key(), new_key(), new_key()
     lines = ["# keys of the team", "", line_for("alice", old), "  " + line_for("alice", new), line_for("bob", other)]

@@ -67,7 +67,7 @@ def test_the_log_has_the_class_and_the_place_of_what_nobody_expected(caplog: pyt
             raise ZeroDivisionError(SECRET)
         except ZeroDivisionError as error:
             translated(error)
-    assert "ZeroDivisionError < test_handlers.py" in caplog.text
+    assert "ZeroDivisionError at test_handlers.py" in caplog.text
     assert SECRET not in caplog.text
 
 

@@ -150,6 +150,33 @@ def test_many_probes_are_one_round_trip() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
+def test_a_round_trip_that_fails_is_told_to_all_who_wait_for_it() -> None:
+    async def run() -> None:
+        model: Any = FakeModel(error=WorkerLost("x"))
+        probe = WorkerProbe(model, 30.0)
+        asked = [asyncio.create_task(probe.problem()) for _ in range(10)]
+        while not model.pings:
+            await asyncio.sleep(0)
+        model.answers.set()
+        assert {code_of(problem) for problem in await asyncio.gather(*asked)} == {"worker_lost"}
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_round_trip_that_succeeds_proves_nothing_once_the_worker_is_lost() -> None:
+    """A step may take the place of a round trip, and a step survives the loss of its worker."""
+
+    class Losing(FakeModel):
+        async def ping(self) -> None:
+            self.worker_state = worker_state("reconnecting")
+
+    async def run() -> None:
+        model: Any = Losing()
+        assert code_of(await WorkerProbe(model, 30.0).problem()) == "worker_lost"
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
 def test_a_silent_worker_is_asked_once_and_heard_when_it_wakes() -> None:
     async def run() -> None:
         model: Any = FakeModel()

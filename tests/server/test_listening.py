@@ -97,8 +97,7 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 
 def test_a_socket_in_the_file_system_is_this_users_alone(tmp_path: Path) -> None:
     path = tmp_path / "tsqp.sock"
-    with bind_unix(path) as first:
-        first.listen(1)
+    with bind_unix(path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with pytest.raises(TsqpError, match="is in use"):
             bind_unix(path)

@@ -157,8 +157,8 @@ def test_a_client_that_is_gone_before_the_stream_begins_leaves_no_answer() -> No
         exchange = Exchange(app_of(service_of(script)), "/v1/chat/completions", CHAT)
         exchange.leave()
         await exchange.done
+        assert len(script.opened) <= 1  # none where it was seen before the text was tokens
         assert script.ended in ([], [0])  # whether the answer was whole by then
-        assert len(script.opened) == 1
 
     run(test)
 

@@ -24,9 +24,7 @@ class Attempt:
     def link(self, stop: threading.Event) -> Link:
         """Wait for it. Raises what ``connect`` raises; ChannelClosed soon after ``stop``."""
         try:
-            while not self._over.wait(0.05):
-                if stop.is_set():
-                    raise ChannelClosed("the model was closed")
+            self.wait(stop)
         except BaseException:
             with self._lock:
                 self._abandoned, made = True, self._made
@@ -38,6 +36,12 @@ class Attempt:
         if self._made is None:
             raise ChannelClosed("the attempt was given up")
         return self._made
+
+    def wait(self, stop: threading.Event) -> None:
+        """Until it is over, whatever has come of it. Raises ChannelClosed soon after ``stop``."""
+        while not self._over.wait(0.05):
+            if stop.is_set():
+                raise ChannelClosed("the model was closed")
 
     def _run(self) -> None:
         try:

@@ -77,6 +77,7 @@ class Supervisor:
         self._tried = 0  # connections since the loss
         self._losses = self._reconnects = self._failed_checks = 0
         self._since = clock()
+        self._attempt: Attempt | None = None  # the last one
         self._stop = threading.Event()
         self._wait = wait or self._stop.wait
         self._lock = threading.Lock()  # of the link, and whether there is to be one
@@ -163,8 +164,8 @@ class Supervisor:
 
     def readmit(self, name: str) -> None:
         """An operator says that a place may be asked again: a new guess at new secrets for whoever is there."""
-        self._expelled.pop(name, None)
-        log.warning("worker %s is admitted again", name)
+        if self._expelled.pop(name, None) is not None:
+            log.warning("worker %s is admitted again", name)
 
     def stop(self) -> None:
         """Whoever waits for a worker waits no longer, and no further link is made. Any thread may call it."""
@@ -233,6 +234,7 @@ class Supervisor:
 
     def _mended(self) -> Link:
         """A new link. Raises the verdict, what ends the run, and WorkerLost once patience is over."""
+        self._given_up = False  # whoever asks waits again
         self._end_link()
         while True:
             self._raise_if_stopped()
@@ -272,10 +274,17 @@ class Supervisor:
 
     def _connected(self, within_s: float) -> Link:
         """One attempt, at the place whose turn it is."""
+        if self._attempt is not None:
+            self._attempt.wait(self._stop)  # an interrupt may have left it, and two would share what links are made of
         place = self._place
         place.prepare()
         self._links.renew()  # while a worker that was started loads
-        link = self._adopt(Attempt(lambda: self._links.connect(place.dial, within_s)).link(self._stop))
+        if self._attempt is not None:
+            self._attempt.wait(
+                self._stop
+            )  # an interrupt has left it behind, and two would share what links are made of
+        self._attempt = Attempt(lambda: self._links.connect(place.dial, within_s))
+        link = self._adopt(self._attempt.link(self._stop))
         self._links.resume(link, self._stop.is_set)
         with suppress(OSError):  # the session is there; a spare may come another time
             place.settled()

@@ -84,8 +84,10 @@ class KeyFile:
 
 def add_line(path: Path, line: str) -> None:
     """Append a line to a file of keys, which is made with mode 0600 when missing. Raises PathRefused, OSError."""
-    with os.fdopen(open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _INSTEAD), "w") as file:
-        file.write(line + "\n")
+    with os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, _INSTEAD), "rb+", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        ends = not size or os.pread(file.fileno(), 1, size - 1) == b"\n"  # a file that was edited may not
+        file.write(f"{'' if ends else chr(10)}{line}\n".encode())
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any, ClassVar, TypeVar, get_args
 
 import msgspec
@@ -37,10 +38,10 @@ async def read_body(service: Service, request: Request, type: type[B]) -> B:
         raise ApiError(415, "the body must be JSON, and its content-type application/json")
     values = parsed(await request.body())
     body = converted(values, type)
-    unknown = [_clean(name) for name in _unknown(values, type)]
+    unknown = [_clean(name) for name in islice(_unknown(values, type), _MAX_NAMES)]
     if unknown and service.settings.strict_params:
         raise ApiError(400, "the body has a field that this server does not know", code="unknown_parameter")
-    request.state.ignored = tuple(dict.fromkeys(unknown))[:_MAX_NAMES]
+    request.state.ignored = tuple(dict.fromkeys(unknown))
     return body
 
 

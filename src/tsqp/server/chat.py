@@ -30,6 +30,10 @@ MAX_TOP_LOGPROBS = 20
 async def create(service: Service, request: Request) -> Response:
     """The endpoint."""
     body = await read_body(service, request, ChatBody)
+    return await unless_left(request, _answered(service, request, body))
+
+
+async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
     service.check_name(body.model)
     check_choices(service, body.choices)
     check_stream_options(body)
@@ -52,7 +56,7 @@ async def create(service: Service, request: Request) -> Response:
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        completion = await unless_left(request, reply.whole(answers))
+        completion = await reply.whole(answers)
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 
@@ -68,14 +72,13 @@ async def encoded(
     tokenizer = service.tokenizer
     if not tokenizer.has_chat_template:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param=param)
-    turns = conversation(messages)
     arguments = dict(template_args or {})
     if tools is not None:
         arguments["tools"] = tools.definitions
     if tokenizer.unread(arguments):
         text = "chat_template_kwargs has a name that the model's template does not read"
         raise ApiError(400, text, param="chat_template_kwargs", code="invalid_value")
-    return await on_text_thread(lambda: tokenizer.encode_chat(turns, **arguments))
+    return await on_text_thread(lambda: tokenizer.encode_chat(conversation(messages), **arguments))
 
 
 def _tools(service: Service, body: ChatBody) -> ToolUse | None:

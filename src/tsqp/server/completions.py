@@ -34,6 +34,10 @@ class Prompt:
 async def create(service: Service, request: Request) -> Response:
     """The endpoint."""
     body = await read_body(service, request, CompletionBody)
+    return await unless_left(request, _answered(service, request, body))
+
+
+async def _answered(service: Service, request: Request, body: CompletionBody) -> Response:
     service.check_name(body.model)
     given = listed(body.prompt)
     check_choices(service, body.choices, len(given))
@@ -55,7 +59,7 @@ async def create(service: Service, request: Request) -> Response:
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        completion = await unless_left(request, reply.whole(answers))
+        completion = await reply.whole(answers)
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 

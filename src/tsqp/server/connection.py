@@ -2,6 +2,7 @@
 
 Covers: a client that sends its headers slowly, or nothing; one that takes nothing of an answer; headers that are too
 long; more connections than there may be (tests/server/test_connection.py). Slow bodies: ``guards/limits.py``.
+Does not cover: a TLS handshake, which has 60 s, and is not among the connections that are counted.
 """
 
 from __future__ import annotations

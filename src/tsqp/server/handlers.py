@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
-from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +21,7 @@ from tsqp.errors import (
     TsqpError,
     UnsupportedModel,
 )
+from tsqp.server.discreet import told
 from tsqp.server.errors import ApiError
 
 _log = logging.getLogger("tsqp.server")
@@ -63,7 +62,7 @@ def translated(error: Exception) -> ApiError:
             return ApiError(400, text, param=fields[0] if fields else None)
         case NumericError():
             return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
-    _log.error("a request failed: %s", _told(error))
+    _log.error("a request failed: %s", told(error))
     return ApiError(500, "the server has failed; the reason is in its log", kind="server_error")
 
 
@@ -103,9 +102,3 @@ def _of_status(status: int) -> ApiError:
 
 def _unavailable(text: str, code: str, retry_after_s: float | None = None) -> ApiError:
     return ApiError(503, text, kind="server_error", code=code, retry_after_s=retry_after_s)
-
-
-def _told(error: Exception) -> str:
-    """The class of an exception and where it came from: its text may hold what a client sent."""
-    frames = [f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
-    return " < ".join([type(error).__qualname__, *reversed(frames[-12:])])

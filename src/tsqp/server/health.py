@@ -59,25 +59,18 @@ class WorkerProbe:
             return problem
         end = time.monotonic() + self._deadline_s
         while not self._heard():
-            if self._asked is None:
-                self._asked = asyncio.create_task(self._model.ping())
-            done, _ = await asyncio.wait([self._asked], timeout=min(LOOK_S, max(0.0, end - time.monotonic())))
+            asked = self._asked = self._asked or asyncio.create_task(self._model.ping())
+            done, _ = await asyncio.wait([asked], timeout=min(LOOK_S, max(0.0, end - time.monotonic())))
             if done:
-                return self._answer()
+                if self._asked is asked:
+                    self._asked = None  # whoever asks next makes another one
+                return _of_round_trip(asked) or _of_state(self._model.worker_state)
             if time.monotonic() >= end:
                 return Problem("worker_silent", f"the worker has not answered for {self._deadline_s:g} s")
         return None
 
     def _heard(self) -> bool:
         return self._model.llm.silent_s() <= FRESH_S
-
-    def _answer(self) -> Problem | None:
-        """What came of the round trip; another one may be made afterwards."""
-        asked, self._asked = self._asked, None
-        if asked is None:  # another probe has looked at it
-            return None
-        error = None if asked.cancelled() else asked.exception()
-        return None if error is None else _explained(error)
 
     def _problem_of_pads(self) -> Problem | None:
         guard = self._model.llm.guard
@@ -88,6 +81,12 @@ class WorkerProbe:
         if self._model.llm.plan.run.guard.pads_empty == "refuse" and not guard.filler.ready(answer=True):
             return Problem("no_pads", "no pads are ready: requests are refused until there are some")
         return None
+
+
+def _of_round_trip(asked: asyncio.Task[None]) -> Problem | None:
+    """What came of one that is over."""
+    error = asyncio.CancelledError() if asked.cancelled() else asked.exception()
+    return None if error is None else _explained(error)
 
 
 def _of_state(state: WorkerState | None) -> Problem | None:

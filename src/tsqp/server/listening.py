@@ -76,7 +76,8 @@ class Listening:
         instead = "keep the key of the certificate where you alone can read it"
         try:
             os.close(open_private(follow(self.tls_key, instead), os.O_RDONLY, instead))
-            context.load_cert_chain(self.tls_cert, self.tls_key)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key)  # a pair that is none
+            context.load_cert_chain(self.tls_cert, self.tls_key)  # would leave one in use without its key
         except OSError as error:  # ssl.SSLError too
             fields = ("server.tls_cert", "server.tls_key")
             why = "they do not belong together, or are no PEM" if isinstance(error, ssl.SSLError) else error.strerror
@@ -132,6 +133,7 @@ def bind_unix(path: Path) -> socket.socket:
     before = os.umask(0o177)  # mode 0600 from the first moment on
     try:
         one.bind(str(place))
+        one.listen(1)  # whoever else wants this place sees that it is taken; clients that come early wait
     except OSError as error:
         one.close()
         raise InputError(f"{place}: {error.strerror or error}", fields=("server.unix_socket",)) from None

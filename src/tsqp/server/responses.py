@@ -31,6 +31,10 @@ _TEXTS = ("input_text", "output_text", "text")
 async def create(service: Service, request: Request) -> Response:
     """The endpoint."""
     body = await read_body(service, request, ResponsesBody)
+    return await unless_left(request, _answered(service, request, body))
+
+
+async def _answered(service: Service, request: Request, body: ResponsesBody) -> Response:
     service.check_name(body.model)
     check_stream_options(body)
     tools = _tools(service, body)
@@ -48,7 +52,7 @@ async def create(service: Service, request: Request) -> Response:
         padding = padding_of(service, body)
         return EventStream(service, answers, reply.events(answers), padding=padding, end=b"")
     async with answers:
-        response = await unless_left(request, reply.whole(answers))
+        response = await reply.whole(answers)
     return Response(msgspec.json.encode(response), media_type="application/json")
 
 
@@ -74,8 +78,13 @@ def _add(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
         case "function_call":
             call = as_type(item, InputCall, place)
             made = Call(id=call.call_id, function=CalledFunction(name=call.name, arguments=call.arguments))
-            last = messages.pop() if messages and messages[-1].role == "assistant" else Message(role="assistant")
-            messages.append(msgspec.structs.replace(last, tool_calls=[*(last.tool_calls or ()), made]))
+            if not messages or messages[-1].role != "assistant":
+                messages.append(Message(role="assistant"))
+            if messages[-1].tool_calls is None:
+                messages[-1] = msgspec.structs.replace(messages[-1], tool_calls=[])
+            calls = messages[-1].tool_calls
+            if calls is not None:
+                calls.append(made)
         case "function_call_output":
             output = as_type(item, InputCallOutput, place)
             text = text_of(output.output, f"{place}.output", _TEXTS)

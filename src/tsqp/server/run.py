@@ -85,13 +85,15 @@ def _sockets(listening: Listening, held: ExitStack) -> list[socket]:
     if listening.unix_socket is None:
         return bind(listening.host, listening.port)
     bound = bind_unix(listening.unix_socket)
-    held.callback(_unlink, listening.unix_socket)
+    held.callback(_unlink, listening.unix_socket, listening.unix_socket.lstat().st_ino)
     return [bound]
 
 
-def _unlink(path: Path) -> None:
+def _unlink(path: Path, inode: int | None = None) -> None:
+    """Remove a socket, unless another has taken its place."""
     with suppress(OSError):
-        path.unlink()
+        if inode in (None, path.lstat().st_ino):
+            path.unlink()
 
 
 class Running:

@@ -11,6 +11,7 @@ import pytest
 
 from tsqp import SamplingParams
 from tsqp.errors import OptionError
+from tsqp.trusted.engine.sampling_params import MAX_TOKENS_NAMED
 from tsqp.trusted.engine.structured_outputs import MAX_CHARACTERS, StructuredOutputsParams
 
 WRONG: list[dict[str, Any]] = [
@@ -192,3 +193,15 @@ def test_a_form_is_a_value_and_names_its_kind() -> None:
     assert hash(first) == hash(second)
     kinds = (first, StructuredOutputsParams(json_object=True), StructuredOutputsParams(choice=["a"]))
     assert [params.kind for params in kinds] == ["json", "json_object", "choice"]
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
+def test_tokens_are_named_in_bounded_numbers(name: str) -> None:
+    """Each is looked at in Python for every choice of a request."""
+    for count in (MAX_TOKENS_NAMED, MAX_TOKENS_NAMED + 1):
+        given: Any = dict.fromkeys(range(count), 0.0) if name == "logit_bias" else list(range(count))
+        if count > MAX_TOKENS_NAMED:
+            with pytest.raises(OptionError, match=str(MAX_TOKENS_NAMED)):
+                SamplingParams(**{name: given})
+        else:
+            SamplingParams(**{name: given})

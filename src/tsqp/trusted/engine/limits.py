@@ -27,3 +27,7 @@ class Limits:
     def __post_init__(self) -> None:
         if not 1 < self.slowdown < float("inf"):
             raise OptionError(f"limits: slowdown is a number above 1, not {self.slowdown}")
+        for name in ("running", "waiting", "prefill_rows", "idle_rows"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise OptionError(f"limits: {name} is at least 1, not {number}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -17,6 +17,7 @@ MAX_LOGPROBS = 20
 # Stop strings are looked for after every token: these bounds keep that short. OpenAI's API takes 4 strings.
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 256
+MAX_TOKENS_NAMED = 1024  # in a bias or as ends: each is looked at in Python, for every choice
 
 
 def _says(text: str) -> dict[str, Any]:
@@ -151,15 +152,22 @@ def _stops(stop: object) -> tuple[str, ...]:
 
 def _token_ids(ids: object) -> tuple[int, ...]:
     listed = _listed("stop_token_ids", ids, "ids of tokens")
+    _few("stop_token_ids", listed)
     return tuple(_integer("stop_token_ids", token, "ids of tokens, so at least 0", 0) for token in listed)
 
 
 def _biases(biases: object) -> dict[int, float]:
     if not isinstance(biases, Mapping):
         raise _wrong("logit_bias", "a mapping from ids of tokens to numbers", biases)
+    _few("logit_bias", biases)
     tokens = (_integer("logit_bias", token, "given by ids of tokens, so at least 0", 0) for token in biases)
     numbers = (_real("logit_bias", bias, -MAX_BIAS, MAX_BIAS) for bias in biases.values())
     return dict(zip(tokens, numbers, strict=True))
+
+
+def _few(name: str, tokens: Sized) -> None:
+    if len(tokens) > MAX_TOKENS_NAMED:
+        raise _wrong(name, f"of at most {MAX_TOKENS_NAMED} tokens")
 
 
 def _listed(name: str, values: object, what: str) -> tuple[Any, ...]:
