@@ -11,6 +11,8 @@ from tsqp.errors import DeadlineExceeded, WorkerLost, WorkerUnreachable
 
 
 class FakeWorker:
+    listens = True
+
     def __init__(self, number: int) -> None:
         self.address = f"shm:///worker-{number}"
         self.pid = 100 + number
@@ -135,7 +137,7 @@ def test_a_worker_that_has_ended_says_how() -> None:
 def test_a_worker_that_ends_before_it_is_reached_says_so() -> None:
     def unreachable(address: str, pid: int | None) -> Any:
         workers[0].ended = True
-        raise WorkerUnreachable("nobody answered", address="shm:///worker-0")
+        raise WorkerUnreachable("nobody answered")
 
     place, workers = started_here(unreachable)
     with pytest.raises(WorkerLost, match="SIGKILL"):

@@ -131,7 +131,7 @@ class StartedHere:
         worker = self._worker
         if worker is None or not isinstance(error, WorkerLost | WorkerUnreachable) or error.side == "dealer":
             return error
-        if isinstance(error, WorkerUnreachable) and error.address is None:
+        if isinstance(error, WorkerUnreachable) and not worker.listens:
             return error  # of its start, which says how it ended
         words = worker.last_words()  # it may be ending: this waits a moment
         if not worker.ended:

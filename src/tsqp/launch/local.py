@@ -91,6 +91,11 @@ class LocalWorker:
         return self._process.pid
 
     @property
+    def listens(self) -> bool:
+        """Whether it has said that it does."""
+        return self._listens
+
+    @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
