@@ -119,8 +119,12 @@ def read_until(process: subprocess.Popen[bytes], mark: bytes) -> bytes:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of the children of a process."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Process ids of the children of a process, whichever of its threads has started them."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def wait_gone(pid: int) -> None:

@@ -8,14 +8,13 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.commands import LIMIT_S, Home, wait_gone
+from tests.commands import LIMIT_S, Home, children, wait_gone
 from tests.server.chat_model import IM_END, chat_model
 from tests.server.process import Serving, serving
 
@@ -63,12 +62,6 @@ def stream(server: Serving, seed: int, arrived: Callable[[int], None] = lambda _
     return Told(text, reason, usage)
 
 
-def workers(pid: int) -> list[int]:
-    """The processes that a server has started, by any of its threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 def metrics(server: Serving) -> dict[str, float]:
     assert server.metrics_address is not None
     families = text_string_to_metric_families(httpx.get(server.metrics_address, timeout=LIMIT_S).text)
@@ -94,7 +87,7 @@ def test_streams_outlive_their_workers(home: Home, protection: str) -> None:
         streams = [pool.submit(stream, server, seed, arrived) for seed in range(STREAMS)]
         for moment in moments:
             assert moment.acquire(timeout=LIMIT_S)  # one of them is there: the others are at other places
-            (worker,) = workers(server.process.pid)
+            (worker,) = children(server.process.pid)
             os.kill(worker, signal.SIGKILL)
             wait_gone(worker)
         assert [told.result(LIMIT_S) for told in streams] == undisturbed

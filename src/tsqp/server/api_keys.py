@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, str]:
     with os.fdopen(open_private(path, os.O_RDONLY, _INSTEAD), "rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise _wrong(f"{path} is no file of API keys: it has more than {MAX_FILE_BYTES} bytes")
+        raise InputError(f"{path} is no file of API keys: it has more than {MAX_FILE_BYTES} bytes")
     hashes: dict[str, str] = {}
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         text = line.strip()
@@ -103,14 +103,10 @@ def _read(path: Path) -> dict[str, str]:
             continue
         name, _, digest = text.partition(":")
         if not _NAME.fullmatch(name) or not _HASH.fullmatch(digest):
-            raise _wrong(f"line {number} of {path} is not name:hash, as tsqp api-key prints it")
+            raise InputError(f"line {number} of {path} is not name:hash, as tsqp api-key prints it")
         if digest in hashes:
-            raise _wrong(f"line {number} of {path} has the hash of an earlier line: leave out one of them")
+            raise InputError(f"line {number} of {path} has the hash of an earlier line: leave out one of them")
         hashes[digest] = name
     if not hashes:
-        raise _wrong(f"{path} has no API key, so nobody could use the server: add one by tsqp api-key")
+        raise InputError(f"{path} has no API key, so nobody could use the server: add one by tsqp api-key")
     return hashes
-
-
-def _wrong(text: str) -> InputError:
-    return InputError(text)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,14 +16,21 @@ from tsqp.server.chat_messages import Message, conversation
 from tsqp.server.chat_reply import Reply
 from tsqp.server.chat_types import ChatBody
 from tsqp.server.errors import ApiError
-from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
+from tsqp.server.json_reply import json_reply
+from tsqp.server.params import (
+    answer_tokens,
+    check_choices,
+    check_stream_options,
+    check_top_logprobs,
+    of_choice,
+    salt_of,
+    sampling_params,
+)
 from tsqp.server.response_format import form_errors, form_of, refuse_both
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 from tsqp.server.tools import ToolUse, tool_use
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
-
-MAX_TOP_LOGPROBS = 20
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -56,8 +62,7 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        completion = await reply.whole(answers)
-    return Response(msgspec.json.encode(completion), media_type="application/json")
+        return json_reply(await reply.whole(answers))
 
 
 async def encoded(
@@ -100,9 +105,7 @@ def _form(body: ChatBody, tools: ToolUse | None) -> StructuredOutputsParams | No
 
 def _logprobs(body: ChatBody) -> int | None:
     top = body.top_logprobs
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        text = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}"
-        raise ApiError(400, text, param="top_logprobs", code="invalid_value")
+    check_top_logprobs(top)
     if not body.logprobs:
         if top is not None:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,6 +14,7 @@ from tsqp.server.body import read_body
 from tsqp.server.completions_reply import Reply
 from tsqp.server.completions_types import CompletionBody
 from tsqp.server.errors import ApiError
+from tsqp.server.json_reply import json_reply
 from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
@@ -59,8 +59,7 @@ async def _answered(service: Service, request: Request, body: CompletionBody) ->
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        completion = await reply.whole(answers)
-    return Response(msgspec.json.encode(completion), media_type="application/json")
+        return json_reply(await reply.whole(answers))
 
 
 def listed(prompt: object) -> Sequence[str | list[int]]:

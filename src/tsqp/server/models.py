@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tsqp.server.json_reply import json_reply
 from tsqp.server.service import Service
 
 
@@ -28,19 +29,15 @@ class Models(msgspec.Struct, frozen=True):
 
 async def list_all(service: Service, _request: Request) -> Response:
     """Each name."""
-    return _json(Models([_model(service, name) for name in service.names]))
+    return json_reply(Models([_model(service, name) for name in service.names]))
 
 
 async def show(service: Service, request: Request) -> Response:
     """One name, which may have slashes. Raises ApiError for another."""
     name = request.path_params["name"]
     service.check_name(name)
-    return _json(_model(service, name))
+    return json_reply(_model(service, name))
 
 
 def _model(service: Service, name: str) -> Model:
     return Model(name, service.created, service.context)
-
-
-def _json(value: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -15,6 +15,7 @@ from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 MAX_STOPS = 4
 MAX_SALT = 256  # characters
+MAX_TOP_LOGPROBS = 20
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, frozen=True):
@@ -105,6 +106,13 @@ def check_stream_options(body: SamplingBody) -> None:
         raise ApiError(
             400, "stream_options is for requests with stream: true", param="stream_options", code="invalid_value"
         )
+
+
+def check_top_logprobs(top: int | None) -> None:
+    """Raises ApiError for more log-probabilities of a token than are told."""
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        text = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}"
+        raise ApiError(400, text, param="top_logprobs", code="invalid_value")
 
 
 def answer_tokens(

@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import as_type, read_body
-from tsqp.server.chat import MAX_TOP_LOGPROBS, encoded
+from tsqp.server.chat import encoded
 from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
 from tsqp.server.errors import ApiError
-from tsqp.server.params import answer_tokens, check_stream_options, salt_of, sampling_params
+from tsqp.server.json_reply import json_reply
+from tsqp.server.params import answer_tokens, check_stream_options, check_top_logprobs, salt_of, sampling_params
 from tsqp.server.response_format import form_errors, form_of, refuse_both
 from tsqp.server.responses_reply import Reply
 from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
@@ -52,8 +53,7 @@ async def _answered(service: Service, request: Request, body: ResponsesBody) -> 
         padding = padding_of(service, body)
         return EventStream(service, answers, reply.events(answers), padding=padding, end=b"")
     async with answers:
-        response = await reply.whole(answers)
-    return Response(msgspec.json.encode(response), media_type="application/json")
+        return json_reply(await reply.whole(answers))
 
 
 def messages_of(body: ResponsesBody) -> list[Message]:
@@ -80,10 +80,10 @@ def _add(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
             made = Call(id=call.call_id, function=CalledFunction(name=call.name, arguments=call.arguments))
             if not messages or messages[-1].role != "assistant":
                 messages.append(Message(role="assistant"))
-            if messages[-1].tool_calls is None:
-                messages[-1] = msgspec.structs.replace(messages[-1], tool_calls=[])
             calls = messages[-1].tool_calls
-            if calls is not None:
+            if calls is None:
+                messages[-1] = msgspec.structs.replace(messages[-1], tool_calls=[made])
+            else:
                 calls.append(made)
         case "function_call_output":
             output = as_type(item, InputCallOutput, place)
@@ -116,9 +116,7 @@ def _form(body: ResponsesBody, tools: ToolUse | None) -> StructuredOutputsParams
 
 def _logprobs(body: ResponsesBody) -> int | None:
     top = body.top_logprobs
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        text = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}"
-        raise ApiError(400, text, param="top_logprobs", code="invalid_value")
+    check_top_logprobs(top)
     if any(one != LOGPROBS for one in body.include or ()):
         raise ApiError(400, f"include may have {LOGPROBS} alone", param="include", code="unsupported_parameter")
     return top or 0 if body.include else None

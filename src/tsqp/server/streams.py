@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
@@ -75,11 +75,9 @@ class EventStream(EventSourceResponse):
         *,
         padding: Padding | None,
         end: bytes = DONE,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             framed(events, padding, end),
-            headers=headers,
             ping=service.settings.keep_alive_s,
             ping_message_factory=_comment,
             shutdown_grace_period=math.inf,

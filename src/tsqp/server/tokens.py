@@ -14,6 +14,7 @@ from tsqp.server.chat import encoded
 from tsqp.server.chat_messages import Message
 from tsqp.server.chat_types import Tool
 from tsqp.server.errors import ApiError
+from tsqp.server.json_reply import json_reply
 from tsqp.server.service import Service
 from tsqp.server.tools import tool_use
 
@@ -63,7 +64,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     else:
         special = body.add_special_tokens is not False
         tokens = await on_text_thread(service.tokenizer.encode, body.prompt or "", special_tokens=special)
-    return _json(Tokens(tokens, len(tokens), service.context))
+    return json_reply(Tokens(tokens, len(tokens), service.context))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -73,13 +74,9 @@ async def detokenize(service: Service, request: Request) -> Response:
     if not all(0 <= token < service.vocab_size for token in body.tokens):
         text = f"tokens must be ids of tokens, which end at {service.vocab_size - 1} in this model"
         raise ApiError(400, text, param="tokens", code="invalid_value")
-    return _json(Text(await on_text_thread(service.tokenizer.decode, body.tokens)))
+    return json_reply(Text(await on_text_thread(service.tokenizer.decode, body.tokens)))
 
 
 def _check_name(service: Service, name: str | None) -> None:
     if name is not None:
         service.check_name(name)
-
-
-def _json(value: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
