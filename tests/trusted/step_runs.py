@@ -135,6 +135,11 @@ class Taken:
         monkeypatch.setattr(step_loops, "decode", decode)
 
     @property
+    def own(self) -> list[int]:
+        """The reasons of its own. That a worker was slow to answer, as any may be under load, is none."""
+        return [why for why in self.why if why < step_loops.LINE]
+
+    @property
     def steps(self) -> int:
         """Those that it has taken to their end."""
         return self.why.count(step_loops.OVER)

@@ -126,7 +126,7 @@ def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPa
             taken = Taken(monkeypatch)
             assert_same_bits(llm, lengths, taken)
             by_keys = [step_loops.ATTEND] * llm.config.num_layers if len(lengths) < 2 * threads else []
-            assert taken.why == [*by_keys, step_loops.OVER] * 3
+            assert taken.own == [*by_keys, step_loops.OVER] * 3
 
 
 def test_rows_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -465,7 +465,7 @@ def test_activations_that_are_not_numbers_are_not_sent(
         with pytest.raises(NumericError):
             stepped(llm, caches(llm, LENGTHS))
         assert worker.products == sent
-        assert taken.why == [step_loops.REFUSED]
+        assert taken.own == [step_loops.REFUSED]
 
 
 @pytest.mark.parametrize("row", range(len(LENGTHS)))
