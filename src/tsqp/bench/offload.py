@@ -87,6 +87,7 @@ CASES = (
     Case("prefill-1b-4096", "1b", 1, 4096, 0),
     Case("decode-1b", "1b", 1, 1, 1024),
     Case("decode-1b-16", "1b", 16, 1, 1024),
+    Case("decode-1b-16-256", "1b", 16, 1, 256),
     Case("decode-1b-8192", "1b", 1, 1, 8192),
     Case("prefill-8b-256", "8b", 1, 256, 0),
     Case("decode-8b", "8b", 1, 1, 1024),
