@@ -135,7 +135,8 @@ def offload_lines(words: Words) -> list[str]:
     result = load("offload")
     if result is None:
         return []
-    setting = words["offload"].format(**{**result["machine"], **result})
+    commits = dict.fromkeys(case.get("commit", result["machine"]["commit"]) for case in result["cases"])
+    setting = words["offload"].format(**{**result["machine"], **result, "commit": ", ".join(commits)})
     return [setting, "", *offload_table(result, words), ""]
 
 

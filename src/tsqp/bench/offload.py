@@ -139,14 +139,15 @@ def bench_offload(cases: Sequence[Case], effort: Effort, console: Console) -> di
         row = rows[case.name]
         row["limit_s"] = row["guard_bytes"] / rates["weight_read_bytes_per_s"]
         row["limit_s"] += row["attention_flop"] / rates["gemm_flop_per_s"]
+    here = machine()
     return {
         "benchmark": "offload",
         "runs": effort.runs,
         "decode_steps": effort.steps,
         "threads": threads,
-        "cases": [rows[case.name] for case in cases],
+        "cases": [{**rows[case.name], "runs": effort.runs, "commit": here["commit"]} for case in cases],
         "ceilings": rates,
-        "machine": machine(),
+        "machine": here,
     }
 
 

@@ -193,7 +193,10 @@ def guard(
 def offload(
     *,
     case: Annotated[
-        tuple[str, ...], Parameter(help="Measure this case, such as decode-1b, and not all; may be given again.")
+        tuple[str, ...],
+        Parameter(
+            help="Measure this case, such as decode-1b, and not all; may be given again. The others stay in the file."
+        ),
     ] = (),
     steps: Annotated[int, Parameter(help="Decode steps of one run.")] = 8,
     threads: Threads = None,
@@ -203,9 +206,18 @@ def offload(
 ) -> None:
     """Measure whether the split pays: the whole model on the trusted side over what masked leaves there."""
     console = _prepare(options, results, dirty_ok=dirty_ok)
-    from tsqp.bench.offload import Effort, bench_offload, chosen
+    from tsqp.bench.earlier import check_same_machine, with_earlier
+    from tsqp.bench.machine import machine
+    from tsqp.bench.offload import CASES, Effort, bench_offload, chosen
 
-    _finish(bench_offload(chosen(case), Effort(options.runs, steps, threads), console), options, console, results)
+    cases = chosen(case)
+    earlier = results / "offload.json" if results is not None and case else None
+    if earlier is not None:
+        check_same_machine(earlier, str(machine()["cpu"]))
+    result = bench_offload(cases, Effort(options.runs, steps, threads), console)
+    if earlier is not None:
+        result = with_earlier(result, earlier, [one.name for one in CASES])
+    _finish(result, options, console, results)
 
 
 @bench_app.command

@@ -1,0 +1,29 @@
+"""Results of several cases in one file, of which some are measured again: each case says of which commit it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsqp.errors import OptionError
+
+
+def check_same_machine(path: Path, cpu: str) -> None:
+    """Raises OptionError where the file's cases were measured on another processor: they do not go together."""
+    if path.exists():
+        other = json.loads(path.read_text(encoding="utf-8"))["machine"]["cpu"]
+        if other != cpu:
+            raise OptionError(
+                f"--results: {path} was measured on {other}, this is {cpu}: measure all, or name another directory"
+            )
+
+
+def with_earlier(result: dict[str, Any], path: Path, order: Sequence[str]) -> dict[str, Any]:
+    """The result, and those cases of the file that were not measured again, by ``order`` of their names."""
+    if not path.exists():
+        return result
+    earlier = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    cases = {case["name"]: case for case in (*earlier, *result["cases"])}
+    return {**result, "cases": [cases[name] for name in order if name in cases]}
