@@ -33,6 +33,13 @@ def test_a_file_has_no_key(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
+def test_a_directory_that_is_missing_is_made_for_this_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "keys" / "api"
+    add_line(path, line_for("alice", new_key()))
+    assert KeyFile(path).names == {"alice"}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
 def test_a_line_is_added_to_a_file_whose_last_line_has_no_end(tmp_path: Path) -> None:
     keys = {name: new_key() for name in ("alice", "bob", "carol")}
     path = tmp_path / "keys"

@@ -19,7 +19,7 @@ import secrets
 from pathlib import Path
 
 from tsqp.errors import InputError, PathRefused
-from tsqp.private_path import open_private
+from tsqp.private_path import open_private, private_directory
 
 PREFIX = "tsqp-"  # so that scanners for leaked secrets can know one
 KEY_BYTES = 32
@@ -83,7 +83,12 @@ class KeyFile:
 
 
 def add_line(path: Path, line: str) -> None:
-    """Append a line to a file of keys, which is made with mode 0600 when missing. Raises PathRefused, OSError."""
+    """Append a line to a file of keys. Raises PathRefused, OSError.
+
+    The file is made with mode 0600 when missing, and a missing directory with mode 0700.
+    """
+    if not path.absolute().parent.exists():
+        private_directory(path.absolute().parent, _INSTEAD)
     with os.fdopen(open_private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, _INSTEAD), "rb+", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         ends = not size or os.pread(file.fileno(), 1, size - 1) == b"\n"  # a file that was edited may not
