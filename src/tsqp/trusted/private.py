@@ -83,7 +83,7 @@ class Guard:
 
     def counted(self) -> dict[str, int]:
         """Of this session and those before: products checked; rows of pads used, and those made on the spot."""
-        counts = {"checks": self.linears.checks}
+        counts = {"products_checked": self.linears.products_checked}
         if isinstance(self.linears, MaskedLinears):
             counts |= {"pads_used": self.linears.pool.used, "pads_missed": self.linears.pool.missed}
         return {name: count + self.earlier.get(name, 0) for name, count in counts.items()}
