@@ -256,7 +256,7 @@ def test_a_ping_is_a_round_trip_that_changes_nothing(
 
 def guard_figures(llm: LLM) -> tuple[object, ...]:
     figures = {} if llm.guard is None else llm.guard.report()
-    return figures.get("checks"), figures.get("pads_used")
+    return figures.get("products_checked"), figures.get("pads_used")
 
 
 def test_a_ping_of_a_worker_that_has_gone_ends_the_line(start_worker: StartWorker) -> None:

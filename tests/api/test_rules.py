@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -13,7 +13,8 @@ from tsqp import LLM
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.rules import CONFLICTS, VALUES, Conflict, Unused, check, check_heads
 from tsqp.config.dtype import PLAIN_DTYPES
-from tsqp.config.protection import PROTECTIONS
+from tsqp.config.partition import PARTITIONS, PartitionName
+from tsqp.config.protection import PROTECTIONS, ProtectionName
 from tsqp.errors import AddressError, OptionError
 from tsqp.wire.transport.keys import create_keys
 
@@ -22,6 +23,11 @@ OPEN = RunConfig(protection="open")
 
 def test_each_value_that_has_a_rule_has_an_example() -> None:
     assert {name for name, _, _ in BAD_VALUES} == VALUES.keys()
+
+
+def test_each_name_of_a_mode_has_its_mode() -> None:
+    assert set(get_args(ProtectionName)) == PROTECTIONS.keys()
+    assert set(get_args(PartitionName)) == PARTITIONS.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in BAD_VALUES])

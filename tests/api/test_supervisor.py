@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +265,13 @@ def test_other_reasons_why_nobody_is_to_be_had_are_waited_for_too(error: Excepti
     assert dialled(seen) == [2, 1]
 
 
-def test_what_is_wrong_with_the_model_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_the_model_is_raised_at_once() -> None:
     seen = scene("a")
 
-    def changed() -> None:
+    def changed(stopped: Callable[[], bool]) -> None:
         raise CorruptCheckpoint("the weights have changed")
 
-    monkeypatch.setattr(seen.links, "renew", changed)
+    seen.links.renews = changed
     seen.lose()
     with pytest.raises(CorruptCheckpoint):
         seen.decoder()
@@ -339,6 +340,33 @@ def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
     assert late[0].closed == 1
     seen.supervisor.close()
     assert seen.places[0].closed == 1
+
+
+def test_closing_ends_what_the_next_link_is_made_of() -> None:
+    """Weights that are read again take long: whoever reads them asks whether that is still wanted."""
+    seen = scene("a")
+    reads, raised = threading.Event(), list[Exception]()
+
+    def read(stopped: Callable[[], bool]) -> None:
+        while not stopped():
+            reads.set()
+        raise ChannelClosed("the model was closed")
+
+    def wait() -> None:
+        try:
+            seen.decoder()
+        except ChannelClosed as error:
+            raised.append(error)
+
+    seen.links.renews = read
+    seen.lose()
+    waits = threading.Thread(target=wait)
+    waits.start()
+    assert reads.wait(20)
+    seen.supervisor.close()
+    waits.join(20)
+    assert raised
+    assert (len(seen.links.made), dialled(seen)) == (1, [1])
 
 
 def test_closing_closes_the_link_and_every_place_and_no_other_is_made() -> None:

@@ -100,15 +100,17 @@ class FakePlace:
 
 @dataclass
 class FakeLinks:
-    """``resumes``: called with each link that is resumed."""
+    """``renews`` is called by ``renew``, and ``resumes`` with each link that is resumed."""
 
     made: list[FakeLink] = field(default_factory=list)
     renewed: int = 0
     within: list[float | None] = field(default_factory=list)
+    renews: Callable[[Callable[[], bool]], None] = lambda stopped: None
     resumes: Callable[[Any], None] = lambda link: None
 
-    def renew(self) -> None:
+    def renew(self, stopped: Callable[[], bool]) -> None:
         self.renewed += 1
+        self.renews(stopped)
 
     def connect(self, dial: Callable[[], Any], handshake_s: float | None = None) -> Any:
         self.within.append(handshake_s)

@@ -26,7 +26,7 @@ MODEL = str(tiny_model("llama").directory)
 RUN = ("--model", MODEL, "--threads", "1")
 PRIVATE: tuple[ProtectionName, ...] = ("verified", "masked")
 assert list(PRIVATE) == [name for name, protection in PROTECTIONS.items() if protection.checked]
-STATS = {"checks", "soundness_bits", "model_digest"}
+STATS = {"products_checked", "soundness_bits", "model_digest"}
 PADS = {"pads_used", "pads_ready", "pads_drained_s"}
 Command = Callable[..., Result]
 
@@ -51,7 +51,7 @@ def test_masked_is_the_default_and_states_itself(home: Home) -> None:
     assert (answer["protection"], answer["partition"], answer["transport"]) == ("masked", "linear", "shm")
     assert (answer["dtype"], answer["wire_dtype"]) == ("field", "uint32")
     assert answer["stats"].keys() >= STATS | PADS
-    assert answer["stats"]["checks"] == answer["stats"]["rpc_calls"]
+    assert answer["stats"]["products_checked"] == answer["stats"]["rpc_calls"]
     assert (answer["dealer"], answer["dealer_separation"]) == (None, None)
     first, second = result.err.splitlines()[:2]
     assert first == "protection masked: the worker sees uniform noise; every product is checked before it is used"

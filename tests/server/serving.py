@@ -21,7 +21,8 @@ from tests.server.chat_model import CONTEXT, IM_END, chat_text_format
 from tsqp.api.answer import Answer, Delta
 from tsqp.api.async_llm import AsyncLLM
 from tsqp.checkpoint.base import TextFormat
-from tsqp.server.handlers import exception_handlers
+from tsqp.server.guards.faults import Faults, exception_handlers
+from tsqp.server.guards.headers import AnswerHeaders
 from tsqp.server.routes import routes
 from tsqp.server.service import Service
 from tsqp.server.settings import ServerSettings
@@ -41,8 +42,9 @@ def service_of(model: Any, **changes: Any) -> Service:
 
 
 def app_of(service: Service) -> ASGIApp:
-    """The endpoints, without what guards them."""
-    return Starlette(routes=routes(service), exception_handlers=dict(exception_handlers))
+    """The endpoints, without guards that refuse."""
+    endpoints = Starlette(routes=routes(service), exception_handlers=exception_handlers)
+    return AnswerHeaders(Faults(endpoints), {"x-tsqp-protection": service.protection})
 
 
 def client_of(service: Service) -> httpx.AsyncClient:

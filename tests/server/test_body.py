@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.serving import NAME, Script, client_of, service_of
-from tsqp.server.body import converted, parsed
+from tsqp.server.body import converted, ignored, parsed
 from tsqp.server.chat_types import ChatBody
 from tsqp.server.completions_types import CompletionBody
 from tsqp.server.errors import ApiError
@@ -115,7 +115,69 @@ def test_unknown_fields_are_named_in_a_header_or_refused() -> None:
     assert lenient.status_code == 200
     assert lenient.headers["x-tsqp-ignored"] == "user, x?set-cookie?, stream_options.y"
     assert (strict.status_code, strict.json()["error"]["code"]) == (400, "unknown_parameter")
+    assert strict.headers["x-tsqp-ignored"] == lenient.headers["x-tsqp-ignored"]
     assert "cookie" not in strict.text
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object", "x": 1}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PART = {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}
+ANSWER = {"type": "message", "role": "assistant", "id": "1", "status": "completed", "content": [PART]}
+OF_A_CALL = {"call_id": "c", "id": "2", "status": "completed"}
+
+
+@pytest.mark.parametrize(
+    ("type", "values", "names"),
+    [
+        (ChatBody, {"messages": [{"role": "user", "content": "a", "foo": 1}]}, ["messages[0].foo"]),
+        (
+            ChatBody,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {**PART, "x\r\n[y]": {}}]}]},
+            ["messages[0].content[1].x?y?"],
+        ),
+        (
+            ChatBody,
+            {"messages": [{"role": "assistant", "tool_calls": [CALL, {**CALL, "index": 0}]}, {"role": "user", "é": 0}]},
+            ["messages[0].tool_calls[1].index", "messages[1].?"],
+        ),
+        (ChatBody, {"tools": [{"type": "function", "function": {**FUNCTION, "foo": 1}}]}, ["tools[0].function.foo"]),
+        (ChatBody, {"tool_choice": {"a": 1}, "logit_bias": {"1": 2}, "chat_template_kwargs": {"x": [{"y": 1}]}}, []),
+        (ChatBody, {"messages": [{"role": "assistant", "content": "a", "refusal": None, "audio": None}]}, []),
+        (ChatBody, {"foo": None, "audio": None}, []),
+        (CompletionBody, {"prompt": [[1, 2]], "stop": ["a"], "foo": {"bar": 1}}, ["foo"]),
+        (
+            ResponsesBody,
+            {
+                "input": [
+                    {"role": "user", "content": "a"},
+                    ANSWER,
+                    {**OF_A_CALL, "type": "function_call", "name": "f", "arguments": "{}"},
+                    {**OF_A_CALL, "type": "function_call_output", "output": "r"},
+                ]
+            },
+            [],
+        ),
+        (
+            ResponsesBody,
+            {
+                "input": [
+                    {"type": None, "role": "user", "content": [{"type": "input_text", "text": "a", "foo": 1}]},
+                    {**OF_A_CALL, "type": "function_call", "name": "f", "arguments": "{}", "role": "user"},
+                    {**OF_A_CALL, "type": "function_call_output", "output": "r", "name": "f"},
+                ],
+                "text": {"format": {"type": "text", "bar": 1}},
+                "tools": [{**FUNCTION, "type": "function", "foo": 1}],
+            },
+            ["input[0].content[0].foo", "input[1].role", "input[2].name", "text.format.bar", "tools[0].foo"],
+        ),
+    ],
+)
+def test_what_is_ignored_is_named_wherever_it_stands(type: Any, values: dict[str, Any], names: list[str]) -> None:
+    base = {"model": NAME, "messages": CHAT["messages"], "prompt": "x", "input": "x"}
+    known = {name: value for name, value in base.items() if name in type.__struct_fields__}
+    whole = type.completed({**known, **values})
+    converted(whole, type)
+    assert list(ignored(whole, type)) == names
 
 
 def test_many_and_long_names_make_no_long_header() -> None:
@@ -123,7 +185,13 @@ def test_many_and_long_names_make_no_long_header() -> None:
         async with client_of(service_of(Script("a"))) as client:
             names = {f"{index}{'x' * 1000}": 1 for index in range(1000)}
             answer = await client.post("/v1/chat/completions", json={**CHAT, **names})
-            assert len(answer.headers["x-tsqp-ignored"]) <= 20 * 66
+            ignored = answer.headers["x-tsqp-ignored"]
+            assert len(ignored) <= 20 * 66 + 3
+            assert ignored.endswith("x, ...")
+            answer = await client.post(
+                "/v1/chat/completions", json={**CHAT, **dict.fromkeys("abcdefghijklmopqrsuv", 1)}
+            )
+            assert answer.headers["x-tsqp-ignored"] == ", ".join("abcdefghijklmopqrsuv")
 
     asyncio.run(test())
 

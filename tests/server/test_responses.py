@@ -112,8 +112,8 @@ def test_items_are_the_conversation() -> None:
     [
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
-        ({"input": [{"type": "reasoning"}]}, "input[0]"),
-        ({"input": [{"type": ["x"]}]}, "input[0]"),
+        ({"input": [{"type": "canary"}]}, "input[0].type"),
+        ({"input": [{"type": ["x"]}]}, "input[0].type"),
         ({"input": [{"role": "canary", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),

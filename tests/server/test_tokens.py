@@ -10,6 +10,7 @@ import pytest
 
 from tests.server.chat_model import CONTEXT
 from tests.server.serving import NAME, VOCAB, Script, client_of, service_of
+from tsqp.trusted.text.tokenizer import Rendered, Tokenizer
 
 
 def ask(method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -35,6 +36,40 @@ def test_a_conversation_has_the_tokens_of_its_template() -> None:
     assert plain.count(257) == 1
     assert plain[0] == 256
     assert len(ask("POST", "/tokenize", with_tools).json()["tokens"]) > len(plain)
+
+
+def test_a_text_that_is_longer_than_the_context_has_its_tokens_too() -> None:
+    text = "x" * 100_000
+    assert ask("POST", "/tokenize", {"prompt": text}).json()["count"] == 100_000
+    messages = [{"role": "user", "content": text}]
+    assert ask("POST", "/tokenize", {"messages": messages}).json()["count"] > 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "param"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages"), ("/v1/responses", "input")]
+)
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_tokens(
+    path: str, param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole(*_: object, **__: object) -> list[int]:
+        raise AssertionError("the text was made into tokens")
+
+    async def test() -> None:
+        text = "word " * 20_000
+        given: dict[str, Any] = {"prompt": ["Hi", text], "messages": [{"role": "user", "content": text}], "input": text}
+        async with client_of(service_of(Script("a"))) as client:
+            monkeypatch.setattr(Rendered, "encode", whole)
+            if path == "/v1/completions":
+                encode = Tokenizer.encode
+                monkeypatch.setattr(
+                    Tokenizer, "encode", lambda self, text, **more: (encode if len(text) < 9 else whole)(self, text)
+                )
+            answer = await client.post(path, json={"model": NAME, param: given[param]})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from tests.trusted.guard.altered import Altered, with_element
 from tsqp.arith.modulus import P
 from tsqp.checkpoint import open_checkpoint
-from tsqp.errors import CorruptCheckpoint, ProductMismatch
+from tsqp.errors import ChannelClosed, CorruptCheckpoint, ProductMismatch
 from tsqp.model.decoder_layers import Norms
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.private import PrivateModel, load_private_model
@@ -20,6 +20,10 @@ MODEL = "synthetic:tiny"
 @pytest.fixture(params=[True, False], ids=["weights kept", "weights read again"])
 def keeps(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
+
+
+def never() -> bool:
+    return False
 
 
 def loaded(keep_weights: bool) -> PrivateModel:
@@ -44,8 +48,8 @@ def check_a_product(group: GuardedGroup, model: PrivateModel) -> None:
 
 def test_renewed_vectors_are_others_and_check_the_same_weights(keeps: bool) -> None:
     first, whole = loaded(keeps), loaded(True)
-    second = first.renewed(open_checkpoint(MODEL))
-    third = second.renewed(open_checkpoint(MODEL))
+    second = first.renewed(open_checkpoint(MODEL), never)
+    third = second.renewed(open_checkpoint(MODEL), never)
     assert (second.digest, second.digests) == (first.digest, first.digests)
     for key, group in second.groups.items():
         others = first.groups[key], third.groups[key]
@@ -61,7 +65,7 @@ def test_renewed_vectors_are_others_and_check_the_same_weights(keeps: bool) -> N
 
 def test_renewed_vectors_outlive_those_of_the_session_before(keeps: bool) -> None:
     first, whole = loaded(keeps), loaded(True)
-    second = first.renewed(open_checkpoint(MODEL))
+    second = first.renewed(open_checkpoint(MODEL), never)
     first.forget()
     for group in second.groups.values():
         check_a_product(group, whole)
@@ -73,5 +77,21 @@ def test_renewed_vectors_outlive_those_of_the_session_before(keeps: bool) -> Non
 def test_weights_that_have_changed_on_the_disk_are_refused() -> None:
     changed = Altered(open_checkpoint(MODEL), {"model.layers.1.mlp.down_proj.weight": with_element(1000.0)})
     with pytest.raises(CorruptCheckpoint, match="changed"):
-        loaded(False).renewed(changed)
-    loaded(True).renewed(changed)  # nothing is read
+        loaded(False).renewed(changed, never)
+    loaded(True).renewed(changed, never)  # nothing is read
+
+
+def test_who_is_told_to_stop_reads_no_further_group() -> None:
+    asked: list[bool] = []
+
+    def at_the_third() -> bool:
+        asked.append(len(asked) == 2)
+        return asked[-1]
+
+    def is_read(tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("read after the end")
+
+    later = Altered(open_checkpoint(MODEL), {"model.layers.1.self_attn.q_proj.weight": is_read})
+    with pytest.raises(ChannelClosed):
+        loaded(False).renewed(later, at_the_third)
+    assert asked == [False, False, True]

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tsqp.config.dtype import AskedDtype, PrivateKVDtype, WireDtype
+from tsqp.config.partition import PartitionName as PartitionName
+from tsqp.config.protection import ProtectionName as ProtectionName
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 DEALER = "dealer="
-
-ProtectionName = Literal["masked", "verified", "open", "local"]
-PartitionName = Literal["op", "batched", "linear", "layer"]
 
 
 def _option(

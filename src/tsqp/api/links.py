@@ -28,6 +28,12 @@ from tsqp.wire.channel import Channel
 from tsqp.wire.payload import TORCH_DTYPES
 
 Dial = Callable[[], Channel]
+Stopped = Callable[[], bool]
+
+
+def never() -> bool:
+    """For who cannot be stopped."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,11 @@ class Link:
 class Links(Protocol):
     """Makes links of one run, one after another. One thread asks at a time."""
 
-    def renew(self) -> None:
-        """Make what the next link needs apart from its worker; ``connect`` does it otherwise."""
+    def renew(self, stopped: Stopped) -> None:
+        """Make what the next link needs apart from its worker; ``connect`` does it otherwise.
+
+        Raises ChannelClosed soon after ``stopped``.
+        """
 
     def connect(self, dial: Dial, handshake_s: float | None = None) -> Link:
         """A link over a new channel, in which the handshake may take ``handshake_s``, or as long as any call.
@@ -65,7 +74,7 @@ class Links(Protocol):
         Raises ChannelError and what ``dial`` raises.
         """
 
-    def resume(self, link: Link, stopped: Callable[[], bool]) -> None:
+    def resume(self, link: Link, stopped: Stopped) -> None:
         """Make ready what requests that were begun with an earlier link count on; early end where ``stopped``.
 
         Raises ChannelError.
@@ -88,7 +97,7 @@ class SplitLinks:
             self._embedding = LocalEmbedding(table, stats)
         self._norms = None if partition.whole_layers else Norms.load(checkpoint, dtype)
 
-    def renew(self) -> None:
+    def renew(self, stopped: Stopped) -> None:
         """See Links: there is nothing to make."""
 
     def connect(self, dial: Dial, handshake_s: float | None = None) -> Link:
@@ -106,7 +115,7 @@ class SplitLinks:
         )
         return Link(self._decoder(session), session)
 
-    def resume(self, link: Link, stopped: Callable[[], bool]) -> None:
+    def resume(self, link: Link, stopped: Stopped) -> None:
         """See Links: there is nothing that they count on."""
 
     def engine(

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from tsqp.api.answer import Answer, Completion, Delta
 from tsqp.api.arena import arena_for
-from tsqp.api.config import ComputeConfig, GuardConfig, ProtectionName, RunConfig, WorkerConfig
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.dealer import Connect, Dealer, client_keys
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.places import Place, Standing, StartedHere
 from tsqp.api.plan import Plan
 from tsqp.api.worker_state import WorkerState
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
+from tsqp.config.protection import ProtectionName
 from tsqp.cores import cores
 from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker

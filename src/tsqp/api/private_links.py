@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from tsqp.api.assemble import Placement, build_decoder, kv_memory
-from tsqp.api.links import Dial, Link
+from tsqp.api.links import Dial, Link, Stopped, never
 from tsqp.api.pads import pool_targets
 from tsqp.api.plan import Plan
 from tsqp.api.rules import check_heads
@@ -65,14 +65,14 @@ class PrivateLinks:
         self._reserve: PadReserve | None = None
         self._busy: Callable[[], bool] = lambda: False
 
-    def renew(self) -> None:
+    def renew(self, stopped: Stopped) -> None:
         """See Links: fresh check vectors; and a new pool, which begins to fill while nobody needs the cores.
 
         Raises CorruptCheckpoint where the weights on the disk are others by now.
         """
         if self._fresh:
             return
-        self._model = self._model.renewed(self._checkpoint)
+        self._model = self._model.renewed(self._checkpoint, stopped)
         self._fresh = True
         if self._plan.protection.masked and self._dial_dealer is None:
             self._filler = self._new_filler(LocalPadSource())
@@ -80,7 +80,7 @@ class PrivateLinks:
 
     def connect(self, dial: Dial, handshake_s: float | None = None) -> Link:
         """See Links. The check vectors are used up once the worker has been greeted, whatever becomes of the link."""
-        self.renew()
+        self.renew(never)
         with ExitStack() as opened:
             worker = self._session(dial, self._stats, "worker", handshake_s, opened)
             dealer = None
@@ -102,7 +102,7 @@ class PrivateLinks:
         self._stats.guard = guard.report
         return Link(decoder, worker, guard)
 
-    def resume(self, link: Link, stopped: Callable[[], bool]) -> None:
+    def resume(self, link: Link, stopped: Stopped) -> None:
         """See Links: the pads that requests were promised, and a thread that makes more."""
         filler = None if link.guard is None else link.guard.filler
         if filler is None:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from tsqp.api.config import ComputeConfig, GuardConfig, PartitionName, RunConfig, WorkerConfig, dealer_address
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, dealer_address
 from tsqp.config.dtype import INT8_HEAD_DIMS, PRIVATE_KV_DTYPES, WIRE_DTYPES, AskedDtype, KVDtype
+from tsqp.config.partition import PARTITIONS
 from tsqp.config.protection import PROTECTIONS, Protection
 from tsqp.errors import OptionError
 
@@ -117,7 +118,7 @@ VALUES = {
     "guard.pads_ahead": at_least(0, "tokens"),
     "guard.pad_memory": at_least(0, "bytes"),
     "guard.pads_empty": one_of(("wait", "refuse")),
-    "compute.partition": one_of(get_args(PartitionName)),
+    "compute.partition": one_of(PARTITIONS),
     "compute.dtype": one_of(get_args(AskedDtype)),
     "compute.wire_dtype": Value(", ".join(WIRE_DTYPES), lambda dtype: dtype is None or dtype in WIRE_DTYPES),
     "compute.kv_dtype": Value(", ".join(PRIVATE_KV_DTYPES), lambda dtype: dtype is None or dtype in PRIVATE_KV_DTYPES),

@@ -18,11 +18,12 @@ from tsqp.cores import cores
 from tsqp.errors import ProtocolError
 from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.paths.call_table import CallTable
-from tsqp.untrusted.product_loops import nothing
 from tsqp.wire.channel import Arrival, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode
 from tsqp.wire.messages import Done, Product
 from tsqp.wire.transport import listen
+
+NO_WORK = RowWork(lambda: None, 0, (), 0)
 
 
 def serve(listener: Listener, calls: CompiledCalls | None = None) -> None:
@@ -36,7 +37,7 @@ def serve(listener: Listener, calls: CompiledCalls | None = None) -> None:
                 break
             listener.send(arrival, Frames(encode(Done(call.id))))
             table = CallTable()
-            table.add(arrival.place, call, RowWork(nothing, 0, (), 0))
+            table.add(arrival.place, call, NO_WORK)
             arrival = calls.serve(listener, arrival.peer, table)
 
 

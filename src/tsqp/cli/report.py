@@ -90,10 +90,10 @@ def print_stats(llm: LLM, console: Console) -> None:
 
 def guard_lines(found: dict[str, object]) -> list[str]:
     """The figures of a private mode, from the ``stats`` object; nothing where there is no guard."""
-    if "checks" not in found:
+    if "products_checked" not in found:
         return []
     passes = f"2^-{found['soundness_bits']:.0f}"
-    lines = [f"{found['checks']} products checked; a wrong one passes with probability {passes}"]
+    lines = [f"{found['products_checked']} products checked; a wrong one passes with probability {passes}"]
     if "pads_used" in found:
         drained = found["pads_drained_s"]
         left = f" ({drained:.1f} s at this speed)" if isinstance(drained, float) else ""

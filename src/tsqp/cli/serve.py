@@ -15,12 +15,13 @@ from tsqp.cli.flags import parse_size
 from tsqp.cli.help_groups import LIMITS, SERVER
 from tsqp.cli.options import RunOptions
 from tsqp.errors import OptionError
+from tsqp.server.settings import ServerSettings
+from tsqp.trusted.engine.limits import Limits
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM
     from tsqp.server.listening import Listening
     from tsqp.server.ready import Ready
-    from tsqp.server.settings import ServerSettings
 
 MAX_NAME = 128
 
@@ -85,12 +86,14 @@ class ServeOptions:
     strict_params: Annotated[
         bool, _server("strict-params", "Refuse fields of requests that are unknown, in place of naming them.")
     ] = False
-    max_running: Annotated[int, _limit("max-running", "Requests that are computed together.")] = 64
+    max_running: Annotated[int, _limit("max-running", "Requests that are computed together.")] = Limits.running
     max_waiting: Annotated[int, _limit("max-waiting", "Requests in the queue; more are told to come again.")] = 256
     max_requests_per_key: Annotated[
         int | None, _limit("max-requests-per-key", "Requests of one API key at once; no bound when not given.")
     ] = None
-    max_connections: Annotated[int, _limit("max-connections", "Connections of clients.")] = 512
+    max_connections: Annotated[int, _limit("max-connections", "Connections of clients.")] = (
+        ServerSettings.max_connections
+    )
     max_body: Annotated[
         int,
         _limit(
@@ -99,9 +102,9 @@ class ServeOptions:
             converter=_size,
             show_default=_shown,
         ),
-    ] = 8 << 20
+    ] = ServerSettings.max_body_bytes
     drain_s: Annotated[float, _limit("drain-s", "Seconds for answers under way, once the server is told to end.")] = (
-        30.0
+        ServerSettings.drain_s
     )
 
 
@@ -120,7 +123,6 @@ def serve(
 
     def open_model() -> LLM:
         from tsqp.cli.open_llm import open_llm
-        from tsqp.trusted.engine.limits import Limits
 
         return open_llm(run, limits=Limits(running=server.max_running, waiting=server.max_waiting))
 
@@ -181,8 +183,6 @@ def _listening(options: ServeOptions) -> Listening:
 
 
 def _settings(options: ServeOptions) -> ServerSettings:
-    from tsqp.server.settings import ServerSettings
-
     for name in ("max_running", "max_waiting", "max_requests_per_key", "max_connections", "max_body"):
         value = getattr(options, name)
         if value is not None and value < 1:

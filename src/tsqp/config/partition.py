@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+PartitionName = Literal["op", "batched", "linear", "layer"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Partition:
     and logits crosses, and the KV cache is the worker's.
     """
 
-    name: str
+    name: PartitionName
     split_groups: bool
     remote_attention: bool
     remote_embedding: bool

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from tsqp.config.partition import PartitionName
+
+ProtectionName = Literal["masked", "verified", "open", "local"]
 
 
 @dataclass(frozen=True)
@@ -12,9 +17,9 @@ class Protection:
     ``checked``: every product is verified before it is used. ``masked``: the worker sees uniform noise.
     """
 
-    name: str
+    name: ProtectionName
     worker_sees: str
-    partitions: tuple[str, ...]
+    partitions: tuple[PartitionName, ...]
     checked: bool = False
     masked: bool = False
 

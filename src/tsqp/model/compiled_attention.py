@@ -172,6 +172,26 @@ def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyp
                 out[row, head, i] = _narrow(sums[i] / total, out[row, head, i])
 
 
+@_inline
+def _keys_after(work, items, kv_heads, caches, like):  # type: ignore[no-untyped-def]
+    """Keys of the work after this one, for whoever asks for them ahead, and the first of them."""
+    after = (work + 1) % len(items)
+    sequence = items[after, 0]
+    offset = (work + 1) // len(items) % kv_heads * caches[sequence, 3]
+    return _held(caches[sequence, 1], offset, like, items[after, 2]), items[after, 1]
+
+
+@kernel
+def _write_parts(sums, state, parts, first):  # type: ignore[no-untyped-def]
+    """What a step has found for the heads of one group, to the rows of parts (heads, d + 2) from ``first`` on."""
+    d = parts.shape[1] - 2
+    for g in range(len(state)):
+        part = parts[first + g]
+        for i in range(d):
+            part[i] = sums[g, i]
+        part[d], part[d + 1] = state[g, 0], state[g, 1]
+
+
 @_kernel
 def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
     """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
@@ -192,9 +212,7 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
         sequence, low, high = items[item, 0], items[item, 1], items[item, 2]
         offset = head * caches[sequence, 3]
         k, v = _held(caches[sequence, 1], offset, q, high), _held(caches[sequence, 2], offset, q, high)
-        after, sequence_after = (work + 1) % len(items), items[(work + 1) % len(items), 0]
-        offset = (work + 1) // len(items) % kv_heads * caches[sequence_after, 3]
-        k_after = _held(caches[sequence_after, 1], offset, q, items[after, 2])
+        k_after, first_after = _keys_after(work, items, kv_heads, caches, q)
         for g in range(group):
             for i in range(width):
                 queries[g, i] = q[head * group + g, caches[sequence, 0], i]
@@ -210,12 +228,8 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
             if start + KEYS < high:
                 _weigh(weights, v, start, steps, sums, k, start + KEYS)
             else:
-                _weigh(weights, v, start, steps, sums, k_after, items[after, 1])
-        for g in range(group):
-            part = parts[item, head * group + g]
-            for i in range(d):
-                part[i] = sums[g, i]
-            part[d], part[d + 1] = state[g, 0], state[g, 1]
+                _weigh(weights, v, start, steps, sums, k_after, first_after)
+        _write_parts(sums, state, parts[item], head * group)
     if first == 0 and end == len(items) * kv_heads:
         join_parts(parts, starts, caches, out, _FIRST, len(caches))
 

@@ -35,12 +35,14 @@ from tsqp.model.compiled_attention import (
     _begin,
     _finish,
     _held,
+    _keys_after,
     _multiply,
     _rank,
     _score,
     _unrank,
     _weigh,
     _whole,
+    _write_parts,
     join_parts,
 )
 
@@ -139,9 +141,7 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
         k, v = _held(caches[sequence, 1], offset, like, high), _held(caches[sequence, 2], offset, like, high)
         offset = offset // d * _FLOAT.itemsize
         k_scales, v_scales = _scales(caches[sequence, 4], offset, high), _scales(caches[sequence, 5], offset, high)
-        after, sequence_after = (work + 1) % len(items), items[(work + 1) % len(items), 0]
-        offset = (work + 1) // len(items) % kv_heads * caches[sequence_after, 3]
-        k_after = _held(caches[sequence_after, 1], offset, like, items[after, 2])
+        k_after, first_after = _keys_after(work, items, kv_heads, caches, like)
         for g in range(group):
             _take(q[head * group + g, caches[sequence, 0]], queries, q_scales, g)
         _begin(sums, state)
@@ -157,13 +157,9 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
             if start + KEYS < high:
                 _weigh(weights, v, start, steps, mixed, k, start + KEYS)
             else:
-                _weigh(weights, v, start, steps, mixed, k_after, items[after, 1])
+                _weigh(weights, v, start, steps, mixed, k_after, first_after)
             _accumulate(mixed, group, sums, state, _FIRST)
-        for g in range(group):
-            part = parts[item, head * group + g]
-            for i in range(d):
-                part[i] = sums[g, i]
-            part[d], part[d + 1] = state[g, 0], state[g, 1]
+        _write_parts(sums, state, parts[item], head * group)
     if first == 0 and end == len(items) * kv_heads:
         join_parts(parts, starts, caches, out, _FIRST, len(caches))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from tsqp.errors import ChannelClosed
+from tsqp.server.guards.headers import request_id_of
 from tsqp.server.meters import Meters, Reason
 from tsqp.server.service import Service
 
@@ -33,9 +34,13 @@ class Asked:
 
 
 class Answers:
-    """Answers under way, all of them in the engine's queue. A context manager: what has not ended then is aborted."""
+    """Answers to one request, all of them in the engine's queue.
 
-    def __init__(self) -> None:
+    A context manager: what has not ended then is aborted.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
         self._under_way: list[_UnderWay] = []
 
     @classmethod
@@ -44,7 +49,7 @@ class Answers:
     ) -> Answers:
         """Put them into the queue: all, or none. Raises as ``AsyncLLM.open``."""
         tenant = getattr(request.state, "tenant", "")
-        answers = cls()
+        answers = cls(request_id_of(request.scope))
         try:
             for one in asked:
                 answer = await service.model.open(one.prompt, one.params, tenant=tenant, salt=salt)

@@ -59,11 +59,6 @@ class KeyFile:
         self._path = path
         self._hashes = _read(path)
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The tenants that there are."""
-        return frozenset(self._hashes.values())
-
     def tenant_of(self, key: str) -> str | None:
         """The name of a key; None for one that is not in the file."""
         given = hash_of(key)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tsqp.server.api_keys import KeyFile
 from tsqp.server.guards.chain import guarded
-from tsqp.server.handlers import exception_handlers
+from tsqp.server.guards.faults import exception_handlers
 from tsqp.server.health import Probe, WorkerProbe, health_routes
 from tsqp.server.lifecycle import Lifecycle
 from tsqp.server.routes import routes
@@ -33,12 +31,7 @@ def create_app(
     """
     lifecycle = lifecycle or Lifecycle()
     probe = probe or WorkerProbe(service.model, service.settings.probe_s)
-    handlers = {**exception_handlers, ClientDisconnect: _nobody_listens}
-    app = Starlette(routes=[*routes(service), *health_routes(probe, lifecycle)], exception_handlers=handlers)
+    every = [*routes(service), *health_routes(probe, lifecycle)]
+    app = Starlette(routes=every, exception_handlers=exception_handlers)
     always = {"x-tsqp-protection": service.protection}
     return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered)
-
-
-async def _nobody_listens(_request: Request, _error: Exception) -> Response:
-    """A client that has left while it sent its request: no fault of the server, and nothing for its log."""
-    return Response(status_code=400)

@@ -23,6 +23,7 @@ from tsqp.server.params import (
     check_stream_options,
     check_top_logprobs,
     of_choice,
+    refuse_too_long,
     salt_of,
     sampling_params,
 )
@@ -72,8 +73,12 @@ async def encoded(
     template_args: dict[str, Any] | None,
     *,
     param: str = "messages",
+    bounded: bool = True,
 ) -> list[int]:
-    """The tokens of a conversation. Raises ApiError, and PromptError with the words of the template."""
+    """The tokens of a conversation; one that is far longer than the context is refused, unless it is not ``bounded``.
+
+    Raises ApiError, and PromptError with the words of the template.
+    """
     tokenizer = service.tokenizer
     if not tokenizer.has_chat_template:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param=param)
@@ -83,7 +88,14 @@ async def encoded(
     if tokenizer.unread(arguments):
         text = "chat_template_kwargs has a name that the model's template does not read"
         raise ApiError(400, text, param="chat_template_kwargs", code="invalid_value")
-    return await on_text_thread(lambda: tokenizer.encode_chat(conversation(messages), **arguments))
+
+    def tokens() -> list[int]:
+        rendered = tokenizer.render_chat(conversation(messages), **arguments)
+        if bounded:
+            refuse_too_long(service, rendered.text, param)
+        return rendered.encode()
+
+    return await on_text_thread(tokens)
 
 
 def _tools(service: Service, body: ChatBody) -> ToolUse | None:

@@ -14,10 +14,12 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Part(msgspec.Struct, kw_only=True, frozen=True):
-    """A part of a content; all but text is refused."""
+    """A part of a content; all but text is refused. Parts of an answer that is sent back have the last two as well."""
 
     type: str
     text: str | None = None
+    annotations: Any = None
+    logprobs: Any = None
 
 
 class CalledFunction(msgspec.Struct, kw_only=True, frozen=True):

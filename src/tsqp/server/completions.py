@@ -15,7 +15,15 @@ from tsqp.server.completions_reply import Reply
 from tsqp.server.completions_types import CompletionBody
 from tsqp.server.errors import ApiError
 from tsqp.server.json_reply import json_reply
-from tsqp.server.params import answer_tokens, check_choices, check_stream_options, of_choice, salt_of, sampling_params
+from tsqp.server.params import (
+    answer_tokens,
+    check_choices,
+    check_stream_options,
+    of_choice,
+    refuse_too_long,
+    salt_of,
+    sampling_params,
+)
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 
@@ -84,6 +92,7 @@ def _encoded(service: Service, prompt: str | list[int], special_tokens: bool) ->
             text = f"prompt must have ids of tokens, which end at {service.vocab_size - 1} in this model"
             raise ApiError(400, text, param="prompt", code="invalid_value")
         return Prompt(prompt, None)
+    refuse_too_long(service, prompt, "prompt")
     tokens = service.tokenizer.encode(prompt, special_tokens=special_tokens)
     if not tokens:
         raise ApiError(400, "prompt must not be empty", param="prompt", code="invalid_value")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 
 import msgspec
 from starlette.responses import Response
@@ -43,9 +44,10 @@ class ApiError(Exception):
     @property
     def headers(self) -> Mapping[str, str]:
         """What goes with the body, beside its type and length."""
-        if self.retry_after_s is None:
-            return {"x-should-retry": "false"}
-        return {"retry-after": str(max(1, round(self.retry_after_s))), "x-should-retry": "true"}
+        if self.retry_after_s is not None:
+            return {"retry-after": str(max(1, round(self.retry_after_s))), "x-should-retry": "true"}
+        wanted = {"www-authenticate": "Bearer"} if self.status == HTTPStatus.UNAUTHORIZED else {}
+        return {"x-should-retry": "false", **wanted}
 
     def encode(self) -> bytes:
         """The body: ``{"error": {...}}``, also the data of an event that ends a stream."""

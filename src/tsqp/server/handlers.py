@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tsqp.errors import (
@@ -18,13 +17,14 @@ from tsqp.errors import (
     NumericError,
     PadsExhausted,
     QueueFull,
-    TsqpError,
     UnsupportedModel,
 )
 from tsqp.server.discreet import told
 from tsqp.server.errors import ApiError
 
 _log = logging.getLogger("tsqp.server")
+
+_CLIENT_LEFT = 499  # nobody reads it
 
 # Options of the package by the names that they have in the API.
 _API_NAMES = {
@@ -33,13 +33,15 @@ _API_NAMES = {
 }
 
 
-def translated(error: Exception) -> ApiError:
-    """What a client is told. What nobody expected is in the log too: its class and its place."""
+def translated(error: Exception, request_id: str) -> ApiError:
+    """What a client is told. What is the server's own fault is in the log too: the request, the class and the place."""
     match error:
         case ApiError():
             return error
         case HTTPException():
             return _of_status(error.status_code)
+        case ClientDisconnect():
+            return ApiError(_CLIENT_LEFT, "the client has left")
         case QueueFull():
             return ApiError(
                 429, "too many requests wait already", kind="rate_limit_error", code="queue_full", retry_after_s=1
@@ -60,31 +62,19 @@ def translated(error: Exception) -> ApiError:
             fields = [_API_NAMES.get(name, name) for name in error.fields]
             text = error.explained(lambda name: _API_NAMES.get(name, name))
             return ApiError(400, text, param=fields[0] if fields else None)
-        case NumericError():
-            return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
-    _log.error("a request failed: %s", told(error))
-    return ApiError(500, "the server has failed; the reason is in its log", kind="server_error")
+    _log.error("request %s failed: %s", request_id, told(error))
+    if isinstance(error, NumericError):
+        return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
+    text = "the server has failed; its log says why, under the id in the header x-tsqp-request-id"
+    return ApiError(500, text, kind="server_error", code="internal_error")
 
 
-def answered(error: Exception) -> Response:
+def answered(error: Exception, request_id: str) -> Response:
     """The whole answer to a request that failed before it had one."""
-    response = translated(error).response()
+    response = translated(error, request_id).response()
     if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         response.headers["allow"] = (error.headers or {}).get("Allow", "")
     return response
-
-
-async def _handle(_request: Request, error: Exception) -> Response:
-    return answered(error)
-
-
-# For Starlette: also what no route expected is answered in the one shape.
-exception_handlers: Mapping[int | type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    ApiError: _handle,
-    TsqpError: _handle,
-    HTTPException: _handle,
-    Exception: _handle,
-}
 
 
 def _of_status(status: int) -> ApiError:

@@ -30,6 +30,10 @@ class Problem(NamedTuple):
     text: str
 
 
+_CHEATED = Problem("check_failed", "a product of the worker was wrong: it is not asked for anything any more")
+_LOST = Problem("worker_lost", "the worker is lost")
+
+
 class Probe(Protocol):
     """What knows whether requests can be answered now."""
 
@@ -95,18 +99,16 @@ def _of_state(state: WorkerState | None) -> Problem | None:
         return None
     if state.state == "reconnecting":
         return Problem("worker_lost", "the worker is lost, and another one is waited for")
-    if state.expelled or state.failed_checks:
-        return Problem("check_failed", "a product of the worker was wrong: it is not asked for anything any more")
-    return Problem("worker_lost", "the worker is lost")
+    return _CHEATED if state.expelled or state.failed_checks else _LOST
 
 
 def _explained(error: BaseException) -> Problem:
     if isinstance(error, CheckFailed):
-        return Problem("check_failed", "a product of the worker was wrong: it is not asked for anything any more")
+        return _CHEATED
     if isinstance(error, PadError):
         return Problem("no_pads", "no pads are ready")
     if isinstance(error, TsqpError):
-        return Problem("worker_lost", "the worker is lost")
+        return _LOST
     return Problem("failed", "the round trip to the worker failed")
 
 

@@ -140,7 +140,8 @@ class EngineCollector(Collector):
         if guard is None:
             return
         figures = guard.report()
-        yield self._counter("tsqp:checks", "Products that were checked.", _number(figures["checks"]))
+        checked = _number(figures["products_checked"])
+        yield self._counter("tsqp:products_checked", "Products that were checked.", checked)
         if "pads_ready" in figures:
             yield self._gauge("tsqp:pads_ready", "Tokens of answers with pads ready.", _number(figures["pads_ready"]))
             ready = _number(figures["pads_ready_prompt"])

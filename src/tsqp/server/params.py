@@ -136,11 +136,19 @@ def answer_tokens(
     return asked or min(default, context - prompt_tokens)
 
 
+def refuse_too_long(service: Service, text: str, param: str) -> None:
+    """Raises ApiError for a text that has more tokens than the context, before it is tokens."""
+    if service.tokenizer.has_more_tokens(text, service.context):
+        message = f"this model's context holds {service.context} tokens, the answer included: the prompt has more"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def salt_of(body: SamplingBody) -> str:
     """What narrows the scope in which caches are found; the tenant bounds it."""
     salt = body.cache_salt or ""
     if len(salt) > MAX_SALT:
-        raise ApiError(400, f"cache_salt must have at most {MAX_SALT} characters", param="cache_salt")
+        text = f"cache_salt must have at most {MAX_SALT} characters"
+        raise ApiError(400, text, param="cache_salt", code="invalid_value")
     return salt
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tsqp.server.answers import Answers, Asked, unless_left
-from tsqp.server.body import as_type, read_body
+from tsqp.server.body import read_body
 from tsqp.server.chat import encoded
 from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
 from tsqp.server.errors import ApiError
@@ -68,16 +67,14 @@ def messages_of(body: ResponsesBody) -> list[Message]:
     return messages
 
 
-def _add(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
+def _add(messages: list[Message], item: InputMessage | InputCall | InputCallOutput, place: str) -> None:
     """One more turn. Calls are part of the assistant's turn before them."""
-    match item.get("type", "message"):
-        case "message":
-            message = as_type(item, InputMessage, place)
-            content = text_of(message.content, f"{place}.content", _TEXTS)
-            messages.append(Message(role=message.role, content=content))
-        case "function_call":
-            call = as_type(item, InputCall, place)
-            made = Call(id=call.call_id, function=CalledFunction(name=call.name, arguments=call.arguments))
+    match item:
+        case InputMessage():
+            content = text_of(item.content, f"{place}.content", _TEXTS)
+            messages.append(Message(role=item.role, content=content))
+        case InputCall():
+            made = Call(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
             if not messages or messages[-1].role != "assistant":
                 messages.append(Message(role="assistant"))
             calls = messages[-1].tool_calls
@@ -85,14 +82,9 @@ def _add(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
                 messages[-1] = msgspec.structs.replace(messages[-1], tool_calls=[made])
             else:
                 calls.append(made)
-        case "function_call_output":
-            output = as_type(item, InputCallOutput, place)
-            text = text_of(output.output, f"{place}.output", _TEXTS)
-            messages.append(Message(role="tool", content=text, tool_call_id=output.call_id))
-        case _:
-            raise ApiError(
-                400, f"{place} must be a message, a function call or its output", param=place, code="invalid_value"
-            )
+        case InputCallOutput():
+            text = text_of(item.output, f"{place}.output", _TEXTS)
+            messages.append(Message(role="tool", content=text, tool_call_id=item.call_id))
 
 
 def _tools(service: Service, body: ResponsesBody) -> ToolUse | None:

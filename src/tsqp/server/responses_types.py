@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -38,14 +39,21 @@ class FunctionTool(msgspec.Struct, kw_only=True, frozen=True):
     strict: bool | None = None
 
 
-class InputMessage(msgspec.Struct, kw_only=True, frozen=True):
+class InputItem(msgspec.Struct, kw_only=True, frozen=True, tag_field="type"):
+    """An item says of which type it is. What else one of an answer has, which is sent back, plays no part."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(InputItem, kw_only=True, frozen=True, tag="message"):
     """A turn, also one of an answer that was given before."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
 
-class InputCall(msgspec.Struct, kw_only=True, frozen=True):
+class InputCall(InputItem, kw_only=True, frozen=True, tag="function_call"):
     """A call that an answer had."""
 
     call_id: str
@@ -53,7 +61,7 @@ class InputCall(msgspec.Struct, kw_only=True, frozen=True):
     arguments: str
 
 
-class InputCallOutput(msgspec.Struct, kw_only=True, frozen=True):
+class InputCallOutput(InputItem, kw_only=True, frozen=True, tag="function_call_output"):
     """What came of a call."""
 
     call_id: str
@@ -75,7 +83,7 @@ class ResponsesBody(SamplingBody, kw_only=True, frozen=True):
         "truncation": ("disabled",),
     }
 
-    input: str | list[dict[str, Any]]
+    input: str | list[InputMessage | InputCall | InputCallOutput]
     instructions: str | None = None
     max_output_tokens: int | None = None
     text: TextConfig | None = None
@@ -86,6 +94,18 @@ class ResponsesBody(SamplingBody, kw_only=True, frozen=True):
     top_logprobs: int | None = None
     metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An item of the input that does not say its type is a message."""
+        items = values.get("input")
+        if not isinstance(items, list):
+            return values
+        return {**values, "input": [_with_type(item) for item in items]}
+
+
+def _with_type(item: object) -> object:
+    return {**item, "type": "message"} if isinstance(item, dict) and item.get("type") is None else item
 
 
 class OutputText(msgspec.Struct, frozen=True):

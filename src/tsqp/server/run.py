@@ -27,7 +27,7 @@ from tsqp.server.api_keys import KeyFile
 from tsqp.server.app import create_app
 from tsqp.server.connection import Bounds, bounded
 from tsqp.server.discreet import log_of_loop, told, write_logs
-from tsqp.server.guards.faults import Faults
+from tsqp.server.guards.faults import Faults, exception_handlers
 from tsqp.server.guards.headers import AnswerHeaders
 from tsqp.server.guards.hosts import Hosts, is_wildcard, names_for
 from tsqp.server.lifecycle import Lifecycle
@@ -242,5 +242,6 @@ class _Server(uvicorn.Server):
 def _metrics_app(meters: PrometheusMeters, host: str) -> ASGIApp:
     """The page of metrics: no keys, but the same refusal of host names that are none of ours."""
     names = names_for(host)
-    page: ASGIApp = Hosts(Starlette(routes=[metrics_route(meters)]), names, any_number=is_wildcard(host))
+    page: ASGIApp = Starlette(routes=[metrics_route(meters)], exception_handlers=exception_handlers)
+    page = Hosts(page, names, any_number=is_wildcard(host))
     return AnswerHeaders(Faults(page), {})

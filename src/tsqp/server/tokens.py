@@ -60,7 +60,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     if body.messages is not None:
         functions = None if body.tools is None else [tool.function for tool in body.tools]
         tools = tool_use(service, functions, None, None)
-        tokens = await encoded(service, body.messages, tools, body.chat_template_kwargs)
+        tokens = await encoded(service, body.messages, tools, body.chat_template_kwargs, bounded=False)
     else:
         special = body.add_special_tokens is not False
         tokens = await on_text_thread(service.tokenizer.encode, body.prompt or "", special_tokens=special)
@@ -71,10 +71,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     """The text of tokens."""
     body = await read_body(service, request, DetokenizeBody)
     _check_name(service, body.model)
-    if not all(0 <= token < service.vocab_size for token in body.tokens):
+    return json_reply(Text(await on_text_thread(_text_of, service, body.tokens)))
+
+
+def _text_of(service: Service, tokens: list[int]) -> str:
+    if not all(0 <= token < service.vocab_size for token in tokens):
         text = f"tokens must be ids of tokens, which end at {service.vocab_size - 1} in this model"
         raise ApiError(400, text, param="tokens", code="invalid_value")
-    return json_reply(Text(await on_text_thread(service.tokenizer.decode, body.tokens)))
+    return service.tokenizer.decode(tokens)
 
 
 def _check_name(service: Service, name: str | None) -> None:

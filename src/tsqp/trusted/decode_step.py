@@ -177,7 +177,7 @@ class DecodeStep:
         """Read what the worker has said, once more as the messages that they are; and count everything."""
         stats, linears = self._session.stats, self._linears
         busy = [self._session.busy_ns(plan.answered(call), ids + call) for call in range(len(plan.keys))]
-        linears.checks += len(plan.keys)
+        linears.products_checked += len(plan.keys)
         times = plan.times * 1e-9
         line = times[:, loops.ARRIVED] - times[:, loops.MASKED]
         kinds: tuple[tuple[CallKind, slice], ...] = ("linear", slice(0, -1)), ("lm_head", slice(-1, None))

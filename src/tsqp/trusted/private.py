@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
@@ -18,7 +18,7 @@ from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
-from tsqp.errors import CorruptCheckpoint
+from tsqp.errors import ChannelClosed, CorruptCheckpoint
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.trusted.decode_step import DecodeStep
@@ -42,14 +42,17 @@ class PrivateModel:
     digest: str
     kernel: DigitKernel
 
-    def renewed(self, checkpoint: Checkpoint) -> PrivateModel:
+    def renewed(self, checkpoint: Checkpoint, stopped: Callable[[], bool]) -> PrivateModel:
         """The same model with check vectors that no connection has had.
 
         They need the 8-bit weights. Where this side has let go of those, they are read and quantised again. Raises
-        CorruptCheckpoint where they are others by now.
+        CorruptCheckpoint where they are others by now; ChannelClosed where ``stopped``, which is asked before each
+        group: the largest of them takes a second or two.
         """
         digests, groups = GroupDigests(), dict[GroupKey, GuardedGroup]()
         for key, old in self.groups.items():
+            if stopped():
+                raise ChannelClosed("the model was closed")
             keeps = old.weights is not None
             wq = load_quantised_group(checkpoint, key).wq if old.weights is None else old.weights.wq
             if not keeps:
@@ -83,7 +86,7 @@ class Guard:
 
     def counted(self) -> dict[str, int]:
         """Of this session and those before: products checked; rows of pads used, and those made on the spot."""
-        counts = {"checks": self.linears.checks}
+        counts = {"products_checked": self.linears.products_checked}
         if isinstance(self.linears, MaskedLinears):
             counts |= {"pads_used": self.linears.pool.used, "pads_missed": self.linears.pool.missed}
         return {name: count + self.earlier.get(name, 0) for name, count in counts.items()}

@@ -157,10 +157,6 @@ def address_of(loop: Loop) -> int:
     return entry(loop, types.int64(*[types.int64] * 4))
 
 
-def nothing() -> None:
-    """The loop of a ``RowWork`` without any work: for measuring."""
-
-
 @kernel
 def _help(crew, begin):  # type: ignore[no-untyped-def]
     """Do parts as long as there are any; whether the last part of all to be done was one of these.

@@ -12,20 +12,15 @@ import numpy as np
 from tsqp.arith.jit import kernel
 from tsqp.wire.exchange import (
     AT_ONCE,
-    CROWDED_NS,
     DESCRIPTOR,
     LINE_NUMBERS,
     PATIENCE,
     READABLE,
-    REST_NS,
-    REST_UNTIL,
     SEQUENCE_BYTES,
-    SPIN_NS,
-    give_way,
-    now,
     number,
     poll,
     receive,
+    receive_soon,
     send,
 )
 
@@ -45,20 +40,10 @@ _LOW = np.int64(0xFF)
 @kernel
 def await_request(line, packet, clock):  # type: ignore[no-untyped-def]
     """The size of the packet that has come into ``packet``, uint8 (any,); 0: the client has gone; NOTHING; OTHERS."""
-    socket, moment = np.int32(line[DESCRIPTOR]), now(clock)
-    if moment < line[REST_UNTIL]:
-        came = receive(socket, packet.ctypes.data, len(packet), AT_ONCE)
-    else:
-        came, until = np.int64(-1), moment + line[SPIN_NS]
-        while came < 0 and moment < until:
-            give_way()
-            came = receive(socket, packet.ctypes.data, len(packet), AT_ONCE)
-            before, moment = moment, now(clock)
-            if moment - before > line[CROWDED_NS]:
-                line[REST_UNTIL] = moment + line[REST_NS]
-                break
+    came = receive_soon(line, packet, False, clock)
     if came >= 0:
         return came
+    socket = np.int32(line[DESCRIPTOR])
     asked = np.empty(2, np.int64)  # two structs pollfd
     asked[0] = np.int64(socket) | (READABLE << np.int64(32))
     asked[1] = line[BELL] | (READABLE << np.int64(32))

@@ -89,23 +89,33 @@ def exchange(line, packet, size, sequence, done, call_id, answer, slow, clock): 
 
 
 @kernel
+def receive_soon(line, packet, once, clock):  # type: ignore[no-untyped-def]
+    """The size of what comes into ``packet``, uint8 (any,), before it is time to sleep; 0: the line has ended; -1.
+
+    ``once``: after one look.
+    """
+    socket, moment = np.int32(line[DESCRIPTOR]), now(clock)
+    if once or moment < line[REST_UNTIL]:
+        return receive(socket, packet.ctypes.data, len(packet), AT_ONCE)
+    came, until = np.int64(-1), moment + line[SPIN_NS]
+    while came < 0 and moment < until:
+        give_way()
+        came = receive(socket, packet.ctypes.data, len(packet), AT_ONCE)
+        before, moment = moment, now(clock)
+        if moment - before > line[CROWDED_NS]:
+            line[REST_UNTIL] = moment + line[REST_NS]
+            break
+    return came
+
+
+@kernel
 def _await(line, answer, slow, clock):  # type: ignore[no-untyped-def]
     """The size of the packet that has come into ``answer``; 0 or less where none came soon."""
-    socket, began = np.int32(line[DESCRIPTOR]), now(clock)
-    if slow[0] or began < line[REST_UNTIL]:
-        came = receive(socket, answer.ctypes.data, len(answer), AT_ONCE)
-    else:
-        came, moment = np.int64(-1), began
-        while came <= 0 and moment < began + line[SPIN_NS]:
-            give_way()
-            came = receive(socket, answer.ctypes.data, len(answer), AT_ONCE)
-            before, moment = moment, now(clock)
-            if moment - before > line[CROWDED_NS]:
-                line[REST_UNTIL] = moment + line[REST_NS]
-                break
-    if came > 0:
+    came = receive_soon(line, answer, slow[0] != 0, clock)
+    if came >= 0:
         slow[0] = 0
         return came
+    socket = np.int32(line[DESCRIPTOR])
     asked = np.empty(1, np.int64)  # a struct pollfd: the descriptor, what is waited for, and what has happened
     asked[0] = np.int64(socket) | (READABLE << np.int64(32))
     began = now(clock)

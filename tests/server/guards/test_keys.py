@@ -47,6 +47,7 @@ def test_without_a_key_of_the_file_there_is_no_answer(alice: tuple[Faults, str])
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
         assert key[6:] not in answer.text
         assert answer.headers["x-should-retry"] == "false"
+        assert answer.headers["www-authenticate"] == "Bearer"
     assert ask(app).status_code == 401
 
 

@@ -256,7 +256,7 @@ def test_every_flipped_bit_is_found(mode: ProtectionName) -> None:
             pending.wait()
         assert type(caught.value) is (ProductMismatch if seen[0] < P else ReplyRangeError)
         assert line.dead is caught.value
-        assert linears.checks == 0
+        assert linears.products_checked == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -439,4 +439,4 @@ def test_an_honest_product_is_the_formula(mode: ProtectionName, rows: int) -> No
     for seed in range(3):
         x = some_input(rows, seed)
         assert torch.equal(linears.start(KEY, x).wait(), expected_product(groups[KEY], weights[KEY], x))
-    assert linears.checks == 3
+    assert linears.products_checked == 3

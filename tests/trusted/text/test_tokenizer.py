@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.families import byte_tokenizer
+from tests.trusted.text.vocabularies import VOCABULARIES
 from tsqp.checkpoint.base import TextFormat
 from tsqp.errors import PromptError
 from tsqp.trusted.text.tokenizer import ChatMessage, Tokenizer
@@ -24,6 +27,21 @@ def refused(template: str) -> str:
     assert SECRET not in text
     assert "\n" not in text
     return text
+
+
+ALIKE = st.sampled_from(["a", "word ", "é", "\n", "    ", "</s>", "12", "ab😀"])
+
+
+@pytest.mark.parametrize("text_format", VOCABULARIES.values(), ids=VOCABULARIES)
+@given(st.lists(ALIKE, min_size=1, max_size=6).map("".join), st.sampled_from([60_000, 140_000]))
+@settings(max_examples=3, deadline=None)
+def test_a_text_that_is_far_too_long_is_known_without_its_tokens(text_format: TextFormat, unit: str, size: int) -> None:
+    tokenizer = Tokenizer(text_format)
+    text = unit * (size // len(unit))
+    count = len(tokenizer.encode(text))
+    assert not tokenizer.has_more_tokens(text, count)
+    if len(text) > 1 << 16:
+        assert tokenizer.has_more_tokens(text, min(count // 3, len(text) // 5))
 
 
 def test_a_template_makes_the_text() -> None:

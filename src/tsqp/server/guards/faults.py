@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Awaitable, Callable, Mapping
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tsqp.server.discreet import told
-from tsqp.server.errors import ApiError
-
-log = logging.getLogger("tsqp.server")
+from tsqp.server.guards.headers import request_id_of
+from tsqp.server.handlers import answered
 
 
 class AnswerCutShort(Exception):
@@ -17,7 +18,7 @@ class AnswerCutShort(Exception):
 
 
 class Faults:
-    """``ApiError`` becomes its answer, anything else 500 with a constant text, and one line in the log."""
+    """The one place where an exception becomes an answer; what nobody expected is one line in the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,15 +34,23 @@ class Faults:
 
         try:
             await self._app(scope, receive, send_and_note)
+        except AnswerCutShort:  # of another of these, further in
+            raise
         except Exception as error:
+            answer = answered(error, request_id_of(scope))
             if complete:
-                return  # Starlette raises again what it has answered
-            answer = error if isinstance(error, ApiError) else _unexpected(scope, error)
+                return  # the client has all of it
             if begun:
                 raise AnswerCutShort from None
-            await answer.response()(scope, receive, send)
+            await answer(scope, receive, send)
 
 
-def _unexpected(scope: Scope, error: Exception) -> ApiError:
-    log.error("request %s: %s", scope.get("state", {}).get("request_id"), told(error))
-    return ApiError(500, "something went wrong in the server", kind="server_error", code="internal_error")
+async def _raise_again(_request: Request, error: Exception) -> Response:
+    raise error
+
+
+# For Starlette, which has answers of its own to these: they are left to ``Faults``, as all others are.
+exception_handlers: Mapping[int | type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    HTTPException: _raise_again,
+    Exception: _raise_again,
+}

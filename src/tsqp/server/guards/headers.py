@@ -1,4 +1,4 @@
-"""Headers that every answer has, and the number of a request."""
+"""Headers of every answer, and the id of a request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ SECURITY = {
 _CLEAN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+def request_id_of(scope: Scope) -> str:
+    """Ours; a dash where no ``AnswerHeaders`` has given one."""
+    return str(scope.get("state", {}).get("request_id", "-"))
+
+
 class AnswerHeaders:
     """Gives each request an id of our own, in ``request.state.request_id``, and each answer ``always`` and its ids.
+
+    ``request.state.ignored``, set by whoever reads the body, becomes the header ``x-tsqp-ignored``.
 
     ``x-tsqp-request-id`` is ours. ``x-request-id`` is the client's, where that is short and clean; ours otherwise.
     Nothing here looks a client's id up, so two requests may have the same. A header that an endpoint sets stays.
@@ -34,7 +41,8 @@ class AnswerHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ours = f"req_{secrets.token_hex(16)}"
-        scope.setdefault("state", {})["request_id"] = ours
+        state = scope.setdefault("state", {})
+        state["request_id"] = ours
         theirs = Headers(scope=scope).get("x-request-id", "")
         shown = theirs if _CLEAN_ID.fullmatch(theirs) else ours
 
@@ -44,6 +52,8 @@ class AnswerHeaders:
                 headers = MutableHeaders(scope=message)
                 for name, value in {**self._always, "x-request-id": shown, "x-tsqp-request-id": ours}.items():
                     headers.setdefault(name, value)
+                if state.get("ignored"):
+                    headers["x-tsqp-ignored"] = ", ".join(state["ignored"])
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -92,7 +92,7 @@ class CheckedLinears:
     item: type[np.generic]
 
     def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | None = None) -> None:
-        self.checks = 0  # products that were checked
+        self.products_checked = 0
         self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, self.item))
         self._under_way = 0
         self._connection = connection
@@ -175,7 +175,7 @@ class CheckedLinears:
                 kernels.verify_and_unmask(unchecked_y, *check, out, verdicts, 0, one.rows)
 
         _judge(unmask, pending.slices, desk.verdicts, group.out_features)
-        self.checks, pending.done = self.checks + 1, True
+        self.products_checked, pending.done = self.products_checked + 1, True
         if desk.rows > BLOCK_ROWS:
             del desk.slot, desk.sent  # not used again: the connection may have its memory back at once
         return desk.y

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -46,8 +46,10 @@ class ControlTokens:
         Raises PromptError when the tokenizer makes control tokens from the user's text whatever is done.
         """
         encoding = self._tokenizer.encode(str.__str__(text), add_special_tokens=special_tokens)
-        if all(self._is_allowed(text, token_id, *span) for token_id, span in _from_text(encoding)):
-            return list(encoding.ids)
+        tokens = encoding.ids
+        if all(self._is_allowed(text, *found) for found in _places(encoding, tokens, self._control)):
+            return list(tokens)
+        del encoding, tokens
         return self._encode_aliased(text, special_tokens)
 
     def _is_allowed(self, text: Traced, token_id: int, start: int, end: int) -> bool:
@@ -102,18 +104,15 @@ class _AliasedTokenizer:
     def encode(self, text: Traced, special_tokens: bool, single_words: frozenset[str]) -> list[int]:
         plain, count = self._rewritten(text, single_words)
         encoding = self._tokenizer.encode(plain, add_special_tokens=special_tokens)
-        found = 0
-        for token_id, (start, end) in _from_text(encoding):
-            alias = self._by_id.get(token_id)
-            if alias is None:
-                continue
-            if alias in plain[start:end]:
+        tokens, found = encoding.ids, 0
+        for token_id, start, end in _places(encoding, tokens, self._by_id):
+            if self._by_id[token_id] in plain[start:end]:
                 found += 1
             elif token_id != self._unknown_id:
                 raise PromptError(_NO_OTHER_WAY)
         if found != count:
             raise PromptError(_NO_OTHER_WAY)
-        return list(encoding.ids)
+        return list(tokens)
 
     def _rewritten(self, text: Traced, single_words: frozenset[str]) -> tuple[str, int]:
         """The text with the aliases of the template's own control tokens, and how many there are."""
@@ -128,10 +127,15 @@ class _AliasedTokenizer:
         return "".join([*out, plain[end:]]), count
 
 
-def _from_text(encoding: Encoding) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Tokens of the text and their places in it, without BOS and the like, which the tokenizer adds."""
-    tokens = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
-    return ((token_id, span) for token_id, span, added in tokens if not added)
+def _places(encoding: Encoding, tokens: Sequence[int], wanted: Container[int]) -> Iterator[tuple[int, int, int]]:
+    """Those of the tokens of a text that are ``wanted``, and from where to where they stand in it.
+
+    Without BOS and the like, which the tokenizer adds. Places are asked for one by one: a list of all of them takes
+    several times as much memory as the tokens. One that has no place is in none, which is refused.
+    """
+    for index, (token_id, added) in enumerate(zip(tokens, encoding.special_tokens_mask, strict=True)):
+        if token_id in wanted and not added:
+            yield token_id, *(encoding.token_to_chars(index) or (0, 0))
 
 
 def _touches_a_word(text: str, start: int, end: int) -> bool:

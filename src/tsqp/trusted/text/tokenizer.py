@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -22,9 +23,24 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
     from tsqp.trusted.text.grammar import Grammar, Grammars
 
-__all__ = ["ChatMessage", "TextStream", "Tokenizer"]
+__all__ = ["ChatMessage", "Rendered", "TextStream", "Tokenizer"]
+
+_PIECE = 1 << 16  # characters of a text that are tokenized at once, where it may be too long
+_PER_TOKEN = 4  # characters, about, in ordinary text
 
 _CHARACTERS = codecs.getincrementaldecoder("utf-8")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as its template writes it."""
+
+    text: Traced
+    control: ControlTokens
+
+    def encode(self) -> list[int]:
+        """Its tokens. Raises PromptError as ``ControlTokens.encode``."""
+        return self.control.encode(self.text, special_tokens=False)
 
 
 class Tokenizer:
@@ -54,6 +70,23 @@ class Tokenizer:
         """
         _refuse_surrogates(text)
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+    def has_more_tokens(self, text: str, than: int) -> bool:
+        """Whether a text has more than so many tokens, as far as that shows without making them all at once.
+
+        A tokenizer takes some hundred bytes for a token, so a text that is far too long would take a hundred times its
+        size before it could be refused. Here its pieces are counted one after the other. A cut changes the tokens next
+        to it, and whether a control token swallows the white space behind it: pieces with twice as many tokens as are
+        allowed are of a text that has too many. False says that the text is short, or may be.
+        """
+        if len(text) <= max(_PIECE, _PER_TOKEN * than):
+            return False
+        plain, count = str.__str__(text), 0
+        for start in range(0, len(plain), _PIECE):
+            count += len(self._tokenizer.encode(plain[start : start + _PIECE], add_special_tokens=False))
+            if count > 2 * than:
+                return True
+        return False
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special tokens left out; an incomplete character is U+FFFD."""
@@ -88,6 +121,10 @@ class Tokenizer:
         conversation or fails with it, and for data that is not plain; OptionError for an argument that the template
         does not read.
         """
+        return self.render_chat(messages, **template_args).encode()
+
+    def render_chat(self, messages: Messages, /, **template_args: object) -> Rendered:
+        """The same before it is tokens. Raises the same."""
         template, control = self._chat(template_args)
         values = template_values(messages, template_args)
         unread = self.unread(template_args)
@@ -95,7 +132,7 @@ class Tokenizer:
             raise OptionError(f"the chat template of this checkpoint reads no {', '.join(unread)}")
         text = template.render({"add_generation_prompt": True, **self._special_tokens, **values})
         _refuse_surrogates(text)
-        return control.encode(text, special_tokens=False)
+        return Rendered(text, control)
 
     @property
     def has_chat_template(self) -> bool:

@@ -85,8 +85,8 @@ def _room(calls: int, before: Room | None = None) -> Room:
 
 def numbers_of(work: RowWork) -> list[int] | None:
     """A product as ``product_loops`` has it; None for one that it has no loop for."""
-    if work.loop is loops.nothing:
-        return [0] * loops.PRODUCT_NUMBERS
+    if work.rows == 0:
+        return [0] * loops.PRODUCT_NUMBERS  # nothing to do, by whatever loop
     loop = loops.LOOPS.get(work.loop)
     if loop is None:
         return None
