@@ -66,6 +66,7 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.untrusted.store import WeightStore
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
+    from tsqp.wire.transport.users import user_id
 
     torch.set_num_threads(options.threads or cores())
     device = pick_device(options.device)
@@ -79,6 +80,7 @@ def serve(options: argparse.Namespace) -> None:
         options.listen or new_shm_address(),
         security=worker_keys(options),
         insecure_plain_tcp=options.insecure_plain_tcp,
+        users=[user_id(name, "allow_user") for name in options.allow_user],
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with ExitStack() as stack:
