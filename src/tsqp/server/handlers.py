@@ -21,7 +21,7 @@ from tsqp.errors import (
     TsqpError,
     UnsupportedModel,
 )
-from tsqp.server.discreet import told
+from tsqp.server.discreet import about, told
 from tsqp.server.errors import ApiError
 
 _log = logging.getLogger("tsqp.server")
@@ -62,7 +62,7 @@ def translated(error: Exception) -> ApiError:
             return ApiError(400, text, param=fields[0] if fields else None)
         case NumericError():
             return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
-    _log.error("a request failed: %s", told(error))
+    _log.error("a request failed: %s", told(error), extra=about("request_failed", error, 500))
     return ApiError(500, "the server has failed; the reason is in its log", kind="server_error")
 
 

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from tsqp.server import chat, completions, models, responses, tokens
 from tsqp.server.handlers import answered
 from tsqp.server.service import Service
+from tsqp.server.under_way import found_endpoint
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
@@ -24,7 +25,7 @@ def routes(service: Service) -> list[Route]:
     """All of them."""
 
     def route(method: str, path: str, endpoint: Endpoint) -> Route:
-        return Route(path, _answering(service, endpoint), methods=[method])
+        return Route(path, _answering(service, path, endpoint), methods=[method])
 
     return [
         route("POST", "/v1/chat/completions", chat.create),
@@ -37,10 +38,11 @@ def routes(service: Service) -> list[Route]:
     ]
 
 
-def _answering(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint with errors as answers, and with the headers that each answer has."""
+def _answering(service: Service, path: str, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint with errors as answers, and with the headers that each answer has. ``path``: of its route."""
 
     async def answer(request: Request) -> Response:
+        found_endpoint(path)
         try:
             response = await endpoint(service, request)
         except ClientDisconnect:

@@ -17,9 +17,11 @@ from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.config.worker_options import parse_worker_options
 from tsqp.cores import cores
 from tsqp.errors import InputError, OptionError, TsqpError
+from tsqp.service_manager import READY, STOPPING, notify
 from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
+    from tsqp.wire.channel import Listener
     from tsqp.wire.transport.keys import WorkerKeys
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -92,10 +94,16 @@ def serve(options: argparse.Namespace) -> None:
         worker = Worker(store, calls)
         worker.prepare(numeric_path(dtype))  # any other path when a client asks for it
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: listener.interrupt())
+            signal.signal(number, lambda *_: _told_to_end(listener))
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
         log.info("%s on %s in %s, listening on %s", options.model, device, dtype, listener.address)
+        notify(READY, f"STATUS=listening on {listener.address}")
         worker.serve(listener)
+
+
+def _told_to_end(listener: Listener) -> None:
+    notify(STOPPING)
+    listener.interrupt()
 
 
 def worker_keys(options: argparse.Namespace) -> WorkerKeys | None:

@@ -6,7 +6,7 @@ import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tsqp.server.discreet import told
+from tsqp.server.discreet import about, told
 from tsqp.server.errors import ApiError
 
 log = logging.getLogger("tsqp.server")
@@ -36,12 +36,12 @@ class Faults:
         except Exception as error:
             if complete:
                 return  # Starlette raises again what it has answered
-            answer = error if isinstance(error, ApiError) else _unexpected(scope, error)
+            answer = error if isinstance(error, ApiError) else _unexpected(error)
             if begun:
                 raise AnswerCutShort from None
             await answer.response()(scope, receive, send)
 
 
-def _unexpected(scope: Scope, error: Exception) -> ApiError:
-    log.error("request %s: %s", scope.get("state", {}).get("request_id"), told(error))
+def _unexpected(error: Exception) -> ApiError:
+    log.error("a request failed: %s", told(error), extra=about("request_failed", error, 500))
     return ApiError(500, "something went wrong in the server", kind="server_error", code="internal_error")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tsqp.server.under_way import begin_request
+
 SECURITY = {
     "x-content-type-options": "nosniff",  # an answer is never taken for a page or a script
     "cache-control": "no-store",
@@ -35,6 +37,7 @@ class AnswerHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ours = f"req_{secrets.token_hex(16)}"
         scope.setdefault("state", {})["request_id"] = ours
+        begin_request(ours)
         theirs = Headers(scope=scope).get("x-request-id", "")
         shown = theirs if _CLEAN_ID.fullmatch(theirs) else ours
 
