@@ -34,6 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 BURST = 200  # requests between two looks
 AT_ONCE = 16
+LEAST_LOOKS = 4  # fewer do not tell what grows
 IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
 GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
@@ -68,7 +69,7 @@ class Report:
 
 def growth(looks: Sequence[Look]) -> list[str]:
     """What grew between the second quarter of the looks and the last one."""
-    if len(looks) < 4:
+    if len(looks) < LEAST_LOOKS:
         return [f"{len(looks)} looks are too few to tell: let it run longer"]
     quarter = len(looks) // 4
     early, late = looks[quarter : 2 * quarter], looks[-quarter:]
@@ -244,14 +245,19 @@ async def soak(
     kills: int = 0,
     seed: int = 1,
 ) -> Report:
-    """Bursts for ``seconds`` at least, and until ``given_up`` requests were given up; ``kills`` of workers in each."""
+    """Bursts for ``seconds`` and ``LEAST_LOOKS`` at least, and until ``given_up`` requests were given up.
+
+    ``kills``: of the worker, in each burst.
+    """
     report, dice = Report(), random.Random(seed)
     until = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=AT_ONCE)
     async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
         traffic = Traffic(client, model, seed, report.outcomes)
         while (
-            time.monotonic() < until or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
+            time.monotonic() < until
+            or len(report.looks) < LEAST_LOOKS
+            or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
         ):
             places, one_kill = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
             moments = set(dice.sample(range(BURST), kills))  # of a kill: when so many requests have begun
