@@ -1,11 +1,13 @@
 """A server under many requests for a while, most of them given up or wrong: nothing that it holds may grow.
 
-    python -m benchmarks.soak [--minutes 30] [--model default] [--protection masked]
+    python -m benchmarks.soak [--minutes 30] [--model default] [--protection masked] [--kills 1]
 
 Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
 requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
 the server is idle, and is looked at: its own memory (RssAnon), descriptors, threads, segments of shared memory, and its
-metrics, which must add up. Exit code 1, and a line for each, where something grew or does not add up.
+metrics, which must add up. With ``--kills`` the worker is killed so many times in each burst, under whatever runs: no
+stream may show it, and losses and reconnects must be as many as the kills. Exit code 1, and a line for each, where
+something grew or does not add up.
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 BURST = 200  # requests between two looks
 AT_ONCE = 16
+LEAST_LOOKS = 4  # fewer do not tell what grows
 IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
 GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
@@ -53,6 +58,7 @@ class Report:
     """What was asked, how it ended, and what was found at each look."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    kills: int = 0
     looks: list[Look] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -63,7 +69,7 @@ class Report:
 
 def growth(looks: Sequence[Look]) -> list[str]:
     """What grew between the second quarter of the looks and the last one."""
-    if len(looks) < 4:
+    if len(looks) < LEAST_LOOKS:
         return [f"{len(looks)} looks are too few to tell: let it run longer"]
     quarter = len(looks) // 4
     early, late = looks[quarter : 2 * quarter], looks[-quarter:]
@@ -196,43 +202,95 @@ def inconsistent(metrics: Metrics) -> list[str]:
     return found
 
 
+def workers_of(pid: int) -> list[int]:
+    """The processes that a server has started, whichever of its threads has."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+async def kill_worker(client: httpx.AsyncClient, metrics_address: str, pid: int, kills: int) -> list[str]:
+    """Kill the worker once it is there, and wait until that is counted; ``kills`` were before. What went wrong."""
+    until, killed = time.monotonic() + IDLE_LIMIT_S, False
+    while time.monotonic() < until:
+        metrics = await metrics_of(client, metrics_address)
+        if killed and metrics["tsqp:worker_losses_total"] > kills:
+            return []
+        if not killed and metrics["tsqp:worker_up"] and metrics["tsqp:worker_losses_total"] == kills:
+            for worker in workers_of(pid):
+                os.kill(worker, signal.SIGKILL)
+            killed = True
+        await asyncio.sleep(0.02)
+    return [f"{'no loss was counted' if killed else 'there was no worker'} for {IDLE_LIMIT_S:.0f} s"]
+
+
+def miscounted(metrics: Metrics, kills: int) -> list[str]:
+    """What an idle server counts wrongly of its workers, when so many were killed and nobody cheated."""
+    losses, reconnects = (metrics.get(f"tsqp:worker_{name}_total", 0.0) for name in ("losses", "reconnects"))
+    told = f"{kills} kills, {losses:.0f} losses, {reconnects:.0f} reconnects"
+    found = [] if losses == reconnects == kills else [told]
+    return found + (["a check has failed"] if metrics.get("tsqp:failed_checks_total") else [])
+
+
 async def soak(
-    address: str, metrics_address: str, pid: int, model: str, *, seconds: float = 0.0, given_up: int = 0, seed: int = 1
+    address: str,
+    metrics_address: str,
+    pid: int,
+    model: str,
+    *,
+    seconds: float = 0.0,
+    given_up: int = 0,
+    kills: int = 0,
+    seed: int = 1,
 ) -> Report:
-    """Bursts for ``seconds`` at least, and until ``given_up`` requests at least were given up."""
-    report = Report()
+    """Bursts for ``seconds`` and ``LEAST_LOOKS`` at least, and until ``given_up`` requests were given up.
+
+    ``kills``: of the worker, in each burst.
+    """
+    report, dice = Report(), random.Random(seed)
     until = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=AT_ONCE)
     async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
         traffic = Traffic(client, model, seed, report.outcomes)
         while (
-            time.monotonic() < until or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
+            time.monotonic() < until
+            or len(report.looks) < LEAST_LOOKS
+            or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
         ):
-            places = asyncio.Semaphore(AT_ONCE)
+            places, one_kill = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+            moments = set(dice.sample(range(BURST), kills))  # of a kill: when so many requests have begun
 
-            async def placed(places: asyncio.Semaphore = places) -> None:
+            async def placed(places: asyncio.Semaphore, one_kill: asyncio.Lock, kill: bool) -> None:
                 async with places:
+                    if kill:
+                        async with one_kill:
+                            report.faults += await kill_worker(client, metrics_address, pid, report.kills)
+                            report.kills += 1
                     await traffic.one()
 
-            await asyncio.gather(*(placed() for _ in range(BURST)))
+            await asyncio.gather(*(placed(places, one_kill, number in moments) for number in range(BURST)))
             report.faults += inconsistent(await metrics_of(client, metrics_address))
-            report.faults += await idle(client, metrics_address)
+            report.faults += await idle(client, metrics_address, report.kills)
             report.looks.append(look_at(pid))
             if report.faults:
                 break
     return report
 
 
-async def idle(client: httpx.AsyncClient, metrics_address: str) -> list[str]:
-    """Wait until nothing runs or waits; what was found instead, after ``IDLE_LIMIT_S``."""
+async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> list[str]:
+    """Wait until nothing runs or waits and a worker is there; what was found instead, after ``IDLE_LIMIT_S``."""
     until = time.monotonic() + IDLE_LIMIT_S
     while True:
         metrics = await metrics_of(client, metrics_address)
         busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
-        if not busy:
+        of_workers = miscounted(metrics, kills)
+        if not busy and not of_workers and metrics.get("tsqp:worker_up", 1.0):
             return inconsistent(metrics)
         if time.monotonic() > until:
-            return [f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients"]
+            told = f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients, or no worker is"
+            return [told, *of_workers]
         await asyncio.sleep(0.02)
 
 
@@ -255,6 +313,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--model", default="default")
     parser.add_argument("--protection", default="masked")
+    parser.add_argument("--kills", type=int, default=0, help="kills of the worker in each burst")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with server("--model", options.model, "--protection", options.protection) as (ready, pid):
@@ -264,11 +323,14 @@ def main() -> None:
             pid,
             ready["model"],
             seconds=60 * options.minutes,
+            kills=options.kills,
             seed=options.seed,
         )
         report = asyncio.run(running)
     for outcome, count in sorted(report.outcomes.items()):
         print(f"{count:8d} {outcome}")
+    if options.kills:
+        print(f"{report.kills:8d} kills of the worker")
     for look in report.looks[:: max(1, len(report.looks) // 20)]:
         print(look)
     if wrong := report.verdict():

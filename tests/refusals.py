@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "worker.deadline_s": (5.0, ("5",)),
     "worker.patience_s": (5.0, ("5",)),
     "worker.arena_bytes": (1 << 28, ("256MiB",)),
+    "worker.user": ("root", ("root",)),
     "worker.key": (Path("x"), ("x",)),
     "worker.server_key": (Path("x"), ("x",)),
     "worker.insecure_plain_tcp": (True, ()),
@@ -98,6 +99,10 @@ OCCASIONS: dict[str, list[tuple[RunConfig, tuple[str, ...]]]] = {
         (RunConfig(protection="open"), ()),
         (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x")),
     ],
+    "there is no worker with an shm address": [
+        (RunConfig(protection="open"), ()),
+        (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x")),
+    ],
     "neither worker nor dealer is reached by shm": [
         (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x"))
     ],
@@ -130,7 +135,7 @@ def unused() -> list[tuple[Unused, Refused]]:
 def words(name: str) -> tuple[str, ...]:
     """The flag of an option, and what follows it."""
     names = {"address": "worker", "compiled": "compile", "deadline_s": "deadline", "server_key": "worker-key"}
-    names |= {"patience_s": "worker-patience"}
+    names |= {"patience_s": "worker-patience", "user": "worker-user"}
     names |= {"compiled_kernels": "no-compiled-kernels", "compiled_step": "no-compiled-step", "arena_bytes": "arena"}
     last = name.rpartition(".")[2]
     return (f"--{names.get(last, last.replace('_', '-'))}", *SAMPLES[name][1])

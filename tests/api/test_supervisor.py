@@ -140,6 +140,33 @@ def test_patience_is_counted_from_the_last_pass_and_not_from_the_last_connection
     assert len(seen.links.made) > 3
 
 
+def test_pauses_are_counted_with_their_time() -> None:
+    seen = scene("a", patience_s=10.0)
+    assert (seen.supervisor.state().pauses, seen.supervisor.state().paused_s) == (0, 0.0)
+    seen.places[0].down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    seen.clock.now += 100.0  # nobody asks, so nobody waits
+    state = seen.supervisor.state()
+    assert state.pauses == 1
+    assert state.paused_s == pytest.approx(10.0)
+    during: list[float] = []
+
+    def back_after_a_while() -> None:
+        seen.clock.now += 3.0
+        during.append(seen.supervisor.state().paused_s)
+        seen.places[0].down = None
+
+    seen.places[0].prepare = back_after_a_while
+    assert seen.decoder() == "decoder 1"
+    seen.clock.now += 100.0
+    state = seen.supervisor.state()
+    assert state.pauses == 2
+    assert state.paused_s == pytest.approx(13.0)
+    assert during == [pytest.approx(13.0)]
+
+
 def test_a_pass_ends_the_outage() -> None:
     seen = scene("a", patience_s=10.0)
     for _ in range(100):

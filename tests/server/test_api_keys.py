@@ -35,8 +35,9 @@ def test_a_file_has_no_key(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_missing_is_made_for_this_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "keys" / "api"
-    add_line(path, line_for("alice", new_key()))
-    assert KeyFile(path).names == {"alice"}
+    key = new_key()
+    add_line(path, line_for("alice", key))
+    assert KeyFile(path).tenant_of(key) == "alice"
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 

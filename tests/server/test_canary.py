@@ -15,6 +15,7 @@ from tests.commands import LIMIT_S, Home
 from tests.families import tiny_model
 from tests.server.process import serving
 from tsqp.server.api_keys import add_line, line_for, new_key
+from tsqp.server.json_log import Line
 
 CANARY = "xylophone7f3a"
 COMPLETION: dict[str, Any] = {"model": "llama", "prompt": f"{CANARY} fox", "max_tokens": 4}
@@ -40,10 +41,12 @@ BAD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.slow
-def test_the_canary_is_in_no_log_metric_or_error(home: Home, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_canary_is_in_no_log_metric_or_error(home: Home, tmp_path: Path, form: str) -> None:
     key = new_key()
     add_line(tmp_path / "keys", line_for(f"tenant-{CANARY}", key))
-    options = ("--model", tiny_model("llama").directory, "--protection", "verified", "--served-model-name", "llama")
+    model = ("--model", tiny_model("llama").directory, "--served-model-name", "llama")
+    options = (*model, "--protection", "verified", "--log-format", form)
     with serving(home, *options, "--port", 0, "--metrics-port", 0, "--api-keys", tmp_path / "keys") as server:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         with httpx.Client(base_url=server.address, headers=headers, timeout=LIMIT_S) as client:
@@ -76,7 +79,18 @@ def test_the_canary_is_in_no_log_metric_or_error(home: Home, tmp_path: Path) -> 
     for word in (CANARY, key, key.removeprefix("tsqp-")):
         assert word not in written + metrics + printed
     assert "/v1/completions" not in written
+    if form == "json":
+        check_lines(server.log)
     assert home.leftovers() == []
+
+
+def check_lines(log: list[str]) -> None:
+    """The whole of standard error is objects, one a line, also what is said of the start."""
+    lines = [json.loads(line) for line in log]
+    events = [line["event"] for line in lines]
+    assert {"starting", "ready", "draining"} <= set(events)
+    assert events.index("starting") < events.index("ready") < events.index("draining")
+    assert {name for line in lines for name in line} <= set(Line.__struct_fields__)
 
 
 def raw(address: str, text: str) -> None:

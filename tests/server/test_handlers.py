@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from tests.server.serving import NAME, Script, client_of, service_of
 from tsqp import errors
+from tsqp.server.discreet import DiscreetFormatter
 from tsqp.server.errors import ApiError
 from tsqp.server.handlers import translated
 
@@ -41,7 +42,7 @@ FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/
     ],
 )
 def test_a_class_has_its_status_and_a_constant_text(error: Exception, status: int, retry: bool) -> None:
-    told = translated(error, "req_1")
+    told = translated(error)
     assert told.status == status
     assert ("retry-after" in told.headers, told.headers["x-should-retry"]) == (retry, str(retry).lower())
     assert SECRET not in told.encode().decode()
@@ -49,18 +50,18 @@ def test_a_class_has_its_status_and_a_constant_text(error: Exception, status: in
 
 
 def test_what_the_package_says_of_an_option_is_told_with_its_name_in_the_api() -> None:
-    told = translated(errors.OptionError("structured_outputs must be so", fields=("structured_outputs",)), "req_1")
+    told = translated(errors.OptionError("structured_outputs must be so", fields=("structured_outputs",)))
     assert (told.status, told.body.message, told.body.param) == (400, "response_format must be so", "response_format")
-    told = translated(errors.InputError("compute.kv_memory is 5", fields=("compute.kv_memory",)), "req_1")
+    told = translated(errors.InputError("compute.kv_memory is 5", fields=("compute.kv_memory",)))
     assert (told.status, told.body.param, told.body.code) == (400, "max_tokens", "context_length_exceeded")
     assert "kv_memory" not in told.body.message
-    told = translated(errors.PromptError("the template refuses this"), "req_1")
+    told = translated(errors.PromptError("the template refuses this"))
     assert (told.status, told.body.message, told.body.param) == (400, "the template refuses this", None)
 
 
 def test_an_error_is_itself_and_never_longer_than_it_may_be() -> None:
     error = ApiError(400, "é" * 100_000, param="x")
-    assert translated(error, "req_1") is error
+    assert translated(error) is error
     assert len(error.encode()) <= 4096
 
 
@@ -69,8 +70,8 @@ def test_the_log_has_the_class_and_the_place_of_what_nobody_expected(caplog: pyt
         try:
             raise ZeroDivisionError(SECRET)
         except ZeroDivisionError as error:
-            translated(error, "req_1")
-    assert "request req_1 failed: ZeroDivisionError at test_handlers.py" in caplog.text
+            translated(error)
+    assert "a request failed: ZeroDivisionError at test_handlers.py" in caplog.text
     assert SECRET not in caplog.text
 
 
@@ -80,6 +81,8 @@ def test_the_log_has_the_class_and_the_place_of_what_nobody_expected(caplog: pyt
 def test_the_log_and_the_answer_have_one_id_of_what_nobody_expected(
     path: str, begun: bool, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.handler.setFormatter(DiscreetFormatter())
+
     async def test() -> tuple[str, str]:
         given: dict[str, Any] = {"messages": [{"role": "user", "content": SECRET}], "prompt": SECRET, "input": SECRET}
         body = {"model": NAME, "stream": stream, FIELDS[path]: given[FIELDS[path]]}
@@ -91,9 +94,8 @@ def test_the_log_and_the_answer_have_one_id_of_what_nobody_expected(
     number, text = asyncio.run(test())
     assert "the server has failed" in text
     assert "internal_error" in text
-    assert [record.getMessage().partition(" at ")[0] for record in caplog.records] == [
-        f"request {number} failed: ValueError"
-    ]
+    (line,) = caplog.text.splitlines()
+    assert f" tsqp.server: {number}: a request failed: ValueError at " in line
     assert re.fullmatch("req_[0-9a-f]{32}", number)
     assert SECRET not in text + caplog.text
 

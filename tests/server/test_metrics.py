@@ -133,12 +133,15 @@ def test_what_endpoints_tell_is_there(meters: PrometheusMeters) -> None:
 
 
 def test_losses_and_cheats_show(meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = worker_state("reconnecting", losses=5, reconnects=4, failed_checks=3, expelled={"tcp://canary:1": "canary"})
+    expelled = {"tcp://canary:1": "canary"}
+    figures = {"losses": 5, "reconnects": 4, "pauses": 2, "failed_checks": 3}
+    state = worker_state("reconnecting", **figures, paused_s=1.5, expelled=expelled)
     monkeypatch.setattr(AsyncLLM, "worker_state", state)
     page = meters.page()
     found = samples(page)
     assert (found["tsqp:worker_up",], found["tsqp:workers_expelled",]) == (0, 1)
     assert (found["tsqp:worker_losses_total",], found["tsqp:worker_reconnects_total",]) == (5, 4)
+    assert (found["tsqp:pauses_total",], found["tsqp:paused_seconds_total",]) == (2, 1.5)
     assert found["tsqp:failed_checks_total",] == 3
     assert b"canary" not in page
 

@@ -75,7 +75,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     codes: list[int] = []
-    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda _: None)
     monkeypatch.setattr(Running, "_end_at_once", lambda _, code: codes.append(code))
     llm, gate = LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")), threading.Event()
     gate.set()
@@ -270,7 +270,7 @@ def test_a_socket_in_the_file_system(server: Server, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped, going on, killed with nobody to wait for: each shows, and none keeps the server from ending."""
-    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda _: None)
     monkeypatch.setattr(Running, "_end_at_once", lambda _, code: None)
     llm = LLM(MODEL, protection="verified", worker=WorkerConfig(patience_s=0))
     worker = llm.worker_pid

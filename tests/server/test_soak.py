@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from benchmarks.soak import Look, growth, inconsistent, soak
+from benchmarks.soak import Look, growth, inconsistent, miscounted, soak
 
 from tests.commands import Home
 from tests.server.chat_model import chat_model
@@ -16,15 +16,16 @@ SOAK_S = 60.0
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_nothing_grows_and_all_adds_up(home: Home) -> None:
+def test_nothing_grows_and_all_adds_up_though_workers_are_killed(home: Home) -> None:
     options = ("--model", chat_model(), "--port", 0, "--metrics-port", 0, "--kv-memory", "2MiB")
     with serving(home, *options) as server:
         assert server.metrics_address is not None
         pid = server.process.pid
         report = asyncio.run(
-            soak(f"{server.address}/v1", server.metrics_address, pid, chat_model().name, seconds=SOAK_S)
+            soak(f"{server.address}/v1", server.metrics_address, pid, chat_model().name, seconds=SOAK_S, kills=1)
         )
         assert report.verdict() == []
+        assert report.kills == len(report.looks)
         assert set(report.outcomes) == {"answers", "refusals", "requests dropped", "streams left", "streams read"}
 
 
@@ -48,3 +49,11 @@ def test_what_does_not_add_up_is_told() -> None:
     assert inconsistent(right) == []
     assert len(inconsistent({**right, "tsqp:requests_added_total": 11.0})) == 1
     assert inconsistent({**right, "vllm:num_requests_waiting": -2.0, "tsqp:requests_added_total": 6.0})
+
+
+def test_a_kill_that_is_not_counted_and_a_check_that_fails_are_told() -> None:
+    right = {"tsqp:worker_losses_total": 2.0, "tsqp:worker_reconnects_total": 2.0, "tsqp:failed_checks_total": 0.0}
+    assert miscounted(right, 2) == miscounted({}, 0) == []
+    for wrong in ({"tsqp:worker_losses_total": 1.0}, {"tsqp:worker_reconnects_total": 3.0}):
+        assert miscounted({**right, **wrong}, 2)
+    assert miscounted({**right, "tsqp:failed_checks_total": 1.0}, 2) == ["a check has failed"]

@@ -12,8 +12,11 @@ def worker_state(
     *,
     losses: int = 0,
     reconnects: int = 0,
+    pauses: int = 0,
+    paused_s: float = 0.0,
     failed_checks: int = 0,
     expelled: dict[str, str] | None = None,
 ) -> WorkerState:
     """A state with these figures."""
-    return WorkerState(state, 0.0, "shm:///x", losses, reconnects, failed_checks, expelled or {}, None)
+    expelled = expelled or {}
+    return WorkerState(state, 0.0, "shm:///x", losses, reconnects, pauses, paused_s, failed_checks, expelled, None)

@@ -36,7 +36,7 @@ from tsqp.wire.transport.shm.packets import (
     encode_request,
 )
 from tsqp.wire.transport.shm.segment import MAX_ARENA_BYTES
-from tsqp.wire.transport.shm.unix import is_own_process
+from tsqp.wire.transport.shm.unix import user_of
 
 pack = msgspec.msgpack.encode
 
@@ -399,12 +399,10 @@ def test_a_client_that_never_opens_does_not_stop_the_others(listener: Listener) 
 # Other users, other processes
 
 
-def test_the_kernel_says_who_is_at_the_other_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_says_who_is_at_the_other_end() -> None:
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
-        assert is_own_process(one)
-        monkeypatch.setattr(os, "geteuid", lambda: 12_345)
-        assert not is_own_process(one)
+        assert user_of(one) == user_of(other) == os.geteuid()
 
 
 STRANGER = """

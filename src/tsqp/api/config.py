@@ -82,6 +82,9 @@ class WorkerConfig:
         "leave, at most 4GiB, when not given.",
         size=True,
     )
+    user: str | None = _connection(
+        None, "The user that a worker at an shm address runs as, by name or number; this one when not given."
+    )
     key: Path | None = _connection(None, "This side's secret key file, for a worker or a dealer by tcp.")
     server_key: Path | None = _connection(None, "The worker's public key file, for tcp.")
     insecure_plain_tcp: bool = _connection(

@@ -31,8 +31,9 @@ class Connect(Protocol):
         security: ClientKeys | None = None,
         insecure_plain_tcp: bool = False,
         arena_bytes: int | None = None,
+        user: int | None = None,
     ) -> Channel:
-        """``arena_bytes`` is given for shm alone. Raises ChannelError."""
+        """``arena_bytes`` and ``user`` are given for shm alone. Raises ChannelError."""
         ...
 
 

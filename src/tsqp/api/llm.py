@@ -32,6 +32,7 @@ from tsqp.trusted.text.conversation import Messages
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect as connect_to
+from tsqp.wire.transport.users import user_id
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,7 @@ class LLM:
         self._connect = connect
         self._limits = limits
         self._security = client_keys(run.worker.key, run.worker.server_key)
+        self._worker_user = None if run.worker.user is None else user_id(run.worker.user, "worker.user")
         if announce is not None:
             announce(self.plan)
         if self.plan.protection.checked and not harden_process().undumpable:
@@ -158,6 +160,7 @@ class LLM:
             security=self._security if tcp else None,
             insecure_plain_tcp=worker.insecure_plain_tcp and tcp,
             arena_bytes=arena_for(address, worker.arena_bytes, pid),
+            user=self._worker_user if address.startswith("shm://") else None,
         )
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:

@@ -192,6 +192,11 @@ UNUSED = (
         lambda of: of.split and not of.over("tcp://"),
     ),
     Unused(
+        "there is no worker with an shm address",
+        ("worker.user",),
+        lambda of: of.split and not of.worker_over("shm://"),
+    ),
+    Unused(
         "neither worker nor dealer is reached by shm",
         ("worker.arena_bytes",),
         lambda of: of.split and bool(of.workers) and not of.over("shm://"),

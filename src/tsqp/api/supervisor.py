@@ -75,7 +75,9 @@ class Supervisor:
         self._given_up = self._mending = False
         self._error: str | None = None
         self._tried = 0  # connections since the loss
-        self._losses = self._reconnects = self._failed_checks = 0
+        self._losses = self._reconnects = self._failed_checks = self._pauses = 0
+        self._paused_since: float | None = None
+        self._paused_s = 0.0  # in pauses that are over
         self._since = clock()
         self._attempt: Attempt | None = None  # the last one
         self._stop = threading.Event()
@@ -96,7 +98,7 @@ class Supervisor:
                 place.leave()
                 if number == len(self._places) - 1:
                     raise told from None
-                log.warning("worker %s cannot be had: %s", place.name, told)
+                log.warning("worker %s cannot be had: %s", place.name, told, extra={"event": "worker_unreachable"})
         raise ChannelClosed("no worker was named")
 
     @property
@@ -114,7 +116,10 @@ class Supervisor:
             self._judge(link, link.ended)
         self._mending = True  # until it is done: an interrupt leaves a link that is not ready
         with self._at_work:
-            link = self._mended()
+            try:
+                link = self._mended()
+            finally:
+                self._end_pause()
         self._mending = False
         return link.decoder
 
@@ -147,7 +152,7 @@ class Supervisor:
 
     def state(self) -> WorkerState:
         """How it is now. Any thread may ask."""
-        link, verdict = self._link, self._verdict()
+        link, verdict, paused_since = self._link, self._verdict(), self._paused_since
         ready = link is not None and link.ended is None and not self._mending
         failed = verdict is not None or self._given_up or (not ready and not self._patience_s)
         error = None if ready else (self._error if verdict is None else str(verdict))
@@ -157,6 +162,8 @@ class Supervisor:
             self._place.name if link is None else self._address(link),
             self._losses,
             self._reconnects,
+            self._pauses,
+            self._paused_s + (0.0 if paused_since is None else self._clock() - paused_since),
             self._failed_checks,
             {name: str(reason) for name, reason in list(self._expelled.items())},
             error,
@@ -165,7 +172,7 @@ class Supervisor:
     def readmit(self, name: str) -> None:
         """An operator says that a place may be asked again: a new guess at new secrets for whoever is there."""
         if self._expelled.pop(name, None) is not None:
-            log.warning("worker %s is admitted again", name)
+            log.warning("worker %s is admitted again", name, extra={"event": "worker_readmitted"})
 
     def stop(self) -> None:
         """Whoever waits for a worker waits no longer, and no further link is made. Any thread may call it."""
@@ -203,11 +210,12 @@ class Supervisor:
         self._failed_checks += isinstance(error, CheckFailed)
         if of_pads and isinstance(error, CHEATS):
             self._broken_pads = error  # the dealer, or this machine: nobody else makes pads
-            log.error("no more pads are made, and nothing more is asked: %s", error)
+            text = "no more pads are made, and nothing more is asked: %s"
+            log.error(text, error, extra={"event": "pads_broken"})
         elif isinstance(error, CHEATS):
             self._expelled[place.name] = error
             self._left.append(place)
-            log.error("worker %s is expelled: %s", place.name, error)
+            log.error("worker %s is expelled: %s", place.name, error, extra={"event": "worker_expelled"})
         else:
             self._losses += 1
             self._lost_at = self._clock() if self._lost_at is None else self._lost_at
@@ -215,8 +223,21 @@ class Supervisor:
                 error = place.explained(error)
                 if not isinstance(error, ChannelClosed):  # given up on this side, by an interrupt: the worker is well
                     self._left.append(place)
-            log.warning("%s; another worker is waited for, at most %g s", error, self._patience_s)
+            text = "%s; another worker is waited for, at most %g s"
+            log.warning(text, error, self._patience_s, extra={"event": "worker_lost"})
         self._error = str(error)
+
+    def _begin_pause(self) -> None:
+        """Somebody waits for a worker."""
+        if self._paused_since is None:
+            self._pauses += 1
+            self._paused_since = self._clock()
+
+    def _end_pause(self) -> None:
+        """There is a worker, or nobody waits any longer."""
+        since, self._paused_since = self._paused_since, None
+        if since is not None:
+            self._paused_s += self._clock() - since
 
     def _verdict(self) -> ChannelError | None:
         """Why nobody is left to ask; None where somebody is."""
@@ -242,6 +263,7 @@ class Supervisor:
             verdict = self._verdict()
             if verdict is not None:
                 raise verdict.with_traceback(None)  # the frames of the pass that failed are not kept
+            self._begin_pause()
             if self._lost_at is None:  # after a failed check, or after giving up
                 self._lost_at = self._clock()
             left = self._lost_at + self._patience_s - self._clock()
@@ -285,7 +307,8 @@ class Supervisor:
         with suppress(OSError):  # the session is there; a spare may come another time
             place.settled()
         self._reconnects += 1
-        log.info("worker %s is there, after %.1f s", place.name, self._clock() - self._since)
+        after_s = self._clock() - self._since
+        log.info("worker %s is there, after %.1f s", place.name, after_s, extra={"event": "worker_back"})
         self._since = self._clock()
         return link
 
@@ -301,13 +324,13 @@ class Supervisor:
         if not (isinstance(error, ChannelError) and error.side == "dealer"):
             place.leave()
             self._next_turn()
-        log.info("worker %s cannot be had: %s", place.name, self._error)
+        log.info("worker %s cannot be had: %s", place.name, self._error, extra={"event": "worker_unreachable"})
 
     def _gave_up(self) -> TsqpError:
         """Patience is over. Whatever is asked next begins anew."""
         self._given_up, self._lost_at, self._tried, self._since = True, None, 0, self._clock()
         error = WorkerLost(f"no worker within {self._patience_s:g} s: {self._error}")
-        log.error("%s; all requests end", error)
+        log.error("%s; all requests end", error, extra={"event": "patience_over"})
         return error
 
     def _adopt(self, link: Link) -> Link:

@@ -11,8 +11,9 @@ class WorkerState:
     """``state``: ``ready``; ``reconnecting``, requests wait; or ``failed``, they end with ``error``.
 
     ``since_s``: how long it has been so, in seconds. ``address``: of the worker in use or the last one; ``losses``: of
-    sessions; ``reconnects``: sessions after the first; ``failed_checks``: by workers and dealers. ``expelled``: the
-    names of those that nothing is asked of any more, with what they did.
+    sessions; ``reconnects``: sessions after the first; ``pauses``, ``paused_s``: how often, and for how
+    many seconds in all, a worker was waited for; ``failed_checks``: by workers and dealers. ``expelled``: the names of
+    those that nothing is asked of any more, with what they did.
     """
 
     state: Literal["ready", "reconnecting", "failed"]
@@ -20,6 +21,8 @@ class WorkerState:
     address: str
     losses: int
     reconnects: int
+    pauses: int
+    paused_s: float
     failed_checks: int
     expelled: dict[str, str]
     error: str | None

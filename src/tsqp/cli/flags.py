@@ -32,6 +32,7 @@ NAMES = {
     "patience_s": "--worker-patience",
     "server_key": "--worker-key",
     "stop_token_ids": "--stop-token",
+    "user": "--worker-user",
 }
 SHORT = {"model": "-m", "max_tokens": "-n"}
 HEADINGS = {"model": MODEL, "privacy": PRIVACY, "pads": PADS, "connection": CONNECTION, "sampling": SAMPLING}

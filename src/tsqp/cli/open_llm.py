@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tsqp.api.config import RunConfig
@@ -13,15 +15,25 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.limits import Limits
 
 
-def open_llm(run: RunConfig, limits: Limits | None = None) -> LLM:
-    """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
+def open_llm(run: RunConfig, limits: Limits | None = None, tell: Callable[[str], None] | None = None) -> LLM:
+    """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``.
+
+    ``tell`` is given each line about the start; without it they go to standard error.
+    """
     from rich.console import Console
 
     from tsqp.api.llm import LLM
-    from tsqp.cli.pads_bar import pads_bar
+    from tsqp.cli.pads_bar import pads_bar, pads_lines
 
+    if tell is not None:
+        return LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits)
     with pads_bar(Console(stderr=True)) as progress:
         return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits)
+
+
+def _tell_mode(tell: Callable[[str], None], plan: Plan) -> None:
+    for line, _ in mode_lines(plan):
+        tell(line)
 
 
 def _state_mode(plan: Plan) -> None:

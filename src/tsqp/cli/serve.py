@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 
@@ -83,6 +85,10 @@ class ServeOptions:
         int | None, _server("metrics-port", "Show metrics for Prometheus on this port, without keys; 0 for a free one.")
     ] = None
     metrics_host: Annotated[str, _server("metrics-host", "The address of the metrics.")] = "127.0.0.1"
+    log_format: Annotated[
+        Literal["text", "json"],
+        _server("log-format", "How the log on standard error is written: lines for people, or one JSON object a line."),
+    ] = "text"
     strict_params: Annotated[
         bool, _server("strict-params", "Refuse fields of requests that are unknown, in place of naming them.")
     ] = False
@@ -120,22 +126,37 @@ def serve(
     from tsqp.server.run import serve as serve_until_told
 
     listening, settings, names = _listening(server), _settings(server), _names(server, run.model)
+    log = logging.getLogger("tsqp.server")
+    logged = server.log_format == "json"  # then nothing else may be written among the lines
 
     def open_model() -> LLM:
         from tsqp.cli.open_llm import open_llm
 
-        return open_llm(run, limits=Limits(running=server.max_running, waiting=server.max_waiting))
+        limits = Limits(running=server.max_running, waiting=server.max_waiting)
+        tell = partial(log.info, "%s", extra={"event": "starting"}) if logged else None
+        return open_llm(run, limits, tell)
 
     def announce(ready: Ready) -> None:
         told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
         more = "" if ready.metrics_address is None else f"; metrics at {ready.metrics_address}"
-        sys.stderr.write(f"{told}{more}\n")
-        sys.stderr.flush()
+        if logged:
+            log.info("%s%s", told, more, extra={"event": "ready"})
+        else:
+            sys.stderr.write(f"{told}{more}\n")
+            sys.stderr.flush()
         if json_output:
             sys.stdout.write(json.dumps(ready._asdict()) + "\n")
             sys.stdout.flush()
 
-    serve_until_told(open_model, listening, settings, names=names, api_keys=server.api_keys, announce=announce)
+    serve_until_told(
+        open_model,
+        listening,
+        settings,
+        names=names,
+        api_keys=server.api_keys,
+        log_format=server.log_format,
+        announce=announce,
+    )
 
 
 def api_key(

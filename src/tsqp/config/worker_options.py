@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     def option(self, flag: str, text: str, *short: str, **more: Any) -> None:
         """One option; its help ends with its variables and its default."""
         notes = [f"env: {', '.join(VARIABLES[flag])}"] if flag in VARIABLES else []
-        notes += [f"default: {more['default']}"] if "default" in more else []
+        notes += [f"default: {more['default']}"] if more.get("default") else []
         self.add_argument(flag, *short, help=" ".join([text, *(f"[{note}]" for note in notes)]), **more)
 
 
@@ -64,6 +64,13 @@ def parse_worker_options(arguments: Sequence[str]) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         action="append",
+    )
+    parser.option(
+        "--allow-user",
+        "user of this machine, by name or number, who may connect over shm beside this one; may be given again",
+        metavar="USER",
+        action="append",
+        default=[],
     )
     parser.option("--insecure-plain-tcp", "allow tcp off loopback without keys", action="store_true")
     parser.option("--exit-with-stdin", "stop at the end of standard input", action="store_true")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from tsqp.errors import ChannelClosed
-from tsqp.server.guards.headers import request_id_of
 from tsqp.server.meters import Meters, Reason
 from tsqp.server.service import Service
 
@@ -39,8 +38,7 @@ class Answers:
     A context manager: what has not ended then is aborted.
     """
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self) -> None:
         self._under_way: list[_UnderWay] = []
 
     @classmethod
@@ -49,7 +47,7 @@ class Answers:
     ) -> Answers:
         """Put them into the queue: all, or none. Raises as ``AsyncLLM.open``."""
         tenant = getattr(request.state, "tenant", "")
-        answers = cls(request_id_of(request.scope))
+        answers = cls()
         try:
             for one in asked:
                 answer = await service.model.open(one.prompt, one.params, tenant=tenant, salt=salt)

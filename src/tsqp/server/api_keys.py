@@ -72,9 +72,9 @@ class KeyFile:
         try:
             self._hashes = _read(self._path)
         except (InputError, PathRefused) as error:
-            log.error("the API keys were not read again: %s", error)
+            log.error("the API keys were not read again: %s", error, extra={"event": "keys_not_read"})
             return
-        log.info("%d API keys are in force", len(self._hashes))
+        log.info("%d API keys are in force", len(self._hashes), extra={"event": "keys_read"})
 
 
 def add_line(path: Path, line: str) -> None:

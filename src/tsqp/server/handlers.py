@@ -19,7 +19,7 @@ from tsqp.errors import (
     QueueFull,
     UnsupportedModel,
 )
-from tsqp.server.discreet import told
+from tsqp.server.discreet import about, told
 from tsqp.server.errors import ApiError
 
 _log = logging.getLogger("tsqp.server")
@@ -33,7 +33,7 @@ _API_NAMES = {
 }
 
 
-def translated(error: Exception, request_id: str) -> ApiError:
+def translated(error: Exception) -> ApiError:
     """What a client is told. What is the server's own fault is in the log too: the request, the class and the place."""
     match error:
         case ApiError():
@@ -62,16 +62,16 @@ def translated(error: Exception, request_id: str) -> ApiError:
             fields = [_API_NAMES.get(name, name) for name in error.fields]
             text = error.explained(lambda name: _API_NAMES.get(name, name))
             return ApiError(400, text, param=fields[0] if fields else None)
-    _log.error("request %s failed: %s", request_id, told(error))
+    _log.error("a request failed: %s", told(error), extra=about("request_failed", error, 500))
     if isinstance(error, NumericError):
         return ApiError(500, "the model computed numbers that are none", kind="server_error", code="numeric_error")
     text = "the server has failed; its log says why, under the id in the header x-tsqp-request-id"
     return ApiError(500, text, kind="server_error", code="internal_error")
 
 
-def answered(error: Exception, request_id: str) -> Response:
+def answered(error: Exception) -> Response:
     """The whole answer to a request that failed before it had one."""
-    response = translated(error, request_id).response()
+    response = translated(error).response()
     if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         response.headers["allow"] = (error.headers or {}).get("Allow", "")
     return response

@@ -133,6 +133,8 @@ class EngineCollector(Collector):
         yield self._gauge("tsqp:workers_expelled", "Workers that nothing is asked of any more.", len(state.expelled))
         yield self._counter("tsqp:worker_losses", "Sessions with workers that were lost.", state.losses)
         yield self._counter("tsqp:worker_reconnects", "Sessions after the first one.", state.reconnects)
+        yield self._counter("tsqp:pauses", "Times that all answers waited for a worker.", state.pauses)
+        yield self._counter("tsqp:paused_seconds", "Time in which all answers waited for a worker.", state.paused_s)
         yield self._counter("tsqp:failed_checks", "Products that were wrong.", state.failed_checks)
 
     def _of_pads(self) -> Iterator[Metric]:

@@ -80,7 +80,7 @@ class Reply:
                 async for event in events:
                     yield Event(event, event.type)
         except Exception as error:
-            body = translated(error, answers.request_id).body
+            body = translated(error).body
             event = self._event("error", message=body.message, code=body.code, param=body.param, error=body)
             yield Event(event, event.type)
 

@@ -26,16 +26,18 @@ from tsqp.errors import TsqpError
 from tsqp.server.api_keys import KeyFile
 from tsqp.server.app import create_app
 from tsqp.server.connection import Bounds, bounded
-from tsqp.server.discreet import log_of_loop, told, write_logs
+from tsqp.server.discreet import about, log_of_loop, told, write_logs
 from tsqp.server.guards.faults import Faults, exception_handlers
 from tsqp.server.guards.headers import AnswerHeaders
 from tsqp.server.guards.hosts import Hosts, is_wildcard, names_for
+from tsqp.server.json_log import LogFormat, formatter_of
 from tsqp.server.lifecycle import Lifecycle
 from tsqp.server.listening import Listening, bind, bind_unix, port_of
 from tsqp.server.metrics import PrometheusMeters, metrics_route
 from tsqp.server.ready import Ready, fingerprint_of, since_start_s, url
 from tsqp.server.service import Service
 from tsqp.server.settings import ServerSettings
+from tsqp.service_manager import READY, STOPPING, notify
 
 if TYPE_CHECKING:
     from tsqp.api.async_llm import AsyncLLM
@@ -56,6 +58,7 @@ def serve(
     *,
     names: Sequence[str],
     api_keys: Path | None = None,
+    log_format: LogFormat = "text",
     announce: Callable[[Ready], None],
 ) -> None:
     """Serve a model until the process is told to end; returns when everything has ended.
@@ -74,7 +77,7 @@ def serve(
             if listening.metrics_port is None
             else [held.enter_context(one) for one in bind(listening.metrics_host, listening.metrics_port)]
         )
-        write_logs()
+        write_logs(formatter_of(log_format))
         llm = open_llm()
         held.callback(llm.close)
         running = Running(llm, listening, settings, tuple(names), keys)
@@ -139,6 +142,7 @@ class Running:
                 await asyncio.sleep(0.005)
             if not any(task.done() for task in tasks):
                 announce(self._ready(sockets, metrics_sockets, protection))
+                notify(READY, f"STATUS=answering, protection {protection}")
             ends = asyncio.create_task(told_to_end.wait())
             await asyncio.wait([ends, *tasks], return_when=asyncio.FIRST_COMPLETED)
             ends.cancel()
@@ -181,16 +185,17 @@ class Running:
     async def _drain(self, model: AsyncLLM) -> None:
         """Let answers end, then end them, then close the model, unless a worker that is silent keeps it open."""
         self._lifecycle.draining = True
+        notify(STOPPING, "STATUS=letting answers under way end")
         drain_s = self._settings.drain_s
-        log.info("ending: answers under way have %g s", drain_s)
+        log.info("ending: answers under way have %g s", drain_s, extra=about("draining"))
         try:
             async with asyncio.timeout(drain_s + STUCK_S):
                 await model.close(drain_s)
         except TimeoutError:
-            log.error("the worker does not answer: ending without it")
+            log.error("the worker does not answer: ending without it", extra=about("worker_silent"))
             self._end_at_once(EXIT_STUCK)
         except Exception as error:
-            log.error("closing the model: %s", told(error))
+            log.error("closing the model: %s", told(error), extra=about("close_failed", error))
 
     @contextmanager
     def _heeding_signals(self, told_to_end: asyncio.Event) -> Iterator[None]:
@@ -219,7 +224,7 @@ class Running:
             try:
                 self._listening.load_certificate(self._tls)
             except TsqpError as error:
-                log.error("the certificate was not read again: %s", error)
+                log.error("the certificate was not read again: %s", error, extra=about("certificate_not_read"))
 
     def _end_at_once(self, code: int) -> NoReturn:
         """Without waiting for anybody. A worker that was started here, and may be stopped, is killed first."""

@@ -77,7 +77,7 @@ class EventStream(EventSourceResponse):
         end: bytes = DONE,
     ) -> None:
         super().__init__(
-            framed(events, answers.request_id, padding, end),
+            framed(events, padding, end),
             ping=service.settings.keep_alive_s,
             ping_message_factory=_comment,
             shutdown_grace_period=math.inf,
@@ -90,7 +90,7 @@ class EventStream(EventSourceResponse):
 
 
 async def framed(
-    events: AsyncGenerator[Event, None], request_id: str, padding: Padding | None, end: bytes
+    events: AsyncGenerator[Event, None], padding: Padding | None, end: bytes
 ) -> AsyncGenerator[bytes, None]:
     """The bytes of each event; where they fail, an event with the error is the last one and ``end`` does not come."""
     try:
@@ -100,7 +100,7 @@ async def framed(
                 name = b"" if event.name is None else b"event: " + event.name.encode() + b"\r\n"
                 yield name + b"data: " + (data if padding is None else padding(data)) + b"\r\n\r\n"
     except Exception as error:
-        yield b"data: " + translated(error, request_id).encode() + b"\r\n\r\n"
+        yield b"data: " + translated(error).encode() + b"\r\n\r\n"
         return
     if end:
         yield end

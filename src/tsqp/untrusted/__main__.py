@@ -17,9 +17,11 @@ from tsqp.config.dtype import DTYPE_NAMES, ComputeDtype, DtypeName, numeric_path
 from tsqp.config.worker_options import parse_worker_options
 from tsqp.cores import cores
 from tsqp.errors import InputError, OptionError, TsqpError
+from tsqp.service_manager import READY, STOPPING, notify
 from tsqp.untrusted.toolchain import check_compiler
 
 if TYPE_CHECKING:
+    from tsqp.wire.channel import Listener
     from tsqp.wire.transport.keys import WorkerKeys
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -66,6 +68,7 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.untrusted.store import WeightStore
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
+    from tsqp.wire.transport.users import user_id
 
     torch.set_num_threads(options.threads or cores())
     device = pick_device(options.device)
@@ -79,6 +82,7 @@ def serve(options: argparse.Namespace) -> None:
         options.listen or new_shm_address(),
         security=worker_keys(options),
         insecure_plain_tcp=options.insecure_plain_tcp,
+        users=[user_id(name, "allow_user") for name in options.allow_user],
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with ExitStack() as stack:
@@ -90,10 +94,16 @@ def serve(options: argparse.Namespace) -> None:
         worker = Worker(store, calls)
         worker.prepare(numeric_path(dtype))  # any other path when a client asks for it
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: listener.interrupt())
+            signal.signal(number, lambda *_: _told_to_end(listener))
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
         log.info("%s on %s in %s, listening on %s", options.model, device, dtype, listener.address)
+        notify(READY, f"STATUS=listening on {listener.address}")
         worker.serve(listener)
+
+
+def _told_to_end(listener: Listener) -> None:
+    notify(STOPPING)
+    listener.interrupt()
 
 
 def worker_keys(options: argparse.Namespace) -> WorkerKeys | None:

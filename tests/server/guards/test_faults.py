@@ -82,7 +82,7 @@ def test_what_starlette_would_answer_itself_is_left_to_it(endpoint: ASGIApp, cap
     else:
         with pytest.raises(AnswerCutShort):
             ask(app, "/in/")
-    assert [record.getMessage().partition(" at ")[0] for record in caplog.records] == ["request - failed: ValueError"]
+    assert [record.getMessage().partition(" at ")[0] for record in caplog.records] == ["a request failed: ValueError"]
 
 
 def test_a_client_that_has_left_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tsqp.server.guards.headers import request_id_of
 from tsqp.server.handlers import answered
 
 
@@ -37,7 +36,7 @@ class Faults:
         except AnswerCutShort:  # of another of these, further in
             raise
         except Exception as error:
-            answer = answered(error, request_id_of(scope))
+            answer = answered(error)
             if complete:
                 return  # the client has all of it
             if begun:

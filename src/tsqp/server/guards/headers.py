@@ -9,17 +9,14 @@ from collections.abc import Callable, Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tsqp.server.under_way import begin_request
+
 SECURITY = {
     "x-content-type-options": "nosniff",  # an answer is never taken for a page or a script
     "cache-control": "no-store",
     "referrer-policy": "no-referrer",
 }
 _CLEAN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-def request_id_of(scope: Scope) -> str:
-    """Ours; a dash where no ``AnswerHeaders`` has given one."""
-    return str(scope.get("state", {}).get("request_id", "-"))
 
 
 class AnswerHeaders:
@@ -43,6 +40,7 @@ class AnswerHeaders:
         ours = f"req_{secrets.token_hex(16)}"
         state = scope.setdefault("state", {})
         state["request_id"] = ours
+        begin_request(ours)
         theirs = Headers(scope=scope).get("x-request-id", "")
         shown = theirs if _CLEAN_ID.fullmatch(theirs) else ours
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from tsqp.errors import OptionError
@@ -22,19 +23,21 @@ def connect(
     arena: ArenaKind | None = None,
     arena_bytes: int | None = None,
     spin_s: float | None = None,
+    user: int | None = None,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> Channel:
     """Connect to a worker; over shm it may still be loading, otherwise it has answered when this returns.
 
-    ``max_frame_bytes`` bounds one tensor, either way. ``arena``, ``arena_bytes`` and ``spin_s`` are for shm: what kind
-    of memory, how much of it both sides together can take, and how long to ask again and again before sleeping.
+    ``max_frame_bytes`` bounds one tensor, either way. ``arena``, ``arena_bytes``, ``spin_s`` and ``user`` are for shm:
+    what kind of memory, how much of it both sides together can take, how long to ask again and again before sleeping,
+    and the user id of the worker where it is not this process's.
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
     Raises AddressError, PathRefused, OptionError, WorkerUnreachable (after at most ``connect_timeout_s`` seconds).
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)
-    shm_options = _shm_options(parsed, arena=arena, arena_bytes=arena_bytes, spin_s=spin_s)
+    shm_options = _shm_options(parsed, arena=arena, arena_bytes=arena_bytes, spin_s=spin_s, user=user)
     if parsed.transport == "mem":
         return connect_memory(parsed, max_frame_bytes=max_frame_bytes)
     if parsed.transport == "shm":
@@ -54,6 +57,7 @@ def listen(
     security: WorkerKeys | None = None,
     insecure_plain_tcp: bool = False,
     spin_s: float | None = None,
+    users: Collection[int] = (),
     watch_fd: int | None = None,
     max_frame_bytes: int = MAX_FRAME_BYTES,
 ) -> Listener:
@@ -61,12 +65,13 @@ def listen(
 
     Plain TCP, without ``security``, stays on this machine unless ``insecure_plain_tcp``.
     ``watch_fd``, when it becomes readable or its other end closes, counts as ``Listener.interrupt``: a worker that
-    watches its standard input ends with its parent. ``spin_s`` is for shm, see ``connect``.
+    watches its standard input ends with its parent. ``spin_s`` is for shm, see ``connect``; so is ``users``, the ids of
+    users whose clients may connect beside this process's own.
     Raises AddressInUse, AddressError, PathRefused, OptionError.
     """
     parsed = parse_address(address)
     _check_tcp_options(parsed, security, insecure_plain_tcp)
-    shm_options = _shm_options(parsed, spin_s=spin_s)
+    shm_options = _shm_options(parsed, spin_s=spin_s, users=users or None)
     if parsed.transport == "mem":
         if watch_fd is not None:
             raise OptionError(f"{parsed}: a descriptor cannot be watched over mem")

@@ -98,14 +98,16 @@ def connect_shm(
     spin_s: float = SPIN_S,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     max_frame_bytes: int = MAX_FRAME_BYTES,
+    user: int | None = None,
 ) -> ShmChannel:
     """Connect and hand over an arena; a worker that is still loading takes it later.
 
     ``arena_bytes`` bounds the memory that both sides together, and so a hostile worker, can make resident.
+    ``user``: the user id of the worker, which is this one's when not given.
     Raises WorkerUnreachable, AddressError, PathRefused.
     """
     with ExitStack() as resources:
-        line = resources.enter_context(closing(dial(address, connect_timeout_s)))
+        line = resources.enter_context(closing(dial(address, connect_timeout_s, user)))
         segment = resources.enter_context(closing(Segment(arena, arena_bytes)))
         opening = encode_opening(Opening(SHM_VERSION, None if segment.path is None else str(segment.path)))
         try:

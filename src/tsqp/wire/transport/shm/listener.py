@@ -6,7 +6,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
 from tsqp.wire.transport.shm.connection import Connection
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
 from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
-from tsqp.wire.transport.shm.unix import is_own_process, listen_at
+from tsqp.wire.transport.shm.unix import listen_at, user_of
 
 MAX_ARENAS = 256  # each maps an arena; one more is closed as soon as it comes
 _MESSAGES_IN_A_ROW = 32  # messages of one busy connection before the others, and a request to stop, are looked at
@@ -29,13 +29,15 @@ def listen_shm(
     spin_s: float = SPIN_S,
     watch_fd: int | None = None,
     max_frame_bytes: int = MAX_FRAME_BYTES,
+    users: Collection[int] = (),
 ) -> ShmListener:
     """Listen. Raises AddressInUse, AddressError, PathRefused. ``watch_fd`` as in ``listen``; it is not closed here."""
     with ExitStack() as resources:
-        line, claim = listen_at(address)
+        line, claim = listen_at(address, users)
         resources.callback(claim.release)
         resources.enter_context(line)
-        return ShmListener(address, max_frame_bytes, line, spin_s, watch_fd, resources.pop_all())
+        allowed = frozenset((os.geteuid(), *users))
+        return ShmListener(address, max_frame_bytes, line, spin_s, watch_fd, allowed, resources.pop_all())
 
 
 @dataclass
@@ -64,10 +66,12 @@ class ShmListener(BaseListener):
         line: socket.socket,
         spin_s: float,
         watch_fd: int | None,
+        users: frozenset[int],
         resources: ExitStack,
     ) -> None:
         super().__init__(address, max_frame_bytes)
         self._line = line
+        self._users = users
         self._spin = Spin(spin_s)
         self._resources = resources
         self._connections: dict[bytes, Connection] = {}
@@ -200,7 +204,7 @@ class ShmListener(BaseListener):
             line, _ = self._line.accept()
         except OSError:
             return  # it left before it was let in
-        if len(self._connections) >= MAX_ARENAS or not is_own_process(line):
+        if len(self._connections) >= MAX_ARENAS or user_of(line) not in self._users:
             line.close()
             return
         line.setblocking(False)

@@ -1,4 +1,9 @@
-"""The socket of a shared-memory connection: packets between two processes of one user, and the kernel's word on it."""
+"""The socket of a shared-memory connection: packets between two processes, and the kernel's word on whose they are.
+
+Covers: without a word from an operator both ends are one user's, and nobody else can even reach the socket; with one,
+each end accepts exactly the users it was told of, whoever else can reach the socket (tests/wire/test_shm_hostile.py,
+tests/wire/test_shm_users.py). Assumes: the kernel's SO_PEERCRED.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Collection
 from contextlib import ExitStack
 
 from tsqp.errors import AddressError, WorkerUnreachable
@@ -17,9 +23,10 @@ _BACKLOG = 128
 _BUFFER_BYTES = 1 << 20  # of packets under way in one direction; the system may give less
 
 
-def dial(address: Address, timeout_s: float) -> socket.socket:
-    """Connect to a worker of this user. Raises WorkerUnreachable, AddressError, PathRefused."""
-    check_own_socket(address)
+def dial(address: Address, timeout_s: float, user: int | None = None) -> socket.socket:
+    """Connect to a worker of this user, or of ``user``. Raises WorkerUnreachable, AddressError, PathRefused."""
+    if user is None:
+        check_own_socket(address)  # of another user the path says nothing: who listens is asked below
     with ExitStack() as undo:
         line = undo.enter_context(_new_socket())
         # The kernel waits this long for room in the worker's queue of connections, and not at all for anything else.
@@ -31,16 +38,22 @@ def dial(address: Address, timeout_s: float) -> socket.socket:
         except OSError as error:
             if error.errno == errno.EPROTOTYPE:
                 raise WorkerUnreachable("has another transport; try ipc://", address=str(address)) from None
+            if error.errno == errno.EACCES:
+                raise WorkerUnreachable(f"{address}: this user may not connect there; see --allow-user") from None
             raise WorkerUnreachable(f"{address}: no worker listens there; start one, or check the path") from None
-        if not is_own_process(line):
-            raise AddressError(f"{address}: the process that listens there belongs to another user; it is not used")
+        if user_of(line) != (os.geteuid() if user is None else user):
+            other = "another user" if user is None else f"a user other than {user}"
+            raise AddressError(f"{address}: the process that listens there belongs to {other}; it is not used")
         line.setblocking(False)
         undo.pop_all()
         return line
 
 
-def listen_at(address: Address) -> tuple[socket.socket, AddressClaim]:
-    """A listening socket (0600), and the claim to release after. Raises AddressInUse, AddressError, PathRefused."""
+def listen_at(address: Address, users: Collection[int] = ()) -> tuple[socket.socket, AddressClaim]:
+    """A listening socket, and the claim to release after. Raises AddressInUse, AddressError, PathRefused.
+
+    Its mode is 0600, or 0666 where other ``users`` are let in: who connects is asked of the kernel.
+    """
     with ExitStack() as undo:
         claim = AddressClaim.acquire(address)
         undo.callback(claim.release)
@@ -50,17 +63,19 @@ def listen_at(address: Address) -> tuple[socket.socket, AddressClaim]:
             with private_umask():
                 line.bind(str(address.path))
             line.listen(_BACKLOG)
+            if users:
+                address.path.chmod(0o666)
         except OSError as error:
             raise AddressError(f"cannot listen on {address}: {error.strerror}") from None
         undo.pop_all()
         return line, claim
 
 
-def is_own_process(line: socket.socket) -> bool:
-    """Whether the other end was opened by this user, as the kernel recorded it then."""
+def user_of(line: socket.socket) -> int:
+    """The user id that opened the other end, as the kernel recorded it then."""
     credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
-    return bool(uid == os.geteuid())
+    return int(uid)
 
 
 def _new_socket() -> socket.socket:
