@@ -266,6 +266,7 @@ def test_what_is_longer_than_the_context_is_refused(stream: bool) -> None:
     for body in ({"messages": long}, {"messages": USER, "max_tokens": CONTEXT}):
         error = refused(**body, stream=stream)
         assert error["code"] == "context_length_exceeded"
+        assert "this model's maximum context length is 2048 tokens" in error["message"]  # litellm looks for these words
         assert "canary" not in error["message"]
     assert params_of(max_tokens=CONTEXT - 100).max_tokens == CONTEXT - 100
 
