@@ -103,4 +103,4 @@ def _unknown(values: Mapping[str, Any], type_: type[msgspec.Struct], prefix: str
 
 def _clean(name: str) -> str:
     """A name that may stand in a header."""
-    return _UNSAFE.sub("?", name)[:_MAX_NAME]
+    return _UNSAFE.sub("?", name)[:_MAX_NAME] or "?"
