@@ -75,9 +75,9 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 def _described(operation: Operation, by_type: dict[type[msgspec.Struct], dict[str, Any]]) -> dict[str, Any]:
     content = _content(by_type[operation.reply])
     if operation.event is not None:
-        each = by_type[operation.event]["$ref"]
-        told = f"With stream: true. The data of each event is a {each.rpartition('/')[2]}."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": told}}
+        data = {"type": "string", "contentMediaType": _JSON, "contentSchema": by_type[operation.event]}
+        event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": {**event, "description": "An event of a stream: of stream: true."}}
     error = {"$ref": "#/components/responses/Error"}
     described: dict[str, Any] = {
         "summary": operation.summary,
