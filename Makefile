@@ -20,7 +20,11 @@ COVERED := src/tsqp/trusted/guard src/tsqp/wire
 UNCOMPILED := tests/trusted/guard/test_kernels.py tests/trusted/guard/test_core.py tests/vectors/test_guard.py
 COVERAGE := $(BIN)/pytest --cov=tsqp.trusted.guard --cov=tsqp.wire --cov-branch --cov-append --cov-report=
 
-.PHONY: run test test-slow test-all check coverage mutants latest lock bench wheel clean
+# Clients that others made, in environments of their own: Python's and npm's.
+CLIENTS := .venv-conformance/bin/python
+NPM := npm --prefix conformance/node --ignore-scripts --no-audit --no-fund --omit-lockfile-registry-resolved
+
+.PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench wheel clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
@@ -60,6 +64,15 @@ latest: .venv-latest/bin/python  ## the test suite against the newest release of
 lock: .venv-lock/bin/uv  ## move requirements/*.lock to the newest releases that pyproject.toml and constraints.txt allow
 	$(PYTHON) scripts/lock.py .venv-lock/bin/uv
 
+conformance: .venv/.dev .venv-conformance/.clients conformance/node/node_modules/.package-lock.json  ## clients and tools that others made, against a real server
+	$(CLIENTS) -m pytest -c conformance/pytest.ini --rootdir . conformance
+
+conformance-lock: .venv-lock/bin/uv  ## move the clients to their newest releases
+	.venv-lock/bin/uv pip compile conformance/requirements.in --universal --fork-strategy fewest --python-version 3.11 \
+		--only-binary :all: --override conformance/overrides.txt --generate-hashes --upgrade --quiet --no-annotate \
+		--no-header --no-emit-index-url --no-emit-find-links --output-file conformance/requirements.lock
+	$(NPM) update --package-lock-only
+
 bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write the README's table and plots from it
 	$(BIN)/tsqp bench all
 	$(BIN)/tsqp bench private --mode masked_drained --tokens 16 --steps 256 --runs 3 --results benchmarks/results
@@ -73,9 +86,9 @@ wheel: .venv/.dev
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 
 clean:
-	rm -rf .venv .venv-latest .venv-lock dist build
+	rm -rf .venv .venv-conformance .venv-latest .venv-lock conformance/node/node_modules dist build
 
-.venv/bin/python .venv-latest/bin/python:
+.venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python:
 	$(PYTHON) -m venv $(@D:/bin=)
 
 .venv/.runtime: pyproject.toml constraints.txt requirements/run.lock | .venv/bin/python
@@ -91,6 +104,14 @@ clean:
 	$(PIP) $(OURSELVES)
 	$(PIP) check
 	touch $@ .venv/.runtime
+
+.venv-conformance/.clients: conformance/requirements.lock | .venv-conformance/bin/python
+	.venv-conformance/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) conformance/requirements.lock
+	touch $@
+
+conformance/node/node_modules/.package-lock.json: conformance/node/package-lock.json
+	$(NPM) ci
+	touch $@
 
 .venv-lock/bin/uv: Makefile
 	$(PYTHON) -m venv .venv-lock

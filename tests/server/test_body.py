@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -209,5 +210,19 @@ def test_a_page_of_another_origin_cannot_send_what_is_read() -> None:
             kind = "application/json; charset=utf-8"
             answer = await client.post("/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": kind})
             assert answer.status_code == 200
+
+    asyncio.run(test())
+
+
+@given(st.lists(st.text(max_size=3) | st.just(""), min_size=1, max_size=4))
+def test_whatever_a_field_is_called_its_name_may_stand_in_a_header(names: list[str]) -> None:
+    """An empty one too: a header that ends with a space is none, and the answer was lost."""
+
+    async def test() -> None:
+        async with client_of(service_of(Script("a"))) as client:
+            answer = await client.post("/v1/chat/completions", json={**CHAT, **dict.fromkeys(names, 1)})
+            h11.Response(status_code=200, headers=answer.headers.raw)
+            assert answer.status_code == 200
+            assert all(answer.headers["x-tsqp-ignored"].split(", "))
 
     asyncio.run(test())

@@ -125,7 +125,6 @@ def test_items_are_the_conversation() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}, "text.format"),
         ({"previous_response_id": "canary"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"store": True}, "store"),

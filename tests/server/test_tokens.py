@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.chat_model import CONTEXT
+from tests.server.chat_model import CONTEXT, IM_END, TEMPLATE
 from tests.server.serving import NAME, VOCAB, Script, client_of, service_of
 from tsqp.trusted.text.tokenizer import Rendered, Tokenizer
 
@@ -105,3 +105,13 @@ def test_models_are_the_names_of_the_one_that_is_served() -> None:
     assert answer.headers["x-tsqp-protection"] == "local"
     missing = ask("GET", "/v1/models/none")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_what_a_client_needs_to_make_prompts_itself() -> None:
+    """What lm-eval looks for before it takes the server's tokenizer, and not that of a hub."""
+    told = ask("GET", "/tokenizer_info").json()
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    assert [told.pop(name) for name in names] == [None, "<|im_end|>", None, None]
+    assert told == {"chat_template": TEMPLATE}
+    tokens = ask("POST", "/tokenize", {"prompt": "<|im_end|>", "add_special_tokens": False}).json()["tokens"]
+    assert tokens == [IM_END]

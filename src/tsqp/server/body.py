@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import msgspec
 from starlette.requests import Request
@@ -107,7 +107,7 @@ def _unknown(values: Mapping[str, Any], type_: type[msgspec.Struct], prefix: str
             for place, one in _objects(value) if within[name] else ():
                 yield from _unknown(one, _kind_of(one, within[name]), f"{prefix}{name}{place}.")
         elif value is not None and name not in others:
-            yield prefix + _UNSAFE.sub("?", name)[:_MAX_NAME]
+            yield prefix + _clean(name)
 
 
 @cache
@@ -117,6 +117,8 @@ def _objects_within(type_: type[msgspec.Struct]) -> Mapping[str, tuple[type[msgs
 
 
 def _structs(type_: Any) -> Iterator[type[msgspec.Struct]]:
+    if get_origin(type_) is Annotated:
+        type_ = get_args(type_)[0]
     if isinstance(type_, UnionType) or get_origin(type_) is list:
         for one in get_args(type_):
             yield from _structs(one)
@@ -136,3 +138,8 @@ def _kind_of(values: Mapping[str, Any], types: tuple[type[msgspec.Struct], ...])
     """Which of the types an object is of: the only one, or the one that it says."""
     configs = ((one, one.__struct_config__) for one in types)
     return next(one for one, config in configs if config.tag_field is None or config.tag == values[config.tag_field])
+
+
+def _clean(name: str) -> str:
+    """A name that may stand in a header."""
+    return _UNSAFE.sub("?", name)[:_MAX_NAME] or "?"

@@ -27,7 +27,7 @@ from tsqp.server.params import (
     salt_of,
     sampling_params,
 )
-from tsqp.server.response_format import form_errors, form_of, refuse_both
+from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 from tsqp.server.tools import ToolUse, tool_use
@@ -44,10 +44,11 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     service.check_name(body.model)
     check_choices(service, body.choices)
     check_stream_options(body)
-    tools = _tools(service, body)
     with form_errors("response_format"):
-        form = _form(body, tools)
-    params = sampling_params(body, logprobs=_logprobs(body), form=form)
+        form = _form(body)
+    with form_errors("response_format", both=form is not None):
+        tools = _tools(service, body, form)
+    params = sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
     prompt = await encoded(service, body.messages, tools, body.chat_template_kwargs)
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
@@ -58,7 +59,7 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     params = replace(params, max_tokens=most)
     reply = Reply(service, body, tools, len(prompt))
     every = [Asked(prompt, of_choice(params, index)) for index in range(body.choices)]
-    with form_errors("response_format"):
+    with form_errors("response_format", both=form is not None and tools is not None):
         answers = await Answers.open(service, request, "chat", every, salt_of(body))
     if body.stream:
         return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
@@ -80,7 +81,7 @@ async def encoded(
     Raises ApiError, and PromptError with the words of the template.
     """
     tokenizer = service.tokenizer
-    if not tokenizer.has_chat_template:
+    if tokenizer.chat_template is None:
         raise ApiError(400, "this model has no chat template: use /v1/completions", param=param)
     arguments = dict(template_args or {})
     if tools is not None:
@@ -98,21 +99,19 @@ async def encoded(
     return await on_text_thread(tokens)
 
 
-def _tools(service: Service, body: ChatBody) -> ToolUse | None:
+def _tools(service: Service, body: ChatBody, form: StructuredOutputsParams | None) -> ToolUse | None:
     if any(tool.type != "function" for tool in body.tools or ()):
         raise ApiError(400, "tools must be functions", param="tools", code="invalid_value")
     functions = None if body.tools is None else [tool.function for tool in body.tools]
-    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls)
+    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls, form)
 
 
-def _form(body: ChatBody, tools: ToolUse | None) -> StructuredOutputsParams | None:
+def _form(body: ChatBody) -> StructuredOutputsParams | None:
     asked = body.response_format
-    form = None
-    if asked is not None:
-        schema = None if asked.json_schema is None else asked.json_schema.schema
-        form = form_of(asked.type, schema, "response_format.json_schema.schema")
-    refuse_both(form, tools is not None, "response_format")
-    return tools.form if tools is not None else form
+    if asked is None:
+        return None
+    schema = None if asked.json_schema is None else asked.json_schema.schema
+    return form_of(asked.type, schema, "response_format.json_schema.schema")
 
 
 def _logprobs(body: ChatBody) -> int | None:

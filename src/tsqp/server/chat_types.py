@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from tsqp.server.chat_messages import Message
 from tsqp.server.logprobs import TopLogprobs
-from tsqp.server.params import ChoicesBody
+from tsqp.server.params import ChoicesBody, TokenCount, TopCount
+from tsqp.server.ranges import documented
 from tsqp.server.response_format import ResponseFormat
-from tsqp.server.tools import Function
+from tsqp.server.tools import MAX_TOOLS, Function
 from tsqp.server.usage import Usage
 
 
@@ -38,12 +39,12 @@ class ChatBody(ChoicesBody, kw_only=True, frozen=True):
         "web_search_options": (),
     }
 
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], documented(minItems=1)]
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: TopCount | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], documented(minItems=1, maxItems=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -12,7 +12,7 @@ from tsqp.api.text_threads import on_text_thread
 from tsqp.server.answers import Answers, Asked, unless_left
 from tsqp.server.body import read_body
 from tsqp.server.completions_reply import Reply
-from tsqp.server.completions_types import CompletionBody
+from tsqp.server.completions_types import MAX_LOGPROBS, CompletionBody
 from tsqp.server.errors import ApiError
 from tsqp.server.json_reply import json_reply
 from tsqp.server.params import (
@@ -28,7 +28,6 @@ from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 
 DEFAULT_TOKENS = 16  # as OpenAI's API has it
-MAX_LOGPROBS = 5
 
 
 @dataclass(frozen=True)

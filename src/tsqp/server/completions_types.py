@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from tsqp.server.logprobs import CompletionLogprobs
 from tsqp.server.params import ChoicesBody
+from tsqp.server.ranges import documented
 from tsqp.server.usage import Usage
+
+MAX_LOGPROBS = 5
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_EITHER = [_TEXT, _IDS, *({"type": "array", "items": one, "minItems": 1} for one in (_TEXT, _IDS))]
 
 
 class CompletionBody(ChoicesBody, kw_only=True, frozen=True):
@@ -20,9 +26,10 @@ class CompletionBody(ChoicesBody, kw_only=True, frozen=True):
 
     refused: ClassVar = {"suffix": ("",)}
 
-    prompt: Any
+    prompt: Annotated[Any, documented(anyOf=_EITHER)]
+    max_tokens: Annotated[int, documented(minimum=0)] | None = None  # 0 beside echo
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, documented(minimum=0, maximum=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
 

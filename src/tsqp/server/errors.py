@@ -20,6 +20,12 @@ class ErrorBody(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
+class ErrorReply(msgspec.Struct, frozen=True):
+    """The body of an error."""
+
+    error: ErrorBody
+
+
 class ApiError(Exception):
     """Ends a request with ``status`` and an ``ErrorBody``.
 
@@ -51,7 +57,7 @@ class ApiError(Exception):
 
     def encode(self) -> bytes:
         """The body: ``{"error": {...}}``, also the data of an event that ends a stream."""
-        return msgspec.json.encode({"error": self.body})
+        return msgspec.json.encode(ErrorReply(self.body))
 
     def response(self) -> Response:
         """The whole answer."""

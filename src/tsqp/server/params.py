@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
 
 from tsqp.server.body import Body
 from tsqp.server.errors import ApiError
+from tsqp.server.ranges import documented
 from tsqp.server.service import Service
-from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_CHARACTERS, SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 MAX_STOPS = 4
 MAX_SALT = 256  # characters
 MAX_TOP_LOGPROBS = 20
+
+Temperature = Annotated[float, documented(minimum=0, maximum=2)]
+TopP = Annotated[float, documented(exclusiveMinimum=0, maximum=1)]
+MinP = Annotated[float, documented(minimum=0, exclusiveMaximum=1)]
+TopK = Annotated[int, documented(minimum=-1)]
+RepetitionPenalty = Annotated[float, documented(minimum=1 / MAX_PENALTY, maximum=MAX_PENALTY)]
+Penalty = Annotated[float, documented(minimum=-2, maximum=2)]
+Bias = Annotated[float, documented(minimum=-MAX_BIAS, maximum=MAX_BIAS)]
+Seed = Annotated[int, documented(minimum=-(2**63), maximum=2**63 - 1)]
+Salt = Annotated[str, documented(maxLength=MAX_SALT)]
+Stop = Annotated[str, documented(minLength=1, maxLength=MAX_STOP_CHARACTERS)]
+TokenCount = Annotated[int, documented(minimum=1)]
+TopCount = Annotated[int, documented(minimum=0, maximum=MAX_TOP_LOGPROBS)]
+TokenId = Annotated[int, documented(minimum=0)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, frozen=True):
@@ -29,27 +45,27 @@ class SamplingBody(Body, kw_only=True, frozen=True):
     """The fields that all endpoints share which make text. Those from ``top_k`` on are not in each API of OpenAI's."""
 
     model: str
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    cache_salt: str | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = None
+    cache_salt: Salt | None = None
 
 
 class ChoicesBody(SamplingBody, kw_only=True, frozen=True):
     """What chat and completions have beyond that."""
 
-    n: int | None = None
-    stop: str | list[str] | None = None
-    max_tokens: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    stop_token_ids: list[int] | None = None
+    n: TokenCount | None = None
+    stop: Stop | Annotated[list[Stop], documented(maxItems=MAX_STOPS)] | None = None
+    max_tokens: TokenCount | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[int, Bias] | None = None
+    stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
 
     @property
@@ -128,8 +144,8 @@ def answer_tokens(
     if prompt_tokens >= context or prompt_tokens + (asked or 0) > context:
         raise ApiError(
             400,
-            f"this model's context holds {context} tokens, the answer included: the prompt has {prompt_tokens}, and "
-            f"{asked or 'some'} are asked for",
+            f"this model's maximum context length is {context} tokens, the answer included: the prompt has "
+            f"{prompt_tokens}, and {asked or 'some'} are asked for",
             param=prompt if prompt_tokens >= context else param,
             code="context_length_exceeded",
         )

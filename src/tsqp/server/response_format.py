@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from tsqp.errors import OptionError
+from tsqp.server.closed_schema import closed
 from tsqp.server.errors import ApiError
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
@@ -31,7 +32,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def form_of(kind: str, schema: dict[str, Any] | None, param: str) -> StructuredOutputsParams | None:
-    """None for free text. Raises ApiError, and OptionError for a schema that is none."""
+    """None for free text. Objects of the schema end, see ``closed``. Raises ApiError, OptionError for no schema."""
     match kind:
         case "text":
             return None
@@ -40,20 +41,14 @@ def form_of(kind: str, schema: dict[str, Any] | None, param: str) -> StructuredO
         case _:
             if schema is None:
                 raise ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
-            return StructuredOutputsParams(json=schema)
-
-
-def refuse_both(form: StructuredOutputsParams | None, has_tools: bool, param: str) -> None:
-    """Raises ApiError: a call and a form of one's own are two forms."""
-    if form is not None and has_tools:
-        raise ApiError(
-            400, f"{param} and tools exclude each other, unless tool_choice is none", param=param, code="invalid_value"
-        )
+            return StructuredOutputsParams(json=closed(schema))
 
 
 @contextmanager
-def form_errors(param: str) -> Iterator[None]:
+def form_errors(param: str, *, both: bool = False) -> Iterator[None]:
     """Names the field of the API where a form is refused: ``param``, or the tools whose calls are a form.
+
+    ``both``: an answer has that form or is a call. They are read as one, so which of them is wrong is not known.
 
     Of the reason only words of the list below are told. The library repeats names and values of a schema, and they are
     the client's text.
@@ -66,10 +61,11 @@ def form_errors(param: str) -> Iterator[None]:
             raise
         problem = error
     if problem is not None:
-        name = "tools" if "structured_outputs.grammar" in problem.fields else param
+        of_calls = "structured_outputs.grammar" in problem.fields
+        name = param if not of_calls else f"{param} or tools" if both else "tools"
         said, used, reason = str(problem).partition(" cannot be used: ")
         text = f"{name}{used}{_known(reason)}" if used else f"{name} {said.partition(' ')[2]}"
-        raise ApiError(400, text, param=name, code="invalid_schema")
+        raise ApiError(400, text, param=param if both else name, code="invalid_schema")
 
 
 def _known(reason: str) -> str:

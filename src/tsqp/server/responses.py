@@ -16,7 +16,7 @@ from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
 from tsqp.server.errors import ApiError
 from tsqp.server.json_reply import json_reply
 from tsqp.server.params import answer_tokens, check_stream_options, check_top_logprobs, salt_of, sampling_params
-from tsqp.server.response_format import form_errors, form_of, refuse_both
+from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.responses_reply import Reply
 from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
 from tsqp.server.service import Service
@@ -37,16 +37,17 @@ async def create(service: Service, request: Request) -> Response:
 async def _answered(service: Service, request: Request, body: ResponsesBody) -> Response:
     service.check_name(body.model)
     check_stream_options(body)
-    tools = _tools(service, body)
     with form_errors("text.format"):
-        form = _form(body, tools)
-    params = sampling_params(body, logprobs=_logprobs(body), form=form)
+        form = _form(body)
+    with form_errors("text.format", both=form is not None):
+        tools = _tools(service, body, form)
+    params = sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
     prompt = await encoded(service, messages_of(body), tools, body.chat_template_kwargs, param="input")
     default, param = service.settings.max_answer_tokens, "max_output_tokens"
     most = answer_tokens(service, len(prompt), body.max_output_tokens, default, param=param, prompt="input")
     reply = Reply(service, body, tools, len(prompt))
     asked = [Asked(prompt, replace(params, max_tokens=most))]
-    with form_errors("text.format"):
+    with form_errors("text.format", both=form is not None and tools is not None):
         answers = await Answers.open(service, request, "responses", asked, salt_of(body))
     if body.stream:
         padding = padding_of(service, body)
@@ -87,7 +88,7 @@ def _add(messages: list[Message], item: InputMessage | InputCall | InputCallOutp
             messages.append(Message(role="tool", content=text, tool_call_id=item.call_id))
 
 
-def _tools(service: Service, body: ResponsesBody) -> ToolUse | None:
+def _tools(service: Service, body: ResponsesBody, form: StructuredOutputsParams | None) -> ToolUse | None:
     functions: Sequence[Function] | None = None
     if body.tools:
         functions = [
@@ -96,14 +97,12 @@ def _tools(service: Service, body: ResponsesBody) -> ToolUse | None:
         ]
         if any(tool.type != "function" for tool in body.tools):
             raise ApiError(400, "tools must be functions", param="tools", code="invalid_value")
-    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls)
+    return tool_use(service, functions, body.tool_choice, body.parallel_tool_calls, form)
 
 
-def _form(body: ResponsesBody, tools: ToolUse | None) -> StructuredOutputsParams | None:
+def _form(body: ResponsesBody) -> StructuredOutputsParams | None:
     format_ = None if body.text is None else body.text.format
-    form = None if format_ is None else form_of(format_.type, format_.schema, "text.format.schema")
-    refuse_both(form, tools is not None, "text.format")
-    return tools.form if tools is not None else form
+    return None if format_ is None else form_of(format_.type, format_.schema, "text.format.schema")
 
 
 def _logprobs(body: ResponsesBody) -> int | None:

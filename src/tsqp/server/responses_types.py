@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from tsqp.server.chat_messages import Part
+from tsqp.server.errors import ErrorBody
 from tsqp.server.logprobs import TopLogprobs
-from tsqp.server.params import SamplingBody
+from tsqp.server.params import SamplingBody, TokenCount, TopCount
+from tsqp.server.ranges import documented
 
 
 class TextFormat(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
@@ -83,15 +85,15 @@ class ResponsesBody(SamplingBody, kw_only=True, frozen=True):
         "truncation": ("disabled",),
     }
 
-    input: str | list[InputMessage | InputCall | InputCallOutput]
+    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], documented(minItems=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: TokenCount | None = None
     text: TextConfig | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include: list[str] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: TopCount | None = None
     metadata: dict[str, str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -117,17 +119,16 @@ class OutputText(msgspec.Struct, frozen=True):
     type: str = "output_text"
 
 
-class OutputMessage(msgspec.Struct, frozen=True):
+class OutputMessage(msgspec.Struct, frozen=True, tag_field="type", tag="message"):
     """Text of an answer."""
 
     id: str
     status: str
     content: list[OutputText]
     role: str = "assistant"
-    type: str = "message"
 
 
-class OutputCall(msgspec.Struct, frozen=True):
+class OutputCall(msgspec.Struct, frozen=True, tag_field="type", tag="function_call"):
     """A call of a function."""
 
     id: str
@@ -135,7 +136,6 @@ class OutputCall(msgspec.Struct, frozen=True):
     call_id: str
     name: str
     arguments: str
-    type: str = "function_call"
 
 
 Item = OutputMessage | OutputCall
@@ -218,4 +218,4 @@ class ResponseEvent(msgspec.Struct, kw_only=True, frozen=True):
     message: str | UnsetType = UNSET
     code: str | UnsetType | None = UNSET
     param: str | UnsetType | None = UNSET
-    error: msgspec.Struct | UnsetType = UNSET
+    error: ErrorBody | UnsetType = UNSET

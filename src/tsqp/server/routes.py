@@ -9,28 +9,54 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tsqp.server import chat, completions, models, responses, tokens
+from tsqp.server import chat, chat_types, completions, completions_types, models, responses, responses_types, tokens
+from tsqp.server.openapi import Operation, documented_by
 from tsqp.server.service import Service
 from tsqp.server.under_way import found_endpoint
 
-Endpoint = Callable[[Service, Request], Awaitable[Response]]
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        chat.create,
+        "Answer a conversation.",
+        chat_types.Completion,
+        chat_types.ChatBody,
+        chat_types.Chunk,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        completions.create,
+        "Go on with texts or tokens.",
+        completions_types.Completion,
+        completions_types.CompletionBody,
+        completions_types.Completion,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses",
+        responses.create,
+        "Answer a conversation of items; nothing is stored.",
+        responses_types.Response,
+        responses_types.ResponsesBody,
+        responses_types.ResponseEvent,
+    ),
+    Operation("GET", "/v1/models", models.list_all, "The names of the model.", models.Models),
+    Operation("GET", "/v1/models/{name:path}", models.show, "One name of the model.", models.Model),
+    Operation("POST", "/tokenize", tokens.tokenize, "The tokens of a text.", tokens.Tokens, tokens.TokenizeBody),
+    Operation("POST", "/detokenize", tokens.detokenize, "The text of tokens.", tokens.Text, tokens.DetokenizeBody),
+    Operation(
+        "GET", "/tokenizer_info", tokens.tokenizer_info, "Control tokens and chat template.", tokens.TokenizerInfo
+    ),
+)
 
 
 def routes(service: Service) -> list[Route]:
-    """All of them. What an endpoint raises is for ``guards/faults.py``."""
-
-    def route(method: str, path: str, endpoint: Endpoint) -> Route:
-        return Route(path, _found(path, partial(endpoint, service)), methods=[method])
-
-    return [
-        route("POST", "/v1/chat/completions", chat.create),
-        route("POST", "/v1/completions", completions.create),
-        route("POST", "/v1/responses", responses.create),
-        route("GET", "/v1/models", models.list_all),
-        route("GET", "/v1/models/{name:path}", models.show),
-        route("POST", "/tokenize", tokens.tokenize),
-        route("POST", "/detokenize", tokens.detokenize),
-    ]
+    """All of them, and the document that says so. What an endpoint raises is for ``guards/faults.py``."""
+    every = [(one.method, one.path, one.endpoint) for one in OPERATIONS]
+    every.append(("GET", "/openapi.json", documented_by(OPERATIONS)))
+    return [Route(path, _found(path, partial(endpoint, service)), methods=[method]) for method, path, endpoint in every]
 
 
 def _found(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.requests import Request
@@ -15,8 +15,10 @@ from tsqp.server.chat_messages import Message
 from tsqp.server.chat_types import Tool
 from tsqp.server.errors import ApiError
 from tsqp.server.json_reply import json_reply
+from tsqp.server.params import TokenId
+from tsqp.server.ranges import documented
 from tsqp.server.service import Service
-from tsqp.server.tools import tool_use
+from tsqp.server.tools import MAX_TOOLS, tool_use
 
 
 class TokenizeBody(Body, kw_only=True, frozen=True):
@@ -25,8 +27,8 @@ class TokenizeBody(Body, kw_only=True, frozen=True):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], documented(minItems=1)] | None = None
+    tools: Annotated[list[Tool], documented(minItems=1, maxItems=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -41,7 +43,7 @@ class Tokens(msgspec.Struct, frozen=True):
 class DetokenizeBody(Body, kw_only=True, frozen=True):
     """Ids of tokens."""
 
-    tokens: list[int]
+    tokens: list[TokenId]
     model: str | None = None
 
 
@@ -49,6 +51,16 @@ class Text(msgspec.Struct, frozen=True):
     """The text of tokens, without control tokens."""
 
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True):
+    """What clients need that make prompts of conversations themselves; null where the checkpoint says nothing."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -79,6 +91,13 @@ def _text_of(service: Service, tokens: list[int]) -> str:
         text = f"tokens must be ids of tokens, which end at {service.vocab_size - 1} in this model"
         raise ApiError(400, text, param="tokens", code="invalid_value")
     return service.tokenizer.decode(tokens)
+
+
+async def tokenizer_info(service: Service, _request: Request) -> Response:
+    """Texts of control tokens, and the source of the chat template. Nothing in it is a secret: it is the model's."""
+    tokenizer = service.tokenizer
+    bos, eos, pad, unk = (tokenizer.special_tokens.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk"))
+    return json_reply(TokenizerInfo(bos, eos, pad, unk, tokenizer.chat_template))
 
 
 def _check_name(service: Service, name: str | None) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from tsqp.errors import OptionError
+from tsqp.server.closed_schema import closed
 from tsqp.server.errors import ApiError
 from tsqp.server.service import Service
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
@@ -33,15 +36,19 @@ class Function(msgspec.Struct, kw_only=True, frozen=True):
 
 @dataclass(frozen=True)
 class Choice:
-    """``mode``: ``none``, ``auto``, ``required`` or ``named``, then with the ``name`` of the one function."""
+    """``mode``: ``none``, ``auto`` or ``required``. ``names``: of the functions that may be called; None for all.
+
+    ``named``: a call of one function was asked for by its name.
+    """
 
     mode: str
-    name: str = ""
+    names: frozenset[str] | None = None
+    named: bool = False
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """``definitions``: for the template. ``form``: of an answer that has to be a call, else None.
+    """``definitions``: for the template. ``form``: of an answer that has to be a call, or has to be one or JSON.
 
     ``single``: what comes after the first call is no part of the answer. ``named``: one function was asked for.
     """
@@ -64,16 +71,27 @@ def tool_choice(choice: object, has_tools: bool) -> Choice:
             return Choice(str(choice))
         case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
             if has_tools:
-                return Choice("named", name)
+                return Choice("required", frozenset([name]), named=True)
+        case {"type": "allowed_tools", "allowed_tools": dict(allowed)} | {"type": "allowed_tools", **allowed}:
+            mode, tools = allowed.get("mode"), allowed.get("tools")
+            if has_tools and mode in ("auto", "required") and isinstance(tools, list):
+                return Choice(mode, frozenset(map(_allowed, tools)))
         case "auto":
             return Choice("none")
-    raise _wrong("tool_choice", "none, auto, required or one function, and the last two need tools")
+    raise _wrong("tool_choice", "none, auto, required, one function or allowed_tools; all but none and auto need tools")
 
 
 def tool_use(
-    service: Service, functions: Sequence[Function] | None, choice: object, parallel: bool | None
+    service: Service,
+    functions: Sequence[Function] | None,
+    choice: object,
+    parallel: bool | None,
+    form: StructuredOutputsParams | None = None,
 ) -> ToolUse | None:
-    """None where no call may come. Raises ApiError, and OptionError where the model's template reads no tools."""
+    """None where no call may come. Raises ApiError, and OptionError where the model's template reads no tools.
+
+    ``form``: of an answer that is no call.
+    """
     if functions is not None and not 1 <= len(functions) <= MAX_TOOLS:
         raise _wrong("tools", f"a list of 1 to {MAX_TOOLS} functions")
     chosen = tool_choice(choice, functions is not None)
@@ -81,13 +99,17 @@ def tool_use(
         return None
     _check(functions)
     format_ = service.tool_format
-    allowed = [one for one in functions if chosen.mode != "named" or one.name == chosen.name]
-    if not allowed:
-        raise _wrong("tool_choice", "one of the functions in tools")
-    named = chosen.mode == "named"
-    single = named or parallel is False
-    form = None if chosen.mode == "auto" else _form(allowed, format_, single)
-    return ToolUse([_definition(one) for one in functions], format_, form, single, named)
+    names = {one.name for one in functions} if chosen.names is None else chosen.names
+    allowed = [one for one in functions if one.name in names]
+    if not allowed or len(allowed) < len(names):
+        raise _wrong("tool_choice", "of the functions in tools")
+    single = chosen.named or parallel is False
+    if chosen.mode == "required":
+        form = _form(allowed, format_, single)
+    elif form is not None:
+        form = _form(allowed, format_, single, form)
+    told = functions if chosen.named else allowed  # what it is not told of, a model that may call does not call
+    return ToolUse([_definition(one) for one in told], format_, form, single, chosen.named)
 
 
 class CallReader:
@@ -119,6 +141,14 @@ class CallReader:
         return True
 
 
+def _allowed(tool: object) -> str:
+    """The name of a function in a list of those that may be called."""
+    match tool:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return name
+    raise _wrong("tool_choice", "of functions with names")
+
+
 def _definition(function: Function) -> dict[str, Any]:
     told: dict[str, Any] = {"name": function.name}
     if function.description is not None:
@@ -136,23 +166,55 @@ def _check(functions: Sequence[Function]) -> None:
         raise _wrong("tools", "functions whose parameters are an object")
 
 
-def _form(functions: Sequence[Function], format_: ToolFormat, single: bool) -> StructuredOutputsParams:
-    """One call of one of these, or several; a schema of its own for each, so that its references stay within."""
+def _form(
+    functions: Sequence[Function], format_: ToolFormat, single: bool, answer: StructuredOutputsParams | None = None
+) -> StructuredOutputsParams:
+    """One call of one of these, or several; a schema of its own for each, so that its references stay within.
+
+    ``answer``: JSON that may come instead.
+    """
     key = "arguments" if format_ == "hermes" else "parameters"
     before, after, between = ("<tool_call>\n", "\n</tool_call>", "\n") if format_ == "hermes" else ("", "", "; ")
-    lines = [f"start: call{'' if single else f' ({_literal(between)} call)*'}"]
+    lines = ["start: calls" if answer is None else "start: calls | answer"]
+    if answer is not None:
+        schema = json.loads(answer.json) if isinstance(answer.json, str) else {"type": "object"}
+        lines.append(f"answer: {_json(schema)}")
+    lines.append(f"calls: call{'' if single else f' ({_literal(between)} call)*'}")
     lines.append("call: " + " | ".join(f"call{index}" for index in range(len(functions))))
     for index, one in enumerate(functions):
-        schema = {
-            "type": "object",
-            **(one.parameters or {"properties": {}, "additionalProperties": False}),
-            "x-guidance": {"whitespace_flexible": False},
-        }
+        schema = closed({"type": "object", **(one.parameters or {"properties": {}})})
+        if answer is not None and format_ == "llama3":
+            lines.append(f"call{index}: {_json(_whole_call(one.name, schema))}")
+            continue
         begin = f'{before}{{"name": {json.dumps(one.name)}, "{key}": '
         end = f"}}{after}"
         lines.append(f"call{index}: {_literal(begin)} arguments{index} {_literal(end)}")
-        lines.append(f"arguments{index}: %json {json.dumps(schema)}")
+        lines.append(f"arguments{index}: {_json(schema)}")
     return StructuredOutputsParams(grammar="\n".join(lines))
+
+
+def _whole_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call of Llama 3. Beside JSON it has to be JSON: literals would hide the other from the lexer.
+
+    What the arguments refer to as ``#/$defs/...`` lies at the root then.
+    """
+    definitions: dict[str, Any] = {key: arguments.pop(key) for key in ("$defs", "definitions") if key in arguments}
+    properties = {"name": {"const": name}, "parameters": arguments}
+    return {
+        **definitions,
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """Raises OptionError."""
+    with suppress(RecursionError):
+        return f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})}"
+    field = "structured_outputs.grammar"
+    raise OptionError(f"{field} cannot be used: it is nested too deeply", fields=(field,))
 
 
 def _literal(text: str) -> str:

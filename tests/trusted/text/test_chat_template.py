@@ -25,6 +25,8 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "<think>hm</think>\n\nyes ", "tool_calls": [CALL], "thinking": "hm"},
     {"role": "tool", "content": [{"type": "text", "text": "4\n5"}]},
 ]
+NESTED: list[Any] = []
+NESTED.append(NESTED)  # without end
 VALUES: dict[str, Any] = {"tools": TOOLS, "documents": [{"title": "T", "text": SECRET}], "enable_thinking": False}
 
 TEMPLATES = {
@@ -208,6 +210,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused() -> None:
         ({"prompt": "x"}, "cannot be called prompt"),
         ({"a-b": 1}, "letters, digits and underscores"),
         ({"x": {1, 2}}, "plain data only, no set"),
+        ({"x": NESTED}, "nested at most 128 deep"),
         ({"x": object()}, "plain data only, no object"),
     ],
 )

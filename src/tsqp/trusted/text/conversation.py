@@ -29,6 +29,7 @@ ROLES = frozenset(
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 # Names of a call's own parameters, which are no variables of a template.
 RESERVED = ("messages", "prompt", "prompts", "params", "raw")
+_MAX_DEPTH = 128  # of lists and mappings within each other; a template that writes them out recurses as deep
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing, the first is the usual one
 
 
@@ -44,7 +45,8 @@ def template_values(messages: Messages, arguments: Mapping[str, object]) -> dict
     """What a template sees. ``arguments`` may hold ``tools`` and ``documents``, each a list of mappings.
 
     Everything in it is text, number, truth value, None, list or mapping: an object of another kind would bring methods
-    that a stranger's code could call. Raises PromptError for those, OptionError for names that no template can use.
+    that a stranger's code could call. Raises PromptError for those and for what is nested too deeply, OptionError for
+    names that no template can use.
     """
     for name in arguments:
         refuse_bad_name(name)
@@ -70,7 +72,9 @@ def _message(message: object) -> dict[str, object]:
     return made
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        raise PromptError(f"a chat template takes data that is nested at most {_MAX_DEPTH} deep")
     match value:
         case None | bool():
             return value
@@ -81,10 +85,10 @@ def _plain(value: Any) -> Any:
         case float():
             return float.__float__(value)
         case Mapping():
-            return {_plain(key): _plain(item) for key, item in value.items()}
+            return {_plain(key): _plain(item, depth + 1) for key, item in value.items()}
         case list():
-            return [_plain(item) for item in value]
+            return [_plain(item, depth + 1) for item in value]
         case tuple():
-            return tuple(_plain(item) for item in value)
+            return tuple(_plain(item, depth + 1) for item in value)
         case _:
             raise PromptError(f"a chat template takes plain data only, no {type(value).__name__}")

@@ -56,6 +56,7 @@ class Tokenizer:
         self.bytes = TokenBytes(self._tokenizer)
         self._template = text_format.chat_template
         self._tool_template = text_format.tool_chat_template or self._template
+        self.special_tokens = text_format.special_tokens
         self._special_tokens = {name: own_text(token) for name, token in text_format.special_tokens.items()}
         self._chats: dict[str, tuple[ChatTemplate, ControlTokens]] = {}
         self._without_template = ControlTokens(self._tokenizer)
@@ -135,9 +136,9 @@ class Tokenizer:
         return Rendered(text, control)
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether the checkpoint has a chat template."""
-        return self._template is not None
+    def chat_template(self) -> str | None:
+        """The source of the checkpoint's chat template; None where it has none."""
+        return self._template
 
     def unread(self, template_args: Mapping[str, object]) -> list[str]:
         """The names of those arguments that the template of a conversation with them does not read."""
