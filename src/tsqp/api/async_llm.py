@@ -62,8 +62,15 @@ class AsyncAnswer:
 
     def abort(self) -> None:
         """End the request; what it holds is free after the pass that is under way. Ended twice is allowed."""
+        self._end(self._engine.abort)
+
+    def stop(self) -> None:
+        """The same, but the answer counts as complete: a conversation may go on with what was computed of it."""
+        self._end(self._engine.stop)
+
+    def _end(self, end: Callable[[int], None]) -> None:
         if self._number is not None:
-            self._engine.abort(self._number)
+            end(self._number)
         if not self.ended.is_set():
             self.ended.set()
             self._arrived.put_nowait(None)  # for a task that waits

@@ -128,16 +128,18 @@ def chat(
     form: FormOptions = FormOptions(),
     stats: Annotated[bool, Parameter(group=OUTPUT, help="Print where time and bytes went, at the end.")] = False,
 ) -> None:
-    """Talk to the model. An empty line is skipped; /reset forgets the conversation, /exit or Ctrl-D ends it."""
+    """Talk to the model. /help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit ends the chat."""
     arguments, sampling = template_args(template_arg), with_form(readable(sampling), form)
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
+        from tsqp.api.async_llm import AsyncLLM
         from tsqp.cli.chat import converse
         from tsqp.cli.report import announce, print_stats
+        from tsqp.cli.terminal import terminal_for
 
         console = _stderr()
         announce(llm, console)
-        converse(llm, sampling, opening, arguments, console)
+        converse(AsyncLLM(llm), sampling, opening, arguments, terminal_for(console))
         if stats:
             print_stats(llm, console)
 

@@ -419,6 +419,23 @@ def test_a_request_aborted_in_the_middle_of_a_pass_is_gone_after_it() -> None:
     assert engine.counts().ended == {"stop": 0, "length": 2, "abort": 1, "error": 0}
 
 
+def test_the_first_reason_to_end_counts() -> None:
+    """Whoever stops an answer and then leaves it has not aborted it: what was computed is kept."""
+    engine = fake_engine()
+    one = ask(engine, prompt_of(20), SamplingParams(max_tokens=9), salt="")
+
+    class Stops:
+        def choose(self, logits: torch.Tensor, text: object) -> int:
+            engine.stop(one.number)
+            engine.abort(one.number)
+            return int(logits.argmax())
+
+    engine.add_request(prompt_of(6), SamplingParams(max_tokens=1), sampler=Stops())
+    engine.step()
+    assert engine.counts().ended == {"stop": 1, "length": 1, "abort": 0, "error": 0}
+    assert len(engine._scheduler._prefixes) == 1
+
+
 def test_an_abort_never_waits_for_the_books() -> None:
     """A finaliser may abort a request while its own thread holds the lock."""
     engine = fake_engine()

@@ -420,7 +420,7 @@ class Engine:
                     number, reason = self._ends.popleft()
                     request = self._scheduler.get(number)
                     if request is not None and request.under_way:
-                        request.asked_to_end = reason
+                        request.asked_to_end = request.asked_to_end or reason
                     elif request is not None:
                         self._end(request, reason)
             finally:
