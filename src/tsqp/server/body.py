@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from types import UnionType
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from starlette.requests import Request
@@ -119,7 +119,7 @@ def _objects_within(type_: type[msgspec.Struct]) -> Mapping[str, tuple[type[msgs
 def _structs(type_: Any) -> Iterator[type[msgspec.Struct]]:
     if get_origin(type_) is Annotated:
         type_ = get_args(type_)[0]
-    if isinstance(type_, UnionType) or get_origin(type_) is list:
+    if get_origin(type_) in (UnionType, Union, list):
         for one in get_args(type_):
             yield from _structs(one)
     elif isinstance(type_, type) and issubclass(type_, msgspec.Struct):
