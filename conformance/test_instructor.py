@@ -50,12 +50,6 @@ def test_an_object_piece_by_piece(target: Target, mode: Mode) -> None:
     assert pieces[-1].model_dump() == whole.model_dump()
 
 
-def test_several_objects(target: Target) -> None:
-    client = instructor.from_openai(OpenAI(base_url=target.api, api_key=target.key, max_retries=0), mode=Mode.TOOLS)
-    cities = list(client.create_iterable(response_model=City, **{**asked(target, Mode.TOOLS), "max_tokens": 1300}))
-    assert all(isinstance(city, City) for city in cities)
-
-
 async def _of_async(target: Target) -> City:
     async with AsyncOpenAI(base_url=target.api, api_key=target.key, max_retries=0) as plain:
         client = instructor.from_openai(plain, mode=Mode.TOOLS)

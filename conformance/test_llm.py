@@ -61,8 +61,12 @@ def test_a_prompt(llm: Command, model: str) -> None:
         return
     assert answered(llm(*asked, "--no-stream")) == streamed
     logs = json.loads(answered(llm("logs", "--json", "-n", "2")))
-    assert [(log["input_tokens"], log["output_tokens"]) for log in logs] == [(logs[0]["input_tokens"], 24)] * 2
-    assert logs[0]["input_tokens"] > 0
+    told = {(log["input_tokens"], log["output_tokens"]) for log in logs}
+    if model == "items":
+        told.discard((None, None))  # of a stream that was cut, which ends with response.incomplete, it reads no usage
+    ((asked_tokens, answer_tokens),) = told
+    assert asked_tokens > 0
+    assert answer_tokens == 24
 
 
 @pytest.mark.parametrize("model", ["chat", "items"])

@@ -14,7 +14,7 @@ import pytest
 
 from conformance.target import Target
 
-EXAMPLES = 20  # of each operation, beside those at the bounds
+EXAMPLES = 10  # of each operation, beside those at the bounds
 
 
 @pytest.mark.timeout(900)

@@ -75,7 +75,8 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 def _described(operation: Operation, by_type: dict[type[msgspec.Struct], dict[str, Any]]) -> dict[str, Any]:
     content = _content(by_type[operation.reply])
     if operation.event is not None:
-        data = {"type": "string", "contentMediaType": _JSON, "contentSchema": by_type[operation.event]}
+        name = by_type[operation.event]["$ref"].rpartition("/")[2]
+        data = {"type": "string", "description": f"A {name} as JSON, or [DONE]."}
         event = {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
         content["text/event-stream"] = {"schema": {**event, "description": "An event of a stream: of stream: true."}}
     error = {"$ref": "#/components/responses/Error"}
