@@ -279,10 +279,6 @@ class Supervisor:
         place = self._place
         place.prepare()
         self._links.renew()  # while a worker that was started loads
-        if self._attempt is not None:
-            self._attempt.wait(
-                self._stop
-            )  # an interrupt has left it behind, and two would share what links are made of
         self._attempt = Attempt(lambda: self._links.connect(place.dial, within_s))
         link = self._adopt(self._attempt.link(self._stop))
         self._links.resume(link, self._stop.is_set)
