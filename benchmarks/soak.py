@@ -35,6 +35,14 @@ GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
 WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
 
+COUNTED = (  # once for each request that was added
+    "tsqp:answers_begun_total",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:request_prompt_tokens_count",
+    "vllm:request_generation_tokens_count",
+)
+HELD = ("tsqp:kv_bytes", "vllm:kv_cache_usage_perc")  # by running requests
+
 Metrics = dict[str, float]
 
 
@@ -82,8 +90,15 @@ def look_at(pid: int) -> Look:
         anonymous_bytes=int(status["RssAnon"].split()[0]) * 1024,
         descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         threads=int(status["Threads"]),
-        segments=Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/"),
+        segments=len(segments_of(Path(f"/proc/{pid}/maps").read_text())),
     )
+
+
+def segments_of(maps: str) -> set[str]:
+    """The memory that a process shares with others, by inode: arenas have no name in a file system, or one at first."""
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    shared = ("/memfd:tsqp-arena", "/dev/shm/")
+    return {line[4] for line in lines if len(line) == 6 and (line[5].startswith(shared) or ".arena" in line[5])}
 
 
 class Traffic:
@@ -196,6 +211,19 @@ def inconsistent(metrics: Metrics) -> list[str]:
     return found
 
 
+def unbalanced(metrics: Metrics) -> list[str]:
+    """What does not add up while nothing runs or waits: endpoints and engine count the same answers and tokens."""
+    added = metrics["tsqp:requests_added_total"]
+    other = [name for name in COUNTED if metrics[name] != added]
+    found = [f"{name} is {metrics[name]:.0f}, and {added:.0f} requests were added" for name in other]
+    found += [f"{name} is {metrics[name]} of an idle server" for name in HELD if metrics[name]]
+    times = metrics["vllm:time_to_first_token_seconds_count"] + metrics["vllm:inter_token_latency_seconds_count"]
+    least, most = metrics["vllm:request_generation_tokens_sum"], metrics["vllm:generation_tokens_total"]
+    if not least <= times <= most:  # end tokens are measured and in no answer; who has left takes no more tokens
+        found.append(f"{most:.0f} tokens were made, {times:.0f} measured, and answers have {least:.0f}")
+    return found
+
+
 async def soak(
     address: str, metrics_address: str, pid: int, model: str, *, seconds: float = 0.0, given_up: int = 0, seed: int = 1
 ) -> Report:
@@ -224,15 +252,17 @@ async def soak(
 
 
 async def idle(client: httpx.AsyncClient, metrics_address: str) -> list[str]:
-    """Wait until nothing runs or waits; what was found instead, after ``IDLE_LIMIT_S``."""
+    """Wait until nothing runs or waits and all adds up; what was found instead, after ``IDLE_LIMIT_S``."""
     until = time.monotonic() + IDLE_LIMIT_S
     while True:
         metrics = await metrics_of(client, metrics_address)
         busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
-        if not busy:
-            return inconsistent(metrics)
+        if not busy and not (wrong := inconsistent(metrics) + unbalanced(metrics)):
+            return []
         if time.monotonic() > until:
-            return [f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients"]
+            return (
+                wrong if not busy else [f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients"]
+            )
         await asyncio.sleep(0.02)
 
 
