@@ -1,6 +1,6 @@
 """A server under many requests for a while, most of them given up or wrong: nothing that it holds may grow.
 
-    python -m benchmarks.soak [--minutes 30] [--model default] [--protection masked]
+    python -m benchmarks.soak [--minutes 30] [--given-up 10000] [--model default] [--protection masked]
 
 Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
 requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
@@ -283,6 +283,7 @@ def main() -> None:
     """Run, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--given-up", type=int, default=0, help="go on until so many requests were given up")
     parser.add_argument("--model", default="default")
     parser.add_argument("--protection", default="masked")
     parser.add_argument("--seed", type=int, default=1)
@@ -294,6 +295,7 @@ def main() -> None:
             pid,
             ready["model"],
             seconds=60 * options.minutes,
+            given_up=options.given_up,
             seed=options.seed,
         )
         report = asyncio.run(running)
