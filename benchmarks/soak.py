@@ -1,6 +1,6 @@
 """A server under many requests for a while, most of them given up or wrong: nothing that it holds may grow.
 
-    python -m benchmarks.soak [--minutes 30] [--model default] [--protection masked] [--kills 1]
+    python -m benchmarks.soak [--minutes 30] [--given-up 10000] [--model default] [--protection masked] [--kills 1]
 
 Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
 requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
@@ -39,6 +39,14 @@ IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
 GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
 WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
+
+COUNTED = (  # once for each request that was added
+    "tsqp:answers_begun_total",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:request_prompt_tokens_count",
+    "vllm:request_generation_tokens_count",
+)
+HELD = ("tsqp:kv_bytes", "vllm:kv_cache_usage_perc")  # by running requests
 
 Metrics = dict[str, float]
 
@@ -88,8 +96,15 @@ def look_at(pid: int) -> Look:
         anonymous_bytes=int(status["RssAnon"].split()[0]) * 1024,
         descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         threads=int(status["Threads"]),
-        segments=Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/"),
+        segments=len(segments_of(Path(f"/proc/{pid}/maps").read_text())),
     )
+
+
+def segments_of(maps: str) -> set[str]:
+    """The memory that a process shares with others, by inode: arenas have no name in a file system, or one at first."""
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    shared = ("/memfd:tsqp-arena", "/dev/shm/")
+    return {line[4] for line in lines if len(line) == 6 and (line[5].startswith(shared) or ".arena" in line[5])}
 
 
 class Traffic:
@@ -234,6 +249,19 @@ def miscounted(metrics: Metrics, kills: int) -> list[str]:
     return found + (["a check has failed"] if metrics.get("tsqp:failed_checks_total") else [])
 
 
+def unbalanced(metrics: Metrics) -> list[str]:
+    """What does not add up while nothing runs or waits: endpoints and engine count the same answers and tokens."""
+    added = metrics["tsqp:requests_added_total"]
+    other = [name for name in COUNTED if metrics[name] != added]
+    found = [f"{name} is {metrics[name]:.0f}, and {added:.0f} requests were added" for name in other]
+    found += [f"{name} is {metrics[name]} of an idle server" for name in HELD if metrics[name]]
+    times = metrics["vllm:time_to_first_token_seconds_count"] + metrics["vllm:inter_token_latency_seconds_count"]
+    least, most = metrics["vllm:request_generation_tokens_sum"], metrics["vllm:generation_tokens_total"]
+    if not least <= times <= most:  # end tokens are measured and in no answer; who has left takes no more tokens
+        found.append(f"{most:.0f} tokens were made, {times:.0f} measured, and answers have {least:.0f}")
+    return found
+
+
 async def soak(
     address: str,
     metrics_address: str,
@@ -280,17 +308,17 @@ async def soak(
 
 
 async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> list[str]:
-    """Wait until nothing runs or waits and a worker is there; what was found instead, after ``IDLE_LIMIT_S``."""
+    """Wait until nothing runs or waits, a worker is there and all adds up; what was found instead, after a while."""
     until = time.monotonic() + IDLE_LIMIT_S
     while True:
         metrics = await metrics_of(client, metrics_address)
         busy = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
-        of_workers = miscounted(metrics, kills)
-        if not busy and not of_workers and metrics.get("tsqp:worker_up", 1.0):
-            return inconsistent(metrics)
+        wrong = miscounted(metrics, kills) + inconsistent(metrics) + unbalanced(metrics)
+        if not busy and not wrong and metrics.get("tsqp:worker_up", 1.0):
+            return []
         if time.monotonic() > until:
             told = f"{busy:.0f} requests are still there {IDLE_LIMIT_S:.0f} s after their clients, or no worker is"
-            return [told, *of_workers]
+            return wrong or [told]
         await asyncio.sleep(0.02)
 
 
@@ -311,6 +339,7 @@ def main() -> None:
     """Run, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--given-up", type=int, default=0, help="go on until so many requests were given up")
     parser.add_argument("--model", default="default")
     parser.add_argument("--protection", default="masked")
     parser.add_argument("--kills", type=int, default=0, help="kills of the worker in each burst")
@@ -324,6 +353,7 @@ def main() -> None:
             ready["model"],
             seconds=60 * options.minutes,
             kills=options.kills,
+            given_up=options.given_up,
             seed=options.seed,
         )
         report = asyncio.run(running)

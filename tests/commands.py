@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,14 @@ def wait_gone(pid: int) -> None:
         return
     with contextlib.closing(os.fdopen(descriptor)):
         assert select.select([descriptor], [], [], LIMIT_S)[0], f"process {pid} is still there"
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until it does: what it looks at is in another process."""
+    until = now() + LIMIT_S
+    while not holds():
+        assert now() < until, "it has not come to hold"
+        time.sleep(0.002)
 
 
 def now() -> float:

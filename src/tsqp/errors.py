@@ -238,3 +238,11 @@ class ProductMismatch(CheckFailed):
 
 class TsqpWarning(UserWarning):
     """Base of every warning that this package gives: not an exception of the tree above, unless a filter says so."""
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of the frames that an error went through, and of those before it: they hold memory, and tensors in it."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__

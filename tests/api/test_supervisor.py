@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +396,45 @@ def test_closing_ends_what_the_next_link_is_made_of() -> None:
     waits.join(20)
     assert raised
     assert (len(seen.links.made), dialled(seen)) == (1, [1])
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """What is free is so because nothing refers to it: a server that has nothing to do collects nothing."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_lost_link_is_gone_once_the_next_one_is_there() -> None:
+    """It holds shared memory, also where attempts have failed and where one error was raised in place of another."""
+    seen = scene("a")
+    refusals = iter([WorkerUnreachable("nobody answered"), WorkerLost("went away")])
+    connect: Any = seen.links.connect
+
+    def refused_at_first(dial: Any, handshake_s: float | None = None) -> Any:
+        for error in refusals:
+            raise error
+        return connect(dial, handshake_s)
+
+    def a_pass(link: Any) -> None:
+        try:
+            raise BrokenPipeError
+        except OSError:
+            link.session.fail(error := WorkerLost("went away"))
+            raise error from None
+
+    seen.links.connect = refused_at_first  # type: ignore[method-assign]
+    lost = weakref.ref(seen.links.made[0])
+    try:
+        a_pass(seen.links.made.pop())
+    except WorkerLost as error:
+        mends = seen.supervisor.mends(error)
+    assert mends
+    assert seen.decoder() == "decoder 0"
+    assert lost() is None
 
 
 def test_closing_closes_the_link_and_every_place_and_no_other_is_made() -> None:

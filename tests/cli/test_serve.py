@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -115,24 +116,53 @@ def test_a_fresh_key_is_shown_once_and_lets_its_owner_in(tsqp: Command, tmp_path
     assert tsqp("api-key", "a:b").code == 2
 
 
-def complete(address: str) -> httpx.Response:
-    body = {"model": "llama", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-    return httpx.post(f"{address}/v1/completions", json=body, timeout=LIMIT_S)
+def client_of(address: str) -> httpx.Client:
+    """Of a server on a port, or on a socket in the file system."""
+    path = address.removeprefix("unix:")
+    if path == address:
+        return httpx.Client(base_url=address, timeout=LIMIT_S)
+    return httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=LIMIT_S)
+
+
+BODY = {"model": "llama", "prompt": "hello", "temperature": 0}
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_at_once_on_the_same_address(home: Home) -> None:
-    name = ("--served-model-name", "llama", "--drain-s", "5")
-    with serving(home, *OPEN, *name, "--port", 0) as first:
-        port = first.address.rpartition(":")[2]
-        text = complete(first.address).json()["choices"][0]["text"]
-        with socket.create_connection(("127.0.0.1", int(port))):  # a client that is there when it happens
-            first.process.kill()
-            assert first.ended() == -signal.SIGKILL
-            with serving(home, *OPEN, *name, "--port", port) as second:
-                assert complete(second.address).json()["choices"][0]["text"] == text
-                second.process.send_signal(signal.SIGTERM)
-                assert second.ended() == 0
+@pytest.mark.parametrize(
+    ("in_files", "protection"),
+    [(False, OPEN[-4:]), (True, ("--protection", "masked"))],
+    ids=["port, open", "socket, masked"],
+)
+def test_killed_and_started_again_at_once_on_the_same_addresses(
+    home: Home, in_files: bool, protection: tuple[str, ...]
+) -> None:
+    """In the middle of a stream, with clients of both addresses that stay connected. Nobody ends its worker."""
+    options = (*MODEL, *protection, "--served-model-name", "llama", "--drain-s", "5")
+    at: tuple[object, ...] = ("--unix-socket", home.runtime / "api.sock") if in_files else ("--port", 0)
+    with ExitStack() as clients, serving(home, *options, *at, "--metrics-port", 0) as first:
+        assert first.metrics_address is not None
+        client = clients.enter_context(client_of(first.address))
+        text = client.post("/v1/completions", json={**BODY, "max_tokens": 4}).json()["choices"][0]["text"]
+        page = clients.enter_context(httpx.Client(timeout=LIMIT_S))
+        assert page.get(first.metrics_address).status_code == 200  # and the connection stays
+        stream = {**BODY, "max_tokens": 200, "n": 16, "stream": True, "ignore_eos": True}
+        answer = clients.enter_context(client.stream("POST", "/v1/completions", json=stream))
+        lines = answer.iter_lines()
+        next(lines)
+        first.process.kill()
+        assert first.ended() == -signal.SIGKILL
+        metrics_port = httpx.URL(first.metrics_address).port
+        at = at if in_files else ("--port", httpx.URL(first.address).port)
+        with serving(home, *options, *at, "--metrics-port", metrics_port) as second:
+            assert (second.address, second.metrics_address) == (first.address, first.metrics_address)
+            with client_of(second.address) as again:
+                answered = again.post("/v1/completions", json={**BODY, "max_tokens": 4})
+            assert answered.json()["choices"][0]["text"] == text
+            assert "tsqp:requests_added_total" in httpx.get(first.metrics_address, timeout=LIMIT_S).text
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+            second.process.send_signal(signal.SIGTERM)
+            assert second.ended() == 0
     assert home.leftovers() == []
     assert any(line.startswith("ready in ") and second.address in line for line in second.log)
     assert not any("Traceback" in line for line in second.log)

@@ -33,6 +33,13 @@ WAYS = [
     (torch.int16, torch.int8, "PAIR_SUMS", 8),
     (torch.int16, torch.int8, "PAIR_SUMS", 16),
 ]
+INSTRUCTIONS = {  # of LLVM; without one it has choices of its own
+    ("HAS_DOT", 0): "",
+    ("HAS_DOT", 1): "avx512bf16.dpbf16ps.512",
+    ("PAIR_SUMS", 0): "",
+    ("PAIR_SUMS", 8): "avx2.pmadd.wd",
+    ("PAIR_SUMS", 16): "avx512.pmaddw.d.512",
+}
 WIDTHS = [4, 8, 32, 64, 80, 128]
 
 
@@ -75,9 +82,14 @@ def product(x: torch.Tensor, y: torch.Tensor) -> Any:
 
 
 @cache
-def compiled(loop: Callable[..., None], way: Way) -> Callable[..., None]:
-    """The loop of one way, which stays what it was compiled to be: ``way`` has set how before it is first called."""
-    return kernel(loop)
+def compiled(loop: Callable[..., None], way: Way) -> Any:
+    """The loop of one way, which stays what it was compiled to be: ``way`` has set how before it is first called.
+
+    Not kept on disk: there the ways of one loop would be the same one, as they have the same source.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tsqp.arith.jit._directory", "")
+        return kernel(loop)
 
 
 def score(q, k, scores):  # type: ignore[no-untyped-def]
@@ -91,6 +103,16 @@ def weigh(weights, v, steps, sums):  # type: ignore[no-untyped-def]
 
 def multiply(x, rows, panel, out):  # type: ignore[no-untyped-def]
     attention_tiles.multiply_tile(x, 1, rows, panel, len(panel), out, COLUMNS)
+
+
+def test_each_way_has_its_own_instruction(way: Way) -> None:
+    """Otherwise what is tested below would be another one."""
+    x, y = numbers(2, 2, dtype=way.own, seed=1), torch.zeros(1, 2 * COLUMNS, dtype=way.own)
+    loop = compiled(multiply, way)
+    loop(as_words(x), 1, as_words(y), torch.zeros(ROWS, 2 * COLUMNS, dtype=sums_of(way)).numpy())
+    code = "".join(loop.inspect_llvm().values())
+    found = {name for name in INSTRUCTIONS.values() if name and f"@llvm.x86.{name}(" in code}
+    assert found == {INSTRUCTIONS[way.instruction, way.used]} - {""}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

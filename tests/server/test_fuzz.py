@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,12 +157,13 @@ def bodies(draw: st.DrawFn, path: str) -> dict[str, Any]:
 
 
 class Books:
-    """Meters that are added up."""
+    """Meters that are added up. ``answers``: those that had a token; ``answer_tokens``: of all answers."""
 
     def __init__(self) -> None:
         self.began_ = 0
         self.ended_ = Counter[str]()
         self.tokens = self.first = 0
+        self.answers = self.answer_tokens = 0
 
     def began(self, endpoint: str) -> None:
         self.began_ += 1
@@ -178,6 +180,19 @@ class Books:
         assert prompt_tokens > 0
         assert completion_tokens >= 0
         self.ended_[reason] += 1
+        self.answers += completion_tokens > 0
+        self.answer_tokens += completion_tokens
+
+    def check(self, *, failed: bool, told: int | None) -> None:
+        """What holds once a request is over. ``failed``: an answer did; ``told``: its tokens, where a client was."""
+        assert self.began_ == self.ended_.total()
+        assert bool(self.ended_["error"]) == failed
+        ends = self.ended_["stop"]  # an end token is measured like others, and is none of the answer
+        assert self.answers <= self.first <= self.answers + ends
+        assert self.answer_tokens <= self.first + self.tokens <= self.answer_tokens + ends
+        if told is not None:
+            assert self.answer_tokens == told
+            assert self.ended_["stop"] + self.ended_["length"] == self.began_
 
 
 FAILURES: list[tuple[Any, ...]] = [
@@ -197,23 +212,30 @@ def test_no_body_makes_the_server_fail(path: str, data: st.DataObject) -> None:
     expected = {200, 400, 404} if failure is None else {200, 400, 404, 429, 500}
     books = Books()
 
-    async def test() -> None:
+    async def test() -> httpx.Response:
         async with client_of(service_of(Script(*answers), metrics=books)) as client:
-            answer = await client.post(path, json=body)
-        assert answer.status_code in expected, answer.text
-        assert answer.headers["x-tsqp-protection"] == "local"
-        if answer.status_code != 200:
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-            assert CANARY not in answer.text
-            assert len(answer.content) <= 4096
-        elif answer.headers["content-type"].startswith("text/event-stream"):
-            assert events_of(answer.text)
-        else:
-            assert answer.json()
+            return await client.post(path, json=body)
 
-    asyncio.run(test())
-    assert books.began_ == books.ended_.total()
-    assert books.first <= books.began_
+    answer = asyncio.run(test())
+    assert answer.status_code in expected, answer.text
+    assert answer.headers["x-tsqp-protection"] == "local"
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert CANARY not in answer.text
+        assert len(answer.content) <= 4096
+    streamed = answer.headers["content-type"].startswith("text/event-stream")
+    events = events_of(answer.text) if streamed else [answer.json()]
+    assert events
+    failed = bool(events[-1].get("error"))
+    told = None if failed or body.get("max_tokens") == 0 else tokens_told(events[-1])  # 0: one is made and not told
+    of_its_own = failed and books.began_ > 0 and failure == FAILURES[0]
+    books.check(failed=of_its_own, told=told)
+
+
+def tokens_told(event: dict[str, Any]) -> int | None:
+    """How many tokens the answers have, by the last that a client gets; None where it is not said."""
+    usage = event.get("usage") or event.get("response", {}).get("usage") or {}
+    return usage.get("completion_tokens", usage.get("output_tokens"))
 
 
 def test_the_bodies_are_right_before_they_are_changed() -> None:

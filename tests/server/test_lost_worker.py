@@ -1,99 +1,162 @@
-"""A server whose worker is killed under its streams: clients see a pause, and the answers of an undisturbed run."""
+"""A server whose worker is killed or stopped under its streams: clients see a pause, and what they would have seen."""
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from benchmarks.soak import Look, look_at
 
-from tests.commands import LIMIT_S, Home, children, wait_gone
-from tests.server.chat_model import IM_END, chat_model
-from tests.server.process import Serving, serving
+from tests.commands import LIMIT_S, Home, children, wait_gone, wait_until
+from tests.server.chat_model import chat_model
+from tests.server.mixed import mixed
+from tests.server.process import serving
+from tests.server.reading import Asked, Streams, metrics
+from tests.server.recording_process import read_seen, recording
+from tests.server.running import Server
+from tests.trusted.guard.scan import shared_pads
+from tsqp import LLM, ComputeConfig, WorkerConfig
+from tsqp.server.ready import Ready
+from tsqp.server.run import Running
+from tsqp.server.settings import ServerSettings
 
-STREAMS = 8
-KILLS = 3
-TOKENS = 240
-
-
-class Told(NamedTuple):
-    """What a client makes of a stream."""
-
-    text: str
-    finish_reason: str
-    usage: dict[str, Any]
-
-
-def stream(server: Serving, seed: int, arrived: Callable[[int], None] = lambda _: None) -> Told:
-    """One stream, read to its end; ``arrived`` is told the number of each piece of text."""
-    body = {
-        "model": "chat",
-        "messages": [{"role": "user", "content": f"number {seed}"}],
-        "max_tokens": TOKENS,
-        "temperature": 1.0,
-        "seed": seed,
-        "logit_bias": {str(IM_END): -100},
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    usage: dict[str, Any] = {}
-    text, reason, pieces = "", "", 0
-    with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=body, timeout=LIMIT_S) as answer:
-        assert answer.status_code == 200
-        for line in answer.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            assert "error" not in chunk, chunk
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                reason = choice["finish_reason"] or reason
-            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                pieces += 1
-                arrived(pieces)
-            usage = chunk["usage"] or usage
-    return Told(text, reason, usage)
+STREAMS = 16
+KILLS = 20
+TOKENS = 600
+LATER = 12  # pieces of text, at most, from the return of a worker to its end
 
 
-def metrics(server: Serving) -> dict[str, float]:
-    assert server.metrics_address is not None
-    families = text_string_to_metric_families(httpx.get(server.metrics_address, timeout=LIMIT_S).text)
-    return {sample.name: sample.value for family in families for sample in family.samples}
+def asked(salt: str) -> list[Asked]:
+    """Requests that find nothing of those with another salt: their prompts are computed."""
+    return [Asked(path, {**body, "cache_salt": salt}) for path, body in (mixed(n, TOKENS) for n in range(STREAMS))]
+
+
+class Workers:
+    """The children of a process, one of which serves at a time; each is killed once."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent = parent
+        self.killed: list[int] = []
+
+    def kill(self) -> None:
+        """The one that is there, or the next one as soon as it is started."""
+        wait_until(lambda: bool(self._alive()))
+        pid = self._alive()[0]
+        os.kill(pid, signal.SIGKILL)
+        wait_gone(pid)
+        self.killed.append(pid)
+
+    def _alive(self) -> list[int]:
+        return [pid for pid in children(self._parent) if pid not in self.killed]
+
+
+def holds_no_more(pid: int, before: Look) -> bool:
+    """Whether a process, which is idle, has no more descriptors, threads and segments than before."""
+    now = look_at(pid)
+    return all(getattr(now, name) <= getattr(before, name) for name in ("descriptors", "threads", "segments"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("standing", [False, True], ids=["started here", "at an address"])
+def test_twenty_kills_under_sixteen_streams(home: Home, tmp_path: Path, standing: bool) -> None:
+    """At random moments of the streams, and twice more while the next worker loads or is greeted.
+
+    A worker at an address writes down what it is sent: no two rows have one pad, whatever was killed in between.
+    """
+    dice = random.Random(20)
+    loading = dice.sample(range(1, KILLS), 2)
+    options = ["--model", chat_model(), "--served-model-name", "chat", "--port", 0, "--metrics-port", 0]
+    with ExitStack() as stack:
+        parent = None
+        if standing:
+            address, parent = stack.enter_context(recording(home, chat_model(), tmp_path))
+            options += ["--worker", address]
+        server = stack.enter_context(serving(home, *options, "--worker-patience", LIMIT_S))
+        pool = stack.enter_context(ThreadPoolExecutor(STREAMS))
+        undisturbed = Streams(pool, server.address, asked("undisturbed")).told()
+        assert {told.finish_reason for told in undisturbed} == {"length", "stop"}
+        assert all(told.done and told.usage for told in undisturbed)
+        before, workers = look_at(server.process.pid), Workers(parent or server.process.pid)
+
+        def is_there() -> bool:
+            found = metrics(server.metrics_address)
+            return found["tsqp:worker_up"] == 1 and found["tsqp:worker_reconnects_total"] == number
+
+        streams = Streams(pool, server.address, asked(""))
+        for number in range(KILLS):
+            wait_until(is_there)
+            streams.wait_for(dice.randrange(LATER))
+            workers.kill()
+            if number in loading:
+                workers.kill()
+        assert streams.told() == undisturbed
+        found = metrics(server.metrics_address)
+        assert found["tsqp:worker_losses_total"] == found["tsqp:worker_reconnects_total"] == KILLS
+        assert (found["tsqp:worker_up"], found["tsqp:failed_checks_total"], found["tsqp:workers_expelled"]) == (1, 0, 0)
+        assert found["tsqp:requests_added_total"] == found["vllm:request_success_total"] == 2 * STREAMS
+        assert found["tsqp:kv_bytes"] == 0
+        assert httpx.get(f"{server.address}/readyz", timeout=LIMIT_S).status_code == 200
+        wait_until(lambda: holds_no_more(server.process.pid, before))
+        (last,) = children(parent or server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(LIMIT_S) == 0
+        if not standing:
+            wait_gone(last)
+    assert home.leftovers() == []
+    assert not any("Traceback" in line for line in server.log)
+    if standing:
+        seen = read_seen(tmp_path)
+        assert len(seen) > TOKENS
+        assert not shared_pads(seen)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("protection", ["masked", "verified"])
-def test_streams_outlive_their_workers(home: Home, protection: str) -> None:
-    options = ("--model", chat_model(), "--served-model-name", "chat", "--port", 0, "--metrics-port", 0)
-    with serving(home, *options, "--protection", protection) as server, ThreadPoolExecutor(STREAMS) as pool:
-        undisturbed = [stream(server, seed) for seed in range(STREAMS)]
-        assert {told.finish_reason for told in undisturbed} == {"length"}
-        moments = [
-            threading.Semaphore(0) for _ in range(KILLS)
-        ]  # of each: released by every stream that has come so far
+@pytest.mark.parametrize("goes_on", [False, True], ids=["past the deadline", "before the deadline"])
+def test_a_worker_that_is_stopped_is_a_pause(monkeypatch: pytest.MonkeyPatch, goes_on: bool) -> None:
+    """Streams have comments meanwhile. Past the deadline it is killed, and another takes over."""
+    monkeypatch.setattr("tsqp.server.run.write_logs", lambda: None)
+    monkeypatch.setattr(Running, "_end_at_once", lambda _, code: None)
+    config = WorkerConfig(deadline_s=LIMIT_S if goes_on else 6.0, patience_s=LIMIT_S)
+    llm = LLM(str(chat_model()), worker=config, compute=ComputeConfig(threads=1))
+    stopped = llm.worker_pid
+    assert stopped is not None
 
-        def arrived(pieces: int) -> None:
-            if pieces % 40 == 5 and pieces // 40 < KILLS:
-                moments[pieces // 40].release()
+    def readiness(ready: Ready) -> str:
+        return str(httpx.get(f"{ready.address}/readyz", timeout=LIMIT_S).json().get("code"))
 
-        streams = [pool.submit(stream, server, seed, arrived) for seed in range(STREAMS)]
-        for moment in moments:
-            assert moment.acquire(timeout=LIMIT_S)  # one of them is there: the others are at other places
-            (worker,) = children(server.process.pid)
-            os.kill(worker, signal.SIGKILL)
-            wait_gone(worker)
-        assert [told.result(LIMIT_S) for told in streams] == undisturbed
-        found = metrics(server)
-        assert found["tsqp:worker_losses_total"] == found["tsqp:worker_reconnects_total"] == KILLS
+    def client(ready: Ready) -> None:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            undisturbed = Streams(pool, ready.address, asked("undisturbed")).told()
+            streams = Streams(pool, ready.address, asked(""))
+            streams.wait_for(100)
+            os.kill(stopped, signal.SIGSTOP)
+            wait_until(lambda: readiness(ready) == "worker_silent")
+            assert httpx.get(f"{ready.address}/livez", timeout=LIMIT_S).status_code == 200
+            paused = streams.wait_for_comments()
+            if goes_on:
+                os.kill(stopped, signal.SIGCONT)
+            told = streams.told()
+        assert told == undisturbed
+        assert paused
+        assert all(told[number].comments > 1 for number in paused)
+        found = metrics(ready.metrics_address)
+        assert found["tsqp:worker_losses_total"] == found["tsqp:worker_reconnects_total"] == (not goes_on)
         assert (found["tsqp:worker_up"], found["tsqp:failed_checks_total"]) == (1, 0)
-        assert httpx.get(f"{server.address}/readyz", timeout=LIMIT_S).status_code == 200
-        server.process.send_signal(signal.SIGTERM)
-        assert server.ended() == 0
+        wait_until(lambda: readiness(ready) == "None")
+        assert (llm.worker_pid == stopped) == goes_on
+        if not goes_on:
+            wait_gone(stopped)
+
+    with llm:
+        settings = ServerSettings(keep_alive_s=0.1, probe_s=0.2)
+        Server(llm, threading.Event(), []).run(client, settings=settings, names=["chat"])
+    wait_gone(stopped)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 
+import httpx
 import pytest
+from benchmarks.soak import Traffic, unbalanced
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
+from tests.commands import LIMIT_S, wait_until
 from tests.families import tiny_model
 from tests.server.asgi import ask
+from tests.server.chat_model import chat_model
+from tests.server.serving import NAME, served, service_of
 from tests.server.worker_states import worker_state
 from tsqp import LLM, AsyncLLM, ComputeConfig, Limits, SamplingParams
 from tsqp.errors import QueueFull
@@ -30,6 +36,8 @@ OF_VLLM = (
     "vllm:inter_token_latency_seconds_bucket",
     "vllm:e2e_request_latency_seconds_bucket",
 )
+
+ENDED = "vllm:request_success_total"
 
 Samples = dict[tuple[str, ...], float]
 
@@ -102,6 +110,38 @@ def test_added_is_waiting_and_running_and_ended_whatever_clients_do() -> None:
             assert found["vllm:request_success_total", "abort"] > 0
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.slow
+def test_endpoints_and_engine_count_the_same_after_a_fuzz() -> None:
+    """Streams that are read or left, requests that are dropped, refused or wrong, too many at once; over HTTP."""
+    compute, limits = ComputeConfig(dtype="float32", kv_memory=1 << 20), Limits(running=4, waiting=8)
+    model = AsyncLLM(LLM(str(chat_model()), protection="local", compute=compute, limits=limits))
+    meters, outcomes = PrometheusMeters(model, "tiny"), Counter[str]()
+
+    def sums() -> dict[str, float]:
+        found = Counter[str]()
+        for (name, *_), value in samples(meters.page()).items():
+            found[name] += value  # type: ignore[assignment]
+        return dict(found)
+
+    async def run(url: str) -> None:
+        limits = httpx.Limits(max_connections=16)
+        async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=LIMIT_S, limits=limits) as client:
+            traffic = Traffic(client, NAME, random.randrange(2**31), outcomes)
+            await asyncio.gather(*(traffic.one() for _ in range(80)))
+
+    try:
+        with served(service_of(model, metrics=meters)) as url:
+            asyncio.run(run(url))
+            wait_until(lambda: not unbalanced(sums()))
+            check(samples(meters.page()))
+            ended = {key[1] for key, value in samples(meters.page()).items() if key[0] == ENDED and value}
+            assert ended >= {"length", "abort"}
+            assert outcomes["status 429"]
+            assert sums()["tsqp:requests_refused_total"] >= outcomes["status 429"]
+    finally:
+        asyncio.run(model.close(0))
 
 
 @pytest.fixture

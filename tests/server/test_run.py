@@ -7,9 +7,8 @@ import os
 import signal
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +21,16 @@ from cryptography.x509.oid import NameOID
 
 from tests.families import tiny_model
 from tests.fresh_interpreter import loaded, modules_after
+from tests.server.running import LIMIT_S, Server
 from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.server.api_keys import add_line, line_for, new_key
 from tsqp.server.listening import Listening
 from tsqp.server.ready import Ready, since_start_s, url
-from tsqp.server.run import Running, serve
+from tsqp.server.run import Running
 from tsqp.server.settings import ServerSettings
 
 MODEL = str(tiny_model("llama").directory)
 BODY = {"model": "tiny", "prompt": "The quick brown fox", "max_tokens": 12, "temperature": 0}
-LIMIT_S = 30.0
-
-
-@dataclass
-class Server:
-    """``gate``: passes wait for it. ``ended_at_once``: the exit codes with which the process would have ended."""
-
-    llm: LLM
-    gate: threading.Event
-    ended_at_once: list[int]
-
-    def run(
-        self,
-        client: Callable[[Ready], None],
-        *,
-        listening: Listening | None = None,
-        settings: ServerSettings | None = None,
-        api_keys: Path | None = None,
-    ) -> None:
-        """Serve in this thread until ``client``, in another, has returned. Raises what it has raised."""
-        with ThreadPoolExecutor(1) as pool:
-            results = []
-
-            def asking(ready: Ready) -> None:
-                try:
-                    client(ready)
-                finally:
-                    self.gate.set()
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            serve(
-                lambda: self.llm,
-                listening or Listening(port=0, metrics_port=0),
-                settings or ServerSettings(),
-                names=["tiny"],
-                api_keys=api_keys,
-                announce=lambda ready: results.append(pool.submit(asking, ready)),
-            )
-            results[0].result(LIMIT_S)
 
 
 @pytest.fixture
@@ -251,6 +212,42 @@ def test_tls_and_a_certificate_that_is_renewed(server: Server, tmp_path: Path) -
                 continue
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{ready.address}/readyz", verify=first)
+
+    server.run(client, listening=Listening(host="localhost", port=0, tls_cert=cert, tls_key=key))
+
+
+def test_a_certificate_without_its_key_changes_nothing(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The two are written one after the other, so a server that is told too soon reads halves of two pairs."""
+    cert, key = certificate(tmp_path, "first")
+    (tmp_path / "second").mkdir()
+    other, other_key = certificate(tmp_path / "second", "second")
+    first, second = ssl.create_default_context(cafile=str(cert)), ssl.create_default_context(cafile=str(other))
+
+    def told(count: int) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        while sum("the certificate was not read again" in record.getMessage() for record in caplog.records) < count:
+            pass
+
+    def client(ready: Ready) -> None:
+        halves = (cert, other.read_bytes()), (key, other_key.read_bytes())
+        for count, (path, half) in enumerate(halves, start=1):
+            whole = path.read_bytes()
+            path.write_bytes(half)
+            told(count)
+            assert httpx.get(f"{ready.address}/readyz", verify=first).status_code == 200
+            path.write_bytes(whole)
+        for path, half in halves:
+            path.write_bytes(half)
+        os.kill(os.getpid(), signal.SIGHUP)
+        renewed = False
+        while not renewed:
+            try:
+                renewed = httpx.get(f"{ready.address}/readyz", verify=second).status_code == 200
+            except httpx.ConnectError:  # not yet read
+                continue
+        assert "do not belong together" in caplog.text
 
     server.run(client, listening=Listening(host="localhost", port=0, tls_cert=cert, tls_key=key))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from contextlib import closing
 
 import pytest
-from benchmarks.soak import Look, growth, inconsistent, miscounted, soak
+from benchmarks.soak import COUNTED, HELD, Look, growth, inconsistent, look_at, miscounted, soak, unbalanced
 
 from tests.commands import Home
 from tests.server.chat_model import chat_model
 from tests.server.process import serving
+from tsqp.wire.transport.shm import ArenaKind
+from tsqp.wire.transport.shm.segment import Segment
 
 SOAK_S = 60.0
 
@@ -27,6 +31,17 @@ def test_nothing_grows_and_all_adds_up_though_workers_are_killed(home: Home) -> 
         assert report.verdict() == []
         assert report.kills == len(report.looks)
         assert set(report.outcomes) == {"answers", "refusals", "requests dropped", "streams left", "streams read"}
+
+
+@pytest.mark.parametrize("kind", ["memfd", "file"])
+def test_an_arena_is_seen(kind: ArenaKind) -> None:
+    before = look_at(os.getpid()).segments
+    with closing(Segment(kind, 1 << 16)) as segment:
+        assert look_at(os.getpid()).segments == before + 1
+        segment.remove_name()
+        assert look_at(os.getpid()).segments == before + 1
+        segment.memory.close()
+    assert look_at(os.getpid()).segments == before
 
 
 def test_what_grows_is_told() -> None:
@@ -57,3 +72,21 @@ def test_a_kill_that_is_not_counted_and_a_check_that_fails_are_told() -> None:
     for wrong in ({"tsqp:worker_losses_total": 1.0}, {"tsqp:worker_reconnects_total": 3.0}):
         assert miscounted({**right, **wrong}, 2)
     assert miscounted({**right, "tsqp:failed_checks_total": 1.0}, 2) == ["a check has failed"]
+
+
+def test_what_endpoints_and_engine_count_differently_is_told() -> None:
+    right = {
+        "tsqp:requests_added_total": 10.0,
+        **dict.fromkeys(COUNTED, 10.0),
+        **dict.fromkeys(HELD, 0.0),
+        "vllm:time_to_first_token_seconds_count": 8.0,
+        "vllm:inter_token_latency_seconds_count": 90.0,
+        "vllm:request_generation_tokens_sum": 95.0,
+        "vllm:generation_tokens_total": 102.0,
+    }
+    assert unbalanced(right) == []
+    for name, wrong in {**dict.fromkeys(COUNTED, 9.0), **dict.fromkeys(HELD, 0.5)}.items():
+        (told,) = unbalanced({**right, name: wrong})
+        assert told.startswith(name)
+    for name, wrong in (("vllm:request_generation_tokens_sum", 99.0), ("vllm:generation_tokens_total", 97.0)):
+        assert len(unbalanced({**right, name: wrong})) == 1

@@ -31,8 +31,12 @@ class Attempt:
             if made is not None:
                 made.close()
             raise
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its frames have this one, which would have it, and none of them would ever go
         if self._made is None:
             raise ChannelClosed("the attempt was given up")
         return self._made

@@ -32,6 +32,7 @@ from tsqp.errors import (
     WorkerFailed,
     WorkerLost,
     WorkerUnreachable,
+    forget_frames,
 )
 from tsqp.trusted.engine.line import PassDecoder
 
@@ -262,7 +263,8 @@ class Supervisor:
             self._leave()
             verdict = self._verdict()
             if verdict is not None:
-                raise verdict.with_traceback(None)  # the frames of the pass that failed are not kept
+                forget_frames(verdict)  # of the pass that failed
+                raise verdict
             self._begin_pause()
             if self._lost_at is None:  # after a failed check, or after giving up
                 self._lost_at = self._clock()
@@ -348,4 +350,4 @@ class Supervisor:
             link.close()
             self._judged = None
             if link.ended is not None:
-                link.ended.with_traceback(None)  # its frames would keep the memory of the connection
+                forget_frames(link.ended)  # they would keep the memory of the connection

@@ -318,6 +318,7 @@ class WorkerSession:
 
     def _die(self, error: ChannelError) -> None:
         self._dead = self._dead or error
+        self._under_way.clear()  # each of them has this session
         self.channel.close()
 
 
