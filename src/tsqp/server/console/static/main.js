@@ -8,6 +8,7 @@ import { element, part } from "./elements.js";
 import { askKey } from "./key.js";
 import { showSeen, showWords } from "./seen.js";
 import { showState } from "./state.js";
+import { troubleOf } from "./trouble.js";
 import { ending, whole } from "./words.js";
 
 const PROMISES = {
@@ -16,7 +17,7 @@ const PROMISES = {
   open: "At open, nothing is hidden: the worker sees your words.",
   local: "At local there is no worker, and nothing to see.",
 };
-const CHEATED = ["worker_cheated", "check_failed"];
+const PATIENCE = 5; // times that an answer is asked for while the server looks at another one
 
 const server = new Server();
 const chat = new Chat();
@@ -76,16 +77,7 @@ async function answer(turn) {
     messages: conversation.asking(turn.question, composer.system),
     ...composer.parameters(),
   };
-  let reason = "";
-  let seen = null;
-  showState("answering");
-  for await (const { kind, value } of server.answer(request, running.signal)) {
-    if (kind === "text") turn.append(value);
-    if (kind === "finish") reason = value;
-    if (kind === "state") workerChanged(turn, value);
-    if (kind === "seen") seen = value;
-    chat.follow();
-  }
+  const { reason, seen } = await received(turn, request);
   conversation.keep(turn.question, turn.answer);
   turn.unnote("paused");
   turn.end([seen && `${whole(seen.tokens)} tokens.`, ending(reason)].filter(Boolean).join(" "));
@@ -97,6 +89,38 @@ async function answer(turn) {
     showTurn(turn, seen);
   }
   showState("ready");
+}
+
+/** Reads one answer to its end; waits where the server looks at another one, which may be one that was just stopped. */
+async function received(turn, request) {
+  const { signal } = running;
+  for (let tries = 1; ; tries++) {
+    try {
+      const told = { reason: "", seen: null };
+      showState("answering");
+      for await (const { kind, value } of server.answer(request, signal)) {
+        turn.unnote("busy");
+        if (kind === "text") turn.append(value);
+        if (kind === "finish") told.reason = value;
+        if (kind === "state") workerChanged(turn, value);
+        if (kind === "seen") told.seen = value;
+        chat.follow();
+      }
+      return told;
+    } catch (error) {
+      if (error.code !== "console_busy" || tries === PATIENCE) throw error;
+      turn.note("busy", "Waiting.", "The server looks at one answer at a time, and at another one now.");
+      await passing(error.retryAfter ?? 1, signal);
+    }
+  }
+}
+
+/** Resolves after so many seconds. Rejects when stopped. */
+function passing(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
 }
 
 /** The worker's state has changed while it answers; `expelled` are all that were ever sent away. */
@@ -121,38 +145,21 @@ function workerChanged(turn, { state, expelled }) {
 
 /** An answer that does not come to its end. */
 function broken(turn, error) {
+  const { kind, title, text, state, again } = troubleOf(error);
   turn.unnote("paused");
+  turn.unnote("busy");
   turn.end("");
-  if (error.name === "AbortError") {
+  const button = element("button", { type: "button", class: "quiet" }, "Ask again");
+  button.addEventListener("click", () => composer.fill(turn.question));
+  turn.note(kind, title, text, again ? button : null);
+  if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
-    turn.note("stopped", "Stopped.", "The server was told, and computes no more of it.");
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
-    showState("ready");
-    return;
-  }
-  const again = element("button", { type: "button", class: "quiet" }, "Ask again");
-  again.addEventListener("click", () => composer.fill(turn.question));
-  if (!(error instanceof Refused)) {
-    turn.note("failed", "This page failed.", String(error), again);
-    showState("failed");
-    throw error;
-  }
-  showWords("Nothing to show.", "The answer did not come to its end, and what the worker saw of it was thrown away.");
-  if (CHEATED.includes(error.code)) {
-    turn.note("caught", "A worker was caught.", "It gave a wrong product, and a check found it. Nothing of that product was used; the answer ends here.");
-    showState("caught");
-  } else if (error.status === 401) {
-    about = null;
-    turn.note("failed", "Key needed.", "The server asks for a key. Ask again to give one.", again);
-    showState("nokey");
-  } else if (error.status === 429) {
-    const wait = error.retryAfter === null ? "a little later" : `in ${error.retryAfter} s`;
-    turn.note("busy", "Busy.", `The server is busy with somebody else's answer. Ask again ${wait}.`, again);
-    showState("ready");
   } else {
-    turn.note("failed", "Failed.", error.message, again);
-    showState("failed");
+    showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
   }
+  if (state === "nokey") about = null;
+  showState(state);
 }
 
 function stop() {

@@ -91,7 +91,7 @@ export function numbers(seen) {
   rows.push(
     seen.pads_left === null
       ? ["Pads left", "none", `${seen.protection} uses no pads`]
-      : ["Pads left", whole(seen.pads_left), "each row uses one up"],
+      : ["Pads left", whole(seen.pads_left), "tokens of answers they are enough for"],
   );
   return rows;
 }
