@@ -57,7 +57,7 @@ async function ask(question) {
   part("reset").hidden = true;
   composer.answering(true);
   showTurn(null);
-  showWords("…", "The worker is at work. What it saw is told when the answer is whole.");
+  showWords("Not yet.", "The worker is at work. What it saw is told when the answer is whole.");
   try {
     if (about === null && !(await connect())) throw new Refused(401, "invalid_api_key", "The server asks for a key.");
     await answer(turn);

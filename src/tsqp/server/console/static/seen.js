@@ -72,7 +72,12 @@ function histogramPart(seen) {
     element(
       "figcaption",
       { class: "small" },
-      element("span", { class: "legend" }, element("span", { class: "bar" }, "bytes that were sent"), element("span", { class: "line" }, "uniform noise")),
+      element(
+        "span",
+        { class: "legend" },
+        element("span", { class: "sent" }, "bytes that were sent"),
+        element("span", { class: "noise" }, "uniform noise, and where 997 of 1,000 bars of it would end"),
+      ),
       element("span", {}, `${found}${kept}`),
       element(
         "span",

@@ -20,9 +20,9 @@ export function bytes(number) {
   return `${size.toFixed(size < 10 ? 2 : size < 100 ? 1 : 0)} ${units[0]}`;
 }
 
-/** A share in percent. */
+/** A share in percent; the sign stays on the line of its number. */
 export function percent(share) {
-  return `${Number((100 * share).toFixed(1))} %`;
+  return `${Number((100 * share).toFixed(1))}\u00a0%`;
 }
 
 /** A probability with three digits. */
@@ -42,24 +42,27 @@ export function verdict(seen) {
   if (seen.calls === 0) {
     return { kind: "nothing", title: "Nothing.", text: "No worker had a part in this answer." };
   }
-  const [recovered, byChance] = [seen.recovered_fraction, seen.noise_fraction];
-  // A token or two may be right by luck, as they are in noise.
-  if (recovered > byChance + Math.max(0.1, 2 / Math.max(1, seen.user_tokens))) {
+  const [recovered, ofNoise] = [seen.recovered_fraction, seen.noise_fraction];
+  const notNoise = seen.uniformity_p !== null && seen.uniformity_p < NOT_NOISE;
+  // Of what looks like noise a token or two may be right by luck.
+  const luck = notNoise ? 0.1 : Math.max(0.1, 2 / Math.max(1, seen.user_tokens));
+  if (recovered > ofNoise + luck) {
     const text =
       recovered === 1
         ? "Whoever has the public model turns the numbers that were sent back into your whole message."
         : `Whoever has the public model turns the numbers that were sent back into ${percent(recovered)} of your message.`;
     return { kind: "words", title: "Your words.", text };
   }
+  const found = recovered === 0 ? "none of your words" : "no more of your words than luck may give";
   if (seen.uniformity_p === null) {
-    const text = "An attack finds none of your words. Too few numbers were sent to test whether they are noise.";
+    const text = `An attack finds ${found}. Too few numbers were sent to test whether they are noise.`;
     return { kind: "unclear", title: "Too little to tell.", text };
   }
-  if (seen.uniformity_p < NOT_NOISE) {
+  if (notNoise) {
     const text = "The numbers that were sent are not noise. This attack reads little in them; a better one may read more.";
     return { kind: "unclear", title: "Not noise.", text };
   }
-  const text = "No test tells the numbers that were sent from uniform noise, and an attack on them finds none of your words.";
+  const text = `A test cannot tell the numbers that were sent from uniform noise, and an attack on them finds ${found}.`;
   return { kind: "noise", title: "Noise.", text };
 }
 
@@ -91,7 +94,7 @@ export function numbers(seen) {
   rows.push(
     seen.pads_left === null
       ? ["Pads left", "none", `${seen.protection} uses no pads`]
-      : ["Pads left", whole(seen.pads_left), "tokens of answers they are enough for"],
+      : ["Pads left", whole(seen.pads_left), "enough for so many tokens"],
   );
   return rows;
 }
