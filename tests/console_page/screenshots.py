@@ -26,7 +26,7 @@ QUESTION = "My password is swordfish. Is it a good one?"
 BEGINNING = "A password that is a single word of a dictionary can be guessed within seconds."
 MOST_BYTES = 200_000
 COLOURS = 160  # of a picture file: enough for the page, and small
-WIDE, NARROW = (1280, 1000), (360, 740)
+WIDE, NARROW = (1280, 1040), (360, 740)
 SCHEMES = {"light": False, "dark": True}
 
 

@@ -57,6 +57,8 @@ WORDS = {
     "m.uniformity(null)": "There are too few numbers for the test.",
     "m.uniformity(0.0004)": "Uniform noise is at least this uneven in 1 of 2,500 cases. "
     "Only below 10⁻⁶ would these bytes not be noise.",
+    "m.uniformity(1)": "Uniform noise is at least this uneven in nearly all cases. "
+    "Only below 10⁻⁶ would these bytes not be noise.",
     "m.uniformity(9e-7)": "Uniform noise is never this uneven. Below 10⁻⁶ these bytes are not noise.",
 }
 

@@ -53,7 +53,8 @@ def test_a_mode_that_breaks_its_promise_is_not_called_noise(page: Page, server: 
 
 
 def test_the_picture_has_a_dot_for_each_byte(page: Page, server: FakeServer) -> None:
-    values = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8) * 10
+    values = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8) + 100
+    values[2] = 255  # eight of the 24 are the same
     shown(page, server, seen(values, np.full(256, 1 / 256)))
     script = """
         const canvas = document.querySelector("canvas");
@@ -64,7 +65,8 @@ def test_the_picture_has_a_dot_for_each_byte(page: Page, server: FakeServer) -> 
     assert (width, height) == (8, 150)
     lines = np.array(red).reshape(3, thick, 8)
     assert (lines == lines[:, :1]).all()  # a row of numbers is a line of one colour a number
-    assert (lines[:, 0] == np.rint(20 + (244 - 20) * values.astype(int) / 255)).all()
+    ranks = np.concatenate([np.arange(16) + 0.5, np.full(8, 20)]).reshape(3, 8)
+    assert (lines[:, 0] == np.rint(20 + (244 - 20) * ranks / 24)).all()
     assert page.run("return getComputedStyle(document.querySelector('canvas')).imageRendering") == "pixelated"
 
 

@@ -47,7 +47,7 @@ function attackPart(kind, seen) {
 function picturePart(seen) {
   const dots = bytesOf(seen.picture);
   const rows = Math.ceil(dots.length / seen.picture_width);
-  const caption = `${seen.picture_of}: ${whole(rows)} rows of ${whole(seen.picture_width)} numbers, a dot for each.`;
+  const caption = `${seen.picture_of}: ${whole(rows)} rows of ${whole(seen.picture_width)} numbers, a dot for each, the lighter the larger.`;
   const style = getComputedStyle(document.documentElement);
   const ramp = ["--dot-low", "--dot-high"].map((name) => style.getPropertyValue(name).split(",").map(Number));
   return element(

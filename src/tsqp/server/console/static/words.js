@@ -70,7 +70,7 @@ export function verdict(seen) {
 export function uniformity(p) {
   if (p === null) return "There are too few numbers for the test.";
   if (p < NOT_NOISE) return "Uniform noise is never this uneven. Below 10⁻⁶ these bytes are not noise.";
-  const often = p >= 0.01 ? `${Math.round(100 * p)} of 100` : `1 of ${whole(1 / p)}`;
+  const often = p > 0.99 ? "nearly all" : p >= 0.01 ? `${Math.round(100 * p)} of 100` : `1 of ${whole(1 / p)}`;
   return `Uniform noise is at least this uneven in ${often} cases. Only below 10⁻⁶ would these bytes not be noise.`;
 }
 
