@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.limits import Limits
 
 
-def open_llm(run: RunConfig, limits: Limits | None = None) -> LLM:
+def open_llm(run: RunConfig, limits: Limits | None = None, *, taps: bool = False) -> LLM:
     """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``."""
     from rich.console import Console
 
@@ -21,7 +21,7 @@ def open_llm(run: RunConfig, limits: Limits | None = None) -> LLM:
     from tsqp.cli.pads_bar import pads_bar
 
     with pads_bar(Console(stderr=True)) as progress:
-        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits)
+        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits, taps=taps)
 
 
 def _state_mode(plan: Plan) -> None:

@@ -82,6 +82,13 @@ class ServeOptions:
         int | None, _server("metrics-port", "Show metrics for Prometheus on this port, without keys; 0 for a free one.")
     ] = None
     metrics_host: Annotated[str, _server("metrics-host", "The address of the metrics.")] = "127.0.0.1"
+    console: Annotated[
+        bool,
+        Parameter(
+            group=SERVER,
+            help="Show a page at /: a chat, and what the worker saw of each answer. It tells how many pads are left.",
+        ),
+    ] = False
     strict_params: Annotated[
         bool, _server("strict-params", "Refuse fields of requests that are unknown, in place of naming them.")
     ] = False
@@ -122,11 +129,13 @@ def serve(
         from tsqp.cli.open_llm import open_llm
         from tsqp.trusted.engine.limits import Limits
 
-        return open_llm(run, limits=Limits(running=server.max_running, waiting=server.max_waiting))
+        limits = Limits(running=server.max_running, waiting=server.max_waiting)
+        return open_llm(run, limits=limits, taps=server.console)
 
     def announce(ready: Ready) -> None:
         told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
         more = "" if ready.metrics_address is None else f"; metrics at {ready.metrics_address}"
+        more += f"; console at {ready.address}/" if server.console else ""
         sys.stderr.write(f"{told}{more}\n")
         sys.stderr.flush()
         if json_output:
@@ -202,6 +211,7 @@ def _settings(options: ServeOptions) -> ServerSettings:
         hosts=options.allow_host,
         origins=options.allow_origin,
         drain_s=options.drain_s,
+        console=options.console,
     )
 
 

@@ -36,7 +36,8 @@ def create_app(
     handlers = {**exception_handlers, ClientDisconnect: _nobody_listens}
     app = Starlette(routes=[*routes(service), *health_routes(probe, lifecycle)], exception_handlers=handlers)
     always = {"x-tsqp-protection": service.protection}
-    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered)
+    pages = () if service.console is None else service.console.pages
+    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered, pages=pages)
 
 
 async def _nobody_listens(_request: Request, _error: Exception) -> Response:

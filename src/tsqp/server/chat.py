@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from tsqp.server.response_format import form_errors, form_of, refuse_both
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 from tsqp.server.tools import ToolUse, tool_use
+from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 
@@ -39,7 +40,18 @@ async def create(service: Service, request: Request) -> Response:
     return await unless_left(request, _answered(service, request, body))
 
 
-async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be asked, once all of a body was found to be right. ``tools``: what the template is told of."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tools: ToolUse | None
+    reply: Reply
+
+
+async def prepared(service: Service, body: ChatBody) -> Prepared:
+    """Check a body and encode its conversation. Raises ApiError, OptionError and PromptError."""
     service.check_name(body.model)
     check_choices(service, body.choices)
     check_stream_options(body)
@@ -54,15 +66,18 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     most = answer_tokens(
         service, len(prompt), asked, service.settings.max_answer_tokens, param=param, prompt="messages"
     )
-    params = replace(params, max_tokens=most)
-    reply = Reply(service, body, tools, len(prompt))
-    every = [Asked(prompt, of_choice(params, index)) for index in range(body.choices)]
+    return Prepared(prompt, replace(params, max_tokens=most), tools, Reply(service, body, tools, len(prompt)))
+
+
+async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
+    asked = await prepared(service, body)
+    every = [Asked(asked.prompt, of_choice(asked.params, index)) for index in range(body.choices)]
     with form_errors("response_format"):
         answers = await Answers.open(service, request, "chat", every, salt_of(body))
     if body.stream:
-        return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
+        return EventStream(service, answers, asked.reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        return json_reply(await reply.whole(answers))
+        return json_reply(await asked.reply.whole(answers))
 
 
 async def encoded(

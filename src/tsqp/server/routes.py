@@ -9,6 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tsqp.server import chat, completions, models, responses, tokens
+from tsqp.server.console import about, answer
+from tsqp.server.console.pages import show
 from tsqp.server.handlers import answered
 from tsqp.server.service import Service
 
@@ -26,7 +28,17 @@ def routes(service: Service) -> list[Route]:
     def route(method: str, path: str, endpoint: Endpoint) -> Route:
         return Route(path, _answering(service, endpoint), methods=[method])
 
+    console = (
+        []
+        if service.console is None
+        else [
+            *(route("GET", path, show) for path in service.console.pages),
+            route("GET", "/console/about", about.about),
+            route("POST", "/console/answer", answer.create),
+        ]
+    )
     return [
+        *console,
         route("POST", "/v1/chat/completions", chat.create),
         route("POST", "/v1/completions", completions.create),
         route("POST", "/v1/responses", responses.create),
