@@ -7,6 +7,7 @@ are played from a script.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from io import BytesIO
@@ -63,6 +64,8 @@ def answers(chrome: Chrome, folder: Path) -> None:
                 page.click(".look")
                 save(page, folder / f"{protection}-narrow-seen-{name}.png")
                 page.close()
+            server.process.send_signal(signal.SIGTERM)
+            server.ended()
     for name, both in panels.items():
         write(beside(both), folder / f"masked-and-open-{name}.png")
 

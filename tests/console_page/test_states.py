@@ -71,7 +71,8 @@ def test_an_answer_that_fails_says_why_and_can_be_asked_again(
     page.ask("hello")
     page.wait_for("Failed")
     assert said in page.text('.note[role="alert"]')
-    assert "thrown away" in page.text("#seen-body")
+    assert page.texts(".numbers") == []
+    assert ("not begun" if said == "The prompt is too long." else "thrown away") in page.text("#seen-body")
     page.click(".note button")
     assert page.field("prompt").get_attribute("value") == "hello"
     server.script = ["fine", SEEN]
@@ -87,6 +88,7 @@ def test_a_busy_server_is_no_failure(page: Page, server: FakeServer) -> None:
     page.wait(lambda: page.texts(".note"))
     assert page.text(".note p") == "Busy. Too many requests wait already. Ask again in 3 s."
     assert page.status == "Ready"
+    assert "not begun" in page.text("#seen-body")
     assert len(server.asked) == 1
 
 

@@ -57,7 +57,7 @@ async function ask(question) {
   part("reset").hidden = true;
   composer.answering(true);
   showTurn(null);
-  showWords("Not yet.", "The worker is at work. What it saw is told when the answer is whole.");
+  showWords("Not yet.", "What the worker saw is told when the answer is whole.");
   try {
     if (about === null && !(await connect())) throw new Refused(401, "invalid_api_key", "The server asks for a key.");
     await answer(turn);
@@ -155,6 +155,8 @@ function broken(turn, error) {
   if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
+  } else if (error.status >= 400 && error.status < 500) {
+    showWords("Nothing.", "This answer was not begun.");
   } else {
     showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
   }
