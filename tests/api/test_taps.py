@@ -158,6 +158,19 @@ def test_a_worker_that_is_lost_in_mid_answer(mode: ProtectionName, deaths: list[
     assert tap.checks < tap.calls == len(sent)
 
 
+def test_what_a_dealer_is_sent_is_in_no_tap(undisturbed: Completion) -> None:
+    """Pads are made for everybody, also while an answer is looked at."""
+    recorder, dealer = MortalRecorder(), MortalRecorder()
+    with living(recorder) as address, living(dealer) as dealt:
+        guard = GuardConfig(pad_source=f"dealer={dealt}", dealer_no_separation=True, pads_ahead=0)
+        with LLM(MODEL, protection="masked", worker=address, guard=guard, taps=True) as llm:
+            assert llm.taps is not None
+            tap = llm.taps.new()
+            assert answered(llm, tap) == undisturbed
+    assert dealer.seen
+    assert [(seen.message, *(seen.payloads or ())) for seen in tap.messages[1:]] == recorder.seen
+
+
 def test_an_abort_lets_go_of_it() -> None:
     async def run(llm: LLM) -> None:
         async with AsyncLLM(llm) as served:
