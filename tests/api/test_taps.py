@@ -7,7 +7,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -37,9 +37,9 @@ COMPANY = [
 @contextmanager
 def private(mode: ProtectionName, *workers: MortalRecorder, **options: Any) -> Iterator[LLM]:
     """A model with taps whose workers are threads behind sockets."""
-    with living(workers[0]) as first, living(workers[-1]) as last:
-        addresses = dict.fromkeys((first, last) if len(workers) > 1 else (first,))
-        worker = WorkerConfig(tuple(addresses), deadline_s=60.0, patience_s=30.0)
+    with ExitStack() as stack:
+        addresses = tuple(stack.enter_context(living(one)) for one in workers)
+        worker = WorkerConfig(addresses, deadline_s=60.0, patience_s=30.0)
         guard = GuardConfig(pads_ahead=0) if mode == "masked" else None
         with LLM(MODEL, protection=mode, worker=worker, guard=guard, taps=True, **options) as llm:
             yield llm
@@ -61,7 +61,7 @@ def answered(llm: LLM, tap: Tap | None, *, company: bool = False) -> Completion:
                 for number, (prompt, tenant) in enumerate(COMPANY if company else ())
             ]
             while company and not served.counts().new_tokens:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             found = await complete(served, TAPPED, SAMPLED, tenant="a", salt="", tap=tap)
             assert {len((await other).token_ids) for other in others} == ({12, 9, 20, 6} if company else set())
         return found
@@ -158,6 +158,19 @@ def test_a_worker_that_is_lost_in_mid_answer(mode: ProtectionName, deaths: list[
     assert tap.checks < tap.calls == len(sent)
 
 
+def test_what_a_dealer_is_sent_is_in_no_tap(undisturbed: Completion) -> None:
+    """Pads are made for everybody, also while an answer is looked at."""
+    recorder, dealer = MortalRecorder(), MortalRecorder()
+    with living(recorder) as address, living(dealer) as dealt:
+        guard = GuardConfig(pad_source=f"dealer={dealt}", dealer_no_separation=True, pads_ahead=0)
+        with LLM(MODEL, protection="masked", worker=address, guard=guard, taps=True) as llm:
+            assert llm.taps is not None
+            tap = llm.taps.new()
+            assert answered(llm, tap) == undisturbed
+    assert dealer.seen
+    assert [(seen.message, *(seen.payloads or ())) for seen in tap.messages[1:]] == recorder.seen
+
+
 def test_an_abort_lets_go_of_it() -> None:
     async def run(llm: LLM) -> None:
         async with AsyncLLM(llm) as served:
@@ -170,7 +183,7 @@ def test_an_abort_lets_go_of_it() -> None:
             del tap, answer
             while served.counts().running or gone() is not None:
                 gc.collect()
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             assert llm.taps.current is None
 
     with private("verified", MortalRecorder(), limits=Limits(running=2)) as llm:

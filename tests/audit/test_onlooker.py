@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.api.mortal import MortalRecorder, living, plain_worker
 from tests.families import tiny_model
-from tests.trusted.guard.hostile import serve
-from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.audit.attack import VocabularyMatch, noise_rows
 from tsqp.audit.capture import Capture
@@ -56,18 +56,20 @@ def attacker(checkpoint: Checkpoint, tokenizer: Tokenizer, prompt: AuditPrompt) 
 @contextmanager
 def opened(mode: ProtectionName, capture: Capture) -> Iterator[LLM]:
     """A model with taps, all of whose line is captured on its own as well."""
-    compute = ComputeConfig(dtype="float32", threads=1) if mode == "open" else ComputeConfig(threads=1)
-    if mode == "open":
-        with LLM(MODEL, protection=mode, compute=compute, connect=capture.connect, taps=True) as llm:
-            yield llm
-        return
-    guard = GuardConfig(pads_ahead=0) if mode == "masked" else None
-    with serve(MODEL) as (_, address):
-        worker = WorkerConfig(address)
-        with LLM(
-            MODEL, protection=mode, worker=worker, guard=guard, compute=compute, connect=capture.connect, taps=True
-        ) as llm:
-            yield llm
+    mortal = plain_worker(model=MODEL) if mode == "open" else MortalRecorder(model=MODEL)
+    with (
+        living(mortal) as address,
+        LLM(
+            MODEL,
+            protection=mode,
+            worker=address,
+            guard=GuardConfig(pads_ahead=0) if mode == "masked" else None,
+            compute=ComputeConfig(dtype="float32" if mode == "open" else "auto", threads=1),
+            connect=capture.connect,
+            taps=True,
+        ) as llm,
+    ):
+        yield llm
 
 
 def answered(mode: ProtectionName, prompt: AuditPrompt, keep_bytes: int = 1 << 24) -> tuple[Tap, Capture]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from tests.server.asgi import ask, error_of
+from tests.server.asgi import HOST, ask, error_of
 from tests.server.console.watching import console_service
 from tests.server.serving import Script, served, service_of
 from tsqp import __version__
@@ -48,9 +48,8 @@ class Fine:
         return None
 
 
-def app(keys: KeyFile | None = None, **settings: Any) -> ASGIApp:
-    service = console_service(Script("Hi"), settings=ServerSettings(**settings))
-    return create_app(service, keys=keys, probe=Fine())
+def app(keys: KeyFile | None = None) -> ASGIApp:
+    return create_app(console_service(Script("Hi")), keys=keys, probe=Fine())
 
 
 @pytest.fixture
@@ -166,6 +165,19 @@ def test_a_page_of_another_origin_gets_nothing() -> None:
 
 
 def test_parts_of_the_page_do_not_count_as_requests_of_a_key() -> None:
-    """A browser asks for all of them at once."""
-    guarded = app(max_requests_per_key=1)
-    assert [ask(guarded, path).status_code for path in read_pages()] == [200] * len(read_pages())
+    """A browser asks for all of them at once, also while an answer is under way."""
+
+    async def test() -> None:
+        more = asyncio.Event()
+        service = console_service(Script([more]), settings=ServerSettings(max_requests_per_key=1))
+        transport = httpx.ASGITransport(create_app(service, probe=Fine()))
+        async with httpx.AsyncClient(transport=transport, base_url=HOST) as client:
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+            under_way = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            while (await client.get("/v1/models")).status_code != 429:
+                await asyncio.sleep(0.001)
+            assert [(await client.get(path)).status_code for path in read_pages()] == [200] * len(read_pages())
+            more.set()
+            assert (await under_way).status_code == 200
+
+    asyncio.run(asyncio.wait_for(test(), 60))
