@@ -11,9 +11,9 @@ from tests.console_page.seen_events import noise
 
 STREAM = (
     'event: state\r\ndata: {"a": 1}\r\n\r\n: a comment\r\n\r\n'
-    "data: naïve 😀\r\ndata:second\r\n\r\nid: 1\r\n\r\ndata: cut"
+    "data: naïve 😀\r\ndata:second\r\ndata:  third \r\n\r\nid: 1\r\n\r\ndata: cut"
 )
-EVENTS = [{"name": "state", "data": '{"a": 1}'}, {"name": "", "data": "naïve 😀\nsecond"}]
+EVENTS = [{"name": "state", "data": '{"a": 1}'}, {"name": "", "data": "naïve 😀\nsecond\n third "}]
 
 
 def of_module(page: Page, module: str, expression: str, *arguments: Any) -> Any:
