@@ -56,6 +56,17 @@ def test_an_answer_is_stopped(page: Page, server: FakeServer) -> None:
     assert page.focused() == "prompt"
 
 
+def test_an_answer_ends_when_the_page_is_left(page: Page, server: FakeServer) -> None:
+    server.script = ["a beginning", Gate()]
+    for _ in range(2):  # a browser seldom keeps the first page that is left
+        server.left.clear()
+        page.ask("hello")
+        page.wait(lambda: page.answer == "a beginning")
+        page.chrome.get("about:blank")
+        assert server.left.wait(10)
+        page.chrome.get(page.url)
+
+
 def test_what_was_stopped_is_part_of_the_conversation_and_what_gave_nothing_is_not(
     page: Page, server: FakeServer
 ) -> None:

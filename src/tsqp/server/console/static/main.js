@@ -189,6 +189,7 @@ part("reset").addEventListener("click", () => {
   welcome();
   composer.fill("");
 });
+addEventListener("pagehide", stop); // a browser may keep a page that was left, and its answer would go on
 welcome();
 connect().catch((error) => {
   showState("failed");
