@@ -41,5 +41,9 @@ def test_the_wheel_runs_in_an_empty_environment(home: Home, tmp_path: Path) -> N
     out = run(tsqp, "generate", "hello", *options, cwd=tmp_path, environment=environment)
     assert '"transport": "shm"' in out.splitlines()[-1]
     run(tsqp, "doctor", cwd=tmp_path, environment=environment)
+    pages = "from tsqp.server.console.pages import read_pages; print(*sorted(read_pages()))"
+    static = (ROOT / "src/tsqp/server/console/static").iterdir()
+    of_the_console = run(python, "-c", pages, cwd=tmp_path, environment=environment).split()
+    assert of_the_console == sorted(["/", *(f"/console/{file.name}" for file in static)])
     names = run(python, "-c", "import tsqp; print(tsqp.LLM, tsqp.__file__)", cwd=tmp_path, environment=environment)
     assert str(tmp_path) in names

@@ -57,6 +57,7 @@ def _nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--host", "203.0.113.1", "--insecure-exposed"), "--host"),
         (("--frobnicate",), "--frobnicate"),
         (("--protection", "local", "--worker", "ipc:///x"), "--worker"),
+        (("--console", "--protection", "open", "--partition", "op", "--port", "0"), "--partition linear"),
     ],
     ids=lambda one: "-".join(one)[:40] if isinstance(one, tuple) else one[:20],
 )
@@ -98,9 +99,12 @@ def test_flags_win_over_variables_and_the_mode_is_masked(monkeypatch: pytest.Mon
     for name, value in {"TSQP_PORT": "1", "TSQP_MAX_WAITING": "2", "TSQP_MAX_BODY": "1MiB"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TSQP_INSECURE_EXPOSED", "1")
+    monkeypatch.setenv("TSQP_CONSOLE", "1")
     _, options = serve_options("--port", "3")
     assert (options.port, options.max_waiting, options.max_body) == (3, 2, 1 << 20)
-    assert not options.insecure_exposed  # what weakens a server is said on its command line
+    # What weakens a server, or shows more of it, is said on its command line.
+    assert (options.insecure_exposed, options.console) == (False, False)
+    assert serve_options("--console")[1].console
 
 
 def test_a_fresh_key_is_shown_once_and_lets_its_owner_in(tsqp: Command, tmp_path: Path) -> None:

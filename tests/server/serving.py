@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from tests.server.chat_model import CONTEXT, IM_END, chat_text_format
 from tsqp.api.answer import Answer, Delta
 from tsqp.api.async_llm import AsyncLLM
+from tsqp.api.worker_state import WorkerState
 from tsqp.checkpoint.base import TextFormat
 from tsqp.server.guards.faults import Faults, exception_handlers
 from tsqp.server.guards.headers import AnswerHeaders
@@ -29,6 +30,7 @@ from tsqp.server.settings import ServerSettings
 from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.tap import Tap
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 
 NAME = "tiny/chat"
@@ -87,16 +89,23 @@ class Script:
         self.tokenizer = Tokenizer(text_format or chat_text_format())
         self.answers = answers
         config = SimpleNamespace(max_positions=CONTEXT, vocab_size=VOCAB)
-        self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config)
+        self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config, guard=None)
+        self.worker_state: WorkerState | None = None
         self.opened: list[Opened] = []
         self.ended: list[int] = []
 
     async def open(
-        self, prompt: Sequence[int], params: SamplingParams, *, tenant: str = "", salt: str | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        tenant: str = "",
+        salt: str | None = None,
+        tap: Tap | None = None,
     ) -> ScriptedAnswer:
         """The next answer, or an exception where that is its script."""
         number = len(self.opened)
-        self.opened.append(Opened(list(prompt), params, tenant, salt))
+        self.opened.append(Opened(list(prompt), params, tenant, salt, tap))
         script = self.answers[number % len(self.answers)]
         if isinstance(script, Exception):
             raise script
@@ -112,6 +121,7 @@ class Opened:
     params: SamplingParams
     tenant: str
     salt: str | None
+    tap: Tap | None = None
 
 
 @dataclass

@@ -296,7 +296,9 @@ def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_is_loaded_with_the_model_and_not_before() -> None:
     """A port in use is known at once, and a worker loads it at the same time."""
-    assert not loaded(modules_after("import tsqp.server.run"), "torch")
+    modules = modules_after("import tsqp.server.run")
+    assert not loaded(modules, "torch")
+    assert not loaded(modules, "tsqp.audit"), "the console alone needs it"
 
 
 def test_how_an_address_is_written() -> None:

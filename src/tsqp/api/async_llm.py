@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.engine import Engine
     from tsqp.trusted.engine.request import Output
     from tsqp.trusted.engine.sampling import Sampler
+    from tsqp.trusted.tap import Tap
 
 
 LOOK_S = 1.0  # without requests, how often to look whether the worker has gone
@@ -48,7 +49,15 @@ class AsyncAnswer:
         """The tokens of the prompt."""
         return tuple(self._answer.prompt)
 
-    def begin(self, params: SamplingParams, sampler: Sampler, tenant: str, salt: str | None, patient: bool) -> None:
+    def begin(
+        self,
+        params: SamplingParams,
+        sampler: Sampler,
+        tenant: str,
+        salt: str | None,
+        patient: bool,
+        tap: Tap | None = None,
+    ) -> None:
         """Put the request into the queue. Raises as ``Engine.add_request``."""
         self._number = self._engine.add_request(
             self._answer.prompt,
@@ -58,6 +67,7 @@ class AsyncAnswer:
             patient=patient,
             sampler=sampler,
             deliver=self._deliver,
+            tap=tap,
         )
 
     def abort(self) -> None:
@@ -148,14 +158,17 @@ class AsyncLLM:
         raw: bool = False,
         tenant: str = "",
         salt: str | None = None,
+        tap: Tap | None = None,
         **template_args: object,
     ) -> AsyncAnswer:
         """Ask for one answer; returns once the request is in the queue. For the prompt see ``LLM.generate``.
 
+        ``tap``: one of ``LLM.taps``, which then has what is sent to the worker for this request.
+
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap)
 
     async def open_chat(
         self,
@@ -181,7 +194,8 @@ class AsyncLLM:
         **template_args: object,
     ) -> AsyncIterator[Delta]:
         """Answer one prompt piece by piece. A task that is cancelled ends its request within a step."""
-        async with await self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, **template_args) as answer:
+        asked = self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, **template_args)
+        async with await asked as answer:
             async for delta in answer:
                 yield delta
 
@@ -270,13 +284,20 @@ class AsyncLLM:
         await self.close(None if kind is None else 0.0)
 
     async def _begin(
-        self, tokens: list[int], params: SamplingParams, tenant: str, salt: str | None, *, patient: bool = False
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        tenant: str,
+        salt: str | None,
+        *,
+        patient: bool = False,
+        tap: Tap | None = None,
     ) -> AsyncAnswer:
         ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)
-        answer.begin(params, sampler, tenant, salt, patient)
+        answer.begin(params, sampler, tenant, salt, patient, tap)
         self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
         self._wake.set()
         return answer

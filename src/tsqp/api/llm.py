@@ -28,6 +28,7 @@ from tsqp.launch.local import LocalWorker
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
+from tsqp.trusted.tap import Taps
 from tsqp.trusted.text.conversation import Messages
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 from tsqp.wire.channel import Channel
@@ -63,7 +64,8 @@ class LLM:
     pads come from. ``compute``: what is computed where, in which numbers. ``connect`` opens the channels to worker and
     dealer; another than the default may see or change all that crosses, as ``tsqp audit`` does. ``announce`` is called
     with what was asked for, checked, before anything is fetched, started or sent. ``pads_progress`` is told how far it
-    is, while ``warm_pads`` fills the pool. ``limits``: how many requests are computed together.
+    is, while ``warm_pads`` fills the pool. ``limits``: how many requests are computed together. ``taps``: whether a
+    request may have a tap, which shows what was sent to the worker for it; at partition ``linear``, and ``local``.
 
     Requests of several threads, and several streams that are open at once, are computed together, by whoever waits for
     one of them. ``AsyncLLM`` is the same for asyncio.
@@ -83,6 +85,7 @@ class LLM:
         announce: Callable[[Plan], None] | None = None,
         pads_progress: Callable[[Filling], None] | None = None,
         limits: Limits | None = None,
+        taps: bool = False,
     ) -> None:
         if isinstance(worker, str):
             worker = WorkerConfig(worker)
@@ -91,6 +94,7 @@ class LLM:
         self._dealer = Dealer.of(run)
         self._connect = connect
         self._limits = limits
+        self.taps = self._new_taps() if taps else None
         self._security = client_keys(run.worker.key, run.worker.server_key)
         self._worker_user = None if run.worker.user is None else user_id(run.worker.user, "worker.user")
         if announce is not None:
@@ -103,7 +107,7 @@ class LLM:
         self._workers: Supervisor | None = None
         self._started: StartedHere | None = None
         with ExitStack() as stack:
-            place = locate(model)
+            self.place = place = locate(model)  # where the checkpoint is, on this machine
             self.plan = Plan.of(run, stored_dtype(place))
             if run.guard.pads_empty == "refuse":
                 self._prepare_torch()
@@ -127,7 +131,7 @@ class LLM:
 
     @classmethod
     def of(cls, run: RunConfig, **hooks: Any) -> LLM:
-        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress, limits."""
+        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress, limits, taps."""
         return cls(
             run.model, protection=run.protection, worker=run.worker, guard=run.guard, compute=run.compute, **hooks
         )
@@ -155,13 +159,29 @@ class LLM:
     def _dial(self, address: str, pid: int | None) -> Channel:
         """A channel to a worker, which may still be loading over shm. Raises ChannelError."""
         worker, tcp = self.plan.run.worker, address.startswith("tcp://")
-        return self._connect(
+        channel = self._connect(
             address,
             security=self._security if tcp else None,
             insecure_plain_tcp=worker.insecure_plain_tcp and tcp,
             arena_bytes=arena_for(address, worker.arena_bytes, pid),
             user=self._worker_user if address.startswith("shm://") else None,
         )
+        return channel if self.taps is None else self.taps.wrap(channel)
+
+    def _new_taps(self) -> Taps:
+        """Raises OptionError where the worker is sent more than rows, and in other ways."""
+        partition = self.plan.partition
+        if partition is not None and partition.name != "linear":
+            raise OptionError(
+                f"a tap shows rows of linear layers: it needs compute.partition linear, not {partition.name}",
+                fields=("compute.partition",),
+            )
+        return Taps(self._checks)
+
+    def _checks(self) -> int:
+        """Products that were checked so far."""
+        guard = self.guard
+        return 0 if guard is None else guard.counted()["checks"]
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool

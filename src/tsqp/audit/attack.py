@@ -41,11 +41,16 @@ class VocabularyMatch:
     layer = 0
 
     def __init__(self, model: PublicModel) -> None:
-        self._table = model.first_inputs()
+        self._model = model
 
     def recover(self, rows: torch.Tensor) -> list[int]:
-        tokens: list[int] = (rows @ self._table.T).argmax(dim=1).tolist()
-        return tokens
+        nearest, tokens = torch.full((len(rows),), -torch.inf), torch.zeros(len(rows), dtype=torch.int64)
+        for first, table in self._model.first_inputs():
+            near, index = (rows @ table.T).max(dim=1)
+            nearer = near > nearest
+            nearest = torch.where(nearer, near, nearest)
+            tokens = torch.where(nearer, first + index, tokens)
+        return tokens.tolist()
 
 
 class SequentialInversion:

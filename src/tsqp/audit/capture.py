@@ -10,21 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tsqp.trusted.tap import Seen
 from tsqp.wire.channel import Channel, Frames
 from tsqp.wire.codec import decode_to_worker
 from tsqp.wire.forward import ForwardingChannel
-from tsqp.wire.messages import Linear, Product, ToWorker
+from tsqp.wire.messages import Linear, Product
 from tsqp.wire.transport import connect
 
 KEEP_BYTES = 1 << 26  # of payloads; those of qkv are kept beyond it, as far as the longest prompt of an audit goes
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One message that was sent. ``payloads`` are copies; None where they were counted only."""
-
-    message: ToWorker
-    payloads: tuple[bytes, ...] | None
 
 
 @dataclass

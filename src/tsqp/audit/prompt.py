@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tsqp.errors import PromptError
@@ -34,16 +34,21 @@ def audit_prompt(tokenizer: Tokenizer, text: str) -> AuditPrompt:
     if not text.strip():
         raise PromptError("the prompt is empty: give some text")
     ids = tokenizer.encode_prompt(text)
-    others = [tokenizer.encode_prompt(other) for other in OTHER_TEXTS]
-    first = min(_common(ids, other) for other in others)
-    last = min(_common(ids[first:][::-1], other[::-1]) for other in others)
-    user = slice(first, len(ids) - last)
+    user = users_part(ids, [tokenizer.encode_prompt(other) for other in OTHER_TEXTS])
     count = user.stop - user.start
     if count > MAX_TOKENS:
         raise PromptError(f"the prompt has {count} tokens; an audit takes at most {MAX_TOKENS}: shorten it")
     if count < 1:
         raise PromptError("the chat template leaves nothing of the prompt: give another")
     return AuditPrompt(tuple(ids), user)
+
+
+def users_part(ids: Sequence[int], others: Iterable[Sequence[int]]) -> slice:
+    """Where the tokens of a text are among ``ids``; ``others``: the same with each of ``OTHER_TEXTS`` in its place."""
+    others = list(others)
+    first = min(_common(ids, other) for other in others)
+    last = min(_common(ids[first:][::-1], other[::-1]) for other in others)
+    return slice(first, len(ids) - last)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -40,10 +40,13 @@ class PublicModel:
         nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.config.windows)
         self._block = DecoderLayers(self.config, self._norms, linears, nothing, kernels, Stats())
 
-    def first_inputs(self) -> torch.Tensor:
-        """What each token of the vocabulary is at the input of layer 0, of length 1: (vocab_size, hidden_size)."""
-        parts = (self._normed(self._embedding[ids].float(), 0) for ids in self._vocabulary())
-        return torch.cat(list(parts))
+    def first_inputs(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """What each token of the vocabulary is at the input of layer 0, of length 1.
+
+        A block at a time, so that nobody needs memory for all: its first token, and (tokens, hidden_size).
+        """
+        for ids in self._vocabulary():
+            yield int(ids[0]), self._normed(self._embedding[ids].float(), 0)
 
     def deep_inputs(self, context: KVCache) -> torch.Tensor:
         """What each token of the vocabulary is at the input of layer ``depth``, as the next after ``context``."""

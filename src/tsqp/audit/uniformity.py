@@ -34,10 +34,10 @@ def uniformity_p(words: WordRows) -> float:
         return 0.0
     steps = _differences(groups, words.modulus)
     tests = (
-        _test(groups, words.modulus, _high, _high_shares),
+        _test(groups, words.modulus, high_bits, high_shares),
         _test(groups, words.modulus, _low, _low_shares),
         _pair_test(groups, words.modulus),
-        _test(steps, words.modulus, _high, _high_shares),
+        _test(steps, words.modulus, high_bits, high_shares),
         _test(steps, words.modulus, _low, _low_shares),
     )
     values = [p for p in tests if p is not None]
@@ -74,13 +74,14 @@ def _pair_test(groups: Sequence[Words], modulus: int) -> float | None:
     counts = np.zeros(1 << 2 * half, np.int64)
     for group in groups:
         even = group.shape[1] // 2 * 2
-        high = _high(group[:, :even].ravel(), half, modulus).astype(np.int64)
+        high = high_bits(group[:, :even].ravel(), half, modulus).astype(np.int64)
         counts += np.bincount(high[::2] << half | high[1::2], minlength=len(counts))
-    shares = _high_shares(half, modulus)
+    shares = high_shares(half, modulus)
     return chi_square_p(counts, np.outer(shares, shares).ravel())
 
 
-def _high(words: Words, bits: int, modulus: int) -> Words:
+def high_bits(words: Words, bits: int, modulus: int) -> Words:
+    """The highest bits of each word, of those that numbers below the modulus have."""
     return words >> words.dtype.type(_width(modulus) - bits)
 
 
@@ -88,8 +89,11 @@ def _low(words: Words, bits: int, _: int) -> Words:
     return words & words.dtype.type((1 << bits) - 1)
 
 
-def _high_shares(bits: int, modulus: int) -> Shares:
-    """Exact: p = 2³¹ − 1 leaves the last bin one number short."""
+def high_shares(bits: int, modulus: int) -> Shares:
+    """How many of all uniform words have each value of their highest bits: (2^bits,).
+
+    Exact: p = 2³¹ − 1 leaves the last bin one number short.
+    """
     size = 1 << _width(modulus) - bits
     first = np.arange(1 << bits, dtype=np.int64) * size
     return np.clip(modulus - first, 0, size) / modulus

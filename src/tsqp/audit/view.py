@@ -12,10 +12,11 @@ import torch
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.modulus import P
-from tsqp.audit.capture import Capture, Seen
+from tsqp.audit.capture import Capture
 from tsqp.config.dtype import ITEM_BYTES, WireDtype
 from tsqp.config.groups import GroupKey, linear_groups
 from tsqp.config.model import ModelConfig
+from tsqp.trusted.tap import Seen
 from tsqp.wire.messages import Hello, Linear, MultiplyPads, Product
 from tsqp.wire.payload import wire_format
 
@@ -58,6 +59,20 @@ class View:
             words, modulus = self._words(seen, payload)
             rows[_key(seen.message), words.shape[1]].append(words)
         return WordRows([np.concatenate(parts) for parts in rows.values()], modulus)
+
+    def first_words(self, key: GroupKey, most: int) -> WordRows:
+        """Rows of one linear layer as they were sent, in order: as many as have together at most so many words."""
+        found: list[Words] = []
+        modulus = 0
+        for seen, payload in self._calls():
+            if _key(seen.message) == key:
+                words, modulus = self._words(seen, payload)
+                words = words[: most // words.shape[1]]
+                if not len(words):
+                    break
+                found.append(words)
+                most -= words.size
+        return WordRows([np.concatenate(found)] if found else [], modulus)
 
     def _calls(self) -> Iterator[tuple[Seen, bytes]]:
         for seen in self._seen:

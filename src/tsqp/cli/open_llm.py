@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.limits import Limits
 
 
-def open_llm(run: RunConfig, limits: Limits | None = None, tell: Callable[[str], None] | None = None) -> LLM:
+def open_llm(
+    run: RunConfig, limits: Limits | None = None, tell: Callable[[str], None] | None = None, *, taps: bool = False
+) -> LLM:
     """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``.
 
     ``tell`` is given each line about the start; without it they go to standard error.
@@ -26,9 +28,9 @@ def open_llm(run: RunConfig, limits: Limits | None = None, tell: Callable[[str],
     from tsqp.cli.pads_bar import pads_bar, pads_lines
 
     if tell is not None:
-        return LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits)
+        return LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits, taps=taps)
     with pads_bar(Console(stderr=True)) as progress:
-        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits)
+        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits, taps=taps)
 
 
 def _tell_mode(tell: Callable[[str], None], plan: Plan) -> None:

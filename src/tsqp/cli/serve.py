@@ -89,6 +89,13 @@ class ServeOptions:
         Literal["text", "json"],
         _server("log-format", "How the log on standard error is written: lines for people, or one JSON object a line."),
     ] = "text"
+    console: Annotated[
+        bool,
+        Parameter(
+            group=SERVER,
+            help="Show a page at /: a chat, and what the worker saw of each answer. It tells how many pads are left.",
+        ),
+    ] = False
     strict_params: Annotated[
         bool, _server("strict-params", "Refuse fields of requests that are unknown, in place of naming them.")
     ] = False
@@ -134,11 +141,12 @@ def serve(
 
         limits = Limits(running=server.max_running, waiting=server.max_waiting)
         tell = partial(log.info, "%s", extra={"event": "starting"}) if logged else None
-        return open_llm(run, limits, tell)
+        return open_llm(run, limits, tell, taps=server.console)
 
     def announce(ready: Ready) -> None:
         told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
         more = "" if ready.metrics_address is None else f"; metrics at {ready.metrics_address}"
+        more += f"; console at {ready.address}/" if server.console else ""
         if logged:
             log.info("%s%s", told, more, extra={"event": "ready"})
         else:
@@ -223,6 +231,7 @@ def _settings(options: ServeOptions) -> ServerSettings:
         hosts=options.allow_host,
         origins=options.allow_origin,
         drain_s=options.drain_s,
+        console=options.console,
     )
 
 

@@ -104,6 +104,7 @@ class Batch(Generic[C]):
     ``sampled``: of which sequences the logits of the last row are wanted; of all when not given. ``whole``: of which
     those of all rows are; of none when not given. ``first_steps``: the position of each sequence from which on its rows
     are decode steps, however many of them a pass has; when not given, a row that is alone of its sequence is one.
+    ``call_by_call``: every call goes through the channel by itself, where somebody can see it.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -112,6 +113,7 @@ class Batch(Generic[C]):
     sampled: Sequence[bool] | None = None
     first_steps: Sequence[int] | None = None
     whole: Sequence[bool] | None = None
+    call_by_call: bool = False
 
     def flat_tokens(self) -> torch.Tensor:
         """All token ids, int64 (T,)."""

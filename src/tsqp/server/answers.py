@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from tsqp.api.answer import Delta
     from tsqp.api.async_llm import AsyncAnswer
     from tsqp.trusted.engine.sampling_params import SamplingParams
+    from tsqp.trusted.tap import Tap
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and how it is to be answered."""
+    """A prompt and how it is to be answered. ``tap``: for what is sent to the worker meanwhile."""
 
     prompt: list[int]
     params: SamplingParams
+    tap: Tap | None = None
 
 
 class Answers:
@@ -50,7 +52,7 @@ class Answers:
         answers = cls()
         try:
             for one in asked:
-                answer = await service.model.open(one.prompt, one.params, tenant=tenant, salt=salt)
+                answer = await service.model.open(one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap)
                 answers._under_way.append(_UnderWay(answer, service.metrics, endpoint))
         except BaseException:
             answers.close()

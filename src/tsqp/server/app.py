@@ -34,4 +34,5 @@ def create_app(
     every = [*routes(service), *health_routes(probe, lifecycle)]
     app = Starlette(routes=every, exception_handlers=exception_handlers)
     always = {"x-tsqp-protection": service.protection}
-    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered)
+    pages = () if service.console is None else service.console.pages
+    return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered, pages=pages)

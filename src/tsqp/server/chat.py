@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -31,6 +31,7 @@ from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 from tsqp.server.tools import ToolUse, tool_use
+from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 
@@ -40,7 +41,22 @@ async def create(service: Service, request: Request) -> Response:
     return await unless_left(request, _answered(service, request, body))
 
 
-async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be asked, once all of a body was found to be right.
+
+    ``tools``: what the template is told of. ``either``: the answer has a form, or is a call.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    tools: ToolUse | None
+    either: bool
+    reply: Reply
+
+
+async def prepared(service: Service, body: ChatBody) -> Prepared:
+    """Check a body and encode its conversation. Raises ApiError, OptionError and PromptError."""
     service.check_name(body.model)
     check_choices(service, body.choices)
     check_stream_options(body)
@@ -56,15 +72,19 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     most = answer_tokens(
         service, len(prompt), asked, service.settings.max_answer_tokens, param=param, prompt="messages"
     )
-    params = replace(params, max_tokens=most)
-    reply = Reply(service, body, tools, len(prompt))
-    every = [Asked(prompt, of_choice(params, index)) for index in range(body.choices)]
-    with form_errors("response_format", both=form is not None and tools is not None):
+    either, reply = form is not None and tools is not None, Reply(service, body, tools, len(prompt))
+    return Prepared(prompt, replace(params, max_tokens=most), tools, either, reply)
+
+
+async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
+    asked = await prepared(service, body)
+    every = [Asked(asked.prompt, of_choice(asked.params, index)) for index in range(body.choices)]
+    with form_errors("response_format", both=asked.either):
         answers = await Answers.open(service, request, "chat", every, salt_of(body))
     if body.stream:
-        return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
+        return EventStream(service, answers, asked.reply.events(answers), padding=padding_of(service, body))
     async with answers:
-        return json_reply(await reply.whole(answers))
+        return json_reply(await asked.reply.whole(answers))
 
 
 async def encoded(

@@ -66,6 +66,11 @@ class Reply:
         self._prompt_tokens = prompt_tokens
         self._answer_tokens = 0
 
+    @property
+    def answer_tokens(self) -> int:
+        """Of the answers that have ended."""
+        return self._answer_tokens
+
     async def whole(self, answers: Answers) -> Completion:
         """All answers, once they are complete."""
         events: list[list[AnswerEvent]] = [[] for _ in self._choices]

@@ -10,6 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tsqp.server import chat, chat_types, completions, completions_types, models, responses, responses_types, tokens
+from tsqp.server.console import about, answer
+from tsqp.server.console.pages import show
 from tsqp.server.openapi import Operation, documented_by
 from tsqp.server.service import Service
 from tsqp.server.under_way import found_endpoint
@@ -56,6 +58,9 @@ def routes(service: Service) -> list[Route]:
     """All of them, and the document that says so. What an endpoint raises is for ``guards/faults.py``."""
     every = [(one.method, one.path, one.endpoint) for one in OPERATIONS]
     every.append(("GET", "/openapi.json", documented_by(OPERATIONS)))
+    if service.console is not None:
+        every += [("GET", path, show) for path in service.console.pages]
+        every += [("GET", "/console/about", about.about), ("POST", "/console/answer", answer.create)]
     return [Route(path, _found(path, partial(endpoint, service)), methods=[method]) for method, path, endpoint in every]
 
 

@@ -26,6 +26,7 @@ from tsqp.errors import TsqpError
 from tsqp.server.api_keys import KeyFile
 from tsqp.server.app import create_app
 from tsqp.server.connection import Bounds, bounded
+from tsqp.server.console.console import open_console
 from tsqp.server.discreet import about, log_of_loop, told, write_logs
 from tsqp.server.guards.faults import Faults, exception_handlers
 from tsqp.server.guards.headers import AnswerHeaders
@@ -130,7 +131,9 @@ class Running:
         model = AsyncLLM(self._llm)
         meters = PrometheusMeters(model, self._names[0])
         protection = self._llm.plan.protection.name
-        service = Service(model, self._names, self._settings, protection, fingerprint_of(self._llm), meters)
+        console = open_console(self._llm) if self._settings.console else None
+        fingerprint = fingerprint_of(self._llm)
+        service = Service(model, self._names, self._settings, protection, fingerprint, meters, console)
         app = create_app(service, keys=self._keys, lifecycle=self._lifecycle, answered=meters.answered)
         limits = self._settings
         tasks = [self._start(app, sockets, tls, limits.max_connections)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from tsqp.server.console.console import Console
 from tsqp.server.errors import ApiError
 from tsqp.server.meters import Meters, NoMeters
 from tsqp.server.settings import ServerSettings
@@ -22,7 +23,8 @@ class Service:
     """One model and how it is offered.
 
     ``names``: what clients may call the model; the first is in answers. ``protection``: the mode, which is in a header
-    of each answer, and in ``fingerprint``, the ``system_fingerprint`` of the API.
+    of each answer, and in ``fingerprint``, the ``system_fingerprint`` of the API. ``console``: None where there is no
+    page to be shown.
     """
 
     model: AsyncLLM
@@ -31,6 +33,7 @@ class Service:
     protection: str
     fingerprint: str
     metrics: Meters = field(default_factory=NoMeters)
+    console: Console | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

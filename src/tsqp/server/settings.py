@@ -28,3 +28,4 @@ class ServerSettings:
     origins: tuple[str, ...] = ()  # of pages that may use the server
     drain_s: float = 30.0  # for answers under way, once the server is told to end
     probe_s: float = 5.0  # for the round trip to the worker that readiness asks for
+    console: bool = False  # a page at / that shows what the worker saw of an answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,15 +29,18 @@ def guarded(
     keys: KeyFile | None = None,
     always: Mapping[str, str],
     answered: Callable[[int], None] = lambda _status: None,
+    pages: Collection[str] = (),
 ) -> ASGIApp:
     """The application behind its guards; ``always`` are headers of every answer, ``answered`` is told each status.
+
+    ``pages``: paths that need no key, since there is nothing in them.
 
     A request passes them from the last line of this function to the first. Cheap refusals come first: who has no key
     gets no body read, and a page of a stranger is not told whether its key is right.
     """
     app = Bodies(app, settings.max_body_bytes, settings.body_s)
-    app = AtOnce(app, settings.max_requests_per_key, OPEN_PATHS)
-    app = Keys(app, keys, OPEN_PATHS)
+    app = AtOnce(app, settings.max_requests_per_key, {*OPEN_PATHS, *pages})
+    app = Keys(app, keys, {*OPEN_PATHS, *pages})
     app = Doors(app, lifecycle, OPEN_PATHS)
     app = Faults(app)
     if settings.origins:

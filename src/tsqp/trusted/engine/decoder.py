@@ -68,7 +68,7 @@ class Decoder:
         """
         hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
         alone = len(hidden) == len(batch.tokens) <= self._max_rows and self._micro_batches == 1
-        if self._step is not None and alone:
+        if self._step is not None and alone and not batch.call_by_call:
             (chunk,) = batch.chunks(self._max_rows)
             if self._step.serves(chunk.spans):
                 logits = self._step.run(hidden, chunk.spans, self._layers.work(self._rotary, chunk))

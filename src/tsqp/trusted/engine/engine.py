@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.scheduler import Scheduler, Shares
 from tsqp.trusted.engine.turns import Turns
 from tsqp.trusted.stats import Stats
+from tsqp.trusted.tap import Tap
 
 Tokens = SequenceOf[int]
 
@@ -132,6 +133,7 @@ class Engine:
         patient: bool = False,
         sampler: ChoosesTokens | None = None,
         deliver: Callable[[Output], None] | None = None,
+        tap: Tap | None = None,
     ) -> int:
         """Put a request into the queue; its number. It is computed by ``step``.
 
@@ -139,7 +141,8 @@ class Engine:
         same tenant and salt have left, and leaves its own; None: neither, nor where log-probabilities of the prompt are
         asked for, since all of it is to be computed. ``patient``: nobody follows the answer as it grows, so prompts of
         others may hold it up. ``sampler``: one of its own, for this request alone; made of
-        ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps.
+        ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps. ``tap``: listens to
+        the passes of the request, which have no row of another; all of it is computed and nothing of it is left.
 
         Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
         PadsExhausted.
@@ -153,9 +156,10 @@ class Engine:
             sampler or Sampler(params),
             max_positions=self.config.max_positions,
             tenant=tenant,
-            scope=None if salt is None or params.prompt_logprobs is not None else (tenant, salt),
+            scope=None if salt is None or tap is not None or params.prompt_logprobs is not None else (tenant, salt),
             patient=patient,
             deliver=deliver,
+            tap=tap,
         )
         with self._books():
             self._refused += 1  # unless nothing is raised
@@ -333,10 +337,12 @@ class Engine:
             sampled=[rows == request.rest for request, rows in shares.items()],
             first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
             whole=[request.reads_prompt for request in shares],
+            call_by_call=any(request.tap is not None for request in shares),
         )
         reading = {request: request.computed for request in shares if request.reads_prompt}
         start = self._clock()
-        logits = self._forward(batch)
+        with _tapped(shares):
+            logits = self._forward(batch)
         rows = prefilled or [1] * len(decoding)
         self.stats.passed(start, self._clock(), rows, prefill=bool(prefilled))
         are_finite = _finite_rows(logits)
@@ -429,6 +435,14 @@ class Engine:
     def _refuse_fork(self) -> None:
         if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
             raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
+
+
+def _tapped(shares: Shares) -> AbstractContextManager[None]:
+    """The tap of a pass listens, where it has one."""
+    if all(request.tap is None for request in shares):
+        return nullcontext()
+    (request,) = shares  # a crash rather than a row of another: the scheduler plans no such pass
+    return nullcontext() if request.tap is None else request.tap.listening(request.computed)
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:

@@ -45,6 +45,12 @@ class PrefillPace:
             return 0
         return int(self._rows)
 
+    def measured_apart(self, answers: int, rows: int, seconds: float) -> None:
+        """A step of prompt rows by themselves has held up so many running answers for so long: as if beside them."""
+        alone = self._alone.get(answers.bit_length())
+        if alone is not None and alone.seconds:
+            self.measured(answers, rows, seconds + statistics.median(alone.seconds))
+
     def measured(self, answers: int, rows: int, seconds: float) -> None:
         """A step of so many running answers, and of so many prompt rows beside them, has taken so long."""
         self._steps += 1

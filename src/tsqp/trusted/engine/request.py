@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.sampling_params import SamplingParams
+from tsqp.trusted.tap import Tap
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ROWS_WITH_LOGITS = 128  # the most of one request in one pass, where the logits of each row are wanted: they are large
@@ -60,8 +61,8 @@ class Request:
     ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
     there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
     budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``patient``: nobody follows the
-    answer as it grows. ``prompt_logprobs``: of the prompt's tokens so far, None for the first, where they are asked
-    for.
+    answer as it grows. ``tap``: listens while it is computed, and then nobody else is. ``prompt_logprobs``: of the
+    prompt's tokens so far, None for the first, where they are asked for.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Request:
         scope: Scope | None = None,
         patient: bool = False,
         deliver: Callable[[Output], None] | None = None,
+        tap: Tap | None = None,
     ) -> None:
         self.id = number
         self.tenant = tenant
@@ -88,6 +90,7 @@ class Request:
         self.sampler = sampler
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.deliver = deliver
+        self.tap = tap
         self.cache: Cache | None = None
         self.charge = 0
         self.pads = 0

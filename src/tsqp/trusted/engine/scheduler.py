@@ -49,6 +49,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._queues: dict[str, OrderedDict[int, Request]] = {}
         self._running: dict[int, Request] = {}  # in the order of admission
+        self._was_apart = False  # the last pass was of a request with a tap
         self._counts = Counts()
 
     def counts(self) -> Counts:
@@ -91,9 +92,43 @@ class Scheduler:
         self._counts.added += 1
 
     def plan(self) -> Shares:
-        """The rows of the next pass; empty where nothing is left to do."""
+        """The rows of the next pass; empty where nothing is left to do.
+
+        A request with a tap has passes of its own: every second one, while there are others.
+        """
+        shares = {} if self._was_apart else self._apart()
+        self._was_apart = bool(shares)
+        if shares:
+            return shares
+        shares = self._together()
+        self._was_apart = not shares
+        return shares or self._apart()
+
+    def _apart(self) -> Shares:
+        """The rows of one running request with a tap; none where it has to wait."""
+        tapped = [request for request in self._running.values() if request.tap is not None]
+        if not tapped:
+            return {}
+        request = min(tapped, key=lambda one: (self._fair.given(one.tenant), one.id))
+        if request.decoding:
+            rows = 1 if self._make_room(request) else 0
+        else:
+            answers = self._answers()
+            beside = any(not one.patient for one in answers)
+            rows = min(request.most_rows, self._rows_beside(len(answers))) if beside else request.most_rows
+        if not rows:
+            return {}
+        self._fair.give(request.tenant, rows)
+        return {request: rows}
+
+    def _answers(self) -> list[Request]:
+        """Those whose next rows are decode steps in one pass."""
+        return [request for request in self._running.values() if request.decoding and request.tap is None]
+
+    def _together(self) -> Shares:
+        """The rows of all others; those whose turn it is are admitted."""
         shares: Shares = {}
-        steps = [request for request in self._running.values() if request.decoding]
+        steps = self._answers()
         for request in steps:  # the one admitted first finds room first
             if request.id in self._running and self._make_room(request):
                 shares[request] = 1
@@ -138,8 +173,11 @@ class Scheduler:
         return iter(self._requests.values())
 
     def measured(self, answers: int, rows: int, seconds: float) -> None:
-        """A step of so many decode rows and so many other rows has taken so long."""
-        self._pace.measured(answers, rows, seconds)
+        """The step that was planned last, of so many decode rows and so many other rows, has taken so long."""
+        if not self._was_apart:
+            self._pace.measured(answers, rows, seconds)
+        elif rows:
+            self._pace.measured_apart(len(self._answers()), rows, seconds)
 
     def count(self, request: Request, rows: int, *, new_tokens: int) -> None:
         """Count what a pass has computed of a request, and how many tokens were chosen after it."""
@@ -159,6 +197,8 @@ class Scheduler:
             if request.id not in self._running and not self._admit(request):
                 admits = False  # nobody overtakes the one that does not fit
                 continue
+            if request.tap is not None:
+                continue
             rows = request.most_rows - shares.get(request, 0)
             if beside:
                 rows = min(rows, left)
@@ -175,7 +215,7 @@ class Scheduler:
         """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
         first: dict[str, Request] = {}
         for request in self._running.values():
-            if request.id not in steps and request.most_rows > shares.get(request, 0):
+            if request.tap is None and request.id not in steps and request.most_rows > shares.get(request, 0):
                 first.setdefault(request.tenant, request)
         if admits and len(self._running) < self._limits.running:
             for tenant, queue in self._queues.items():

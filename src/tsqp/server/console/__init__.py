@@ -1,0 +1,1 @@
+"""The page of ``tsqp serve --console``, and what it asks for. ``docs/console.md`` is the design."""

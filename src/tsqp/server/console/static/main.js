@@ -1,0 +1,197 @@
+// The page: what happens when.
+
+import { Refused, Server } from "./api.js";
+import { Chat } from "./chat.js";
+import { Composer } from "./composer.js";
+import { Conversation } from "./conversation.js";
+import { element, part } from "./elements.js";
+import { askKey } from "./key.js";
+import { showSeen, showWords } from "./seen.js";
+import { showState } from "./state.js";
+import { troubleOf } from "./trouble.js";
+import { ending, whole } from "./words.js";
+
+const PROMISES = {
+  masked: "At masked, the worker should see nothing but noise. This page shows what it was sent, so that you can judge.",
+  verified: "At verified, each product is checked, and nothing is hidden: the worker sees your words.",
+  open: "At open, nothing is hidden: the worker sees your words.",
+  local: "At local there is no worker, and nothing to see.",
+};
+const PATIENCE = 5; // times that an answer is asked for while the server looks at another one
+
+const server = new Server();
+const chat = new Chat();
+const composer = new Composer(ask, stop);
+let conversation = new Conversation();
+let about = null; // what the server says of itself, once it lets us in
+let running = null; // stops the answer under way
+let shown = null; // the turn that the panel shows
+const knownExpelled = new Set(); // workers whose end was told
+
+/** Asks the server who it is, and for a key until one is right. False where none was given. */
+async function connect() {
+  let problem = "";
+  for (;;) {
+    try {
+      about = await server.about();
+    } catch (error) {
+      if (!(error instanceof Refused) || error.status !== 401) throw error;
+      showState("nokey");
+      const key = await askKey(problem);
+      if (key === null) return false;
+      server.useKey(key);
+      problem = "The server does not take this key.";
+      continue;
+    }
+    part("model").textContent = about.model;
+    part("protection").textContent = about.protection;
+    part("promise").textContent = PROMISES[about.protection] ?? "";
+    showState("ready");
+    return true;
+  }
+}
+
+async function ask(question) {
+  const turn = chat.add(question);
+  running = new AbortController();
+  part("reset").hidden = true;
+  composer.answering(true);
+  showTurn(null);
+  showWords("Not yet.", "What the worker saw is told when the answer is whole.");
+  try {
+    if (about === null && !(await connect())) throw new Refused(401, "invalid_api_key", "The server asks for a key.");
+    await answer(turn);
+  } catch (error) {
+    broken(turn, error);
+  } finally {
+    running = null;
+    composer.answering(false);
+    part("reset").hidden = false;
+    chat.settle();
+  }
+}
+
+async function answer(turn) {
+  const request = {
+    model: about.model,
+    messages: conversation.asking(turn.question, composer.system),
+    ...composer.parameters(),
+  };
+  const { reason, seen } = await received(turn, request);
+  conversation.keep(turn.question, turn.answer);
+  turn.unnote("paused");
+  turn.end([seen && `${whole(seen.tokens)} tokens.`, ending(reason)].filter(Boolean).join(" "));
+  if (seen) {
+    turn.offer(() => {
+      showTurn(turn, seen);
+      part("seen").focus();
+    });
+    showTurn(turn, seen);
+  }
+  showState("ready");
+}
+
+/** Reads one answer to its end; waits where the server looks at another one, which may be one that was just stopped. */
+async function received(turn, request) {
+  const { signal } = running;
+  for (let tries = 1; ; tries++) {
+    try {
+      const told = { reason: "", seen: null };
+      showState("answering");
+      for await (const { kind, value } of server.answer(request, signal)) {
+        turn.unnote("busy");
+        if (kind === "text") turn.append(value);
+        if (kind === "finish") told.reason = value;
+        if (kind === "state") workerChanged(turn, value);
+        if (kind === "seen") told.seen = value;
+        chat.follow();
+      }
+      return told;
+    } catch (error) {
+      if (error.code !== "console_busy" || tries === PATIENCE) throw error;
+      turn.note("busy", "Waiting.", "The server looks at one answer at a time, and at another one now.");
+      await passing(error.retryAfter ?? 1, signal);
+    }
+  }
+}
+
+/** Resolves after so many seconds. Rejects when stopped. */
+function passing(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+}
+
+/** The worker's state has changed while it answers; `expelled` are all that were ever sent away. */
+function workerChanged(turn, { state, expelled }) {
+  const caught = expelled.filter((name) => !knownExpelled.has(name));
+  if (caught.length > 0) {
+    const names = caught.join(", ");
+    caught.forEach((name) => knownExpelled.add(name));
+    turn.note("caught", "A worker was caught.", `It gave a wrong product and was sent away: ${names}. Nothing of it was used.`);
+  }
+  if (state === "reconnecting") {
+    turn.note("paused", "Paused.", "The worker is lost. The answer goes on by itself when there is one again.");
+    showState("paused");
+  }
+  if (state === "ready") {
+    if (turn.unnote("paused")) {
+      turn.note("went-on", "Went on.", "The worker was lost for a while. The text is the same as without the pause.");
+    }
+    showState("answering");
+  }
+}
+
+/** An answer that does not come to its end. */
+function broken(turn, error) {
+  const { kind, title, text, state, again } = troubleOf(error);
+  turn.unnote("paused");
+  turn.unnote("busy");
+  turn.end("");
+  const button = element("button", { type: "button", class: "quiet" }, "Ask again");
+  button.addEventListener("click", () => composer.fill(turn.question));
+  turn.note(kind, title, text, again ? button : null);
+  if (kind === "stopped") {
+    conversation.keep(turn.question, turn.answer);
+    showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
+  } else if (error.status >= 400 && error.status < 500) {
+    showWords("Nothing.", "This answer was not begun.");
+  } else {
+    showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
+  }
+  if (state === "nokey") about = null;
+  showState(state);
+}
+
+function stop() {
+  running?.abort();
+}
+
+/** Shows a turn in the panel, and marks it in the conversation. */
+function showTurn(turn, seen) {
+  shown?.shown(false);
+  shown = turn;
+  if (turn === null) return;
+  turn.shown(true);
+  showSeen(turn.question, seen);
+}
+
+function welcome() {
+  conversation = new Conversation();
+  chat.clear();
+  showTurn(null);
+  part("reset").hidden = true;
+  showWords("Nothing yet.", "After each answer: the bytes that the worker was sent, as a picture and beside uniform noise, and what an attacker reads in them.");
+}
+
+part("reset").addEventListener("click", () => {
+  welcome();
+  composer.fill("");
+});
+addEventListener("pagehide", stop); // a browser may keep a page that was left, and its answer would go on
+welcome();
+connect().catch((error) => {
+  showState("failed");
+  part("promise").textContent = error.message;
+});

@@ -1,0 +1,35 @@
+// What is said of an answer that did not come to its end. Pure: it only picks words.
+
+import { Refused } from "./api.js";
+
+const CHEATED = ["worker_cheated", "check_failed"];
+
+/** `{kind, title, text, state, again}`: a note, the state of the page after it, and whether to offer to ask again. */
+export function troubleOf(error) {
+  if (error.name === "AbortError") {
+    const text = "The server was told, and computes no more of it.";
+    return { kind: "stopped", title: "Stopped.", text, state: "ready", again: false };
+  }
+  if (!(error instanceof Refused)) {
+    return { kind: "failed", title: "This page failed.", text: String(error), state: "failed", again: true };
+  }
+  if (CHEATED.includes(error.code)) {
+    const text = "It gave a wrong product, and a check found that. Nothing was made of the product; the answer ends here.";
+    return { kind: "caught", title: "A worker was caught.", text, state: "caught", again: false };
+  }
+  if (error.status === 401) {
+    const text = "The server asks for a key. Ask again to give one.";
+    return { kind: "failed", title: "Key needed.", text, state: "nokey", again: true };
+  }
+  if (error.status === 429) {
+    const when = error.retryAfter ? `in ${error.retryAfter} s` : "a little later";
+    return { kind: "busy", title: "Busy.", text: `${sentence(error.message)} Ask again ${when}.`, state: "ready", again: true };
+  }
+  return { kind: "failed", title: "Failed.", text: sentence(error.message), state: "failed", again: true };
+}
+
+/** Errors of the API begin small and have no full stop. */
+function sentence(text) {
+  const begun = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(begun) ? begun : `${begun}.`;
+}

@@ -1,0 +1,161 @@
+"""What goes wrong is said plainly, in words, and the page goes on."""
+
+from __future__ import annotations
+
+import pytest
+from selenium.webdriver import Keys
+
+from tests.console_page.fake_server import Cut, Failure, FakeServer, Gate, Named, Step
+from tests.console_page.page import Page
+from tests.console_page.seen_events import noise
+
+SEEN = noise(4, 16)
+LOST = Named("state", {"state": "reconnecting", "since_s": 0.0, "expelled": []})
+BACK = Named("state", {"state": "ready", "since_s": 0.0, "expelled": []})
+CAUGHT_ONE = Named("state", {"state": "ready", "since_s": 0.0, "expelled": ["b"]})
+CHEATED = Failure(503, "worker_cheated", "the worker failed a check: nothing was made of its answer")
+
+
+def test_a_lost_worker_is_a_pause_and_the_answer_goes_on(page: Page, server: FakeServer) -> None:
+    lost, back = Gate(), Gate()
+    server.script = ["before", LOST, lost, BACK, back, " after", SEEN]
+    page.ask("hello")
+    page.wait_for("Paused")
+    assert "Paused." in page.text(".note")
+    assert page.answer == "before"
+    lost.open()
+    page.wait_for("Answering")
+    assert "Went on." in page.text(".note")
+    back.open()
+    page.wait_for("Ready")
+    assert page.answer == "before after"
+    assert "Paused." not in page.text(".notes")
+    assert page.texts(".numbers")
+
+
+def test_a_caught_worker_is_said_plainly(page: Page, server: FakeServer) -> None:
+    server.script = ["before", CHEATED]
+    page.ask("hello")
+    page.wait_for("Worker caught")
+    assert "A worker was caught." in page.text('.note[role="alert"]')
+    assert page.answer == "before"
+    assert page.texts(".numbers") == []
+
+
+def test_a_caught_worker_beside_others_does_not_end_the_answer(page: Page, server: FakeServer) -> None:
+    server.script = ["before", CAUGHT_ONE, " after", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "before after"
+    assert "A worker was caught." in page.text(".note")
+    assert "sent away: b." in page.text(".note")
+    server.script = ["once more", LOST, CAUGHT_ONE, SEEN]
+    page.ask("again")
+    page.wait(lambda: page.answer == "once more" and page.status == "Ready")
+    assert "caught" not in page.text(".turn:last-child .notes")  # it was said when it happened
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ([Failure(503, "worker_lost", "the worker cannot be reached")], "The worker cannot be reached."),
+        (["a", LOST, Failure(503, "worker_lost", "the worker cannot be reached")], "The worker cannot be reached"),
+        (["a", Cut()], "The connection ended before the answer did."),
+        ([Failure(400, "context_length_exceeded", "the prompt is too long")], "The prompt is too long."),
+    ],
+)
+def test_an_answer_that_fails_says_why_and_can_be_asked_again(
+    page: Page, server: FakeServer, script: list[Step], said: str
+) -> None:
+    server.script = script
+    page.ask("hello")
+    page.wait_for("Failed")
+    assert said in page.text('.note[role="alert"]')
+    assert page.texts(".numbers") == []
+    assert ("not begun" if said == "The prompt is too long." else "thrown away") in page.text("#seen-body")
+    page.click(".note button")
+    assert page.field("prompt").get_attribute("value") == "hello"
+    server.script = ["fine", SEEN]
+    page.press(Keys.ENTER)
+    page.wait_for("Ready")
+    assert page.answer == "fine"
+    assert server.asked[-1]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_a_busy_server_is_no_failure(page: Page, server: FakeServer) -> None:
+    server.script = [Failure(429, "queue_full", "too many requests wait already", retry_after_s=3)]
+    page.ask("hello")
+    page.wait(lambda: page.texts(".note"))
+    assert page.text(".note p") == "Busy. Too many requests wait already. Ask again in 3 s."
+    assert page.status == "Ready"
+    assert "not begun" in page.text("#seen-body")
+    assert len(server.asked) == 1
+
+
+def test_the_page_waits_while_the_server_looks_at_another_answer(page: Page, server: FakeServer) -> None:
+    busy = Failure(429, "console_busy", "one answer at a time is looked at", retry_after_s=0)
+    server.refusals = [busy, busy]
+    server.script = ["at last", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.texts(".numbers"))
+    assert (page.answer, page.texts(".note"), len(server.asked)) == ("at last", [], 3)
+    server.refusals = [busy] * 9
+    page.ask("hello")
+    page.wait(lambda: page.texts(".note button"))
+    assert "Busy." in page.text(".note")
+    assert len(server.asked) == 8
+    server.refusals = [Failure(429, "console_busy", "one answer at a time is looked at", retry_after_s=1000)]
+    page.ask("hello")
+    page.wait(lambda: "Waiting." in page.texts(".turn:last-child .notes")[0])
+    page.press(Keys.ESCAPE)
+    page.wait_for("Ready")
+    assert page.text(".turn:last-child .note strong") == "Stopped."
+
+
+def test_a_key_is_asked_for_kept_nowhere_and_sent(page: Page, server: FakeServer) -> None:
+    server.key = "s3cret"
+    server.script = ["let in", SEEN]
+    page.chrome.refresh()
+    page.wait(lambda: page.focused() == "key-input")
+    assert page.status == "Key needed"
+    page.press("wrong", Keys.ENTER)
+    page.wait(lambda: "does not take" in page.text("#key-problem"))
+    page.press("s3cret", Keys.ENTER)
+    page.wait_for("Ready")
+    assert not page.one("#key").is_displayed()
+    page.ask("hello")
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "let in"
+    kept = "return [document.documentElement.outerHTML, location.href, document.cookie, ...Object.values(localStorage),"
+    fields = " ...Object.values(sessionStorage), ...[...document.querySelectorAll('input')].map((one) => one.value)]"
+    assert "s3cret" not in "".join(page.run(kept + fields))
+    assert page.run("return document.forms.length") == 0
+
+
+def test_a_key_dialog_can_be_left_and_comes_back(page: Page, server: FakeServer) -> None:
+    server.key = "s3cret"
+    server.script = ["let in", SEEN]
+    page.chrome.refresh()
+    page.wait(lambda: page.focused() == "key-input")
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: not page.one("#key").is_displayed())
+    assert page.status == "Key needed"
+    page.ask("hello")
+    page.wait(lambda: page.focused() == "key-input")
+    page.press("s3cret", Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "let in"
+
+
+def test_a_key_that_has_ended_is_asked_for_again(page: Page, server: FakeServer) -> None:
+    page.wait_for("Ready")
+    server.key = "new"
+    page.ask("hello")
+    page.wait_for("Key needed")
+    server.script = ["let in", SEEN]
+    page.click(".note button")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.focused() == "key-input")
+    page.press("new", Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "let in"
