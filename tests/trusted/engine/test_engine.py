@@ -258,8 +258,8 @@ def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
         engine.step()
     rows = [sum(one[1:]) for one in decoder.passes]
     assert rows[1] == 0, "what a step takes without rows of prompts is measured first"
-    assert rows[2:6] == [8, 12, 18, 27]
-    assert rows[6:] == [40] * len(rows[6:])
+    assert rows[2:9] == [8, 12, 16, 24, 36, 40, 44]
+    assert rows[9:] == [40] * len(rows[9:])
 
 
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:
