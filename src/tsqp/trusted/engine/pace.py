@@ -14,8 +14,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-LEAST_ROWS = 8  # a prompt goes on at this pace at least, however long its steps take
-NOTCH = 4  # numbers are multiples of it: steps of as many rows have memory and tables that are there already
+LEAST_ROWS = 6  # a prompt goes on at this pace at least, however long its steps take
+NOTCH = 6  # numbers are multiples of it: attention takes so many queries at once, and fewer cost as much
 MEASURED = 5  # times of which the median counts: one that another process has held up is none of them
 MEASURE_AGAIN = 64  # steps after which a time is old: answers have grown meanwhile
 TRY_AGAIN = 16  # steps after which a number that was too large is tried again; twice as many after each time
