@@ -78,7 +78,7 @@ def test_of_100_gaps_95_are_no_longer() -> None:
 
 def test_pads_are_ready_for_whatever_takes_more() -> None:
     assert Traffic(streams=16, tokens=10, steps=10, beside=1, long=16).pads == 16 * 22
-    assert Traffic(streams=2, tokens=10, steps=10, beside=3, long=1600).pads == 1600 + 3 * (10 + 20 + 200)
+    assert Traffic(streams=2, tokens=10, steps=10, beside=3, long=1200).pads == 1200 + 3 * (10 + 20 + 200)
 
 
 def test_a_batch_of_the_peer_is_its_prompts() -> None:

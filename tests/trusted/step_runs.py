@@ -125,11 +125,12 @@ class Taken:
         self.why: list[int] = []
         real = step_loops.decode
 
-        def decode(at: Array, board: Array, least: int, calls: Array, *arguments: Any) -> tuple[int, int]:
-            if at[step_loops.CALL] == len(calls):  # no step: it is to be compiled
-                return real(at, board, least, calls, *arguments)
+        def decode(board: Array, thread: int, at: Array, least: int, calls: Array, *others: Any) -> tuple[int, int]:
+            arguments = board, thread, at, least, calls, *others
+            if thread or at[step_loops.CALL] == len(calls):  # a helper; or no step: it is to be compiled
+                return real(*arguments)
             self.why.append(-1)  # an interrupt is raised as soon as it is back in Python
-            self.why[-1], size = real(at, board, least, calls, *arguments)
+            self.why[-1], size = real(*arguments)
             return self.why[-1], size
 
         monkeypatch.setattr(step_loops, "decode", decode)
@@ -163,6 +164,17 @@ def stepped(llm: LLM, sequences: Sequence[KVCache], seed: int = 0) -> torch.Tens
     """Logits of one decode step, (R, vocab_size), by a random token for each sequence."""
     tokens = random_tokens(len(sequences), seed)
     return llm.engine.run(Batch([[token] for token in tokens], sequences)).clone()
+
+
+def beside(llm: LLM, sequences: Sequence[KVCache], rows: Sequence[int], seed: int = 0) -> torch.Tensor:
+    """Logits of a pass that has so many rows of each sequence: one is a decode step, more are a part of a prompt.
+
+    Those of decode steps are wanted, and of the last prompt.
+    """
+    tokens = [random_tokens(count, seed + number) for number, count in enumerate(rows)]
+    firsts = [cache.length if count == 1 else 2**30 for cache, count in zip(sequences, rows, strict=True)]
+    sampled = [count == 1 or number == len(rows) - 1 for number, count in enumerate(rows)]
+    return llm.engine.run(Batch(tokens, sequences, sampled=sampled, first_steps=firsts)).clone()
 
 
 def held(llm: LLM, sequences: Sequence[KVCache]) -> list[torch.Tensor]:

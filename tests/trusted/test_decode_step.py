@@ -1,14 +1,19 @@
-"""A decode step as one compiled loop has the bits of the plain way, counts what that counts, and serves what it may."""
+"""A step of few rows as one compiled loop has the bits of the plain way, counts what that counts, and serves what it
+may.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tests.trusted.guard.fakes import MODES
@@ -18,6 +23,7 @@ from tests.trusted.step_runs import (
     PAD_ROWS,
     RecordingWorker,
     Taken,
+    beside,
     caches,
     fill,
     held,
@@ -27,7 +33,7 @@ from tests.trusted.step_runs import (
     step_of,
     stepped,
 )
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, Limits, SamplingParams
 from tsqp.api.config import ProtectionName
 from tsqp.arith.row_threads import row_threads
 from tsqp.errors import PadsExhausted
@@ -35,6 +41,7 @@ from tsqp.model import block_attention
 from tsqp.model.batch import Batch
 from tsqp.model.cache import KVCache
 from tsqp.trusted import decode_step, step_loops
+from tsqp.trusted.engine.request import Output
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pool import PadPool, PadSlice
 from tsqp.trusted.trace import Trace
@@ -61,6 +68,52 @@ def assert_same_bits(llm: LLM, lengths: Sequence[int], taken: Taken, steps: int 
     assert same(held(llm, ours), held(llm, theirs))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Rows of sequences of these lengths; those from ``first_steps`` on are decode steps."""
+
+    lengths: Sequence[int]
+    rows: Sequence[int]
+    first_steps: Sequence[int]
+    sampled: Sequence[bool]
+    whole: Sequence[bool] | None = None
+    every_row: bool = False
+
+    def run(self, llm: LLM, sequences: Sequence[KVCache]) -> torch.Tensor:
+        tokens = [random_tokens(count, seed) for seed, count in enumerate(self.rows)]
+        wanted = self.every_row, self.sampled, self.first_steps, self.whole
+        return llm.engine.run(Batch(tokens, sequences, *wanted)).clone()
+
+
+PROMPTS = {
+    "a part beside answers": Pass([11, 30, 3], [1, 1, 9], [5, 5, 99], [True, True, False]),
+    "the end beside answers": Pass([11, 30, 3], [1, 1, 9], [5, 5, 12], [True, True, True]),
+    "the beginning": Pass([11, 0], [1, 12], [5, 99], [True, False]),
+    "as many rows as there may be": Pass([90, 11], [15, 1], [200, 5], [False, True]),
+    "one row is none of an answer": Pass([30, 8], [1, 1], [5, 99], [True, False]),
+    "a whole prompt alone": Pass([0], [7], [7], [True]),
+    "two before an answer": Pass([0, 20, 9], [5, 3, 1], [50, 23, 2], [False, True, True]),
+    "an answer computed again": Pass([0, 250], [1, 6], [0, 252], [True, True]),  # caches grow at 256
+    "all of its logits": Pass([11, 3], [1, 5], [5, 99], [True, False], whole=[False, True]),
+    "logits of all rows": Pass([11, 3], [1, 5], [5, 99], [True, False], every_row=True),
+}
+
+
+def assert_same_pass(llm: LLM, one: Pass, taken: Taken) -> None:
+    """Both ways; the compiled way was really taken."""
+    ours, theirs = caches(llm, one.lengths), caches(llm, one.lengths)
+    before = taken.steps
+    logits = one.run(llm, ours)
+    assert taken.steps == before + 1
+    with plain(llm):
+        expected = one.run(llm, theirs)
+    assert taken.steps == before + 1
+    assert torch.isfinite(expected).all()
+    assert torch.equal(logits, expected)
+    assert [cache.length for cache in ours] == [sum(two) for two in zip(one.lengths, one.rows, strict=True)]
+    assert same(held(llm, ours), held(llm, theirs))
+
+
 # The same bits
 
 
@@ -72,6 +125,8 @@ def test_every_family(family: str, mode: ProtectionName, kv_dtype: Any, monkeypa
     with opened(mode, str(tiny_model(family).directory), kv_dtype=kv_dtype) as (llm, _):
         for lengths in ROWS.values():
             assert_same_bits(llm, lengths, taken)
+        for one in (PROMPTS["the end beside answers"], PROMPTS["an answer computed again"]):
+            assert_same_pass(llm, one, taken)
 
 
 @pytest.fixture(scope="module", params=[(mode, kv_dtype) for mode in MODES for kv_dtype in KV_DTYPES], ids=str)
@@ -104,6 +159,36 @@ def test_a_prompt_of_one_token(run: Run, taken: Taken) -> None:
     assert_same_bits(run[0], [0], taken, steps=2)
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+def test_rows_of_prompts(run: Run, name: str, taken: Taken) -> None:
+    assert_same_pass(run[0], PROMPTS[name], taken)
+
+
+@pytest.mark.parametrize("position", [505, 1015, 2035])
+def test_rows_of_prompts_across_the_edges_of_keys(run: Run, position: int, taken: Taken) -> None:
+    """Of 512 keys, and of 6 queries."""
+    assert_same_pass(run[0], Pass([40, position], [1, 13], [5, 2048], [True, False]), taken)
+
+
+@given(data=st.data())
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_prompt_in_any_parts_beside_an_answer(run: Run, data: st.DataObject) -> None:
+    """Its keys, its values and its logits are those of the whole prompt in one pass, the plain way."""
+    llm, _ = run
+    prompt, answer = random_tokens(40), random_tokens(40, seed=1)
+    whole, parts, beside_it = (llm.engine.decoder.new_cache() for _ in range(3))
+    with plain(llm):
+        expected = llm.engine.run(Batch([prompt], [whole], first_steps=[40])).clone()
+    at = 0
+    while at < 40:
+        rows = min(data.draw(st.integers(1, 15)), 40 - at)
+        tokens, last = [[answer[at]], prompt[at : at + rows]], at + rows == 40
+        logits = llm.engine.run(Batch(tokens, [beside_it, parts], sampled=[True, last], first_steps=[0, 40])).clone()
+        at += rows
+    assert torch.equal(logits[1:], expected)
+    assert same(held(llm, [parts]), held(llm, [whole]))
+
+
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """So many threads of this side."""
@@ -127,6 +212,8 @@ def test_attention_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPa
             assert_same_bits(llm, lengths, taken)
             by_keys = [step_loops.ATTEND] * llm.config.num_layers if len(lengths) < 2 * threads else []
             assert taken.own == [*by_keys, step_loops.OVER] * 3
+        for one in PROMPTS.values():  # whose KV heads they share, in Python where there are too few
+            assert_same_pass(llm, one, taken)
 
 
 def test_rows_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +224,8 @@ def test_rows_that_threads_share(threads: int, monkeypatch: pytest.MonkeyPatch) 
         taken = Taken(monkeypatch)
         for lengths in ROWS.values():
             assert_same_bits(llm, lengths, taken)
+        for one in PROMPTS.values():
+            assert_same_pass(llm, one, taken)
         own = [one for one in set(threading.enumerate()) - others if one.name.startswith("tsqp-step")]
         assert len(own) == threads - 1
     for thread in own:
@@ -224,6 +313,24 @@ def test_answers_of_a_whole_run(run: Run, taken: Taken) -> None:
     assert taken.steps == 7
 
 
+def test_prompts_that_arrive_beside_answers(run: Run, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, _ = run
+    monkeypatch.setattr(llm.engine._scheduler, "_limits", Limits(prefill_rows=7))
+    prompts, params = [random_tokens(n, seed=n) for n in (20, 45, 3)], SamplingParams(max_tokens=12, ignore_eos=True)
+    with plain(llm):
+        alone = [[output.token for _, output in llm.engine.generate([prompt], params)] for prompt in prompts]
+    found: list[list[Output]] = [[] for _ in prompts]
+    for prompt, outputs in zip(prompts, found, strict=True):
+        llm.engine.add_request(prompt, params, deliver=outputs.append)
+        llm.engine.step()
+    steps = len(prompts)
+    while llm.engine.has_work():
+        llm.engine.step()
+        steps += 1
+    assert [[output.token for output in outputs] for outputs in found] == alone
+    assert taken.steps == steps - 1, "all but the first prompt alone"
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_compiled_after_a_model_is_open(mode: ProtectionName, kv_dtype: Any) -> None:
@@ -232,6 +339,7 @@ def test_nothing_is_compiled_after_a_model_is_open(mode: ProtectionName, kv_dtyp
         before = len(compiled.signatures)
         for rows in (1, 5, 16):
             stepped(llm, caches(llm, [rows] * rows))
+        beside(llm, caches(llm, [5, 6]), [1, 7])
         assert len(compiled.signatures) == before
 
 
@@ -244,12 +352,13 @@ def is_taken(llm: LLM, taken: Taken, batch: Batch[Any]) -> bool:
     return taken.steps > before
 
 
-def test_it_takes_a_few_rows_that_are_each_alone(run: Run, taken: Taken) -> None:
+def test_it_takes_a_few_rows_of_which_some_have_logits(run: Run, taken: Taken) -> None:
     llm, _ = run
     assert is_taken(llm, taken, Batch([[1]] * 16, caches(llm, [4] * 16)))
     assert not is_taken(llm, taken, Batch([[1]] * 17, caches(llm, [4] * 17)))
-    assert not is_taken(llm, taken, Batch([[1, 2]], caches(llm, [4])))
-    assert not is_taken(llm, taken, Batch([[1], [1, 2]], caches(llm, [4, 4])))
+    assert is_taken(llm, taken, Batch([[1] * 16], caches(llm, [4])))
+    assert not is_taken(llm, taken, Batch([[1], [2] * 16], caches(llm, [4, 4])))
+    assert not is_taken(llm, taken, Batch([[1, 2]], caches(llm, [4]), sampled=[False]))
 
 
 def test_it_takes_no_more_rows_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +463,7 @@ def test_a_run_that_does_not_wait_for_pads_goes_on_with_others(monkeypatch: pyte
 def test_where_there_are_no_pads_their_addresses_are_memory_that_stays_as_it_is(run: Run) -> None:
     llm, _ = run
     stepped(llm, caches(llm, [5, 6]))
-    plan = step_of(llm)._plans[2]
+    plan = step_of(llm)._plans[2, 2]
     assert (plan._secrets != 0).all()
     if llm.plan.protection.name == "verified":
         assert (plan._secrets == plan._no_pads.ctypes.data).all()
@@ -365,8 +474,8 @@ def test_where_there_are_no_pads_their_addresses_are_memory_that_stays_as_it_is(
 # What is counted
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_it_counts_what_the_plain_way_counts(run: Run, rows: int, taken: Taken) -> None:
+@pytest.mark.parametrize("rows", [[1], [1, 1, 1], [1, 1, 5]], ids=str)
+def test_it_counts_what_the_plain_way_counts(run: Run, rows: list[int], taken: Taken) -> None:
     llm, worker = run
     counted: list[dict[str, Any]] = []
     for way in ("compiled", "plain"):
@@ -375,10 +484,10 @@ def test_it_counts_what_the_plain_way_counts(run: Run, rows: int, taken: Taken) 
         checked, calls = llm.guard.linears.products_checked, len(worker.seen)
         used = getattr(llm.guard.linears.pads, "used", 0)
         if way == "compiled":
-            stepped(llm, caches(llm, [6] * rows))
+            beside(llm, caches(llm, [6] * len(rows)), rows)
         else:
             with plain(llm):
-                stepped(llm, caches(llm, [6] * rows))
+                beside(llm, caches(llm, [6] * len(rows)), rows)
         messages = sum(worker.controls[calls:]) + sum(len(payload) for _, payload in worker.seen[calls:])
         stats = llm.stats
         assert sum(row.bytes_sent for row in stats.calls.values()) == messages

@@ -15,7 +15,7 @@ import torch
 from tests.trusted.guard import hostile
 from tests.trusted.guard.fakes import MODES, Array, record_blocks, secrets_of
 from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, NotHereError, edited
-from tests.trusted.step_runs import CALLS, MODEL, RecordingWorker, Taken, caches, opened, plain, same, stepped
+from tests.trusted.step_runs import CALLS, MODEL, RecordingWorker, Taken, beside, caches, opened, plain, same, stepped
 from tests.wire.links import WAIT_S
 from tsqp import LLM, WorkerConfig
 from tsqp.api.config import ProtectionName
@@ -109,6 +109,27 @@ def test_one_bit_of_any_row_of_any_product(
     with a_run(mode, monkeypatch, attack=edited(flip), at=KINDS[kind]) as (llm, worker):
         fails(llm, worker, ProductMismatch, asked=KINDS[kind] + 1)
         assert worker.calls[-1].group == kind
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_bit_of_a_row_beside_a_prompt(
+    mode: ProtectionName, kind: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an answer, and of the last of four rows of a prompt; the LM head has a row of each."""
+    row = 0 if not last else 1 if kind == "lm_head" else 4
+
+    def flip(y: Array) -> None:
+        hostile.flip_low_bit(y[row : row + 1])
+
+    with a_run(mode, monkeypatch, attack=edited(flip), at=KINDS[kind]) as (llm, worker):
+        sequences = caches(llm, [9, 30])
+        with pytest.raises(ProductMismatch) as caught:
+            beside(llm, sequences, [1, 4])
+        assert [cache.length for cache in sequences] == [9, 30]
+        assert worker.products == KINDS[kind] + 1
+        assert_over(llm, caught.value, sequences)
 
 
 WRONG: dict[str, tuple[Attack, type[ChannelError]]] = {

@@ -12,7 +12,7 @@ from tests.trusted.guard.fakes import MODES, Array
 from tests.trusted.guard.hostile import AnyProduct, HostileWorker, NotHereError
 from tests.trusted.guard.scan import shared_pads
 from tests.trusted.guard.secret_bytes import record
-from tests.trusted.step_runs import CALLS, RecordingWorker, Taken, caches, fill, opened, plain, stepped
+from tests.trusted.step_runs import CALLS, RecordingWorker, Taken, beside, caches, fill, opened, plain, stepped
 from tsqp import LLM, SamplingParams
 from tsqp.api.config import ProtectionName
 from tsqp.arith.expand import expand
@@ -25,14 +25,17 @@ from tsqp.wire.transport.shm.packets import decode_places
 
 ROWS = (1, 3, 16, 5, 1)
 FEW_ROWS = (1, 3)
+PROMPT = (1, 1, 6)  # rows of two answers and of a prompt, whose last one has logits
+STEPS = len(ROWS) + 1
 FEW = SamplingParams(max_tokens=4, ignore_eos=True)
 PAGE = 4096
 
 
 def steps(llm: LLM, seed: int = 0, counts: tuple[int, ...] = ROWS) -> None:
-    """Some steps, each of another count of rows."""
+    """Some steps, each of another count of rows, and one with a part of a prompt."""
     for number, rows in enumerate(counts):
         stepped(llm, caches(llm, [*range(3, 3 + rows)], seed), seed + number)
+    beside(llm, caches(llm, [4, 9, 7], seed), PROMPT, seed)
 
 
 @pytest.fixture
@@ -56,12 +59,12 @@ def test_a_row_is_its_digits_and_a_pad_of_its_own(ahead: int, taken: Taken, monk
         if ahead:
             fill(llm)
         steps(llm)
-    assert taken.steps == 2 * len(ROWS)
+    assert taken.steps == 2 * STEPS
     used = list[bytes]()
     for masked, digits in zip(worker.rows(np.uint32), in_clear.rows(np.int16), strict=True):
         pad = (masked.astype(np.int64) - digits) % P
         used += [row.astype(np.uint32).tobytes() for row in pad]
-    assert len(used) == sum(ROWS) * CALLS
+    assert len(used) == (sum(ROWS) + sum(PROMPT)) * CALLS - (sum(PROMPT) - len(PROMPT))
     assert len(set(used)) == len(used)
     assert set(used) <= expanded
 
@@ -90,7 +93,7 @@ def test_no_pad_is_used_twice_after_a_step_that_failed(taken: Taken) -> None:
                 stepped(llm, sequences)
             except Exception:
                 step: Any = llm.engine.decoder._step  # type: ignore[attr-defined]
-                memory = np.frombuffer(step._plans[3].slot(5).tensor, np.uint32).reshape(3, -1).copy()
+                memory = np.frombuffer(step._plans[3, 3].slot(5).tensor, np.uint32).reshape(3, -1).copy()
                 places.append(memory[:2])  # those before the one that was refused
     assert taken.steps == 2
     assert len(worker.seen) == 2 * CALLS + 5
@@ -103,7 +106,7 @@ def test_a_constant_key_is_found(taken: Taken, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Ratchet, "next_key", lambda self: bytearray(range(32)))
     with opened("masked") as (llm, worker):
         steps(llm)
-    assert taken.steps == len(ROWS)
+    assert taken.steps == STEPS
     assert shared_pads(worker.rows(np.uint32))
 
 
@@ -113,7 +116,7 @@ def test_the_calls_are_those_of_the_plain_way(mode: ProtectionName, taken: Taken
         steps(llm)
     with opened(mode) as (llm, reference), plain(llm):
         steps(llm)
-    assert taken.steps == len(ROWS)
+    assert taken.steps == STEPS
     assert worker.calls == reference.calls
     assert all(isinstance(call, Product) for call in worker.calls)
     assert [len(payload) for _, payload in worker.seen] == [len(payload) for _, payload in reference.seen]
@@ -129,7 +132,7 @@ def test_other_tokens_send_the_same_messages(taken: Taken) -> None:
         with opened("masked") as (llm, worker):
             steps(llm, seed)
             found.append((worker.calls, worker.controls, [len(payload) for _, payload in worker.seen]))
-    assert taken.steps == 2 * len(ROWS)
+    assert taken.steps == 2 * STEPS
     assert found[0] == found[1]
 
 
@@ -169,7 +172,7 @@ def test_the_arena_holds_no_secret(mode: ProtectionName, taken: Taken, monkeypat
         groups = llm.guard.linears.groups.values()
         vectors = [row.tobytes() for one in groups for part in (one.check_vectors, one.projections) for row in part]
         view.look(worker)
-    assert taken.steps == len(FEW_ROWS)
+    assert taken.steps == len(FEW_ROWS) + 1
     assert not found["x"], "Python has seen a call"
     secrets |= {name: found[name] for name in ("pads", "products of pads", "keys")}
     secrets |= {"check vectors": vectors, "sent": [row.tobytes() for part in sent(worker, mode) for row in part]}

@@ -75,12 +75,16 @@ class BlockAttention:
     def attend(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
         """All rows of a chunk; see ``ChunkAttention.steps``."""
         with self._meter.operator("softmax"):
-            if spans.alone:
-                self.attend_steps(layer, q, spans, out)
-            if spans.others:
-                self._attend_rows(layer, q, spans.others, out)
+            self.attend_all(layer, q, spans, out)
 
-    def attend_steps(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
+    def attend_all(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
+        """The same, for who takes the time."""
+        if spans.alone:
+            self._attend_steps(layer, q, spans, out)
+        if spans.others:
+            self._attend_rows(layer, q, spans.others, out)
+
+    def _attend_steps(self, layer: int, q: torch.Tensor, spans: BlocksOfChunk, out: torch.Tensor) -> None:
         """All decode steps of a chunk at once, each in parts of its keys."""
         loops = self._loops_for(spans.alone[0].cache.dtype)
         parts = spans.parts(self._windows[layer], loops.PART_KEYS, q.shape)

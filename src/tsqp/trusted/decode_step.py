@@ -1,6 +1,7 @@
-"""A decode step of a private mode in one piece of compiled code: tables in, logits out.
+"""A step of few rows of a private mode in one piece of compiled code: tables in, logits out.
 
-What a step needs besides its numbers depends on the count of rows alone: the packet of each call, where its input and
+Its rows are those of a decode step, one of each answer, and some of prompts beside them. What a step needs besides its
+numbers depends on the count of rows alone, and on how many have logits: the packet of each call, where its input and
 its reply lie, the guard's vectors and scales. That is laid out once (``_Plan``). For each step there are the pads,
 taken from the pool as ever, the places of keys and values, and room for what comes. ``step_loops.decode`` does the
 rest, without the interpreter, which between two calls costs more than all arithmetic of a row.
@@ -21,10 +22,10 @@ import numpy as np
 import torch
 
 from tsqp.arith.bits import Array, bits
-from tsqp.arith.crew import dismiss, new_board
+from tsqp.arith.crew import new_board
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.row_threads import row_threads
-from tsqp.config.groups import group_keys
+from tsqp.config.groups import GroupKey, group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import NumericError, PadsExhausted
 from tsqp.model.batch import SequenceRows
@@ -46,7 +47,8 @@ from tsqp.wire.slot import KEPT_ROWS, Slot
 
 KINDS = {"qkv": loops.QKV, "o": loops.O, "gate_up": loops.GATE_UP, "down": loops.DOWN, "lm_head": loops.LM_HEAD}
 WIDE_ID = 0x2123456789ABCDEF  # its encoding has 8 bytes of number, as those of a step have whatever the number is
-PLANS = 2  # counts of rows whose plans are kept
+MOST_ROWS = KEPT_ROWS  # of a step: the worker, too, has its loop for calls of so many
+PLANS = 4  # that are kept: of answers alone, beside a prompt, and at its end
 MOST_THREADS = 4  # that share the rows of a step: each more is woken for each call
 SHARE_NUMBERS = 1 << 17  # computed between two calls, from which on waking another thread pays
 
@@ -64,14 +66,16 @@ class Model:
 
 
 class DecodeStep:
-    """Decode steps of one run, over a line that its worker's channel has for them."""
+    """Steps of few rows of one run, over a line that its worker's channel has for them."""
+
+    most_rows = MOST_ROWS
 
     def __init__(self, model: Model, linears: CheckedLinears, session: WorkerSession, line: DirectLine) -> None:
         self._model = model
         self._linears = linears
         self._session = session
         self._line = line
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[tuple[int, int], _Plan] = {}  # the one that was used last is the last
         self._helpers = Helpers(min(row_threads().threads, MOST_THREADS) - 1)
 
     @classmethod
@@ -86,44 +90,38 @@ class DecodeStep:
 
     def compile(self) -> None:
         """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
-        plan, config = self._plan(1), self._model.config
+        plan, config = self._plan(1, 1), self._model.config
         table, attention = torch.zeros(1, config.head_dim), BlocksOfChunk(self._model.attention, ())
         q = torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype)
         work = ChunkWork(table, table, q, attention)
         plan.at[loops.CALL] = len(plan.keys)
         hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
-        shared, line = plan.arguments(bits(hidden), bits(logits), work)
-        board = new_board(0)
-        loops.decode(plan.at, board, SHARE_NUMBERS, *shared, line)
-        dismiss(board)
-        loops.help_out(board, 1, *shared)
+        loops.decode(new_board(0), 0, *plan.arguments(bits(hidden), bits(logits), [0], work, ()))
 
     def close(self) -> None:
         """Let go of the memory of the connection, and of the guard's. Closing twice is allowed."""
         self._plans.clear()
         self._helpers.close()
 
-    def serves(self, spans: Spans) -> bool:
-        """Whether these rows are a step: a few, each alone of its sequence, and nobody wants to see every call."""
-        few = len(spans) <= KEPT_ROWS and self._session.stats.trace is None
-        return few and all(span.alone and span.last for span in spans)
+    def serves(self, wanted: Sequence[int]) -> bool:
+        """Whether it takes a step of so few rows: one that has logits, where nobody wants to see every call."""
+        return len(wanted) > 0 and self._session.stats.trace is None
 
-    def run(self, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
-        """Logits, float32 (R, vocab_size), of hidden states float32 (R, hidden_size), which are changed.
+    def run(self, hidden: torch.Tensor, spans: Spans, wanted: Sequence[int], work: ChunkWork) -> torch.Tensor:
+        """Logits, float32 (W, vocab_size), of the rows ``wanted`` of hidden states float32 (R, hidden_size).
 
-        Appends to the caches. Raises as products of ``CheckedLinears`` do.
+        Changes the hidden states, and appends to the caches. Raises as products of ``CheckedLinears`` do.
         """
-        rows, linears = len(spans), self._linears
-        plan = self._plan(rows)
+        linears, plan = self._linears, self._plan(len(hidden), len(wanted))
         ids = self._session.direct_ids(len(plan.keys))  # first: whoever asks a session that is over hears why it is
         taken: list[Sequence[PadSlice]] = []
         try:
             for n, key in enumerate(plan.keys):
-                taken.append(linears.pads.take(key, rows))
+                taken.append(linears.pads.take(key, plan.rows_of(key)))
                 linears.pads.supply(key, taken[-1])
                 if linears.masked:
                     plan.point_at(n, taken[-1])
-            return self._through(plan, ids, hidden, spans, work)
+            return self._through(plan, ids, hidden, spans, wanted, work)
         except BaseException as error:
             if not isinstance(error, PadsExhausted | NumericError):  # which no call is under way at
                 linears.end(error)
@@ -131,31 +129,30 @@ class DecodeStep:
                 lose(slices)
             raise
 
-    def _plan(self, rows: int) -> _Plan:
-        plan = self._plans.get(rows)
+    def _plan(self, rows: int, wanted: int) -> _Plan:
+        plan = self._plans.pop((rows, wanted), None)
         if plan is None:
             if len(self._plans) >= PLANS:
-                self._plans.clear()
-            plan = self._plans[rows] = _Plan(self._model, self._linears, self._session, self._line, rows)
+                del self._plans[next(iter(self._plans))]
+            plan = _Plan(self._model, self._linears, self._session, self._line, rows, wanted)
+        self._plans[rows, wanted] = plan
         return plan
 
-    def _through(self, plan: _Plan, ids: int, hidden: torch.Tensor, spans: Spans, work: ChunkWork) -> torch.Tensor:
-        caches = plan.caches
-        for row, span in enumerate(spans):
-            caches[:, row, 1:4] = span.cache.addresses(span.end)
-            caches[:, row, 4] = span.position
-        logits = torch.empty(plan.rows, self._model.config.vocab_size)
+    def _through(
+        self, plan: _Plan, ids: int, hidden: torch.Tensor, spans: Spans, wanted: Sequence[int], work: ChunkWork
+    ) -> torch.Tensor:
+        logits = torch.empty(plan.wanted, self._model.config.vocab_size)
         plan.at[:] = 0, loops.OPERATE, self._line.numbers(len(plan.keys)), ids
-        shared, line = plan.arguments(bits(hidden), bits(logits), work)
+        arguments = plan.arguments(bits(hidden), bits(logits), wanted, work, spans)
         blocks = BlocksOfChunk(self._model.attention, spans)
-        with self._helpers.beside(loops.help_out, shared, rows=plan.rows) as board:
+        with self._helpers.beside(loops.decode, arguments, rows=plan.rows) as board:
             while True:
-                why, size = loops.decode(plan.at, board, SHARE_NUMBERS, *shared, line)
+                why, size = loops.decode(board, 0, *arguments)
                 if why == loops.OVER:
                     break
                 if why == loops.ATTEND:
                     mixed = plan.x[: plan.rows * work.q[:, 0].numel()].view(plan.rows, -1)
-                    self._model.attention.attend_steps(plan.layer(), work.q, blocks, mixed)
+                    self._model.attention.attend_all(plan.layer(), work.q, blocks, mixed)
                 elif why == loops.REFUSED:
                     refuse(plan.verdicts)
                 else:
@@ -195,13 +192,16 @@ class DecodeStep:
 
 
 class _Plan:
-    """What steps of R rows have in common, and room for the one under way. Tables are as ``step_loops`` names them."""
+    """What steps of R rows, W of them with logits, have in common, and room for the one under way.
+
+    Tables are as ``step_loops`` names them.
+    """
 
     def __init__(
-        self, model: Model, linears: CheckedLinears, session: WorkerSession, line: DirectLine, rows: int
+        self, model: Model, linears: CheckedLinears, session: WorkerSession, line: DirectLine, rows: int, wanted: int
     ) -> None:
         config = model.config
-        self.rows, self.keys = rows, group_keys(config)
+        self.rows, self.wanted, self.keys = rows, wanted, group_keys(config)
         groups = [linears.groups[key] for key in self.keys]
         checks = len(groups[0].check_vectors)
         widest_in, widest_out = max(one.in_features for one in groups), max(one.out_features for one in groups)
@@ -219,8 +219,7 @@ class _Plan:
         self._blocks: list[PadBlock | None] = [None] * len(groups)  # whose addresses these are
         self._first = [(0, 0)] * len(groups)
         self._groups = groups
-        self.caches = np.zeros((config.num_layers, rows, 5), np.int64)
-        self.caches[:, :, 0] = np.arange(rows)
+        self._layers = config.num_layers
         self._windows = np.array([window or NO_WINDOW for window in config.windows], np.int64)
         self._work = np.float32(config.rms_norm_eps), np.float32(1 / math.sqrt(config.head_dim)), config.num_kv_heads
         self.times = np.zeros((len(groups), 6), np.int64)
@@ -252,12 +251,12 @@ class _Plan:
         self._kept: list[Array] = []  # what the addresses lead to
         self.sent_bytes, self.reply_bytes = list[int](), list[int]()
         for n, (key, group) in enumerate(zip(self.keys, self._groups, strict=True)):
-            name, layer = key
-            sent, reply_bytes = self.rows * group.in_features * self._item.itemsize, self.rows * group.out_features * 4
+            (name, layer), rows = key, self.rows_of(key)
+            sent, reply_bytes = rows * group.in_features * self._item.itemsize, rows * group.out_features * 4
             if name not in self._slots:
                 self._slots[name] = session.slot(sent, reply_bytes)
             slot = self._slots[name]
-            control = encode(Product(WIDE_ID, *key, self.rows, linears.digits))
+            control = encode(Product(WIDE_ID, *key, rows, linears.digits))
             packet, reply = line.packet(slot, control)
             number = len(packet) - len(control) + control.index(WIDE_ID.to_bytes(8, "big"))
             self.sent_bytes.append(len(control) + sent)
@@ -268,9 +267,13 @@ class _Plan:
             memory.append(np.frombuffer(packet, np.uint8).copy())
             self._packets.append(memory[-1])
             self._kept += [*arrays, *memory]
-            row = [KINDS[name], layer or 0, group.in_features, group.out_features]
+            row = [KINDS[name], layer or 0, rows, group.in_features, group.out_features]
             row += [_address(one) for one in arrays] + [group.limit] + [_address(one) for one in memory]
             self.calls[n] = [*row, len(packet), number]
+
+    def rows_of(self, key: GroupKey) -> int:
+        """Rows of a call: of the LM head those that are wanted."""
+        return self.wanted if key[1] is None else self.rows
 
     def point_at(self, call: int, slices: Sequence[PadSlice]) -> None:
         """Where the pads of a call lie, and their products."""
@@ -284,12 +287,23 @@ class _Plan:
             for row in range(at, at + rows):
                 secrets[first + row - at] = pads + row * inner, products + row * outer
 
-    def arguments(self, hidden: Array, logits: Array, work: ChunkWork) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Of the loop, but for the first three: those that helpers have as well, and the line."""
-        memory = hidden, bits(self.x), bits(self._y), logits, self._private
+    def arguments(
+        self, hidden: Array, logits: Array, wanted: Sequence[int], work: ChunkWork, spans: Spans
+    ) -> tuple[Any, ...]:
+        """Of the loop, but for the board and the thread."""
+        memory = hidden, bits(self.x), bits(self._y), logits, np.array(wanted, np.int64), self._private
         operators = *self._work, SPLIT_PAIRS, bits(work.cos), bits(work.sin), bits(work.q), words(work.q)
-        room, caches = (*self._room, self._item), (self.caches, self._windows)
-        return (self.calls, self._guard, memory, operators, room, caches), self._socket
+        caches = self._places(spans), self._windows, _attention_items(spans)
+        room = (*self._room, self._item)
+        return self.at, SHARE_NUMBERS, self.calls, self._guard, memory, operators, room, caches, self._socket
+
+    def _places(self, spans: Spans) -> Array:
+        """Where keys and values of each span go, with room for them: int64 (layers, S, 5)."""
+        places = np.empty((self._layers, len(spans), 5), np.int64)
+        for n, span in reversed([*enumerate(spans)]):  # a cache grows for the last of its spans, and is found there
+            places[:, n, 0], places[:, n, 4] = span.first, span.position
+            places[:, n, 1:4] = span.cache.addresses(span.end)
+        return places
 
     def layer(self) -> int:
         """Of the call under way."""
@@ -327,6 +341,18 @@ class _Plan:
 
 
 _NORMS = {"gate_up": "mlp"}
+
+
+def _attention_items(spans: Spans) -> Array:
+    """What threads share of attention, int64 (items, 4): a decode step, or one KV head of some rows of a prompt."""
+    steps = [(n, 0, 0, span.cache.kv_heads) for n, span in enumerate(spans) if span.alone]
+    prompts = [
+        (n, span.rows, head, head + 1)
+        for n, span in enumerate(spans)
+        if not span.alone
+        for head in range(span.cache.kv_heads)
+    ]
+    return np.array([*steps, *prompts], np.int64).reshape(-1, 4)
 
 
 def _address(array: Array) -> int:

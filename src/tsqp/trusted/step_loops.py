@@ -1,6 +1,6 @@
-"""A decode step of a private mode as compiled code; see ``decode_step.py``, which prepares it and says what it is.
+"""A step of few rows of a private mode as compiled code; see ``decode_step.py``, which prepares it and says what it is.
 
-One loop takes some rows, each alone of its sequence, through all layers: it computes an operator, has the guard's own
+One loop takes some rows, of answers and of prompts, through all layers: it computes an operator, has the guard's own
 loops quantise and mask its result, exchanges the call for its answer, has them check and unmask that, and goes on. It
 is the plain way (``DecoderLayers.steps`` over ``CheckedLinears``) without the interpreter: every loop here is one of
 those that the plain way calls, in the same order, so the bits are the same (test_decode_step.py).
@@ -25,25 +25,28 @@ from numba.extending import intrinsic
 from tsqp.arith.crew import HELPERS, OF, OPEN, WHAT, call_helpers, done, next_item, say, send_away, take, wait
 from tsqp.arith.jit import inline, kernel
 from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, silu_mul, store
-from tsqp.model.compiled_attention import PART_KEYS, attend_steps
+from tsqp.model.compiled_attention import PART_KEYS, attend_rows, attend_steps
 from tsqp.trusted.guard.kernels import OK, UNSEEN, quantise_and_mask, verify_and_unmask
 from tsqp.wire.exchange import ANSWERED, exchange, now
 
-# What is of a call, int64 (calls, 15): which of a layer's it is, its layer; in and out features; addresses of the norm
-# before it, of scales, bias, check vectors and projections; the greatest activation; addresses of the memory that is
-# sent and of the reply; the packet, its bytes, and where in it the call's number is.
-KIND, LAYER, INNER, OUTER, NORM, SCALES, BIAS, VECTORS, PROJECTIONS, LIMIT, SENT, REPLY, PACKET, SIZE, NUMBER = range(
-    15
+# What is of a call, int64 (calls, 16): which of a layer's it is, its layer; rows, in and out features; addresses of the
+# norm before it, of scales, bias, check vectors and projections; the greatest activation; addresses of the memory that
+# is sent and of the reply; the packet, its bytes, and where in it the call's number is.
+KIND, LAYER, ROWS, INNER, OUTER, NORM, SCALES, BIAS, VECTORS, PROJECTIONS, LIMIT, SENT, REPLY, PACKET, SIZE, NUMBER = (
+    range(16)
 )
-CALL_NUMBERS = 15
+CALL_NUMBERS = 16
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # noqa: E741
 # Where a step goes on, int64 (4,): the call, what is next of it, the packet's number, the call's number.
 CALL, NEXT, SEQUENCE, ID = range(4)
 OPERATE, MIX, ATTENDED, SEND, TAKE = range(5)
 # Why it has come back: it is over; attention is to be shared out; rows have another verdict than OK; or as of exchange.
 OVER, ATTEND, REFUSED, LINE = range(4)
-# The parts of the work that threads share out by rows.
-DO_NORM, DO_STORE, DO_SILU, DO_ATTEND, DO_MASK, DO_UNMASK = range(6)
+# The parts of the work that threads share out by rows. (numba would compile all once for each constant of type int.)
+DO_NORM, DO_STORE, DO_SILU, DO_ATTEND, DO_MASK, DO_UNMASK = (np.int64(part) for part in range(6))
+# Of an item of attention, int64 (items, 4): whose rows of the step; their number where they are of a prompt, 0 for a
+# decode step; the KV heads from FIRST_HEAD to END_HEAD.
+SPAN, PROMPT_ROWS, FIRST_HEAD, END_HEAD = range(4)
 # When, ns, int64 (calls, 6): the operator began, rotary was done, and so was the operator, masked and about to send,
 # the reply was there, and it was checked.
 BEGAN, ROTATED, OPERATED, MASKED, ARRIVED, CHECKED = range(6)
@@ -128,48 +131,69 @@ def _number(call, at, byte):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _attend(q, caches, window, kv_heads, scale, out):  # type: ignore[no-untyped-def]
-    """Attention of each row over its sequence, as ``BlockAttention`` has it on one thread.
+def _attend(q, table, items, window, kv_heads, scale, out):  # type: ignore[no-untyped-def]
+    """Attention of some items, decode steps first, as ``BlockAttention`` has it on one thread.
 
-    q words (heads, R, n); caches int64 (R, 5): the row, addresses of K and V, the bytes from one head to the next, and
-    the row's position. out float32 (R, heads, d).
+    q words (heads, R, n); table int64 (S, 5): of each span of rows the first one, addresses of K and V, the bytes from
+    one head to the next, and the first row's position. out float32 (R, heads, d).
     """
-    rows, count = len(caches), _FIRST
-    starts = np.empty(rows + 1, np.int64)
+    steps = _FIRST
+    while steps < len(items) and items[steps, PROMPT_ROWS] == 0:
+        steps += 1
+    if steps:
+        _attend_steps(q, table, items[:steps], window, kv_heads, scale, out)
+    block = np.empty((1, 6), np.int64)
+    for n in range(steps, len(items)):
+        span = table[items[n, SPAN]]
+        block[0, 0], block[0, 1], block[0, 2] = span[0], span[4], items[n, PROMPT_ROWS]
+        block[0, 3], block[0, 4], block[0, 5] = span[1], span[2], span[3]
+        attend_rows(q, block, kv_heads, scale, window, out, items[n, FIRST_HEAD], items[n, END_HEAD])
+
+
+@kernel
+def _attend_steps(q, table, items, window, kv_heads, scale, out):  # type: ignore[no-untyped-def]
+    """That of decode steps, each in parts of its keys."""
+    rows, count = len(items), _FIRST
+    caches, starts = np.empty((rows, 5), np.int64), np.empty(rows + 1, np.int64)
     for row in range(rows):
+        caches[row] = table[items[row, SPAN]]
         starts[row], first = count, max(_FIRST, caches[row, 4] + 1 - window)
         count += caches[row, 4] // PART_KEYS - first // PART_KEYS + 1
     starts[rows] = count
-    items = np.empty((count, 3), np.int64)
+    parts_of = np.empty((count, 3), np.int64)
     for row in range(rows):
         first, end = max(_FIRST, caches[row, 4] + 1 - window), caches[row, 4] + 1
         for n in range(starts[row], starts[row + 1]):
             edge = (first // PART_KEYS + n - starts[row]) * PART_KEYS
-            items[n, 0], items[n, 1], items[n, 2] = row, max(edge, first), min(edge + PART_KEYS, end)
+            parts_of[n, 0], parts_of[n, 1], parts_of[n, 2] = row, max(edge, first), min(edge + PART_KEYS, end)
     parts = np.empty((count, len(q), out.shape[2] + 2), np.float32)
-    attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, _FIRST, count * kv_heads)
+    attend_steps(q, parts_of, kv_heads, scale, caches, parts, starts, out, _FIRST, count * kv_heads)
 
 
 @kernel
 def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
     """Rows ``first`` to ``end`` of a part of the work around call ``c``; the tuples are those of ``decode``.
 
-    ``thread``: which row of private memory is this thread's.
+    Those of DO_ATTEND are items. ``thread``: which row of private memory is this thread's.
     """
     masked, checks, secrets = guard
-    hidden, x_memory, y_memory, logits, private = memory
+    hidden, x_memory, y_memory, logits, wanted, private = memory
     eps, score_scale, kv_heads, _, cos, sin, q, q_words = work
     scales, expected, verdicts, item = room
-    tables, windows = caches
-    call, rows, word = calls[c], len(hidden), private[0]
-    layer, inner, outer = call[LAYER], call[INNER], call[OUTER]
+    tables, windows, items = caches
+    call, last, word = calls[c], calls[max(c - 1, 0)], private[0]
+    layer, rows, inner, outer = call[LAYER], call[ROWS], call[INNER], call[OUTER]
     x = x_memory[: rows * inner].reshape(rows, inner)
-    width = calls[max(c - 1, 0), OUTER]
-    before = y_memory[: rows * width].reshape(rows, width)  # the last product
+    before = y_memory[: last[ROWS] * last[OUTER]].reshape(last[ROWS], last[OUTER])  # the last product
     if part == DO_NORM:
         norm = _held(call[NORM], hidden, _ONE, inner)[0]
         if c == 0:
             rms_norm(hidden, norm, eps, x, first, end)
+        elif call[KIND] == LM_HEAD:
+            for n in range(first, end):
+                row = wanted[n]
+                own, more = hidden[row : row + 1], before[row : row + 1]
+                add_rms_norm(own, more, norm, eps, x[n : n + 1], _FIRST, _ONE)
         else:
             add_rms_norm(hidden, before, norm, eps, x, first, end)
     elif part == DO_STORE:
@@ -180,7 +204,7 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
         silu_mul(before, x, first, end)
     elif part == DO_ATTEND:
         mixed = x.reshape(rows, len(q), q.shape[2])
-        _attend(q_words, tables[layer, first:end], windows[layer], kv_heads, score_scale, mixed)
+        _attend(q_words, tables[layer], items[first:end], windows[layer], kv_heads, score_scale, mixed)
     elif part == DO_MASK:
         _mask(call, x, checks, masked, secrets[c], item, word, scales, expected, verdicts, first, end)
     else:
@@ -192,7 +216,7 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
 @kernel
 def _share(part, c, board, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
     """All rows of a part of the work, with helpers if they were called."""
-    rows = len(memory[0])
+    rows = len(caches[2]) if part == DO_ATTEND else calls[c, ROWS]
     if not board[OPEN]:
         _do(part, c, _FIRST, rows, _FIRST, calls, guard, memory, work, room, caches)
         return
@@ -206,7 +230,7 @@ def _share(part, c, board, calls, guard, memory, work, room, caches):  # type: i
 
 
 @kernel
-def help_out(board, thread, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
+def _help_out(board, thread, calls, guard, memory, work, room, caches):  # type: ignore[no-untyped-def]
     """What a helper does during a step: rows of whatever is to be done, until the step is over."""
     row = next_item(board)
     while row >= 0:
@@ -216,46 +240,51 @@ def help_out(board, thread, calls, guard, memory, work, room, caches):  # type: 
 
 
 @kernel
-def _pairs(layer, caches):  # type: ignore[no-untyped-def]
-    """Pairs of query and key that a layer attends to."""
-    tables, windows = caches
-    pairs = _FIRST
-    for row in range(tables.shape[1]):
-        pairs += min(tables[layer, row, 4] + 1, windows[layer])
-    return pairs
+def _scores(layer, work, caches):  # type: ignore[no-untyped-def]
+    """Scores that a layer takes: pairs of query and key, for each head."""
+    tables, windows, items = caches
+    scores = _FIRST
+    for n in range(len(items)):
+        rows, heads = max(items[n, PROMPT_ROWS], _ONE), items[n, END_HEAD] - items[n, FIRST_HEAD]
+        scores += rows * heads * min(tables[layer, items[n, SPAN], 4] + rows, windows[layer])
+    return scores * (len(work[6]) // work[2])
 
 
 @kernel
-def _call_helpers(c, least, board, calls, memory, work, caches):  # type: ignore[no-untyped-def]
+def _call_helpers(c, least, board, calls, work, caches):  # type: ignore[no-untyped-def]
     """Call helpers, if what comes between the answer to call ``c`` and the next call is worth it."""
-    rows, after = len(memory[0]), min(c + 1, len(calls) - 1)
-    numbers = rows * (calls[c, OUTER] + calls[after, INNER])
+    after = min(c + 1, len(calls) - 1)
+    numbers = calls[c, ROWS] * calls[c, OUTER] + calls[after, ROWS] * calls[after, INNER]
     if calls[after, KIND] == O:
-        numbers += _pairs(calls[after, LAYER], caches) * len(work[6])
-    if rows > 1 and board[HELPERS] and numbers >= least:
+        numbers += _scores(calls[after, LAYER], work, caches)
+    if calls[c, ROWS] > 1 and board[HELPERS] and numbers >= least:
         call_helpers(board)
 
 
 @kernel
-def decode(at, board, least, calls, guard, memory, work, room, caches, line):  # type: ignore[no-untyped-def]
+def decode(board, thread, at, least, calls, guard, memory, work, room, caches, line):  # type: ignore[no-untyped-def]
     """Go on with a step at ``at``; why it has come back, and the size of the last answer or 0.
 
-    board: of the threads that share rows; helpers are called where ``least`` numbers or more are to be computed. The
-    other arguments are tuples, R rows, k check vectors:
+    board: of the threads that share rows; helpers are called where ``least`` numbers or more are to be computed. Thread
+    0 leads, the others help until the step is over: one function for both, as each would be compiled with all loops.
+    The other arguments are tuples; R rows in S spans, W of them whose logits are wanted, k check vectors:
 
     - guard: whether rows are masked, k, secrets int64 (calls, R, 2): addresses of each row of pads and of products
     - memory: hidden float32 (R, hidden), x and y float32 (any,) for the input and the product of a call, logits float32
-      (R, vocabulary), private uint32 (threads, any) for a row of a reply
-    - work: epsilon, the scale of scores, KV heads, the greatest number of pairs of query and key for one thread; cos,
-      sin float32 (R, d); q (heads, R, d) of the caches' type, and the same as words
+      (W, vocabulary), the rows int64 (W,) whose they are, private uint32 (threads, any) for a row of a reply
+    - work: epsilon, the scale of scores, KV heads, the greatest number of scores for one thread; cos, sin float32
+      (R, d); q (heads, R, d) of the caches' type, and the same as words
     - room: scales float32 (R,), expected uint32 (R, k), verdicts uint8 (R,), an item of what is sent
-    - caches: int64 (layers, R, 5) as ``_attend`` has them, windows int64 (layers,)
+    - caches: int64 (layers, S, 5) as ``_attend`` has them, windows int64 (layers,), items of attention, int64 (any, 4)
     - line: of ``exchange``, what a good answer begins with, room for an answer; the answer to each call, uint8 (calls,
       SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, 6), int64 (2,) for clocks
     """
+    if thread > 0:
+        _help_out(board, thread, calls, guard, memory, work, room, caches)
+        return OVER, 0
     verdicts = room[2]
     socket, good_answer, answer, answers, sizes, slow, times, clock = line
-    rows, threads = len(memory[0]), board[HELPERS] + 1
+    threads = board[HELPERS] + 1
     while at[CALL] < len(calls):
         c = at[CALL]
         call = calls[c]
@@ -272,7 +301,7 @@ def decode(at, board, least, calls, guard, memory, work, room, caches, line):  #
                 at[NEXT] = ATTENDED
         if at[NEXT] == MIX:
             at[NEXT] = ATTENDED
-            if rows < 2 * threads and _pairs(layer, caches) * len(work[6]) >= work[3]:
+            if len(caches[2]) < 2 * threads and _scores(layer, work, caches) >= work[3]:
                 send_away(board)
                 return ATTEND, 0
             _share(DO_ATTEND, c, board, calls, guard, memory, work, room, caches)
@@ -280,7 +309,7 @@ def decode(at, board, least, calls, guard, memory, work, room, caches, line):  #
             times[c, OPERATED] = now(clock)
             _share(DO_MASK, c, board, calls, guard, memory, work, room, caches)
             send_away(board)
-            if not _all_good(verdicts):
+            if not _all_good(verdicts[: call[ROWS]]):
                 return REFUSED, 0
             _number(call, at, verdicts)
             times[c, MASKED] = now(clock)
@@ -295,9 +324,9 @@ def decode(at, board, least, calls, guard, memory, work, room, caches, line):  #
                 answers[c, i] = answer[i]
             at[NEXT] = TAKE
         times[c, ARRIVED] = now(clock)
-        _call_helpers(c, least, board, calls, memory, work, caches)
+        _call_helpers(c, least, board, calls, work, caches)
         _share(DO_UNMASK, c, board, calls, guard, memory, work, room, caches)
-        if not _all_good(verdicts):
+        if not _all_good(verdicts[: call[ROWS]]):
             send_away(board)
             return REFUSED, 0
         times[c, CHECKED] = now(clock)

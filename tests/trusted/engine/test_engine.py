@@ -240,7 +240,10 @@ def test_one_answer_that_somebody_follows_is_enough() -> None:
 
 
 def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
-    """A pass takes 20 s and 1 s for each row of a prompt: 40 of these fit where a step may last three times as long."""
+    """A pass takes 20 s and 1 s for each row of a prompt: 40 of these fit where a step may last three times as long.
+
+    That is six times six.
+    """
     decoder, now = FakeDecoder(config=replace(TINY, max_positions=2000)), [0.0]
 
     def clock() -> float:
@@ -258,8 +261,8 @@ def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
         engine.step()
     rows = [sum(one[1:]) for one in decoder.passes]
     assert rows[1] == 0, "what a step takes without rows of prompts is measured first"
-    assert rows[2:6] == [8, 12, 18, 27]
-    assert rows[6:] == [40] * len(rows[6:])
+    assert rows[2:8] == [6, 12, 18, 24, 36, 42]
+    assert rows[8:] == [36] * len(rows[8:])
 
 
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:

@@ -23,13 +23,17 @@ from tsqp.trusted.stats import Stats
 
 
 class Step(Protocol):
-    """Takes rows that are each alone of their sequence through all layers in one piece, where it can."""
+    """Takes few rows through all layers in one piece, where it can. ``most_rows``: so many at most."""
 
-    def serves(self, spans: Sequence[SequenceRows[KVCache]]) -> bool:
-        """Whether it takes these."""
+    most_rows: int
 
-    def run(self, hidden: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], work: ChunkWork) -> torch.Tensor:
-        """Logits, float32 (T, vocab_size), of hidden states (T, hidden_size), which are changed."""
+    def serves(self, wanted: Sequence[int]) -> bool:
+        """Whether it takes rows of which these are to have logits."""
+
+    def run(
+        self, hidden: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], wanted: Sequence[int], work: ChunkWork
+    ) -> torch.Tensor:
+        """Logits, float32 (n, vocab_size), of the rows ``wanted`` of hidden (T, hidden_size), which is changed."""
 
 
 class Decoder:
@@ -67,11 +71,12 @@ class Decoder:
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
         hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
-        alone = len(hidden) == len(batch.tokens) <= self._max_rows and self._micro_batches == 1
-        if self._step is not None and alone and not batch.call_by_call:
+        step = None if batch.call_by_call or self._micro_batches > 1 else self._step
+        if step is not None and len(hidden) <= min(step.most_rows, self._max_rows):
             (chunk,) = batch.chunks(self._max_rows)
-            if self._step.serves(chunk.spans):
-                logits = self._step.run(hidden, chunk.spans, self._layers.work(self._rotary, chunk))
+            rows = _wanted(chunk, batch)
+            if step.serves(rows):
+                logits = step.run(hidden, chunk.spans, rows, self._layers.work(self._rotary, chunk))
                 self._stats.chunks += 1
                 batch.advance()
                 self._stats.forward_passes += 1
@@ -80,8 +85,9 @@ class Decoder:
         for chunk in batch.chunks(self._max_rows):
             parts = chunk.split(self._micro_batches)
             yield from interleaved([self._through_layers(hidden[part.slice], part) for part in parts])
-            rows, wanted_rows = hidden[chunk.slice], chunk.wanted_rows()
-            wanted.append(rows if batch.every_row or len(wanted_rows) == chunk.rows else rows[wanted_rows])
+            rows = _wanted(chunk, batch)
+            own = hidden[chunk.slice]
+            wanted.append(own if len(rows) == chunk.rows else own[rows])
             self._stats.chunks += 1
             self._stats.micro_batches = max(self._stats.micro_batches, len(parts))
         last = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
@@ -108,3 +114,8 @@ class Decoder:
             work = self._layers.work(self._rotary, chunk)
             keep_bits(hidden)
         yield from self._layers.steps(range(self.config.num_layers), hidden, chunk, work)
+
+
+def _wanted(chunk: Chunk[KVCache], batch: Batch[KVCache]) -> list[int]:
+    """The rows of a chunk whose logits are wanted."""
+    return [*range(chunk.rows)] if batch.every_row else chunk.wanted_rows()
