@@ -57,10 +57,11 @@ def test_each_figure_follows_from_the_times(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.slow
 def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
-    run = ("bench", "serve", "-m", TINY, "--mode", "open", "--threads", 1, "--runs", 1, "--json")
+    run = ("bench", "serve", "-m", TINY, "--mode", "open", "--no-http", "--threads", 1, "--runs", 1, "--json")
     done = tsqp(*run, "--streams", 2, "--steps", 3, "--long", 40, "--turn", 30)
     assert done.code == 0, done.err
     assert list(done.json["rates"]) == list(done.json["gaps"]) == ["open"]
+    assert done.json["server"] is None
 
 
 @pytest.mark.parametrize("wrong", [{"streams": 1}, {"steps": 0}, {"long": 0}, {"runs": 0}])
