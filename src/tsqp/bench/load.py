@@ -3,7 +3,7 @@ many ask as in a sweep, and when requests come by chance.
 
 ``open`` in bfloat16 and ``masked`` are ``tsqp serve`` processes; llama.cpp's server is asked by the same client; the
 same batch in transformers, which has no server, stands beside them. The client shares the cores with what it measures.
-Masked servers have pads ready before each point, and say afterwards how fast they make them.
+A masked server has its pads ready before anything is measured, and says afterwards how fast it made them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def bench_load(run: RunConfig, load: Load, console: Console, only: str | None = 
     sweep, arrivals = defaultdict[str, list[Point]](list), defaultdict[str, list[Point]](list)
     with ExitStack() as stack:
         ours = {mode: stack.enter_context(OurServer(run, mode, load)) for mode in modes}
+        with steps(console, len(ours)) as bar:
+            for server in ours.values():
+                server.settle(bar)
+                bar.done()
         alone = {mode: _beside_library(run, server, load, console) for mode, server in ours.items()}
         targets: list[Target] = [*ours.values(), *(peers(run, load, stack, console) if only is None else ())]
         points = len(load.streams) * len(targets) + len(load.shares) * len(ours)
@@ -87,10 +91,10 @@ def _beside_library(run: RunConfig, server: OurServer, load: Load, console: Cons
     with opened(in_mode(run, server.name), console) as llm, steps(console, load.runs + 1) as bar:
         for _ in range(load.runs + 1):
             ready_for(llm, load.tokens + count + 1, count + 1)
-            server.prepare(bar)
             bar.begin(f"{server.name}: library and server")
             library.append(_token_s(llm, next(asked), count))
             http.append(server.one(count).token_s)
+            server.settle(bar)
             bar.done()
     del library[0], http[0]  # the first answers take longer
     medians = {"library_s": statistics.median(library), "http_s": statistics.median(http)}

@@ -45,10 +45,10 @@ class Server:
         self._address, self._model, self._more = address, model, more
         self._load = load
         self._prompts = prompts(load.tokens, load.seed)
-        self._most: int | None = None  # answers between two calls of ``prepare``
+        self._most: int | None = None  # answers that what was made ahead is enough for
 
-    def prepare(self, bar: Steps) -> None:
-        """Wait until all that is made ahead is there."""
+    def settle(self, bar: Steps) -> None:
+        """Wait until all that is made ahead is there, so that the server leaves the cores to what is measured next."""
 
     def _client(self, count: int) -> CompletionsClient:
         return CompletionsClient(self._address, self._model, count, self._more)
@@ -64,18 +64,18 @@ class Server:
 
     def at_once(self, streams: int, bar: Steps) -> dict[str, Any]:
         """See Target.at_once."""
-        self.prepare(bar)
         bar.begin(f"{self.name}: {streams} at once")
 
         async def loop() -> dict[str, Any]:
             async with self._client(self._load.count) as client:
                 return figures(*await closed_loop(client.ask, self._prompts, streams, self._load.seconds, self._most))
 
-        return asyncio.run(loop())
+        found = asyncio.run(loop())
+        self.settle(bar)
+        return found
 
     def by_chance(self, rate: float, bar: Steps) -> dict[str, Any]:
         """The figures of requests that come ``rate`` times a second on average, whatever becomes of earlier ones."""
-        self.prepare(bar)
         bar.begin(f"{self.name}: {rate:.2g} requests a second")
         moments = arrival_times(rate, 2 * self._load.seconds, self._load.seed)[: self._most]
 
@@ -83,7 +83,9 @@ class Server:
             async with self._client(self._load.count) as client:
                 return figures(*await open_loop(client.ask, self._prompts, moments))
 
-        return {"asked_per_s": rate, **asyncio.run(loop())}
+        found = asyncio.run(loop())
+        self.settle(bar)
+        return {"asked_per_s": rate, **found}
 
 
 class OurServer(Server):
@@ -96,7 +98,7 @@ class OurServer(Server):
         self._most = load.answers_with_pads if self._masked else None
         self._made, self._made_s = 0.0, 0.0
 
-    def prepare(self, bar: Steps) -> None:
+    def settle(self, bar: Steps) -> None:
         """At ``masked``: wait until all pads are ready again."""
         if self._masked:
             bar.begin(f"{self.name}: makes pads")

@@ -16,7 +16,7 @@ from tsqp.errors import WorkerUnreachable
 from tsqp.launch.local import worker_environment
 
 LOOK_S = 0.1
-LIMIT_S = 600.0  # for pads: a slow machine makes some ten of a large model in a second
+LIMIT_S = 600.0  # for pads
 STOP_S = 60.0
 
 

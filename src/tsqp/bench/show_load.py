@@ -42,22 +42,29 @@ def _under_load(result: Result) -> Table:
     found = _table(f"under load, prompts of {result['tokens']} tokens, answers of {result['steps'] + 1}", COLUMNS)
     for name, points in result["sweep"].items():
         for point in points:
-            found.add_row(f"{name}, {point['streams']} at once", *_cells(point))
+            found.add_row(f"{name}, {point['streams']}", *_cells(point))
     for mode, points in result["arrivals"].items():
         for point in points:
-            found.add_row(f"{mode}, {point['asked_per_s']:.3g}/s ({point['share']:g} of the best)", *_cells(point))
-    found.caption = "times in ms, medians and what 95 of 100 do not exceed; by chance: since the moment drawn for it"
+            found.add_row(f"{mode}, {point['asked_per_s']:.3g}/s, {point['share']:g}", *_cells(point))
+    found.caption = (
+        "so many clients at once; requests by chance, so many a second, at that share of the best throughput, from the "
+        "moment drawn for each; times in ms, medians and what 95 of 100 do not exceed"
+    )
     for mode, made in result["made_pads"].items():
-        found.caption += f"; {mode}: pads ready, {made['made_per_s']:.0f} tokens' a second are made in idle time"
+        found.caption += f"; {mode}: pads ready, those of {made['made_per_s']:.0f} tokens a second made in idle time"
     return found
 
 
 def _cells(point: Result) -> Iterator[str]:
-    yield f"{point['tokens_per_s']:.4g}"
+    yield f"{point['tokens_per_s']:.1f}"
     for kind in ("first", "token"):
         for share in ("p50_s", "p95_s"):
-            yield "" if point[kind] is None else f"{point[kind][share] * 1e3:.4g}"
+            yield "" if point[kind] is None else _ms(point[kind][share])
     yield from (str(point["answers"]), str(point["refused"]))
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
 
 
 def _curves(result: Result, kind: str, share: str) -> Iterator[Curve]:
