@@ -232,7 +232,9 @@ def serve(
     long: Annotated[int, Parameter(help="The length of that prompt.")] = 2000,
     turn: Annotated[int, Parameter(help="The length of a conversation's first prompt.")] = 2000,
     mode: ModeAlone = None,
-    http: Annotated[bool, Parameter(help="Measure also a server over HTTP, as tsqp bench load does.")] = True,
+    http: Annotated[
+        bool, Parameter(help="Measure also a server over HTTP, as tsqp bench load does.", negative="--no-http")
+    ] = True,
     threads: Threads = None,
     results: Results = None,
     dirty_ok: DirtyOk = False,
