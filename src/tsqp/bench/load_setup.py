@@ -11,6 +11,7 @@ from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.cores import cores
 from tsqp.errors import OptionError
 
+LONGER = 3  # times as long as clients at once, for requests by chance: few of these come in a second
 MOST_STREAMS = 64  # that our engine computes together
 MOST_SHARE = 10.0  # of the best throughput: more piles up requests and shows nothing more
 
@@ -19,16 +20,16 @@ MOST_SHARE = 10.0  # of the best throughput: more piles up requests and shows no
 class Load:
     """Prompts of ``tokens``, and ``steps`` tokens after each first one.
 
-    Each number of ``streams`` asks for ``seconds``. Requests come for twice as long at each of the ``shares`` of the
-    best throughput that was found. ``runs``: how often library and server take turns. ``pads``: tokens whose pads are
-    ready before each of these.
+    Each number of ``streams`` asks for ``seconds``. Requests come for ``LONGER`` times that, at each of the ``shares``
+    of the best throughput that was found. ``runs``: how often library and server take turns. ``pads``: tokens whose
+    pads are ready before each of these.
     """
 
     streams: tuple[int, ...] = (1, 2, 4, 8, 16)
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
     tokens: int = 32
     steps: int = 32
-    seconds: float = 3.0
+    seconds: float = 2.5
     pads: int = 2560
     runs: int = 3
     seed: int = 0

@@ -17,7 +17,7 @@ from tsqp.bench.arrivals import arrival_times, closed_loop, open_loop, prompts
 from tsqp.bench.completions import CompletionsClient
 from tsqp.bench.latency import SERVED, Answer, figures
 from tsqp.bench.llama_cpp import LlamaCppPeer
-from tsqp.bench.load_setup import Load, server_options
+from tsqp.bench.load_setup import LONGER, Load, server_options
 from tsqp.bench.modes import MASKED
 from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.peer import TransformersPeer
@@ -77,7 +77,7 @@ class Server:
     def by_chance(self, rate: float, bar: Steps) -> dict[str, Any]:
         """The figures of requests that come ``rate`` times a second on average, whatever becomes of earlier ones."""
         bar.begin(f"{self.name}: {rate:.2g} requests a second")
-        moments = arrival_times(rate, 2 * self._load.seconds, self._load.seed)[: self._most]
+        moments = arrival_times(rate, LONGER * self._load.seconds, self._load.seed)[: self._most]
 
         async def loop() -> dict[str, Any]:
             async with self._client(self._load.count) as client:
