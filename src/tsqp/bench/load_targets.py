@@ -22,7 +22,7 @@ from tsqp.bench.modes import MASKED
 from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.peer import TransformersPeer
 from tsqp.bench.progress import Steps
-from tsqp.bench.server_process import ServerProcess
+from tsqp.bench.server_process import ServerProcess, wait_for_pads
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
 from tsqp.cores import cores
@@ -102,8 +102,9 @@ class OurServer(Server):
         """At ``masked``: wait until all pads are ready again."""
         if self._masked:
             bar.begin(f"{self.name}: makes pads")
-            made, seconds = self._process.wait_for_pads(
-                lambda ready, wanted: bar.begin(f"{self.name}: makes pads, {ready:.0f} of {wanted:.0f}")
+            made, seconds = wait_for_pads(
+                self._process.metrics,
+                lambda ready, wanted: bar.begin(f"{self.name}: makes pads, {ready:.0f} of {wanted:.0f}"),
             )
             self._made += made
             self._made_s += seconds

@@ -53,24 +53,6 @@ class ServerProcess:
             for sample in family.samples
         }
 
-    def wait_for_pads(self, told: Callable[[float, float], None]) -> tuple[float, float]:
-        """Wait until all pads that it keeps are ready; ``told`` how many tokens' are, and how many there are to be.
-
-        Returns tokens whose pads were made meanwhile, and seconds. Raises WorkerUnreachable.
-        """
-        start, first = time.perf_counter(), None
-        while True:
-            found = self.metrics()
-            ready, wanted = found["tsqp:pads_ready"], found["tsqp:pads_ahead"]
-            first = ready if first is None else first
-            seconds = time.perf_counter() - start
-            if ready >= wanted:
-                return ready - first, seconds
-            if seconds > LIMIT_S:
-                raise WorkerUnreachable(f"the measured server has made {ready:.0f} of {wanted:.0f} pads")
-            told(ready, wanted)
-            time.sleep(LOOK_S)
-
     def close(self) -> None:
         """End it: politely, then not."""
         self._http.close()
@@ -90,3 +72,23 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wait_for_pads(metrics: Callable[[], dict[str, float]], told: Callable[[float, float], None]) -> tuple[float, float]:
+    """Wait until all pads that a server keeps are ready; ``told`` how many tokens' are, and how many there are to be.
+
+    ``metrics``: as ServerProcess has them. Returns tokens whose pads were made meanwhile, and seconds. Raises
+    WorkerUnreachable.
+    """
+    start, first = time.perf_counter(), None
+    while True:
+        found = metrics()
+        ready, wanted = found["tsqp:pads_ready"], found["tsqp:pads_ahead"]
+        first = ready if first is None else first
+        seconds = time.perf_counter() - start
+        if ready >= wanted:
+            return ready - first, seconds
+        if seconds > LIMIT_S:
+            raise WorkerUnreachable(f"the measured server has made {ready:.0f} of {wanted:.0f} pads")
+        told(ready, wanted)
+        time.sleep(LOOK_S)
