@@ -14,6 +14,9 @@ from tests.bench.results import TINY, is_picture
 from tests.commands import Result
 from tsqp.api.config import ComputeConfig, RunConfig
 from tsqp.bench import serve
+from tsqp.bench.modes import in_mode
+from tsqp.bench.opened import opened
+from tsqp.bench.pads import pads_of
 from tsqp.bench.peer import TransformersPeer
 from tsqp.bench.plot import draw
 from tsqp.bench.serve import Traffic, bench_serve
@@ -54,10 +57,11 @@ def test_each_figure_follows_from_the_times(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.slow
 def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
-    run = ("bench", "serve", "-m", TINY, "--mode", "open", "--threads", 1, "--runs", 1, "--json")
+    run = ("bench", "serve", "-m", TINY, "--mode", "open", "--no-http", "--threads", 1, "--runs", 1, "--json")
     done = tsqp(*run, "--streams", 2, "--steps", 3, "--long", 40, "--turn", 30)
     assert done.code == 0, done.err
     assert list(done.json["rates"]) == list(done.json["gaps"]) == ["open"]
+    assert done.json["server"] is None
 
 
 @pytest.mark.parametrize("wrong", [{"streams": 1}, {"steps": 0}, {"long": 0}, {"runs": 0}])
@@ -76,9 +80,15 @@ def test_of_100_gaps_95_are_no_longer() -> None:
     assert serve._later([3.0]) == 3.0
 
 
-def test_pads_are_ready_for_whatever_takes_more() -> None:
-    assert Traffic(streams=16, tokens=10, steps=10, beside=1, long=16).pads == 16 * 22
-    assert Traffic(streams=2, tokens=10, steps=10, beside=3, long=1200).pads == 1200 + 3 * (10 + 20 + 200)
+@pytest.mark.slow
+def test_pads_are_ready_for_what_is_measured_and_none_are_made_meanwhile() -> None:
+    with opened(in_mode(RUN, "masked"), Console(quiet=True)) as llm:
+        pool, filler = pads_of(llm)
+        serve._ours(llm)(serve._prompts(3, 5), 4)
+        serve._gaps(llm, QUICK)
+        serve._turns(llm, QUICK)
+        assert pool.missed == 0 < pool.used
+        assert not filler.make_some()  # what runs next has the cores to itself
 
 
 def test_a_batch_of_the_peer_is_its_prompts() -> None:

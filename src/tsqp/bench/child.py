@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 from types import TracebackType
+from typing import Any
 
 from tsqp.errors import WorkerUnreachable
 from tsqp.launch.local import STOP_TIMEOUT_S, worker_environment
@@ -26,7 +27,7 @@ class Child:
             start_new_session=True,  # Ctrl-C is for this side
         )
         try:
-            self.address = self._wait_ready()
+            self.address = str(ready_line(self._process)["address"])
         except BaseException:
             self.close()
             raise
@@ -54,11 +55,14 @@ class Child:
     ) -> None:
         self.close()
 
-    def _wait_ready(self) -> str:
-        output = self._process.stdout
-        if output is None or not select.select([output], [], [], START_TIMEOUT_S)[0]:
-            raise WorkerUnreachable(f"the benchmark's server was not ready within {START_TIMEOUT_S:.0f} s")
-        line = output.readline()
-        if not line.endswith(b"\n"):
-            raise WorkerUnreachable("the benchmark's server did not start; what it said is above")
-        return str(json.loads(line)["address"])
+
+def ready_line(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The object that a server writes to standard output when it listens. Raises WorkerUnreachable."""
+    output = process.stdout
+    if output is None or not select.select([output], [], [], START_TIMEOUT_S)[0]:
+        raise WorkerUnreachable(f"the benchmark's server was not ready within {START_TIMEOUT_S:.0f} s")
+    line = output.readline()
+    if not line.endswith(b"\n"):
+        raise WorkerUnreachable("the benchmark's server did not start; what it said is above")
+    ready: dict[str, Any] = json.loads(line)
+    return ready

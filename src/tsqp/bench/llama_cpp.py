@@ -36,6 +36,11 @@ class LlamaCppPeer:
         context = work.tokens + work.steps + 1
         self._server = Child("tsqp.bench.llama_server", str(file), str(context), str(threads), str(slots))
 
+    @property
+    def address(self) -> str:
+        """Where it listens, without a path."""
+        return self._server.address
+
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """See Peer.run. The server's own times: ours and its messages are in neither.
 

@@ -87,6 +87,19 @@ def fill(pool: PadPool, filler: PadFiller) -> None:
         filler.fill()
 
 
+def ready_for(llm: LLM, rows: int, answers: int) -> None:
+    """At ``masked``: make the pads of ``rows`` rows, ``answers`` of them of answers, unless they are there already.
+
+    From then on none are made ahead: what is measured next, here or elsewhere, has the cores to itself.
+    """
+    if not llm.plan.protection.masked:
+        return
+    pool, filler = pads_of(llm)
+    filler.blocks = {key: -(-(answers if key[1] is None else rows) // BLOCK_ROWS) for key in pool.keys}
+    fill(pool, filler)
+    filler.blocks = dict.fromkeys(pool.keys, 0)
+
+
 def drain(pool: PadPool) -> None:
     """Take and destroy every pad that is ready."""
     for key in pool.keys:

@@ -9,38 +9,36 @@ together, after their first tokens. A gap is the time between two tokens of one 
 from __future__ import annotations
 
 import importlib.util
-import math
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from tsqp.api.config import ComputeConfig, RunConfig
+from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
-from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.bench.latency import percentile
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
+from tsqp.bench.modes import chosen_modes, in_mode
 from tsqp.bench.names import PEER_PACKAGES
-from tsqp.bench.opened import opened, plain
-from tsqp.bench.pads import fill, pads_of, with_pads
+from tsqp.bench.opened import opened
+from tsqp.bench.pads import ready_for
 from tsqp.bench.peer import TransformersPeer
-from tsqp.bench.progress import watched
+from tsqp.bench.progress import steps
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
-from tsqp.config.groups import GroupKey
 from tsqp.cores import cores
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.pace import LEAST_ROWS
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
-OPEN, MASKED = "open", "masked"  # the modes, and the names of their results
 TURN = 32  # tokens of an answer, and of the message after it
 LATER = 0.95  # of all gaps, those that are no longer than the one that counts
 
@@ -55,7 +53,7 @@ class Traffic:
     tokens: int = 64
     steps: int = 32
     beside: int = 4
-    long: int = 4000
+    long: int = 2000
     turn: int = 2000
     runs: int = 3
 
@@ -66,12 +64,6 @@ class Traffic:
             if value < least:
                 raise OptionError(f"--{name} must be at least {least}, not {value}")
 
-    @property
-    def pads(self) -> int:
-        """Tokens whose pads are to be ready: of all streams, or of the long prompt and of the answers beside it."""
-        answers = self.tokens + 2 * self.steps + self.long // LEAST_ROWS
-        return max(self.streams * (self.tokens + self.steps + 2), self.long + self.beside * answers)
-
 
 Decode = Callable[[list[list[int]], int], float]  # prompts and steps: tokens a second, of all together
 Samples = dict[str, dict[str, list[float]]]  # by who, and by the number of streams or by figure: of every run
@@ -80,28 +72,30 @@ Samples = dict[str, dict[str, list[float]]]  # by who, and by the number of stre
 def bench_serve(run: RunConfig, traffic: Traffic, console: Console, only: str | None = None) -> dict[str, Any]:
     """Everything, or ``only`` one of the two modes without peers. Raises OptionError and every error of ``LLM``."""
     traffic.check()
-    if only not in (None, OPEN, MASKED):
-        raise OptionError(f"unknown mode '{only}': use {OPEN}, {MASKED}")
+    chosen = chosen_modes(only)
     rates: Samples = defaultdict(lambda: defaultdict(list))
     found: Samples = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        modes = {
-            mode: stack.enter_context(opened(_asked(run, mode, traffic), console))
-            for mode in (OPEN, MASKED)
-            if only in (None, mode)
-        }
+        modes = {mode: stack.enter_context(opened(in_mode(run, mode), console)) for mode in chosen}
         everyone = {mode: _ours(llm) for mode, llm in modes.items()}
         if only is None:
             everyone |= _peers(run, traffic, stack, console)
-        for warm in watched(range(-1, traffic.runs), console, run.model):
+        total = 2 * (traffic.runs + 1) * len(everyone) + 2 * traffic.runs * len(modes)
+        bar = stack.enter_context(steps(console, total))
+        for warm in range(-1, traffic.runs):
             for name, decode in everyone.items():
                 for streams in (1, traffic.streams):
+                    bar.begin(f"{name}: {streams} at once")
                     rate = decode(_prompts(streams, traffic.tokens), traffic.steps)
                     rates[name][str(streams)] += [rate] if warm >= 0 else []
-        for _ in watched(range(traffic.runs), console, "a long prompt, a second turn"):
+                    bar.done()
+        for _ in range(traffic.runs):
             for mode, llm in modes.items():
-                for figure, seconds in {**_gaps(llm, traffic), **_turns(llm, traffic)}.items():
-                    found[mode][figure].append(seconds)
+                for what, measured in (("a long prompt", _gaps), ("a second turn", _turns)):
+                    bar.begin(f"{mode}: {what}")
+                    for figure, seconds in measured(llm, traffic).items():
+                        found[mode][figure].append(seconds)
+                    bar.done()
     return {
         "benchmark": "serve",
         "model": run.model,
@@ -115,15 +109,6 @@ def bench_serve(run: RunConfig, traffic: Traffic, console: Console, only: str | 
     }
 
 
-def _asked(run: RunConfig, mode: str, traffic: Traffic) -> RunConfig:
-    """One of the modes, on a worker of its own."""
-    bare = plain(run)
-    if mode == OPEN:
-        return replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
-    private = replace(bare, protection="masked", compute=ComputeConfig(threads=run.compute.threads), guard=run.guard)
-    return with_pads(private, traffic.pads)
-
-
 def _prompts(count: int, tokens: int) -> list[list[int]]:
     """Prompts that have nothing in common, of tokens below 256."""
     generator = torch.Generator().manual_seed(tokens)
@@ -134,7 +119,8 @@ def _ours(llm: LLM) -> Decode:
     """Decode steps of the engine, with pads ready."""
 
     def decode(prompts: list[list[int]], steps: int) -> float:
-        _pads_ready(llm, len(prompts) * (steps + 2))
+        answers = len(prompts) * (steps + 2)
+        ready_for(llm, sum(map(len, prompts)) + answers, answers)
         engine = llm.engine
         begun = engine.counts().new_tokens
         for prompt in prompts:
@@ -173,7 +159,8 @@ def _gaps(llm: LLM, traffic: Traffic) -> dict[str, float]:
     engine, alone = llm.engine, 2 * traffic.steps
     # How many steps the prompt takes is not known: answers are longer than any number of them, and ended at last.
     params = SamplingParams(max_tokens=alone + traffic.long, ignore_eos=True)
-    _pads_ready(llm, traffic.beside * (alone + traffic.long // LEAST_ROWS))
+    answers = traffic.beside * (alone + 1 + traffic.long // LEAST_ROWS)  # at most: what is left serves the next run
+    ready_for(llm, traffic.beside * traffic.tokens + traffic.long + answers, answers + 1)
     numbers = [engine.add_request(prompt, params) for prompt in _prompts(traffic.beside, traffic.tokens)]
     begun = engine.counts().new_tokens
     while engine.counts().new_tokens < begun + traffic.beside:
@@ -197,7 +184,7 @@ def _turns(llm: LLM, traffic: Traffic) -> dict[str, float]:
     engine.forget()
     times = []
     for _ in range(2):
-        _pads_ready(llm, TURN)
+        ready_for(llm, len(prompt) + TURN, TURN)
         answer = list[Output]()
         engine.add_request(prompt, SamplingParams(max_tokens=TURN, ignore_eos=True), salt="", deliver=answer.append)
         start = time.perf_counter()
@@ -207,15 +194,6 @@ def _turns(llm: LLM, traffic: Traffic) -> dict[str, float]:
         _run_out(llm)
         prompt = [*prompt, *(output.token for output in answer if output.token is not None), *message]
     return {"first_turn_s": times[0], "second_turn_s": times[1]}
-
-
-def _pads_ready(llm: LLM, answers: int) -> None:
-    """At ``masked``: fill the pool, with pads of the LM head for as many tokens of answers."""
-    if llm.plan.protection.masked:
-        pool, filler = pads_of(llm)
-        head: GroupKey = ("lm_head", None)
-        filler.blocks[head] = max(filler.blocks[head], -(-answers // BLOCK_ROWS))
-        fill(pool, filler)
 
 
 def _run_out(llm: LLM) -> None:
@@ -231,7 +209,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _later(seconds: list[float]) -> float:
     """The least that 95 of 100 do not exceed."""
-    return sorted(seconds)[math.ceil(LATER * len(seconds)) - 1]
+    return percentile(seconds, LATER)
 
 
 def _of_rates(own: Mapping[str, list[float]], streams: int) -> dict[str, Any]:

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tsqp.bench.plot import LIMIT, OURS, PEER, Bar, Chart, Panel
+from tsqp.bench.show_load import load_chart, load_tables
 
 Result = dict[str, Any]
 WHOLE = ("local", "local_int8", "llama_cpp")  # what bench offload measures beside a split
 
 
-def table(result: Result) -> Table:
-    """The table that a command prints."""
+def table(result: Result) -> RenderableType:
+    """What a command prints: a table, or several."""
     match result["benchmark"]:
         case "rpc":
             return _rpc_table(result)
@@ -28,7 +30,10 @@ def table(result: Result) -> Table:
         case "offload":
             return _offload_table(result)
         case "serve":
-            return _serve_table(result)
+            server = result.get("server")
+            return _serve_table(result) if server is None else Group(_serve_table(result), load_tables(server))
+        case "load":
+            return load_tables(result)
         case "pipeline":
             return _comparison_table(result, _pipeline_title(result), 1.0, "s")
         case "decode":
@@ -51,7 +56,10 @@ def chart(result: Result) -> Chart:
         case "offload":
             return _offload_chart(result)
         case "serve":
-            return _serve_chart(result)
+            server, chart = result.get("server"), _serve_chart(result)
+            return chart if server is None else Chart(chart.title, [*chart.panels, *load_chart(server).panels])
+        case "load":
+            return load_chart(result)
         case "pipeline":
             return Chart(_pipeline_title(result), [_comparison_panel(result, "one prefill", 1.0, "seconds")])
         case "decode":

@@ -37,6 +37,7 @@ Peer = Annotated[
         "int8 and the private modes), ours (linear, bfloat16) or none."
     ),
 ]
+ModeAlone = Annotated[str | None, Parameter(help="Measure open or masked alone, without peers.")]
 Checks = Annotated[int, Parameter(help="Check vectors.")]
 Results = Annotated[Path | None, Parameter(help="Also write the result to a file in this directory.")]
 DirtyOk = Annotated[
@@ -228,21 +229,65 @@ def serve(
     tokens: Annotated[int, Parameter(help="The length of their prompts.")] = 64,
     steps: Annotated[int, Parameter(help="New tokens of each after its first.")] = 32,
     beside: Annotated[int, Parameter(help="Answers that go on while a long prompt arrives.")] = 4,
-    long: Annotated[int, Parameter(help="The length of that prompt.")] = 4000,
+    long: Annotated[int, Parameter(help="The length of that prompt.")] = 2000,
     turn: Annotated[int, Parameter(help="The length of a conversation's first prompt.")] = 2000,
-    mode: Annotated[str | None, Parameter(help="Measure open or masked alone, without peers.")] = None,
+    mode: ModeAlone = None,
+    http: Annotated[
+        bool, Parameter(help="Measure also a server over HTTP, as tsqp bench load does.", negative="--no-http")
+    ] = True,
     threads: Threads = None,
     results: Results = None,
     dirty_ok: DirtyOk = False,
     options: BenchOptions = BenchOptions(runs=3),
 ) -> None:
-    """Measure many streams at once: rates beside one stream and peers, gaps beside a long prompt, a second turn."""
+    """Measure many streams at once, in the engine and over HTTP: rates beside peers, a long prompt, a second turn."""
     console = _prepare(options, results, dirty_ok=dirty_ok)
     from tsqp.bench.serve import Traffic, bench_serve
 
     traffic = Traffic(streams, tokens, steps, beside, long, turn, options.runs)
     run = RunConfig(model, "open", compute=ComputeConfig(threads=threads))
-    _finish(bench_serve(run, traffic, console, mode), options, console, results)
+    if http:
+        from tsqp.bench.load import bench_load, check_client
+        from tsqp.bench.load_setup import Load
+
+        check_client()
+    result = bench_serve(run, traffic, console, mode)
+    server = bench_load(run, Load(runs=options.runs), console, mode) if http else None
+    _finish({**result, "server": server}, options, console, results)
+
+
+@bench_app.command
+def load(
+    *,
+    model: Model = "default",
+    streams: Annotated[
+        tuple[int, ...], Parameter(help="Clients at once, each waiting for its answers; may be given again.")
+    ] = (1, 2, 4, 8, 16),
+    share: Annotated[
+        tuple[float, ...],
+        Parameter(help="Requests by chance, at this share of the best throughput of those; may be given again."),
+    ] = (0.25, 0.5, 0.75, 0.9),
+    tokens: Annotated[int, Parameter(help="The length of prompts.")] = 32,
+    steps: Annotated[int, Parameter(help="New tokens of each answer after its first.")] = 32,
+    seconds: Annotated[
+        float, Parameter(help="How long each number of clients asks; requests by chance come three times as long.")
+    ] = 2.5,
+    pads: Annotated[int, Parameter(help="Tokens whose pads are ready before each of these, at masked.")] = 2560,
+    seed: Annotated[int, Parameter(help="Of the prompts, and of when requests come.")] = 0,
+    mode: ModeAlone = None,
+    threads: Threads = None,
+    results: Results = None,
+    dirty_ok: DirtyOk = False,
+    options: BenchOptions = BenchOptions(runs=3),
+) -> None:
+    """Measure a real server over HTTP: beside the library, with more and more clients, with requests by chance."""
+    console = _prepare(options, results, dirty_ok=dirty_ok)
+    from tsqp.bench.load import bench_load
+    from tsqp.bench.load_setup import Load
+
+    asked = Load(streams, share, tokens, steps, seconds, pads, options.runs, seed)
+    run = RunConfig(model, "open", compute=ComputeConfig(threads=threads))
+    _finish(bench_load(run, asked, console, mode), options, console, results)
 
 
 @bench_app.command(name="all")

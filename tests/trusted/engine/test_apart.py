@@ -156,7 +156,7 @@ def test_a_prompt_with_a_tap_is_taken_in_parts_beside_answers_that_somebody_foll
 
 
 def test_the_pace_of_a_prompt_with_a_tap_is_learnt_from_its_own_passes() -> None:
-    """A step of the answer takes as long as ten rows of the prompt: so many are taken between two of them."""
+    """A step of the answer takes as long as twelve rows of the prompt: so many are taken between two, once learnt."""
     now = 0.0
     decoder = TappedDecoder()
     real = decoder.forward
@@ -164,7 +164,7 @@ def test_the_pace_of_a_prompt_with_a_tap_is_learnt_from_its_own_passes() -> None
     def forward(batch: Any) -> Steps[torch.Tensor]:
         nonlocal now
         rows = sum(len(tokens) for tokens in batch.tokens)
-        now += 1.0 if rows == 1 else 0.1 * rows
+        now += 1.0 if rows == 1 else rows / 12
         return (yield from real(batch))
 
     decoder.forward = forward  # type: ignore[method-assign]
@@ -174,7 +174,7 @@ def test_the_pace_of_a_prompt_with_a_tap_is_learnt_from_its_own_passes() -> None
     tap = decoder.taps.new()
     engine.add_request(prompt_of(60, 1), SamplingParams(max_tokens=1), tap=tap)
     run_out(engine)
-    assert [len(rows[0]) for rows in decoder.of(tap)] == [8, 10, 10, 10, 10, 10, 2]
+    assert [len(rows[0]) for rows in decoder.of(tap)] == [6, 12, 18, 12, 12]
 
 
 def test_nothing_kept_is_taken_and_nothing_is_left() -> None:

@@ -1,0 +1,26 @@
+"""The two modes that a server is measured in, each on a worker of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tsqp.api.config import ComputeConfig, RunConfig
+from tsqp.bench.opened import plain
+from tsqp.errors import OptionError
+
+OPEN, MASKED = "open", "masked"  # the modes, and the names of their results
+
+
+def chosen_modes(only: str | None) -> tuple[str, ...]:
+    """Both, or the one asked for. Raises OptionError."""
+    if only not in (None, OPEN, MASKED):
+        raise OptionError(f"unknown mode '{only}': use {OPEN}, {MASKED}")
+    return (OPEN, MASKED) if only is None else (only,)
+
+
+def in_mode(run: RunConfig, mode: str) -> RunConfig:
+    """The same model and threads: at ``open`` in bfloat16, at ``masked`` as it is by default."""
+    bare = plain(run)
+    if mode == OPEN:
+        return replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
+    return replace(bare, protection="masked", compute=ComputeConfig(threads=run.compute.threads), guard=run.guard)
