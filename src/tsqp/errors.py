@@ -238,3 +238,10 @@ class ProductMismatch(CheckFailed):
 
 class TsqpWarning(UserWarning):
     """Base of every warning that this package gives: not an exception of the tree above, unless a filter says so."""
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames of an exception that is kept, and of those before it: their variables would live on."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

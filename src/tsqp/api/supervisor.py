@@ -32,6 +32,7 @@ from tsqp.errors import (
     WorkerFailed,
     WorkerLost,
     WorkerUnreachable,
+    forget_frames,
 )
 from tsqp.trusted.engine.line import PassDecoder
 
@@ -351,5 +352,4 @@ class Supervisor:
         if link is not None:
             link.close()
             self._judged = None
-            if link.ended is not None:
-                link.ended.with_traceback(None)  # its frames would keep the memory of the connection
+            forget_frames(link.ended)  # which would keep the memory of the connection

@@ -14,7 +14,7 @@ from functools import partial
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
 from tsqp.config.model import ModelConfig
-from tsqp.errors import PadsExhausted, TsqpError
+from tsqp.errors import PadsExhausted, TsqpError, forget_frames
 from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 
 HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt; see ``targets``
@@ -96,6 +96,7 @@ class PadFiller:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        forget_frames(self.pool.failure)  # which would keep the pool until the next collection of garbage
 
     def _run(self) -> None:
         while not self._stop.is_set():
