@@ -240,9 +240,8 @@ class TsqpWarning(UserWarning):
     """Base of every warning that this package gives: not an exception of the tree above, unless a filter says so."""
 
 
-def forget_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException | None) -> None:
     """Let go of the frames that an error went through, and of those before it: they hold memory, and tensors in it."""
-    one: BaseException | None = error
-    while one is not None:
-        one.__traceback__ = None
-        one = one.__cause__ or one.__context__
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +74,23 @@ def test_every_stream_goes_on_as_if_nothing_had_happened(
     assert not secrets_of(blocks)
     if mode == "masked":
         assert not shared_pads(mortal.rows(np.uint32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_lost_session_held_is_free_at_once(mode: ProtectionName) -> None:
+    """Not when the next garbage is collected: it is an arena and, where pads are made here, a copy of the weights."""
+    mortal = MortalRecorder([40])
+    with living(mortal) as address, private(mode, address) as llm:
+        session, guard = weakref.ref(llm.session), weakref.ref(llm.guard)
+        gc.collect()
+        gc.disable()
+        try:
+            answers(llm)
+        finally:
+            gc.enable()
+        assert not mortal.deaths
+        assert session() is None
+        assert guard() is None
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -205,10 +205,10 @@ class Slow:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while not any(self._terminal.statuses):
             await asyncio.sleep(0)
-        self.worker_state = WorkerState("reconnecting", 0.0, "", 1, 0, 0, {}, None)
+        self.worker_state = WorkerState("reconnecting", 0.0, "", 1, 0, 1, 0.0, 0, {}, None)
         while not self._terminal.notes:
             await asyncio.sleep(0)
-        self.worker_state = WorkerState("ready", 0.0, "", 1, 1, 0, {}, None)
+        self.worker_state = WorkerState("ready", 0.0, "", 1, 1, 1, 0.0, 0, {}, None)
         yield Delta("there")
 
 

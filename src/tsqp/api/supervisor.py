@@ -349,5 +349,4 @@ class Supervisor:
         if link is not None:
             link.close()
             self._judged = None
-            if link.ended is not None:
-                forget_frames(link.ended)  # they would keep the memory of the connection
+            forget_frames(link.ended)  # which would keep the memory of the connection

@@ -96,6 +96,7 @@ class PadFiller:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        forget_frames(self.pool.failure)  # which would keep the pool until the next collection of garbage
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -93,8 +93,8 @@ class CheckedLinears:
 
     def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | None = None) -> None:
         self.products_checked = 0
-        self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, self.item))
-        self._under_way = 0
+        item, self._under_way = self.item, 0  # what the shelf calls holds nothing that holds the shelf
+        self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, item))
         self._connection = connection
         self.groups = groups
         self.pads = pads or NoPads()

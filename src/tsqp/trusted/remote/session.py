@@ -214,6 +214,7 @@ class WorkerSession:
         """End the session. Closing twice is allowed."""
         self._dead = self._dead or ChannelClosed(f"the session with the {self._role} was closed")
         self.channel.close()
+        self._under_way.clear()  # they hold this session, which holds them, and all that is good for it alone
 
     def finish(self, reply: PendingReply[T]) -> T:
         """Wait for one reply and hand out its product. Raises any ChannelError, and ends the session with it.

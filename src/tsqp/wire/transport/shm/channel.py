@@ -300,6 +300,8 @@ class ShmChannel(BaseChannel):
         except BlockingIOError:
             return None
         except ConnectionResetError:  # said once, ahead of the packets that had arrived; the end is said after them
+            packet = None
+        if packet is None:  # not above, where what is raised would keep that error with its frames
             return self._next_reply()
         if not packet:
             raise self._lost()
