@@ -55,9 +55,9 @@ WORDS = {
     "m.probability(5e-324)": "4.94 × 10⁻³²⁴",
     "m.probability(0)": "0",
     "m.uniformity(null)": "There are too few numbers for the test.",
-    "m.uniformity(0.0004)": "Uniform noise is at least this uneven in 1 of 2,500 cases. "
+    "m.uniformity(0.0004)": "Uniform noise is at least this uneven in up to 1 of 2,500 cases. "
     "Only below 10⁻⁶ would these bytes not be noise.",
-    "m.uniformity(1)": "Uniform noise is at least this uneven in nearly all cases. "
+    "m.uniformity(1)": "No test finds these bytes more uneven than uniform noise often is. "
     "Only below 10⁻⁶ would these bytes not be noise.",
     "m.uniformity(9e-7)": "Uniform noise is never this uneven. Below 10⁻⁶ these bytes are not noise.",
 }

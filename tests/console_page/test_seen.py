@@ -28,7 +28,7 @@ def test_masked_is_said_to_be_noise(page: Page, server: FakeServer) -> None:
     assert page.text(".attack h3") == "An attacker makes this of it:"
     assert page.text(".recovered") == GIBBERISH
     assert "0 of 7 tokens" in page.text(".attack .small")
-    assert page.text(".p").startswith("p = 0.42. Uniform noise is at least this uneven in 42 of 100 cases.")
+    assert page.text(".p").startswith("p = 0.42. Uniform noise is at least this uneven in up to 42 of 100 cases.")
     assert numbers(page) == {
         "Sent to the worker": "1.18 MiB",
         "Speed": "16.8 tokens/s",

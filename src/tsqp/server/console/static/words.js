@@ -66,12 +66,14 @@ export function verdict(seen) {
   return { kind: "noise", title: "Noise.", text };
 }
 
-/** What the p-value means. */
+/** What the p-value means. It is that of several tests together, so a bound: the chance is at most that. */
 export function uniformity(p) {
   if (p === null) return "There are too few numbers for the test.";
   if (p < NOT_NOISE) return "Uniform noise is never this uneven. Below 10⁻⁶ these bytes are not noise.";
-  const often = p > 0.99 ? "nearly all" : p >= 0.01 ? `${Math.round(100 * p)} of 100` : `1 of ${whole(1 / p)}`;
-  return `Uniform noise is at least this uneven in ${often} cases. Only below 10⁻⁶ would these bytes not be noise.`;
+  const bound = "Only below 10⁻⁶ would these bytes not be noise.";
+  if (p > 0.99) return `No test finds these bytes more uneven than uniform noise often is. ${bound}`;
+  const often = p >= 0.01 ? `${Math.round(100 * p)} of 100` : `1 of ${whole(1 / p)}`;
+  return `Uniform noise is at least this uneven in up to ${often} cases. ${bound}`;
 }
 
 /** How much of the message an attack put in its places, and of noise. */
