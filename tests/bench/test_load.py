@@ -82,9 +82,10 @@ def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
     assert done.json["made_pads"] == {}
 
 
-def test_refusals_and_points_without_an_answer_are_shown(tmp_path: Path) -> None:
+def refused() -> dict[str, Any]:
+    """A result in which a server has refused everybody who came by chance."""
     none = {"answers": 0, "refused": 7, "seconds": 1.0, "tokens_per_s": 0.0, "first": None, "token": None}
-    result = {
+    return {
         "benchmark": "load",
         "model": "m",
         "tokens": 5,
@@ -95,12 +96,29 @@ def test_refusals_and_points_without_an_answer_are_shown(tmp_path: Path) -> None
         "made_pads": {},
         "machine": {"cpu": "a processor"},
     }
+
+
+def test_refusals_and_points_without_an_answer_are_shown(tmp_path: Path) -> None:
+    result = refused()
     text = shown(result)
     assert "1.050" in text
     (row,) = [line.split() for line in text.splitlines() if "/s, 2 " in line]
     assert row[-2:] == ["0", "7"]
     draw(chart(result), tmp_path / "load.png")
     assert is_picture(tmp_path / "load.png")
+
+
+def test_bench_serve_shows_its_own_figures_and_those_of_the_server(tmp_path: Path) -> None:
+    rates = {"open": {"one": 11.25, "many": 45.0, "ratio": 4.0, "all": {"1": [11.25], "16": [45.0]}}}
+    own = {"streams": 16, "beside": 4, "long": 8, "turn": 8, "rates": rates, "gaps": {}, "turns": {}}
+    result = {**refused(), "benchmark": "serve", **own, "server": refused()}
+    text = shown(result)
+    assert "11.25" in text
+    assert "1.050" in text
+    assert len(chart(result).panels) == len(chart({**result, "server": None}).panels) + 2
+    assert "1.050" not in shown({**result, "server": None})
+    draw(chart(result), tmp_path / "serve.png")
+    assert is_picture(tmp_path / "serve.png")
 
 
 @pytest.mark.parametrize(
