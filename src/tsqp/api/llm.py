@@ -181,7 +181,7 @@ class LLM:
     def _checks(self) -> int:
         """Products that were checked so far."""
         guard = self.guard
-        return 0 if guard is None else guard.counted()["checks"]
+        return 0 if guard is None else guard.counted()["products_checked"]
 
     def _check_pool(self, checkpoint: Checkpoint) -> None:
         from tsqp.api.pads import check_pool

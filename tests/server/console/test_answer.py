@@ -260,10 +260,10 @@ def test_a_watch_that_was_lost_is_over() -> None:
         (ProductMismatch("canary"), "worker_cheated"),
         (WorkerLost("canary"), "worker_lost"),
         (ChannelClosed("canary"), "unavailable"),
-        (ValueError("canary"), None),
+        (ValueError("canary"), "internal_error"),
     ],
 )
-def test_an_error_is_the_last_event_and_nothing_is_seen(error: Exception, code: str | None) -> None:
+def test_an_error_is_the_last_event_and_nothing_is_seen(error: Exception, code: str) -> None:
     events = told(Script([104, error]))
     assert events[-1][1]["error"]["code"] == code
     assert [name for name, _ in events] == [None] * len(events)

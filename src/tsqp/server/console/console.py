@@ -66,8 +66,11 @@ class Watch:
 
     async def look(self) -> Look:
         """What there is to see, computed on a thread. Whoever is cancelled meanwhile leaves it to its end."""
-        self._looking = asyncio.ensure_future(asyncio.to_thread(self._onlooker.look, self.tap, self.user))
+        self._looking = asyncio.ensure_future(asyncio.to_thread(self._look))  # which holds this watch meanwhile
         return await asyncio.shield(self._looking)
+
+    def _look(self) -> Look:
+        return self._onlooker.look(self.tap, self.user)
 
     def close(self) -> None:
         """Let go of what was seen. Closing twice is allowed."""
