@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.bench.results import TINY
+from tests.commands import LIMIT_S
 from tsqp.bench import server_process
 from tsqp.bench.server_process import ServerProcess, wait_for_pads
 from tsqp.errors import WorkerUnreachable
@@ -15,6 +17,16 @@ from tsqp.errors import WorkerUnreachable
 def test_one_that_does_not_start_is_an_error() -> None:
     with pytest.raises(WorkerUnreachable, match="did not start"):
         ServerProcess("--port", "-1")
+
+
+def test_one_ends_when_its_standard_input_does() -> None:
+    """Which is what the end of a benchmark is, however it ends."""
+    with ServerProcess("--model", TINY, "--protection", "local") as server:
+        process = server._process
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(LIMIT_S) == 0
 
 
 def pads(*ready: float) -> Callable[[], dict[str, float]]:

@@ -113,6 +113,8 @@ def _bars(axes: Any, panel: Panel) -> None:
 
 
 def _curves(axes: Any, panel: Curves) -> None:
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys((curve.ours, curve.label.partition(", ")[0]) for curve in panel.curves))
     looks = _looks(names)
     for curve in panel.curves:
@@ -123,10 +125,11 @@ def _curves(axes: Any, panel: Curves) -> None:
         for place in curve.places:
             axes.annotate(place.label, (place.x, place.y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlim(left=0)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("tokens a second, of all together", fontsize=9)
-    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.tick_params(which="both", labelsize=8)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -27,9 +27,14 @@ class ServerProcess:
     """
 
     def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "tsqp", "serve", "--json", "--port", "0", "--metrics-port", "0", *options]
+        command = [sys.executable, "-m", "tsqp.bench.server_child", "serve", "--json", "--port", "0"]
         # No variables of the user's: TSQP_MAX_RUNNING and the like would change what is measured.
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env=worker_environment())
+        self._process = subprocess.Popen(
+            [*command, "--metrics-port", "0", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=worker_environment(),
+        )
         self._http = requests.Session()
         self._http.trust_env = False
         try:
@@ -56,7 +61,8 @@ class ServerProcess:
     def close(self) -> None:
         """End it: politely, then not."""
         self._http.close()
-        self._process.terminate()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
