@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import tests.cached_loops  # noqa: F401  (before anything that has loops)
 from tests.commands import Home
@@ -83,6 +84,7 @@ def live(store: WeightStore, address: str, seen: Path, life: int) -> None:
 
 def main(model: str, address: str, seen: str) -> None:
     """One life after another, until one ends by itself."""
+    torch.set_num_threads(1)  # a fork has none of the threads of a pool, and would wait for them
     store = store_of(model)
     for life in range(10_000):
         process = os.fork()
