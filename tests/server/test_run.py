@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import select
 import signal
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -65,6 +68,22 @@ def metric(ready: Ready, name: str) -> float:
 def wait_for_running(ready: Ready, count: int) -> None:
     while metric(ready, "vllm:num_requests_running") != count:
         pass
+
+
+@pytest.mark.slow
+def test_a_connection_is_kept_longer_than_clients_keep_it(server: Server) -> None:
+    """httpx sends on one that has been idle for up to 5 s, aiohttp up to 15: the server is not the first to end it."""
+
+    def client(ready: Ready) -> None:
+        at = urlsplit(ready.address)
+        with socket.create_connection((at.hostname, at.port), timeout=LIMIT_S) as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+                while select.select([connection], [], [], 16.0)[0]:
+                    assert connection.recv(1 << 16)  # of the answer; nothing would be the end
+
+    server.run(client)
 
 
 def told_to_end(ready: Ready) -> httpx.Response:

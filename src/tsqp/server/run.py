@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from tsqp.api.async_llm import AsyncLLM
     from tsqp.api.llm import LLM
 
+KEPT_S = (
+    20  # a connection without a request; clients keep theirs for 5 s (httpx) to 15 s (aiohttp), and must end it first
+)
 GRACE_S = 5.0  # for the last bytes of answers, once they were ended
 STUCK_S = 10.0  # for the model to be closed, once nothing is computed; then a worker does not answer
 METRICS_CONNECTIONS = 32
@@ -169,6 +172,7 @@ class Running:
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=limits.max_head_bytes,
+            timeout_keep_alive=KEPT_S,
             timeout_graceful_shutdown=round(GRACE_S),
             ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
