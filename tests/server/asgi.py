@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tsqp.server.under_way import request_under_way
+
 HOST = "http://localhost"
 
 
@@ -45,8 +47,10 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
-    state = scope.get("state", {})
-    told = [(f"x-{name}".encode(), str(state.get(name)).encode()) for name in ("tenant", "request_id")]
+    current = request_under_way()
+    number = None if current is None else current.request_id
+    found = {"tenant": scope.get("state", {}).get("tenant"), "request_id": number}
+    told = [(f"x-{name}".encode(), str(value).encode()) for name, value in found.items()]
     size = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": 200, "headers": [size, *told]})
     await send({"type": "http.response.body", "body": body})

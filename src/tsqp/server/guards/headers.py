@@ -20,7 +20,7 @@ _CLEAN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class AnswerHeaders:
-    """Gives each request an id of our own, in ``request.state.request_id``, and each answer ``always`` and its ids.
+    """Gives each request an id of our own, in ``request_under_way``, and each answer ``always`` and its ids.
 
     ``request.state.ignored``, set by whoever reads the body, becomes the header ``x-tsqp-ignored``.
 
@@ -39,7 +39,6 @@ class AnswerHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ours = f"req_{secrets.token_hex(16)}"
         state = scope.setdefault("state", {})
-        state["request_id"] = ours
         begin_request(ours)
         theirs = Headers(scope=scope).get("x-request-id", "")
         shown = theirs if _CLEAN_ID.fullmatch(theirs) else ours
