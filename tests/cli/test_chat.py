@@ -15,7 +15,7 @@ from tsqp import LLM, AsyncLLM, ComputeConfig, SamplingParams
 from tsqp.api.answer import Delta
 from tsqp.api.worker_state import WorkerState
 from tsqp.cli import chat as cli_chat
-from tsqp.cli.chat import COMMANDS, Chat, converse
+from tsqp.cli.chat import COMMANDS, Chat
 from tsqp.cli.terminal import Lines
 from tsqp.errors import PromptError
 from tsqp.trusted.engine.counts import Counts
@@ -235,7 +235,7 @@ def test_a_conversation_closes_its_model(monkeypatch: pytest.MonkeyPatch) -> Non
         close()
 
     monkeypatch.setattr(llm, "close", closes)
-    converse(AsyncLLM(llm), PARAMS, None, {}, Played("hello"))
+    asyncio.run(Chat(AsyncLLM(llm), PARAMS, None, {}, Played("hello")).hold())
     assert closed
 
 

@@ -79,6 +79,11 @@ class Chat:
         self._terminal = terminal
         self._last: str | None = None
 
+    async def hold(self) -> None:
+        """The whole conversation; then the model is closed. Raises as ``run``."""
+        async with self._model:
+            await self.run()
+
     async def run(self) -> None:
         """Until the end of input or /exit. Raises PromptError without a chat template, ChannelError, NumericError."""
         question: ChatMessage = {"role": "user", "content": "?"}  # refused before the user types
@@ -170,22 +175,6 @@ class Chat:
                 self._terminal.status(f"reading the conversation: {done} of {answer.prompt} tokens")
             paused = waits
             await asyncio.sleep(LOOK_S)
-
-
-def converse(
-    model: AsyncLLM,
-    params: SamplingParams,
-    system: str | None,
-    template_args: Mapping[str, Any],
-    terminal: Lines,
-) -> None:
-    """Hold a conversation, and close the model. Raises as ``Chat.run``."""
-
-    async def hold() -> None:
-        async with model:
-            await Chat(model, params, system, template_args, terminal).run()
-
-    asyncio.run(hold())
 
 
 def _is_command(text: str) -> bool:

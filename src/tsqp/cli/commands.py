@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -133,13 +134,13 @@ def chat(
     opening = None if system is None else argument_text(system, "--system")
     with open_llm(run) as llm:
         from tsqp.api.async_llm import AsyncLLM
-        from tsqp.cli.chat import converse
+        from tsqp.cli.chat import Chat
         from tsqp.cli.report import announce, print_stats
         from tsqp.cli.terminal import terminal_for
 
         console = _stderr()
         announce(llm, console)
-        converse(AsyncLLM(llm), sampling, opening, arguments, terminal_for(console))
+        asyncio.run(Chat(AsyncLLM(llm), sampling, opening, arguments, terminal_for(console)).hold())
         if stats:
             print_stats(llm, console)
 
