@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tsqp.bench.plot import LIMIT, OURS, PEER, Bar, Chart, Panel
 from tsqp.bench.show_load import load_chart, load_tables
+from tsqp.bench.tables import new_table
 
 Result = dict[str, Any]
 WHOLE = ("local", "local_int8", "llama_cpp")  # what bench offload measures beside a split
@@ -104,7 +104,7 @@ def rpc_chart(results: Sequence[Result]) -> Chart:
 
 def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Table:
     """Ours, the peer, the limit."""
-    found = _table(title, (unit, "ratio to peer"))
+    found = new_table(title, (unit, "ratio to peer"))
     peer = result["peer"]
     ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}"
     found.add_row(_ours(result), f"{result['seconds'] * scale:.4g}", ratio)
@@ -134,7 +134,7 @@ def _comparison_panel(result: Result, title: str, scale: float, unit: str) -> Pa
 
 
 def _rpc_table(result: Result) -> Table:
-    found = _table(f"{result['transport']}, {result['server']}; times in µs", ("µs", "ratio to peer"))
+    found = new_table(f"{result['transport']}, {result['server']}; times in µs", ("µs", "ratio to peer"))
     found.add_row("null call, median", f"{result['p50_us']:.1f}", "")
     found.add_row("null call, 99th percentile", f"{result['p99_us']:.1f}", "")
     if result["step_p50_us"] is not None:
@@ -149,7 +149,7 @@ def _rpc_table(result: Result) -> Table:
 
 def _origin_table(result: Result) -> Table:
     title = f"prefill of {result['tokens']} tokens, {result['model']}, {result['machine']['cpu']}"
-    found = _table(title, ("s", "limit, s", "calls", "sent MB", "received MB", "speed-up"))
+    found = new_table(title, ("s", "limit, s", "calls", "sent MB", "received MB", "speed-up"))
     for leg in ("origin", "best_float32", "best"):
         row = result[leg]
         found.add_row(
@@ -175,7 +175,7 @@ def _origin_chart(result: Result) -> Chart:
 
 def _private_table(result: Result) -> Table:
     """Each mode's times, and their ratios to ``open``."""
-    found = _table(f"private modes: {_what(result)}", ("prefill, s", "ratio", "decode, ms", "ratio"))
+    found = new_table(f"private modes: {_what(result)}", ("prefill, s", "ratio", "decode, ms", "ratio"))
     for row in result["modes"].values():
         decode = (f"{row['decode_s'] * 1e3:.1f}", f"{row['decode_ratio']:.2f}") if "decode_s" in row else ("", "")
         found.add_row(row["name"], f"{row['prefill_s']:.3f}", f"{row['prefill_ratio']:.2f}", *decode)
@@ -205,7 +205,7 @@ def _guard_times(result: Result) -> dict[str, float]:
 
 
 def _guard_table(result: Result) -> Table:
-    found = _table(f"the guard: {_what(result)}", ("ms", ""))
+    found = new_table(f"the guard: {_what(result)}", ("ms", ""))
     for title, milliseconds in _guard_times(result).items():
         found.add_row(title, f"{milliseconds:.4g}", "")
     found.add_row("the checks' share of the prefill", "", f"{result['check_share_of_prefill']:.1%}")
@@ -225,7 +225,7 @@ def _guard_chart(result: Result) -> Chart:
 
 def _offload_table(result: Result) -> Table:
     """Times of a pass in milliseconds, and what the split gains."""
-    found = _table("what the split saves the trusted side", ("whole", "split", "limit", "pads", "gain", "with pads"))
+    found = new_table("what the split saves the trusted side", ("whole", "split", "limit", "pads", "gain", "with pads"))
     for row in result["cases"]:
         whole = ", ".join(f"{row[f'{way}_s'] * 1e3:.4g}" for way in WHOLE if f"{way}_s" in row)
         times = (f"{row[f'{key}_s'] * 1e3:.4g}" for key in ("trusted", "limit", "pads"))
@@ -254,7 +254,7 @@ def _offload_chart(result: Result) -> Chart:
 def _serve_table(result: Result) -> Table:
     """Rates of one stream and of many, then gaps and turns in milliseconds."""
     streams = result["streams"]
-    found = _table(f"many streams: {result['model']}, {result['machine']['cpu']}", ("one", "many", "many / one"))
+    found = new_table(f"many streams: {result['model']}, {result['machine']['cpu']}", ("one", "many", "many / one"))
     for name, row in result["rates"].items():
         found.add_row(f"{name}, 1 and {streams}, tokens/s", f"{row['one']:.4g}", f"{row['many']:.4g}", _times(row))
     for mode, row in result["gaps"].items():
@@ -312,11 +312,3 @@ def _limit(result: Result) -> str:
         if result["benchmark"] == "pipeline"
         else "the linear layers at the best rates of this run"
     )
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("")
-    for column in columns:
-        found.add_column(column, justify="right")
-    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tsqp.bench.plot import Chart, Curve, Curves, Place
+from tsqp.bench.tables import new_table
 
 Result = dict[str, Any]
 COLUMNS = ("tokens/s", "first token", "95 %", "token", "95 %", "answers", "refused")
@@ -31,7 +31,7 @@ def load_chart(result: Result) -> Chart:
 
 
 def _beside_library(result: Result) -> Table:
-    found = _table(f"one answer at a time: {_what(result)}", ("library, ms a token", "HTTP", "HTTP / library"))
+    found = new_table(f"one answer at a time: {_what(result)}", ("library, ms a token", "HTTP", "HTTP / library"))
     for mode, row in result["http"].items():
         found.add_row(mode, f"{row['library_s'] * 1e3:.4g}", f"{row['http_s'] * 1e3:.4g}", f"{row['ratio']:.3f}")
     return found
@@ -39,7 +39,7 @@ def _beside_library(result: Result) -> Table:
 
 def _under_load(result: Result) -> Table:
     """One row for each number of streams, then one for each rate of arrivals."""
-    found = _table(f"under load, prompts of {result['tokens']} tokens, answers of {result['steps'] + 1}", COLUMNS)
+    found = new_table(f"under load, prompts of {result['tokens']} tokens, answers of {result['steps'] + 1}", COLUMNS)
     for name, points in result["sweep"].items():
         for point in points:
             found.add_row(f"{name}, {point['streams']}", *_cells(point))
@@ -87,11 +87,3 @@ def _places(points: Iterable[Result], kind: str, share: str, label: str) -> list
 
 def _what(result: Result) -> str:
     return f"{result['model']}, {result['machine']['cpu']}"
-
-
-def _table(title: str, columns: Iterable[str]) -> Table:
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("")
-    for column in columns:
-        found.add_column(column, justify="right")
-    return found
