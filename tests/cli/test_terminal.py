@@ -120,14 +120,20 @@ def test_ctrl_c_stops_once_and_then_ends_the_program() -> None:
     assert stops == [True]
 
 
-def test_afterwards_ctrl_c_is_what_it_was() -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_afterwards_ctrl_c_is_what_it_was(handler: signal.Handlers) -> None:
+    """Also where it was ignored, as by a program that a shell has started in the background."""
+
     async def answer() -> None:
         with Screen(Console(quiet=True)).interrupted(lambda: None):
             pass
 
-    before = signal.getsignal(signal.SIGINT)
-    asyncio.run(answer())
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        asyncio.run(answer())
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_status_goes_when_there_is_something_to_show() -> None:

@@ -143,11 +143,13 @@ class Screen(Lines):
             asked = True
             stop()
 
+        before = signal.getsignal(signal.SIGINT)
         loop.add_signal_handler(signal.SIGINT, ask)
         try:
             yield
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            loop.remove_signal_handler(signal.SIGINT)  # which makes it the one that Python has at first
+            signal.signal(signal.SIGINT, before)
 
 
 def terminal_for(console: Console) -> Lines:
