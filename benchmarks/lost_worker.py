@@ -146,9 +146,9 @@ def parts_of() -> Iterator[dict[str, float]]:
         return address
 
     def renewing(real: Any) -> Any:
-        def renew(self: Any) -> None:
+        def renew(self: Any, *arguments: Any) -> None:
             start = time.perf_counter()
-            real(self)
+            real(self, *arguments)
             parts["vectors"] = parts.get("vectors", 0.0) + time.perf_counter() - start
 
         return renew

@@ -13,11 +13,15 @@ from typing import Any
 
 @dataclass
 class Script:
-    """How it answers: a status, and lines of a stream. ``asked``: bodies of the requests that came."""
+    """How it answers: a status, and lines of a stream.
+
+    ``asked``: bodies of the requests that came; ``clients``: the port of each, one for those of one connection.
+    """
 
     status: int = 200
     lines: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
+    clients: list[int] = field(default_factory=list)
     address: str = ""
 
 
@@ -36,11 +40,16 @@ def speaking(script: Script) -> Iterator[Script]:
     """The server, on loopback."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections
+
         def do_POST(self) -> None:
             script.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            script.clients.append(self.client_address[1])
+            body = "".join(f"{line}\r\n\r\n" for line in script.lines).encode()
             self.send_response(script.status)
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write("".join(f"{line}\r\n\r\n" for line in script.lines).encode())
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Nothing."""

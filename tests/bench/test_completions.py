@@ -14,11 +14,15 @@ from tsqp.errors import WorkerFailed
 DONE = "data: [DONE]"
 
 
+def asking(script: Script, count: int = 3) -> CompletionsClient:
+    return CompletionsClient("one", script.address, "a model", count, {"cache_prompt": False})
+
+
 def answer_of(script: Script, count: int = 3) -> Answer:
     """What the client makes of it."""
 
     async def ask() -> Answer:
-        async with CompletionsClient(script.address, "a model", count, {"cache_prompt": False}) as client:
+        async with asking(script, count) as client:
             return await client.ask([5, 6, 7], -1.0)
 
     with speaking(script):
@@ -74,8 +78,22 @@ def test_a_server_that_is_not_there_is_a_failure() -> None:
         pass
 
     async def ask() -> Answer:
-        async with CompletionsClient(script.address, "m", 1) as client:
+        async with asking(script) as client:
             return await client.ask([1], 0.0)
 
     with pytest.raises(WorkerFailed, match="ConnectError"):
         asyncio.run(ask())
+
+
+def test_no_connection_is_used_twice() -> None:
+    """llama.cpp's server says that it keeps one, and ends it."""
+    script = Script(lines=[piece("a"), usage(3), DONE])
+
+    async def ask() -> None:
+        async with asking(script) as client:
+            for _ in range(3):
+                await client.ask([1], 0.0)
+
+    with speaking(script):
+        asyncio.run(ask())
+    assert len(set(script.clients)) == 3

@@ -18,12 +18,14 @@ PATIENCE_S = 600.0  # for the next bytes of an answer: a server under load is sl
 
 
 class CompletionsClient:
-    """``address``: of the server, without a path. ``count``: tokens of each answer, the likeliest each time.
+    """``address``: of the server, without a path; ``name``: what it is called in errors.
 
-    ``more``: fields of a request that this server alone knows. A context manager.
+    ``count``: tokens of each answer, the likeliest each time. ``more``: fields of a request that this
+    server alone knows. A context manager.
     """
 
-    def __init__(self, address: str, model: str, count: int, more: dict[str, Any] | None = None) -> None:
+    def __init__(self, name: str, address: str, model: str, count: int, more: dict[str, Any] | None = None) -> None:
+        self._name = name
         self._body = {
             "model": model,
             "max_tokens": count,
@@ -34,11 +36,12 @@ class CompletionsClient:
             **(more or {}),
         }
         # No bound on connections: what a client holds back, a server would not be blamed for. No proxy between us.
+        # No connection is used again: llama.cpp's server ends one now and then, just as the next request is sent.
         self._http = httpx.AsyncClient(
             base_url=address,
             trust_env=False,
             timeout=httpx.Timeout(PATIENCE_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
         self._count = count
 
@@ -54,20 +57,20 @@ class CompletionsClient:
                 if reply.status_code in REFUSED:
                     return Answer(asked_s, reply.status_code)
                 if reply.status_code != SERVED:
-                    raise _failed((await reply.aread()).decode(errors="replace"))
+                    raise self._failed((await reply.aread()).decode(errors="replace"))
                 async for line in reply.aiter_lines():
                     if not line.startswith(DATA) or line.endswith(DONE):
                         continue  # between events; a comment; the end
                     now, event = clock(), json.loads(line.removeprefix(DATA))
                     if "error" in event:
-                        raise _failed(str(event["error"]))
+                        raise self._failed(str(event["error"]))
                     if event["choices"]:
                         arrived.append(now)
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         except httpx.HTTPError as error:
-            raise _failed(f"{type(error).__name__}: {error}") from error
+            raise self._failed(f"{type(error).__name__}: {error}") from error
         if tokens != self._count or not arrived:
-            raise _failed(f"an answer has {tokens} tokens instead of {self._count}")
+            raise self._failed(f"an answer has {tokens} tokens instead of {self._count}")
         return Answer(asked_s, SERVED, tuple(arrived), tokens)
 
     async def __aenter__(self) -> CompletionsClient:
@@ -78,6 +81,5 @@ class CompletionsClient:
     ) -> None:
         await self._http.aclose()
 
-
-def _failed(what: str) -> WorkerFailed:
-    return WorkerFailed(f"the measured server failed: {what[:SHOWN]}")
+    def _failed(self, what: str) -> WorkerFailed:
+        return WorkerFailed(f"the server that was measured ({self._name}) failed: {what[:SHOWN]}")

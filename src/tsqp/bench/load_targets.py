@@ -51,7 +51,7 @@ class Server:
         """Wait until all that is made ahead is there, so that the server leaves the cores to what is measured next."""
 
     def _client(self, count: int) -> CompletionsClient:
-        return CompletionsClient(self._address, self._model, count, self._more)
+        return CompletionsClient(self.name, self._address, self._model, count, self._more)
 
     def one(self, count: int) -> Answer:
         """One answer of ``count`` tokens, with nothing beside it."""

@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     from tsqp.api.async_llm import AsyncLLM
     from tsqp.api.llm import LLM
 
-KEPT_S = (
-    20  # a connection without a request; clients keep theirs for 5 s (httpx) to 15 s (aiohttp), and must end it first
-)
+KEPT_S = 20  # a connection without a request; clients end theirs after 5 s (httpx) to 15 s (aiohttp), and must be first
 GRACE_S = 5.0  # for the last bytes of answers, once they were ended
 STUCK_S = 10.0  # for the model to be closed, once nothing is computed; then a worker does not answer
 METRICS_CONNECTIONS = 32
