@@ -29,7 +29,7 @@ class Load:
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
     tokens: int = 32
     steps: int = 32
-    seconds: float = 2.5
+    seconds: float = 6.0
     pads: int = 2560
     runs: int = 3
     seed: int = 0

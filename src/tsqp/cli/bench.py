@@ -271,7 +271,7 @@ def load(
     steps: Annotated[int, Parameter(help="New tokens of each answer after its first.")] = 32,
     seconds: Annotated[
         float, Parameter(help="How long each number of clients asks; requests by chance come three times as long.")
-    ] = 2.5,
+    ] = 6.0,
     pads: Annotated[int, Parameter(help="Tokens whose pads are ready before each of these, at masked.")] = 2560,
     seed: Annotated[int, Parameter(help="Of the prompts, and of when requests come.")] = 0,
     mode: ModeAlone = None,

@@ -265,6 +265,38 @@ def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
     assert rows[8:] == [36] * len(rows[8:])
 
 
+def test_many_short_prompts_join_a_few_answers_at_once_and_a_long_one_in_parts() -> None:
+    """A pass takes 20 ms, with rows of prompts 100 ms more, and 1 ms for each of them."""
+    decoder, seen, now = FakeDecoder(config=replace(TINY, max_positions=2000)), list[list[int]](), [0.0]
+
+    def clock() -> float:
+        if len(decoder.passes) > len(seen):
+            seen.append(decoder.passes[-1])
+            prompts = sum(rows for rows in seen[-1] if rows > 1)
+            now[0] += 0.02 + bool(prompts) * 0.1 + 0.001 * prompts
+        return now[0]
+
+    engine = fake_engine(decoder, clock=clock)
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=200))
+    engine.step()
+    for seed in range(12):
+        ask(engine, prompt_of(30, seed), SamplingParams(max_tokens=100))
+    for _ in range(8):
+        engine.step()
+    first, *parts = decoder.passes
+    assert first == [30]
+    assert parts[:2] == [[1], [1, 6]], "what that would save is measured first"
+    assert parts[2][:2] == [1, 24]
+    assert set(parts[2][2:]) == {30}
+    assert len(parts[-1]) == 13, "all have joined"
+
+    ask(engine, prompt_of(1500), SamplingParams(max_tokens=5))
+    before = len(decoder.passes)
+    for _ in range(20):
+        engine.step()
+    assert max(max(one) for one in decoder.passes[before:]) <= 12
+
+
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:
     """Cut prompts, preempted answers, kept beginnings: each position is of the kind that it would be alone."""
     engine = fake_engine(limits=Limits(prefill_rows=1, running=3), kv_memory=WHOLE)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.limits import Limits
-from tsqp.trusted.engine.pace import LEAST_ROWS, MEASURE_AGAIN, MEASURED, NOTCH, TRY_AGAIN, PrefillPace
+from tsqp.trusted.engine.pace import HELD_UP_S, LEAST_ROWS, MEASURE_AGAIN, MEASURED, NOTCH, TRY_AGAIN, PrefillPace
 
 MOST = 2048
 
@@ -145,3 +145,89 @@ def test_companies_of_another_size_are_measured_of_their_own() -> None:
 def test_a_slowdown_that_allows_nothing_is_refused(slowdown: float) -> None:
     with pytest.raises(OptionError, match="slowdown"):
         Limits(slowdown=slowdown)
+
+
+# Prompts that are done with in one step
+
+
+Seconds = Callable[[int, int], float]
+
+
+def device(alone: float, more: float, row: float) -> Seconds:
+    """Steps of answers, whose number does not matter, with or without rows of prompts."""
+    return lambda answers, rows: alone * bool(answers) + (more + row * rows) * bool(rows)
+
+
+def knowing(seconds: Seconds, *, answers: int, rows: int) -> PrefillPace:
+    """Who has seen steps of answers alone, with the least rows, and of ``rows`` with and without answers."""
+    pace = PrefillPace(2.0, MOST)
+    for company, prompts in (
+        (0, rows),
+        (answers, 0),
+        (answers, LEAST_ROWS),
+        (answers, 2 * LEAST_ROWS),
+        (answers, rows),
+    ):
+        pace.measured(company, prompts, seconds(company, prompts))
+    return pace
+
+
+def waited(seconds: Seconds, parts: list[int], *, answers: int, prompts: int) -> float:
+    """How much later all are, taken together, for steps that have these parts of prompts."""
+    steps = [seconds(answers, rows) for rows in parts]
+    return answers * (sum(steps) - len(steps) * seconds(answers, 0)) + prompts * sum(steps)
+
+
+@given(
+    alone=st.floats(0.01, 0.1),
+    more=st.floats(0.0, 0.2),
+    row=st.floats(0.0001, 0.005),
+    answers=st.integers(1, 32),
+    prompts=st.integers(1, 32),
+    rows=st.integers(16, 31),
+)
+def test_all_wait_least(alone: float, more: float, row: float, answers: int, prompts: int, rows: int) -> None:
+    seconds = device(alone, more, row)
+    pace = knowing(seconds, answers=answers, rows=rows)
+    number = min(pace.rows(answers), rows)
+    in_turns = waited(seconds, -(-rows // number) * [number], answers=answers, prompts=prompts)
+    at_once = waited(seconds, [rows], answers=answers, prompts=prompts)
+    found = pace.at_once(answers, rows, prompts)
+    assert found in (0, rows)
+    if abs(at_once - in_turns) > 1e-6 * in_turns:
+        assert bool(found) == (at_once < in_turns)
+
+
+def test_a_burst_beside_one_answer_is_taken_at_once_and_one_prompt_beside_eight_is_not() -> None:
+    """Measured of the default model, masked: rows of prompts that are few go into a loop that costs little."""
+    times = {(0, 32): 0.17, (0, 160): 0.5, (1, 0): 0.02, (1, 6): 0.043, (8, 0): 0.052, (8, 6): 0.055, (8, 32): 0.194}
+    pace = PrefillPace(1.01, MOST)  # so that the number stays as it is
+    for (answers, rows), seconds in times.items():
+        pace.measured(answers, rows, seconds)
+    assert pace.at_once(1, 150, 5) == 150
+    assert pace.at_once(8, 32, 1) == 0
+
+
+@pytest.mark.parametrize("unknown", ["alone", "with the pace's rows", "with more"])
+def test_nothing_is_done_at_once_before_it_was_measured_what_it_saves(unknown: str) -> None:
+    pace = PrefillPace(2.0, MOST)
+    if unknown != "with more":
+        pace.measured(0, 32, 0.1)
+    if unknown != "alone":
+        pace.measured(8, 0, 0.05)
+    if unknown == "with more":
+        pace.measured(8, LEAST_ROWS, 2 * HELD_UP_S)
+    assert pace.at_once(8, 32, 4) == 0
+
+
+@given(rows=st.integers(32, 5000), row=st.floats(0.0005, 0.1))
+def test_nobody_is_held_up_for_longer_than_the_bound(rows: int, row: float) -> None:
+    seconds = device(0.02, 0.1, row)
+    found = knowing(seconds, answers=2, rows=64).at_once(2, rows, 20)
+    assert found <= min(rows, MOST)
+    assert not found or seconds(2, found) - seconds(2, 0) <= HELD_UP_S + 1e-9
+
+
+def test_of_prompts_that_would_take_too_long_as_many_are_taken_as_the_bound_allows() -> None:
+    pace = knowing(device(0.02, 0.1, 0.001), answers=2, rows=1024)
+    assert pace.at_once(2, 1024, 8) == 400

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
 from tsqp.errors import InputError, QueueFull
 from tsqp.trusted.engine.counts import Counts
@@ -189,8 +190,9 @@ class Scheduler:
         """Give prefill rows to those whose turn it is; admit who is next."""
         beside = any(not request.patient for request in shares)  # those who are patient mind no gaps
         left = self._rows_beside(len(shares)) if beside else self._limits.idle_rows
-        admits = True
-        while left > 0:
+        whole = self._rows_at_once(len(shares)) if beside and left else 0
+        taken, admits = 0, True
+        while taken < max(left, whole):
             request = self._next(shares, steps, admits)
             if request is None:
                 return
@@ -200,16 +202,27 @@ class Scheduler:
             if request.tap is not None:
                 continue
             rows = request.most_rows - shares.get(request, 0)
-            if beside:
-                rows = min(rows, left)
+            if beside and not (rows == request.rest and taken + rows <= whole):
+                rows = min(rows, left - taken)
+                if rows <= 0:
+                    return
             shares[request] = shares.get(request, 0) + rows
-            left -= rows
+            taken += rows
             self._fair.give(request.tenant, rows)
 
     def _rows_beside(self, answers: int) -> int:
         """Rows of prompts beside so many decode rows; 0 where a step without any is to be measured."""
         fixed = self._limits.prefill_rows
         return self._pace.rows(answers) if fixed is None else fixed
+
+    def _rows_at_once(self, answers: int) -> int:
+        """Rows of the next step with which prompts may be done, beside so many decode rows; 0 for none."""
+        if self._limits.prefill_rows is not None:
+            return 0
+        begun = [request for request in self._running.values() if not request.decoding and request.tap is None]
+        queued = chain.from_iterable(queue.values() for queue in self._queues.values())
+        waiting = [*begun, *islice(queued, self._limits.running - len(self._running))]
+        return self._pace.at_once(answers, sum(request.rest for request in waiting), len(waiting)) if waiting else 0
 
     def _next(self, shares: Shares, steps: set[int], admits: bool) -> Request | None:
         """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
