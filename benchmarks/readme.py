@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def table(words: Words = ENGLISH) -> str:
         *origin_lines(words),
         *offload_lines(words),
         *(line for model in MODELS for line in private_lines(model, words)),
+        *server_lines(words),
         *quality_lines(words),
         *int8_lines(words),
         *rpc_lines(words),
@@ -196,6 +198,33 @@ def empty_pool_lines(model: str, words: Words) -> list[str]:
     ]
 
 
+def server_lines(words: Words) -> list[str]:
+    """Many clients of a server, beside other servers; and what those wait for who share it."""
+    result, engine = load("load-default"), load("serve-default")
+    if result is None or engine is None:
+        return []
+    rows = [
+        f"| {words.get(name, name)} | {' | '.join(_rates(points))} | {seconds_text(points[-1]['first']['p95_s'])} |"
+        for name, points in result["sweep"].items()
+    ]
+    commit = result["machine"]["commit"]
+    fields = {"http": result["http"], "gaps": engine["gaps"], "turns": engine["turns"]}
+    return [
+        words["server"].format(**{**result, "commit": commit, "answers": result["steps"] + 1}),
+        "",
+        f"| {words['clients']} | {' | '.join(map(str, result['streams']))} | {words['first token']} |",
+        f"|{'---|' * (len(result['streams']) + 2)}",
+        *rows,
+        "",
+        words["sharing"].format(**fields, commit=engine["machine"]["commit"], long=engine["long"], turn=engine["turn"]),
+        "",
+    ]
+
+
+def _rates(points: list[dict[str, Any]]) -> Iterator[str]:
+    return (f"{point['tokens_per_s']:.0f}" for point in points)
+
+
 def quality_lines(words: Words) -> list[str]:
     """Perplexities of a real text."""
     result = load("quality")
@@ -242,7 +271,7 @@ def charts() -> dict[str, Chart]:
     rpc = [result for result in (load(f"rpc-{transport}") for transport in TRANSPORTS) if result is not None]
     if rpc:
         found["rpc"] = rpc_chart(rpc)
-    for name in ("pipeline", "origin", "offload", *(f"private-{model}" for model in MODELS)):
+    for name in ("pipeline", "origin", "offload", "load-default", *(f"private-{model}" for model in MODELS)):
         result = load(name)
         if result is not None:
             found[name] = chart(result)

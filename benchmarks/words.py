@@ -52,6 +52,23 @@ ENGLISH: Words = {
         "An answer of {steps} tokens from an empty pool, which is filled meanwhile: {milliseconds:.0f} ms a token, "
         "**{ratio:.2f}** of `open`."
     ),
+    "masked": "masked, pads ready",
+    "open": "open, bfloat16",
+    "server": (
+        "As a server: so many clients at once, each with prompts of {tokens} tokens and answers of {answers}; tokens a "
+        "second of all together (`tsqp bench load`, SmolLM2-135M, one run, the client on the same cores, commit "
+        "{commit}; [plot](docs/plots/load-default.png)):"
+    ),
+    "clients": "clients",
+    "first token": "first token, 95 of 100, of the last column",
+    "sharing": (
+        "Over HTTP a token of a single answer takes {http[open][ratio]:.2f} (`open`) and {http[masked][ratio]:.2f} "
+        "(`masked`) of what it takes in the library. While a prompt of {long} tokens comes in, 95 of 100 gaps between "
+        "tokens of four running answers are at most {gaps[open][ratio]:.1f} and {gaps[masked][ratio]:.1f} times as "
+        "long as before; the second turn of a conversation of {turn} tokens has its first token after "
+        "{turns[open][ratio]:.2f} and {turns[masked][ratio]:.2f} of the first turn's time (`tsqp bench serve`, commit "
+        "{commit})."
+    ),
     "quality": "Quality, perplexity of {tokens} tokens of prose, {model} (`python -m benchmarks.quality`):",
     "int8": (
         "`--dtype int8` decodes a token of the 1B shape in {milliseconds:.0f} ms, **{ratio:.2f}** of our own bfloat16 "
@@ -108,6 +125,22 @@ CHINESE: Words = {
     "empty pool": (
         "pad 池起初为空、边生成边补充时，生成 {steps} 个 token 的回答：每 token {milliseconds:.0f} ms，"
         "为 `open` 的 **{ratio:.2f}**。"
+    ),
+    "masked": "masked，pad 已备好",
+    "open": "open，bfloat16",
+    "server": (
+        "作为服务器：若干客户端同时请求，每个 prompt {tokens} token、回答 {answers} token；表中为全体每秒 token 数"
+        "（`tsqp bench load`，SmolLM2-135M，单次运行，客户端占用同样的核，commit {commit}；"
+        "[图](docs/plots/load-default.png)）："
+    ),
+    "clients": "客户端数",
+    "first token": "最后一列的首 token，95% 不超过",
+    "sharing": (
+        "单个回答经 HTTP 时，每 token 时间为直接用库时的 {http[open][ratio]:.2f}（`open`）与 "
+        "{http[masked][ratio]:.2f}（`masked`）。{long} token 的 prompt 进入期间，四个进行中的回答的 token 间隔"
+        "（95% 不超过）为平时的 {gaps[open][ratio]:.1f} 与 {gaps[masked][ratio]:.1f} 倍；{turn} token 的对话，"
+        "第二轮的首 token 时间为第一轮的 {turns[open][ratio]:.2f} 与 {turns[masked][ratio]:.2f}"
+        "（`tsqp bench serve`，commit {commit}）。"
     ),
     "quality": "质量：{tokens} token 英文文章的 perplexity，{model}（`python -m benchmarks.quality`）：",
     "int8": (
