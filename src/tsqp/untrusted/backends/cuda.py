@@ -57,9 +57,10 @@ class CudaBackend:
     def stage_in(self, payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         if not (size := check_size(payload, dtype, shape)):
             return torch.empty(shape, dtype=dtype, device=self.device)
+        source = self._source(payload)
         raw = self._driver.empty(size, Stream.IN)
         self._driver.uses(raw, Stream.COMPUTE)
-        self._copy(raw, self._source(payload), Stream.IN, inwards=True)
+        self._copy(raw, source, Stream.IN, inwards=True)
         self._last = self._driver.record(Stream.IN)
         self._driver.wait_on(Stream.COMPUTE, self._last)
         return raw.view(dtype).view(shape)
@@ -97,7 +98,8 @@ class CudaBackend:
         captured = self._graphs.of(key, rows, (x.dtype, x.shape[1]), (y.dtype, y.shape[1]), bind)
         if captured is None:
             return None
-        return partial(self._again, captured, x.memory, y.memory, self._pieces(x.memory), self._pieces(y.memory))
+        pieces = self._arenas.pieces(x.memory), self._arenas.pieces(y.memory)
+        return partial(self._again, captured, x.memory, y.memory, *pieces)
 
     def settle(self) -> None:
         last, self._last = self._last, None
@@ -147,9 +149,6 @@ class CudaBackend:
                 self._driver.copy(part, piece, stream)
             else:
                 self._driver.copy(piece, part, stream)
-
-    def _pieces(self, memory: memoryview) -> list[torch.Tensor] | None:
-        return self._arenas.pieces(memory)
 
     def _source(self, payload: memoryview) -> list[torch.Tensor]:
         """Locked memory with the payload's bytes: where it lies, or a buffer to which it is copied now."""

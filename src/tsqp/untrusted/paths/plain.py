@@ -126,7 +126,8 @@ class Operators:
         On a GPU an index that is out of bounds would end the whole process's use of the device.
         """
         tokens = bytes_tensor(payload, torch.int32, (rows,)).clone()
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._weights.config.vocab_size:
+        numbers = tokens.numpy()
+        if numbers.min() < 0 or numbers.max() >= self._weights.config.vocab_size:
             raise ProtocolError("a token id is outside of the vocabulary")
         return tokens
 
