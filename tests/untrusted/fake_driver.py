@@ -230,7 +230,7 @@ class _Operators(TorchDispatchMode):
     """Tells the driver of torch's operators, views apart, which compute nothing."""
 
     def __init__(self, driver: FakeDriver) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._driver = driver
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

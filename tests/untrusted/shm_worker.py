@@ -77,8 +77,8 @@ def serving(backend: CudaBackend, address: str | None = None) -> Iterator[tuple[
 def connected(listener: Listener, path: NumericPath = "float") -> Iterator[Channel]:
     """A connection past its handshake, with floats as the path computes in."""
     wire: WireDtype = "bfloat16" if path == "int8" else "float32"
-    options = {"arena_bytes": ARENA_BYTES} if listener.address.startswith("shm:") else {}
-    with closing(connect(listener.address, **options)) as channel:
+    arena_bytes = ARENA_BYTES if listener.address.startswith("shm:") else None
+    with closing(connect(listener.address, arena_bytes=arena_bytes)) as channel:
         channel.send(Frames(encode(Hello(PROTOCOL_VERSION, CHECKPOINT.fingerprint(), wire, path))))
         assert isinstance(decode_handshake(channel.receive(WAIT_S).control), Welcome)
         yield channel

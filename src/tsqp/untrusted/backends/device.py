@@ -7,6 +7,7 @@ import re
 import torch
 
 from tsqp.errors import OptionError
+from tsqp.model.accelerator import TorchCuda, why_none
 from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.backends.cpu import CpuBackend
 
@@ -23,7 +24,9 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     index = int(match[1] or 0)
     if index >= count:
-        raise OptionError(f"there is no device '{name}' here: {count} CUDA devices found")
+        reason = None if count else why_none(TorchCuda())
+        why = f"; {reason}" if reason else ""
+        raise OptionError(f"there is no device '{name}' here: {count} CUDA devices found{why}")
     return torch.device("cuda", index)
 
 
