@@ -1,4 +1,4 @@
-"""What CUDA offers on this machine, in words: for ``tsqp doctor``, and for whoever asks for a device that is not there."""
+"""What CUDA offers on this machine, in words: for ``tsqp doctor``, and for who asks for a device that is not there."""
 
 from __future__ import annotations
 
