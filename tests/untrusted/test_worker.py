@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
+from tests.untrusted.fake_driver import FakeDriver
 from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.backends.cpu import CpuBackend
+from tsqp.untrusted.backends.cuda import CudaBackend
 from tsqp.untrusted.paths import plain
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
@@ -27,9 +30,10 @@ from tsqp.wire.messages import (
 )
 
 
-@pytest.fixture
-def worker() -> Worker:
-    return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu")))
+@pytest.fixture(params=["cpu", "cuda"])
+def worker(request: pytest.FixtureRequest) -> Worker:
+    backend = CpuBackend() if request.param == "cpu" else CudaBackend(FakeDriver())
+    return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu"), backend=backend))
 
 
 X = torch.zeros(2, CONFIG.hidden_size)

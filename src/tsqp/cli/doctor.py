@@ -23,6 +23,7 @@ from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.default import default_directory
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.cores import cores
+from tsqp.model.accelerator import TorchCuda, described, why_none
 from tsqp.tee.detection import detect_tee
 from tsqp.tee.hardening import hardening_state
 from tsqp.wire.channel import Arrival, Frames
@@ -105,10 +106,11 @@ def _tee() -> tuple[State, str]:
 
 
 def _accelerator() -> tuple[State, str]:
-    if not torch.cuda.is_available():
-        return "note", "no CUDA device: workers compute on the CPU"
-    devices = range(torch.cuda.device_count())
-    return "ok", ", ".join(f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in devices)
+    cuda = TorchCuda()
+    reason = why_none(cuda)
+    if reason is not None:
+        return "note", f"workers compute on the CPU: {reason}"
+    return "ok", described(cuda)
 
 
 def _transport(address: str) -> tuple[State, str]:

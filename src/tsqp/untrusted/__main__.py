@@ -89,7 +89,8 @@ def serve(options: argparse.Namespace) -> None:
         stack.enter_context(closing(listener))
         store = WeightStore(checkpoint, floats, device, compiler=compiler)
         calls = None
-        if listener.address.startswith("shm:") and device.type == "cpu" and not options.no_compiled_calls:
+        stack.enter_context(closing(store.backend))  # before the listener: shared memory is unlocked while it is there
+        if listener.address.startswith("shm:") and store.backend.compiled_calls and not options.no_compiled_calls:
             calls = stack.enter_context(closing(CompiledCalls()))
         worker = Worker(store, calls)
         worker.prepare(numeric_path(dtype))  # any other path when a client asks for it

@@ -44,9 +44,12 @@ class Compiler:
         self._float: Product = torch.compile(_float_product, **options)
         self._int8: Product = torch.compile(product_in_one, **options)
 
-    def compiled(self, groups: Mapping[GroupKey, LinearProduct]) -> dict[GroupKey, LinearProduct]:
-        """The same groups with compiled products, each compiled before it is handed out."""
-        wrapped: dict[GroupKey, LinearProduct] = {key: self._wrap(linear) for key, linear in groups.items()}
+    def compiled(self, groups: Mapping[GroupKey, LinearProduct], *, one_row: bool) -> dict[GroupKey, LinearProduct]:
+        """The same groups with compiled products, each compiled before it is handed out.
+
+        ``one_row``: also those of one row; otherwise these stay as they are.
+        """
+        wrapped: dict[GroupKey, LinearProduct] = {key: self._wrap(linear, one_row) for key, linear in groups.items()}
         with torch.inference_mode():
             for (_, layer), linear in wrapped.items():
                 if layer in (0, None):
@@ -54,11 +57,11 @@ class Compiler:
                         linear.product(linear.input(rows).zero_())
         return wrapped
 
-    def _wrap(self, linear: LinearProduct) -> LinearProduct:
+    def _wrap(self, linear: LinearProduct, one_row: bool) -> LinearProduct:
         if isinstance(linear, Int8Linear):
-            return CompiledInt8(linear, self._int8)
+            return CompiledInt8(linear, self._int8, one_row)
         if isinstance(linear, LinearWeights):
-            return CompiledFloat(linear, self._float)
+            return CompiledFloat(linear, self._float, one_row)
         return linear
 
 
@@ -68,6 +71,7 @@ class CompiledInt8:
 
     linear: Int8Linear
     run: Product
+    one_row: bool
 
     @property
     def group(self) -> LinearGroup:
@@ -78,8 +82,8 @@ class CompiledInt8:
 
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         linear = self.linear
-        if x.shape[0] == 1 and x.device.type == "cpu":
-            return linear.product(x, part, out=out)  # too little to fuse: checking a graph's guards takes longer
+        if x.shape[0] == 1 and not self.one_row:
+            return linear.product(x, part, out=out)
         first, end = linear.group.part_rows(part)
         if out is None:
             out = torch.empty(x.shape[0], end - first, dtype=linear.dtype, device=x.device)
@@ -95,6 +99,7 @@ class CompiledFloat:
 
     linear: LinearWeights
     run: Product
+    one_row: bool
 
     @property
     def group(self) -> LinearGroup:
@@ -104,7 +109,7 @@ class CompiledFloat:
         return self.linear.input(rows)
 
     def product(self, x: torch.Tensor, part: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        if x.shape[0] == 1 and x.device.type == "cpu":
+        if x.shape[0] == 1 and not self.one_row:
             return self.linear.product(x, part, out=out)
         first, end = self.linear.group.part_rows(part)
         if out is None:

@@ -21,7 +21,10 @@ from tsqp.model.meter import Unmetered
 from tsqp.model.pending import run
 from tsqp.model.rotary import Rotary
 from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.base import Backend
+from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.wire.messages import Begin, Finish, Layer
+from tsqp.wire.payload import tensor_bytes
 
 MAX_PASSES = 4
 MAX_CACHE_BYTES = 8 * 2**30
@@ -40,9 +43,12 @@ class _Pass:
 class LayerState:
     """The state of one connection at the ``layer`` partition; none before its first pass."""
 
-    def __init__(self, weights: ModelWeights, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
+    def __init__(
+        self, weights: ModelWeights, backend: Backend | None = None, *, max_cache_bytes: int = MAX_CACHE_BYTES
+    ) -> None:
         config, dtype, device = weights.config, weights.dtype, weights.device
         self._weights = weights
+        self._backend = backend or CpuBackend()
         self._max_cache_bytes = max_cache_bytes
         self._caches: dict[int, KVCache] = {}
         self._passes: dict[int, _Pass] = {}
@@ -57,7 +63,10 @@ class LayerState:
         )
 
     def begin(self, call: Begin, tokens: torch.Tensor) -> None:
-        """Look up the embedding of int32 tokens (T,). Raises ProtocolError for what the model or the bounds forbid."""
+        """Look up the embedding of int32 tokens (T,), which nobody else can change.
+
+        Raises ProtocolError for what the model or the bounds forbid.
+        """
         for sequence in call.forget:
             self._caches.pop(sequence, None)
         if len(self._passes) >= MAX_PASSES:
@@ -69,7 +78,7 @@ class LayerState:
         batch = Batch(tokens.split([place.rows for place in call.places]), caches)
         chunks = list(batch.chunks(call.max_rows))
         work = [self._block.work(self._rotary, chunk) for chunk in chunks]
-        hidden = F.embedding(tokens.to(self._weights.device), self._weights.embedding)
+        hidden = F.embedding(self._staged(tokens), self._weights.embedding)
         self._passes[call.id] = _Pass(batch, hidden, chunks, work)
 
     def layer(self, call: Layer) -> None:
@@ -89,7 +98,7 @@ class LayerState:
         hidden = under_way.hidden
         if not call.every_row:
             last = [chunk.offset + row for chunk in under_way.chunks for row in chunk.wanted_rows()]
-            hidden = hidden[last]
+            hidden = hidden.index_select(0, self._staged(torch.tensor(last, dtype=torch.int32)))
         final = torch.empty_like(hidden)
         self._block.kernels.rms_norm(hidden, self._weights.norms.final, self._weights.config.rms_norm_eps, final)
         return self._weights.groups["lm_head", None].product(final)
@@ -98,6 +107,10 @@ class LayerState:
         """How many rows of logits ``finish`` will give. Raises ProtocolError."""
         batch = self._pass(call.begin).batch
         return sum(len(tokens) for tokens in batch.tokens) if call.every_row else len(batch.tokens)
+
+    def _staged(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers int32 (n,) of this process, on the device."""
+        return self._backend.stage_in(tensor_bytes(numbers), torch.int32, tuple(numbers.shape))
 
     def _pass(self, begin: int) -> _Pass:
         under_way = self._passes.get(begin)

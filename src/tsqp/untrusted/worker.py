@@ -14,6 +14,7 @@ import torch
 from tsqp.config.dtype import NumericPath
 from tsqp.config.groups import linear_groups
 from tsqp.errors import ProtocolError, TsqpError
+from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.paths.plain import Operators
@@ -37,6 +38,7 @@ class Worker:
 
     def __init__(self, store: WeightStore, calls: CompiledCalls | None = None) -> None:
         self._store = store
+        self._backend = store.backend
         self._calls = calls
         # Those past the handshake, the longest silent first.
         self._connections: dict[bytes, Operators | FieldOperators] = {}
@@ -50,11 +52,14 @@ class Worker:
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
-        with torch.inference_mode():  # once: each call would pay for it
+        with torch.inference_mode(), self._backend.serving():  # once: each call would pay for it
             while not listener.interrupted:
                 event = listener.receive(None)
                 if isinstance(event, Departure):
                     self._connections.pop(event.peer, None)
+                    self._backend.detach(event.peer)
+                elif event is not None and (memory := listener.memory(event.peer)) is not None:
+                    self._backend.attach(event.peer, memory)
                 while isinstance(event, Arrival) and (answer := self.answer(event)) is not None:
                     listener.send(event, answer)
                     event = self._repeated(listener, event.peer)
@@ -90,13 +95,23 @@ class Worker:
         try:
             weights = self.prepare(hello.path)
         except (TsqpError, RuntimeError, MemoryError) as error:
-            log.warning("the %s path cannot be served: %s", hello.path, error)
-            return self._refused(reason_of(error))
+            full = self._backend.is_out_of_memory(error)
+            reason = self._no_room(f"the weights of the {hello.path} path") if full else reason_of(error)
+            log.warning("the %s path cannot be served: %s", hello.path, reason)
+        else:
+            return self._welcome(peer, hello, weights)
+        if full:
+            self._backend.trim()  # only here does the error hold nothing of what was read any more
+        return self._refused(reason)
+
+    def _welcome(self, peer: bytes, hello: Hello, weights: PathWeights) -> Welcome:
         self._connections.pop(peer, None)
-        self._connections[peer] = operators(weights, hello)
+        self._connections[peer] = operators(weights, hello, self._backend)
         if len(self._connections) > MAX_GREETED:  # ZeroMQ does not report ended connections
             del self._connections[next(iter(self._connections))]
-        return Welcome(PROTOCOL_VERSION, fingerprint, group_shapes(weights), str(weights.device), weights.compute)
+        return Welcome(
+            PROTOCOL_VERSION, self._store.fingerprint, group_shapes(weights), str(weights.device), weights.compute
+        )
 
     def _refused(self, reason: str) -> Refused:
         return Refused(PROTOCOL_VERSION, self._store.fingerprint, reason)
@@ -108,13 +123,23 @@ class Worker:
         self._connections[arrival.peer] = operators
         try:
             began = time.perf_counter_ns()
-            product = operators(call, arrival.frames.tensors, arrival.reply, arrival.place)
+            try:
+                product = operators(call, arrival.frames.tensors, arrival.reply, arrival.place)
+            finally:
+                self._backend.settle()  # the client may use the memory again once it has the answer
             self._bound_state()
             done = Done(call.id, time.perf_counter_ns() - began)
             return Frames(encode(done), () if product is None else (product,))
         except (ProtocolError, RuntimeError, MemoryError) as error:  # torch reports lack of memory as RuntimeError
-            log.warning("call %d failed: %s", call.id, error)
-            return Frames(encode(Failed(call.id, reason_of(error))))
+            full = self._backend.is_out_of_memory(error)
+            reason = self._no_room(described(call)) if full else reason_of(error)
+            log.warning("call %d failed: %s", call.id, reason)
+        if full:
+            self._backend.trim()  # only here does the error hold nothing of the call any more
+        return Frames(encode(Failed(call.id, reason)))
+
+    def _no_room(self, what: str) -> str:
+        return f"{self._backend.device} is out of memory: there was no room for {what}"
 
     def _bound_state(self) -> None:
         """Forget the longest silent of too many connections with state: ZeroMQ does not say which have ended."""
@@ -123,11 +148,18 @@ class Worker:
             del self._connections[stateful[0]]
 
 
-def operators(weights: PathWeights, hello: Hello) -> Operators | FieldOperators:
+def operators(weights: PathWeights, hello: Hello, backend: Backend) -> Operators | FieldOperators:
     """What computes the calls of a connection that said ``hello``."""
     if isinstance(weights, FieldWorkerWeights):
-        return FieldOperators(weights)
-    return Operators(weights, wire_format(hello.wire_dtype))
+        return FieldOperators(weights, backend)
+    return Operators(weights, wire_format(hello.wire_dtype), backend)
+
+
+def described(call: Call) -> str:
+    """A call as a person reads of it, without anything that was sent in it but numbers of rows and names of groups."""
+    words = [f"call {type(call).__struct_config__.tag}"]
+    words += [f"{name} {getattr(call, name)}" for name in ("group", "layer", "rows", "blocks") if hasattr(call, name)]
+    return ", ".join(words)
 
 
 def group_shapes(weights: PathWeights) -> tuple[GroupShape, ...]:

@@ -198,6 +198,13 @@ class Listener(Protocol):
         is kept alive until then. Raises ProtocolError for a message over the limits, ChannelClosed.
         """
 
+    def memory(self, peer: bytes) -> memoryview | None:
+        """All the memory that tensors and products of a connection lie in, for who has to do with the whole of it.
+
+        It stays mapped while anything refers to it, also after the connection's ``Departure``. None where each message
+        has memory of its own, and for a connection that is not there.
+        """
+
     def direct(self, peer: bytes) -> DirectCalls | None:
         """For who serves one connection by code of his own for a moment: until ``bell``, or a few dozen messages.
 

@@ -24,12 +24,17 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def bytes_tensor(payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over received bytes, aliasing them. Raises ProtocolError when the size is not that of ``shape``."""
+def check_size(payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """How many bytes a payload has. Raises ProtocolError when that is not the size of a tensor of ``shape``."""
     expected = math.prod(shape) * dtype.itemsize
     if payload.nbytes != expected:
         raise ProtocolError(f"a payload of {payload.nbytes} bytes where {expected} were expected")
-    if not expected:
+    return expected
+
+
+def bytes_tensor(payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over received bytes, aliasing them. Raises ProtocolError when the size is not that of ``shape``."""
+    if not check_size(payload, dtype, shape):
         return torch.empty(shape, dtype=dtype)
     tensor = torch.frombuffer(payload, dtype=torch.uint8)
     if tensor.data_ptr() % dtype.itemsize:  # small frames may lie anywhere in a transport's receive buffer
@@ -57,6 +62,12 @@ class WireFormat(Protocol):
     def write(self, tensor: torch.Tensor, place: memoryview) -> None:
         """Write a tensor of any float dtype and device to ``place``, of exactly its payload's size."""
 
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor whose bytes are the payload, on the same device; it may be ``tensor`` itself."""
+
+    def unpack(self, raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """What ``read`` gives, from a payload's bytes as a tensor on any device: of our dtype, or uint8 (size,)."""
+
     def read(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor as ``dtype``; it may alias the payload, otherwise each byte has been read once.
 
@@ -76,6 +87,12 @@ class PlainFormat:
     def write(self, tensor: torch.Tensor, place: memoryview) -> None:
         bytes_tensor(place, self.dtype, tuple(tensor.shape)).copy_(tensor)
 
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype)
+
+    def unpack(self, raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return raw.to(dtype)
+
     def read(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return bytes_tensor(payload, self.dtype, shape).to(dtype)
 
@@ -89,7 +106,15 @@ class Int8Format:
         return payload_bytes("int8", shape)
 
     def write(self, tensor: torch.Tensor, place: memoryview) -> None:
-        scales, values = self._parts(place, tuple(tensor.shape))
+        self._fill(bytes_tensor(place, torch.uint8, (self.size(tuple(tensor.shape)),)), tensor)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        raw = torch.empty(self.size(tuple(tensor.shape)), dtype=torch.uint8, device=tensor.device)
+        self._fill(raw, tensor)
+        return raw
+
+    def _fill(self, raw: torch.Tensor, tensor: torch.Tensor) -> None:
+        scales, values = self._parts(raw, tuple(tensor.shape))
         quantised = quantise_rows(tensor.reshape(values.shape))
         scales.copy_(quantised.scales.view(torch.uint8))  # as bytes: wherever the payload lies
         values.copy_(quantised.values)
@@ -97,21 +122,23 @@ class Int8Format:
     def read(self, payload: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if not math.prod(shape):  # the reply to a call without a product
             return torch.empty(shape, dtype=dtype)
-        scale_bytes, values = self._parts(payload, shape)
+        return self.unpack(bytes_tensor(payload, torch.uint8, (self.size(shape),)), shape, dtype)
+
+    def unpack(self, raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        scale_bytes, values = self._parts(raw, shape)
         scales = scale_bytes.clone().view(torch.float32).unsqueeze(1)  # in memory of its own it is aligned
-        tensor = torch.empty(values.shape, dtype=dtype)
+        tensor = torch.empty(values.shape, dtype=dtype, device=raw.device)
         step = max(1, BLOCK_ELEMENTS // shape[-1])
         for first in range(0, len(tensor), step):
             rows = slice(first, first + step)
             tensor[rows] = values[rows] * scales[rows]
         return tensor.view(shape)
 
-    def _parts(self, payload: memoryview, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scales' bytes, uint8 (4·rows,), and the values, int8 (rows, n): both alias the payload."""
-        whole = bytes_tensor(payload, torch.uint8, (self.size(shape),))
+    def _parts(self, raw: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scales' bytes, uint8 (4·rows,), and the values, int8 (rows, n): both alias the payload's bytes."""
         columns = shape[-1]
         split = math.prod(shape[:-1]) * SCALE_BYTES
-        return whole[:split], whole[split:].view(torch.int8).view(-1, columns)
+        return raw[:split], raw[split:].view(torch.int8).view(-1, columns)
 
 
 def wire_format(name: WireDtype) -> WireFormat:

@@ -13,6 +13,7 @@ import torch
 from tests.arith.kernels import CPU, KERNELS
 from tests.conftest import StartWorker
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, PEER, answer, arrival, greet
+from tests.untrusted.fake_driver import FakeDriver
 from tsqp.arith.expand import BLOCK_ROWS, AesKeyStream, expand
 from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P
@@ -25,6 +26,8 @@ from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.model.weights import ModelWeights
 from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.stats import Stats
+from tsqp.untrusted.backends.cpu import CpuBackend
+from tsqp.untrusted.backends.cuda import CudaBackend
 from tsqp.untrusted.paths import field
 from tsqp.untrusted.paths.field import FieldWorkerWeights
 from tsqp.untrusted.store import WeightStore
@@ -61,9 +64,10 @@ def store(kernel: DigitKernel | None = None) -> WeightStore:
     return WeightStore(CHECKPOINT, "float32", CPU, kernel=kernel)
 
 
-@pytest.fixture
-def worker() -> Worker:
-    worker = Worker(store())
+@pytest.fixture(params=["cpu", "cuda"])
+def worker(request: pytest.FixtureRequest) -> Worker:
+    backend = CpuBackend() if request.param == "cpu" else CudaBackend(FakeDriver())
+    worker = Worker(WeightStore(CHECKPOINT, "float32", CPU, backend=backend))
     assert isinstance(greet(worker, FIELD), Welcome)
     return worker
 

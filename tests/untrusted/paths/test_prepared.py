@@ -9,9 +9,10 @@ from tests.untrusted.calls import CHECKPOINT, CONFIG
 from tsqp.arith.modulus import P
 from tsqp.config.groups import GroupName, linear_groups
 from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.base import Run
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.paths.plain import Operators
-from tsqp.untrusted.paths.prepared import MOST, MOST_ROWS, Prepared, Run
+from tsqp.untrusted.paths.prepared import MOST, MOST_ROWS, Prepared
 from tsqp.wire.messages import Call, Embed, Linear, Product
 from tsqp.wire.payload import bytes_tensor, tensor_bytes, wire_format
 

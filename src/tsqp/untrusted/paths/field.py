@@ -18,18 +18,19 @@ from tsqp.arith.few_rows import FewRowsKernel
 from tsqp.arith.field import Digits, FieldWeights
 from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
-from tsqp.arith.tensor_cores import DeviceFieldWeights
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import ComputeDtype
 from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import ProtocolError
 from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.untrusted.backends.base import Backend, Place, Run
+from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.paths.plain import exactly
 from tsqp.untrusted.paths.prepared import Prepared
 from tsqp.wire.channel import MAX_FRAME_BYTES
 from tsqp.wire.messages import Call, MultiplyPads, Product
-from tsqp.wire.payload import bytes_tensor, lies_in, tensor_bytes
+from tsqp.wire.payload import bytes_tensor, tensor_bytes
 
 DEALT_BLOCKS = 16  # at a time: what is expanded of a large call stays small
 
@@ -49,21 +50,26 @@ class FieldWorkerWeights:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, device: torch.device, *, kernel: DigitKernel | None = None
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        kernel: DigitKernel | None = None,
+        backend: Backend | None = None,
     ) -> FieldWorkerWeights:
         """Read and quantise every group; ``kernel`` is chosen by a self-test unless given.
 
         Compiles the loops, so that no call waits for it. Raises CheckpointError.
         """
         kernel = kernel or pick_kernel(device)
-        on_device = FieldWeights if device.type == "cpu" else DeviceFieldWeights
+        backend = backend or CpuBackend()
         digests = GroupDigests()
         groups = {}
         for key in group_keys(checkpoint.config):
             wq = load_quantised_group(checkpoint, key).wq
             digests.add(key, wq)
-            groups[key] = on_device.of(wq.to(device), kernel)
-        compile_loops(kernel)
+            groups[key] = backend.field_weights(wq, kernel)
+        compile_loops(kernel if backend.compiled_calls else BlockedKernel())  # a device's kernel has none
         return cls(checkpoint.config, device, groups, digests.hexdigests())
 
 
@@ -83,12 +89,16 @@ def compile_loops(kernel: DigitKernel) -> None:
 
 
 class FieldOperators:
-    """Computes the calls of one connection: products of numbers that are sent, or of a dealer's expanded keys."""
+    """Computes the calls of one connection: products of numbers that are sent, or of a dealer's expanded keys.
+
+    ``backend`` is that of the device which the weights are on: its ``settle`` ends a call.
+    """
 
     keeps_state = False  # nothing outlives a call
 
-    def __init__(self, weights: FieldWorkerWeights) -> None:
+    def __init__(self, weights: FieldWorkerWeights, backend: Backend | None = None) -> None:
         self._weights = weights
+        self._backend = backend or CpuBackend()
         self.prepared = Prepared()
 
     def __call__(
@@ -110,12 +120,20 @@ class FieldOperators:
             raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
         if isinstance(call, MultiplyPads):
             return self._multiply_pads(call, weights, payload, out)
-        x = bytes_tensor(payload, _input_dtype(call.digits), (call.rows, weights.wq.shape[1]))
+        columns, inner = weights.wq.shape
+        source = Place(payload, _input_dtype(call.digits), (call.rows, inner))
+        x = self._backend.stage_in(*source)
         y = self._place(out, call.rows, weights)
-        if out is not None and lies_in(x, payload) and lies_in(y, out):
-            self.prepared.keep(call, place, prepared(weights, x, call.digits, y))
-        weights.product(x.to(self._weights.device), call.digits, out=y)
-        return self._reply(y, out)
+        if out is not None and self.prepared.wants(call, place):
+            target = Place(out, torch.int32, (call.rows, columns))
+
+            def bind(x: torch.Tensor, y: torch.Tensor) -> Run:
+                return prepared(weights, x, call.digits, y)
+
+            key = ("field", call.group, call.layer, call.digits)
+            self.prepared.keep(call, place, self._backend.prepare(key, source, target, bind))
+        weights.product(x, call.digits, out=y)
+        return self._backend.stage_out(y, out)
 
     def _multiply_pads(
         self, call: MultiplyPads, weights: FieldWeights, payload: memoryview, out: memoryview | None
@@ -125,11 +143,12 @@ class FieldOperators:
         for block in range(0, call.blocks, DEALT_BLOCKS):
             pads = expand_blocks(payload[block * KEY_BYTES : (block + DEALT_BLOCKS) * KEY_BYTES], weights.wq.shape[1])
             rows = slice(block * BLOCK_ROWS, block * BLOCK_ROWS + len(pads))
-            weights.product(pads.to(self._weights.device), 4, out=place[rows])
-        return self._reply(place, out)
+            staged = self._backend.stage_in(tensor_bytes(pads), torch.int32, tuple(pads.shape))
+            weights.product(staged, 4, out=place[rows])
+        return self._backend.stage_out(place, out)
 
     def _place(self, out: memoryview | None, rows: int, weights: FieldWeights) -> torch.Tensor:
-        """Where a product (rows, out_features) is computed: in ``out`` if the weights are beside it.
+        """Where a product (rows, out_features) is computed: in ``out`` if the device computes there.
 
         Raises ProtocolError for a product that no reply can carry, or for which ``out`` is not the room.
         """
@@ -137,15 +156,8 @@ class FieldOperators:
         size = rows * len(weights.wq) * torch.int32.itemsize
         if size > MAX_FRAME_BYTES:
             raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")
-        place = None if out is None else bytes_tensor(out, torch.int32, shape)
-        if place is None or self._weights.device.type != "cpu":
-            return torch.empty(shape, dtype=torch.int32, device=self._weights.device)
-        return place
-
-    def _reply(self, product: torch.Tensor, out: memoryview | None) -> memoryview:
-        if out is not None and self._weights.device.type == "cpu":
-            return out
-        return tensor_bytes(product.cpu())
+        place = self._backend.place(out, torch.int32, shape)
+        return torch.empty(shape, dtype=torch.int32, device=self._weights.device) if place is None else place
 
 
 def prepared(weights: FieldWeights, x: torch.Tensor, digits: Digits, y: torch.Tensor) -> Callable[[], object]:

@@ -16,6 +16,8 @@ from tsqp.errors import ProtocolError
 from tsqp.model.attention import score_product, value_product
 from tsqp.model.linear import prepared
 from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.base import Backend, Place, Run
+from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.layers import LayerState
 from tsqp.untrusted.paths.prepared import Prepared
 from tsqp.wire.channel import MAX_FRAME_BYTES
@@ -31,21 +33,25 @@ from tsqp.wire.messages import (
     MultiplyPads,
     Product,
 )
-from tsqp.wire.payload import WireFormat, bytes_tensor, lies_in, tensor_bytes
+from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
 
 
 class Operators:
-    """Computes the calls of one connection; float payloads are in the ``wire`` format both ways."""
+    """Computes the calls of one connection; float payloads are in the ``wire`` format both ways.
 
-    def __init__(self, weights: ModelWeights, wire: WireFormat) -> None:
+    ``backend`` is that of the device which the weights are on: its ``settle`` ends a call.
+    """
+
+    def __init__(self, weights: ModelWeights, wire: WireFormat, backend: Backend | None = None) -> None:
         self._weights = weights
         self._wire = wire
+        self._backend = backend or CpuBackend()
         self.prepared = Prepared()
 
     @cached_property
     def _layers(self) -> LayerState:
         """What this connection keeps here at the ``layer`` partition; nothing at the others."""
-        return LayerState(self._weights)
+        return LayerState(self._weights, self._backend)
 
     @property
     def keeps_state(self) -> bool:
@@ -84,7 +90,7 @@ class Operators:
                 product = self._layers.finish(call)
             case Product() | MultiplyPads():
                 raise ProtocolError("products mod p are of the field path, and this connection asked for another")
-        return self._payload(product, out)
+        return self._backend.floats_out(product, self._wire, out)
 
     def _linear(
         self, call: Linear, payloads: Sequence[memoryview], out: memoryview | None, place: bytes
@@ -96,20 +102,32 @@ class Operators:
         if call.part is not None and call.part >= len(weights.group.parts):
             raise ProtocolError(f"group {call.group} has no part {call.part}")
         first, end = weights.group.part_rows(call.part)
-        x = self._floats(payload, (call.rows, weights.group.in_features))
-        y = self._place(out, (call.rows, end - first))
-        if out is not None and y is not None and lies_in(x, payload) and lies_in(y, out):
-            self.prepared.keep(call, place, prepared(weights, x, call.part, y))
+        inner, columns, dtype = weights.group.in_features, end - first, self._weights.dtype
+        x = self._floats(payload, (call.rows, inner))
+        y = self._place(out, (call.rows, columns))
+        if out is not None and dtype == self._wire.dtype and self.prepared.wants(call, place):
+            key = (self._weights.compute, call.group, call.layer, call.part)
+            source, target = Place(payload, dtype, (call.rows, inner)), Place(out, dtype, (call.rows, columns))
+
+            def bind(x: torch.Tensor, y: torch.Tensor) -> Run:
+                return prepared(weights, x, call.part, y)
+
+            self.prepared.keep(call, place, self._backend.prepare(key, source, target, bind))
         return weights.product(x, call.part, out=y)
 
     def _embed(self, call: Embed, payloads: Sequence[memoryview]) -> torch.Tensor:
         (payload,) = exactly(1, payloads)
-        return F.embedding(self._tokens(payload, call.rows).to(self._weights.device), self._weights.embedding)
+        tokens = tensor_bytes(self._tokens(payload, call.rows))
+        return F.embedding(self._backend.stage_in(tokens, torch.int32, (call.rows,)), self._weights.embedding)
 
     def _tokens(self, payload: memoryview, rows: int) -> torch.Tensor:
-        """int32 token ids (rows,), all of the vocabulary."""
-        tokens = bytes_tensor(payload, torch.int32, (rows,))
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._weights.config.vocab_size:
+        """int32 token ids (rows,), all of the vocabulary: a copy, since a client can change what was looked at.
+
+        On a GPU an index that is out of bounds would end the whole process's use of the device.
+        """
+        tokens = bytes_tensor(payload, torch.int32, (rows,)).clone()
+        numbers = tokens.numpy()
+        if numbers.min() < 0 or numbers.max() >= self._weights.config.vocab_size:
             raise ProtocolError("a token id is outside of the vocabulary")
         return tokens
 
@@ -132,22 +150,7 @@ class Operators:
         )
 
     def _floats(self, payload: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = self._weights.dtype
-        return self._wire.read(payload, shape, dtype).to(self._weights.device)
-
-    def _payload(self, product: torch.Tensor, out: memoryview | None) -> memoryview:
-        """A product as its payload: in ``out`` where that is given, without a copy where it was computed there."""
-        shape = tuple(product.shape)
-        if out is None:
-            if product.dtype == self._wire.dtype:
-                return tensor_bytes(product.to("cpu").contiguous())
-            out = tensor_bytes(torch.empty(self._wire.size(shape), dtype=torch.uint8))
-        elif self._wire.dtype is not None:
-            place = bytes_tensor(out, self._wire.dtype, shape)
-            if place.data_ptr() == product.data_ptr():
-                return out
-        self._wire.write(product, out)
-        return out
+        return self._backend.floats_in(payload, self._wire, shape, self._weights.dtype)
 
     def _place(self, out: memoryview | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Where a product can be computed in place; None where it must be computed elsewhere and copied.
@@ -157,9 +160,9 @@ class Operators:
         size = self._wire.size(shape)
         if size > MAX_FRAME_BYTES:
             raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")
-        if out is None or self._weights.device.type != "cpu" or self._weights.dtype != self._wire.dtype:
+        if self._weights.dtype != self._wire.dtype:
             return None
-        return bytes_tensor(out, self._weights.dtype, shape)
+        return self._backend.place(out, self._weights.dtype, shape)
 
 
 def exactly(count: int, payloads: Sequence[memoryview]) -> Sequence[memoryview]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from tsqp.untrusted.backends.base import Key, Run
 from tsqp.untrusted.paths.call_table import CallTable
 from tsqp.wire.messages import Call, Linear, Product
 
 MOST_ROWS = 16  # of decode steps: a prefill does not come again in the same memory, and has no time to gain
 MOST = 4096  # of one connection, whose client may name what it likes
-
-Run = Callable[[], object]
-Key = tuple[object, ...]
 
 
 class Prepared:
@@ -29,9 +25,13 @@ class Prepared:
         run()
         return True
 
+    def wants(self, call: Call, place: bytes) -> bool:
+        """Whether a call like this one can come again in the same memory."""
+        return bool(place) and isinstance(call, Linear | Product) and call.rows <= MOST_ROWS
+
     def keep(self, call: Call, place: bytes, run: Run | None) -> None:
         """Have ``run`` do what the next call like this one asks for, where ``place`` names memory."""
-        if run is not None and place and isinstance(call, Linear | Product) and call.rows <= MOST_ROWS:
+        if run is not None and isinstance(call, Linear | Product) and self.wants(call, place):
             if len(self._runs) >= MOST:
                 self._runs.clear()
                 self.table.clear()

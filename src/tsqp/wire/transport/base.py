@@ -157,6 +157,10 @@ class BaseListener:
         """See Listener.interrupted."""
         return self._interrupted
 
+    def memory(self, peer: bytes) -> memoryview | None:
+        """See Listener.memory."""
+        return None
+
     def direct(self, peer: bytes) -> DirectCalls | None:
         """See Listener.direct."""
         return None

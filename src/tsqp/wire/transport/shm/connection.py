@@ -38,6 +38,11 @@ class Connection:
         """Whether the arena is here, so that whatever comes next is a request."""
         return self._memory is not None
 
+    @property
+    def memory(self) -> memoryview | None:
+        """The whole arena; None before it is here, and afterwards."""
+        return self._memory
+
     def receive(self) -> Arrival | None:
         """The next message; None for the opening. Raises BlockingIOError, EOFError, OSError, ProtocolError."""
         if self._memory is None:

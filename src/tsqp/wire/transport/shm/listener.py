@@ -116,6 +116,11 @@ class ShmListener(BaseListener):
         except OSError:  # it is gone, or reads none of its replies
             self._drop(connection)
 
+    def memory(self, peer: bytes) -> memoryview | None:
+        """See Listener.memory."""
+        connection = self._connections.get(peer)
+        return None if connection is None else connection.memory
+
     def direct(self, peer: bytes) -> DirectCalls | None:
         """See Listener.direct."""
         self._check_open()

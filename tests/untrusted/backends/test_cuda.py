@@ -1,0 +1,277 @@
+"""A worker on CUDA, as far as that goes without a GPU: over a driver that lets no copy happen earlier than it must."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from tests.arith.kernels import CPU
+from tests.untrusted.calls import CHECKPOINT, CONFIG
+from tests.untrusted.fake_driver import FakeDriver
+from tests.untrusted.shm_worker import WAIT_S, connected, failure, fake_backend, product, serving
+from tsqp.arith.modulus import P
+from tsqp.config.dtype import NumericPath, WireDtype
+from tsqp.config.groups import linear_groups
+from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.cuda import CudaBackend
+from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
+from tsqp.untrusted.paths.plain import Operators
+from tsqp.untrusted.store import WeightStore
+from tsqp.wire.messages import Call, Embed, Linear, MultiplyPads, Product
+from tsqp.wire.payload import tensor_bytes, wire_format
+from tsqp.wire.transport import new_ipc_address
+
+QKV = linear_groups(CONFIG)["qkv"]
+HIDDEN = CONFIG.hidden_size
+STORE = WeightStore(CHECKPOINT, "float32", CPU)
+
+
+def on_the_cpu(path: NumericPath, call: Call, payload: bytes) -> bytes:
+    """What a worker without a device answers."""
+    weights = STORE.prepare(path)
+    wire = wire_format("bfloat16" if path == "int8" else "float32")
+    operators = FieldOperators(weights) if isinstance(weights, FieldWorkerWeights) else Operators(weights, wire)
+    found = operators(call, [memoryview(bytearray(payload))])
+    assert found is not None
+    return bytes(found)
+
+
+def payload_of(call: Call, seed: int = 0, dtype: torch.dtype = torch.float32) -> bytes:
+    random = torch.Generator().manual_seed(seed)
+    if isinstance(call, MultiplyPads):
+        x = torch.randint(0, 256, (call.blocks, 32), dtype=torch.uint8, generator=random)
+    elif isinstance(call, Embed):
+        x = torch.randint(0, CONFIG.vocab_size, (call.rows,), dtype=torch.int32, generator=random)
+    elif isinstance(call, Product):
+        most, of = (P, torch.int32) if call.digits == 4 else (30_000, torch.int16)
+        x = torch.randint(0, most, (call.rows, HIDDEN), dtype=of, generator=random)
+    else:
+        assert isinstance(call, Linear)
+        x = torch.randn(call.rows, HIDDEN, generator=random).to(dtype)
+    return bytes(tensor_bytes(x))
+
+
+CALLS: list[tuple[NumericPath, Call]] = [
+    ("float", Linear(1, "qkv", 0, None, 1)),
+    ("float", Linear(1, "qkv", 1, 2, 4)),
+    ("float", Linear(1, "qkv", 0, None, 100)),
+    ("float", Embed(1, 5)),
+    ("int8", Linear(1, "qkv", 0, None, 1)),
+    ("int8", Linear(1, "qkv", 1, 0, 3)),
+    ("int8", Linear(1, "qkv", 0, None, 100)),
+    ("field", Product(1, "qkv", 0, 1, 4)),
+    ("field", Product(1, "qkv", 1, 3, 2)),
+    ("field", Product(1, "qkv", 0, 100, 4)),
+    ("field", MultiplyPads(1, "qkv", 0, 33)),
+]
+NAMES = [f"{path}-{type(call).__name__}-{getattr(call, 'rows', 0)}" for path, call in CALLS]
+
+
+@pytest.mark.parametrize(("path", "call"), CALLS, ids=NAMES)
+@pytest.mark.parametrize("refusal", [None, "no"])
+@pytest.mark.parametrize("transport", ["shm", "ipc"])
+def test_answers_are_those_of_the_cpu_to_the_bit(
+    path: NumericPath, call: Call, refusal: str | None, transport: str
+) -> None:
+    """Three times: as it comes first, and twice as a graph where it can be one. Each waits once."""
+    driver = FakeDriver(refusal=refusal)
+    payload = payload_of(call, dtype=torch.bfloat16 if path == "int8" else torch.float32)
+    expected = on_the_cpu(path, call, payload)
+    address = new_ipc_address() if transport == "ipc" else None
+    with serving(fake_backend(driver), address) as (listener, _), connected(listener, path) as channel:
+        answers = product(channel, call, payload, len(expected), times=3)
+        assert answers == [expected] * 3
+        assert driver.synchronised == 3
+        few = isinstance(call, Linear | Product) and call.rows <= 16 and transport == "shm"
+        assert (driver.captured, driver.replayed) == ((1, 2) if few else (0, 0))
+        assert bool(driver.registered) == (refusal is None and transport == "shm")
+    assert driver.registered == {}
+    assert driver.idle
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_floats_in_other_formats_are_converted_on_the_device(wire: WireDtype) -> None:
+    weights = ModelWeights.load(CHECKPOINT, "float32", CPU)
+    driver = FakeDriver()
+    backend = fake_backend(driver)
+    x = torch.randn(3, HIDDEN)
+    payload = memoryview(bytearray(wire_format(wire).size((3, HIDDEN))))
+    wire_format(wire).write(x, payload)
+    call = Linear(1, "qkv", 0, None, 3)
+    expected = Operators(weights, wire_format(wire))(call, [payload])
+    out = memoryview(bytearray(wire_format(wire).size((3, QKV.out_features))))
+    with backend.serving():
+        assert Operators(weights, wire_format(wire), backend)(call, [payload], out) is out
+        assert bytes(out) != bytes(expected or b""), "nothing is there before it is waited for"
+        backend.settle()
+    assert bytes(out) == bytes(expected or b"")
+
+
+def test_rows_are_rounded_up_and_other_rows_stay_on_the_device() -> None:
+    driver = FakeDriver()
+    with serving(fake_backend(driver)) as (listener, _), connected(listener, "field") as channel:
+        for rows in (16, 9, 12, 3, 4):
+            call = Product(1, "qkv", 0, rows, 4)
+            payload = payload_of(call, rows)
+            expected = on_the_cpu("field", call, payload)
+            assert product(channel, call, payload, len(expected), times=2) == [expected] * 2
+    assert driver.captured == 2  # for 16 rows and for 4
+
+
+def test_layers_do_not_share_a_graph() -> None:
+    driver = FakeDriver()
+    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+        for layer in (0, 1, 0):
+            call = Linear(1, "qkv", layer, None, 1)
+            expected = on_the_cpu("float", call, payload_of(call))
+            assert product(channel, call, payload_of(call), len(expected), times=2) == [expected] * 2
+    assert driver.captured == 2
+
+
+def test_two_connections_have_their_own_memory_and_share_graphs() -> None:
+    driver = FakeDriver()
+    call = Product(1, "qkv", 0, 1, 4)
+    payload = payload_of(call)
+    expected = on_the_cpu("field", call, payload)
+    with serving(fake_backend(driver)) as (listener, worker):
+        with ExitStack() as stack:
+            channels = [stack.enter_context(connected(listener, "field")) for _ in range(2)]
+            for channel in channels * 2:
+                assert product(channel, call, payload, len(expected), times=2) == [expected] * 2
+            both = len(driver.registered)
+            channels[0].close()
+            assert worker.left.acquire(timeout=WAIT_S)
+            assert 0 < len(driver.registered) < both
+            assert product(channels[1], call, payload, len(expected)) == [expected]
+        assert worker.left.acquire(timeout=WAIT_S)
+        assert driver.registered == {}
+    assert driver.captured == 1
+    assert driver.trimmed == 2
+
+
+CLIENT = """
+import sys
+from tsqp.wire.channel import Frames
+from tsqp.wire.codec import encode
+from tsqp.wire.messages import PROTOCOL_VERSION, Hello, Product
+from tsqp.wire.transport import connect
+address, fingerprint, size, reply = sys.argv[1:]
+channel = connect(address, arena_bytes=1 << 20)
+channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "field"))))
+channel.receive(20)
+slot = channel.slot(int(size), int(reply))
+channel.send_from(slot, encode(Product(1, "qkv", 0, 1, 4)))
+channel.receive(20)
+print("answered", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_is_killed_leaves_nothing_locked() -> None:
+    driver = FakeDriver()
+    call = Product(1, "qkv", 0, 1, 4)
+    expected = on_the_cpu("field", call, payload_of(call))
+    with serving(fake_backend(driver)) as (listener, worker):
+        arguments = [listener.address, CHECKPOINT.fingerprint(), str(HIDDEN * 4), str(len(expected))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], **pipes) as client:  # type: ignore[call-overload]
+            assert client.stdout.readline() == b"answered\n"
+            assert driver.registered
+            client.kill()
+        assert worker.left.acquire(timeout=WAIT_S)
+        assert driver.registered == {}
+        with connected(listener, "field") as channel:
+            assert product(channel, call, payload_of(call), len(expected)) == [expected]
+
+
+def test_no_more_is_locked_than_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="tsqp.worker")
+    driver = FakeDriver()
+    call = Product(1, "qkv", 0, 100, 4)
+    payload = payload_of(call)
+    expected = on_the_cpu("field", call, payload)
+    with serving(fake_backend(driver, locked_bytes=1 << 15)) as (listener, _), connected(listener, "field") as channel:
+        assert product(channel, call, payload, len(expected), times=3) == [expected] * 3
+    assert driver.most_registered == 1 << 15
+    assert [record.message for record in caplog.records if "not locked" in record.message] == [
+        "shared memory is not locked (as much is locked as this worker locks): "
+        "copies go through buffers, which is slower"
+    ]
+
+
+def test_a_refusal_is_said_once_and_not_asked_for_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="tsqp.worker")
+    driver = FakeDriver(refusal="CUDA error 801")
+    call = Product(1, "qkv", 0, 20, 4)
+    payload = payload_of(call)
+    expected = on_the_cpu("field", call, payload)
+    with serving(fake_backend(driver)) as (listener, _), connected(listener, "field") as channel:
+        assert product(channel, call, payload, len(expected), times=3) == [expected] * 3
+    assert sum("CUDA error 801" in record.message for record in caplog.records) == 1
+
+
+def test_without_graphs_each_product_is_launched(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="tsqp.worker")
+    driver = FakeDriver(graphs=False)
+    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+        for layer in (0, 1):
+            call = Linear(1, "qkv", layer, None, 1)
+            expected = on_the_cpu("float", call, payload_of(call))
+            assert product(channel, call, payload_of(call), len(expected), times=2) == [expected] * 2
+    assert driver.replayed == 0
+    assert sum("CUDA graphs are not used" in record.message for record in caplog.records) == 1
+
+
+def test_what_did_not_fit_is_named_and_the_worker_goes_on() -> None:
+    driver = FakeDriver(room=10_000)
+    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+        large = Linear(1, "qkv", 1, None, 100)
+        reason = failure(channel, large, payload_of(large), 100 * QKV.out_features * 4)
+        assert reason == "cpu is out of memory: there was no room for call linear, group qkv, layer 1, rows 100"
+        assert driver.trimmed == 1
+        small = Linear(2, "qkv", 1, None, 1)
+        expected = on_the_cpu("float", small, payload_of(small))
+        assert product(channel, small, payload_of(small), len(expected), times=2) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_lack_of_memory_is_known_by_whatever_says_so(error: Exception) -> None:
+    assert CudaBackend(FakeDriver()).is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")])
+def test_other_errors_are_not_lack_of_memory(error: Exception) -> None:
+    assert not CudaBackend(FakeDriver()).is_out_of_memory(error)
+
+
+def test_a_call_that_fails_is_waited_for_as_well() -> None:
+    """Its payload may be under way: the client writes there again as soon as it has the answer."""
+    driver = FakeDriver()
+    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+        call = Linear(1, "qkv", 0, None, 2)
+        failure(channel, call, payload_of(call), 12)
+        assert driver.idle
+
+
+def test_payloads_in_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.untrusted.backends.cuda.STAGED_BYTES", 4_000_000)
+    driver = FakeDriver()
+    call = MultiplyPads(1, "qkv", 0, 80)  # each sixteen of them in a buffer of at least 1 MB
+    payload = payload_of(call)
+    with serving(fake_backend(driver)) as (listener, _), connected(listener, "field") as channel:
+        expected = on_the_cpu("field", call, payload)
+        assert product(channel, call, payload, len(expected)) == [expected]
+    assert driver.synchronised == 2
