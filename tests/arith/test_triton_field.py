@@ -149,13 +149,13 @@ def test_every_number_of_rows_has_tiles() -> None:
 
 @pytest.mark.slow
 @DIGITS
-@pytest.mark.parametrize("rows", [1, 16, 40, 100])
-@pytest.mark.parametrize(("columns", "inner"), [(384, 256), (256, 256), (2_048, 256), (256, 1_024)])
+@pytest.mark.parametrize("rows", [1, 40, 100])
+@pytest.mark.parametrize(("columns", "inner"), [(384, 256), (256, 1_024)])
 def test_groups_of_a_model_an_eighth_as_wide(digits: Digits, rows: int, columns: int, inner: int) -> None:
     """Those of Llama-3.2-1B, by the tiles of a device."""
     generator = np.random.default_rng(rows)
-    x = torch.from_numpy(numbers(digits, (rows, inner), generator, extreme=rows == 16))
-    w = torch.from_numpy(weights((columns, inner), generator, extreme=rows == 16))
+    x = torch.from_numpy(numbers(digits, (rows, inner), generator, extreme=rows == 40))
+    w = torch.from_numpy(weights((columns, inner), generator, extreme=rows == 40))
     out = torch.full((rows, columns), -5, dtype=torch.int32)
     DeviceFieldWeights.of(w, interpreted.kernel(None, processors=132)).product(x, digits, out=out)
     assert torch.equal(out.long(), (x.long() @ w.long().t()) % P)
