@@ -180,7 +180,7 @@ def run_for(command: Sequence[str], seconds: float, out: IO[str], errors: IO[str
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would interpret kernels. Output is not held back: a part that is ended has said what it did."""
+    """Ours, without what would interpret kernels. Output is not held back: an ended part has said what it did."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {**environment, "PYTHONUNBUFFERED": "1"}
 

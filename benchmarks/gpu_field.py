@@ -52,7 +52,7 @@ class Case:
     def gemms(self) -> list[Work]:
         """The product of the same shape in bfloat16, as often."""
         a = torch.randn(self.x.shape, device=self.device).to(torch.bfloat16)
-        every = [torch.randn(self.wq.shape, device=self.device).to(torch.bfloat16) for _ in self.copies[::2] or [0]]
+        every = [torch.randn(self.wq.shape, device=self.device).to(torch.bfloat16) for _ in self.copies[::2]]
         return [partial(torch.mm, a, b.t()) for b in every]
 
     def is_exact(self) -> bool:
