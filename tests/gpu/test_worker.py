@@ -24,6 +24,7 @@ PROMPT = [5, 17, 250, 3, 99, 42, 7, 8, 9, 1, 2, 30, 31, 32, 33, 34, 35, 36, 37]
 FIELD = Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field")
 KEYS: list[GroupKey] = [("qkv", 0), ("o", 0), ("gate_up", 1), ("down", 1), ("lm_head", None)]
 RETURNED_WITHIN_S = 20.0
+CONTEXT_BYTES = 64 << 20  # less than what a process on a GPU takes before it has any weights
 
 
 def worker_on(device: torch.device) -> Worker:
@@ -80,7 +81,6 @@ def test_out_of_memory_is_an_error_of_one_call(device: torch.device) -> None:
     call, x = Product(1, "qkv", 0, 4, 4), torch.zeros(shape, dtype=torch.int32)
     assert isinstance(answer(worker, call, x), Done)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
     try:
         torch.cuda.set_per_process_memory_fraction(1e-9, device)
         large = torch.zeros(8_192, shape[1], dtype=torch.int32)  # more than what blocks that are kept have room for
@@ -90,7 +90,6 @@ def test_out_of_memory_is_an_error_of_one_call(device: torch.device) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert isinstance(answer(worker, call, x), Done)
-    assert free <= total
 
 
 def test_a_killed_worker_leaves_its_device_memory(device: torch.device) -> None:
@@ -102,9 +101,9 @@ def test_a_killed_worker_leaves_its_device_memory(device: torch.device) -> None:
     before = used()
     with LocalWorker(MODEL, device=str(device), dtype="field", threads=2) as worker:
         worker.wait_ready()
-        assert used() > before
+        assert used() > before + CONTEXT_BYTES
         worker.kill()
-        assert becomes(lambda: used() <= before)
+        assert becomes(lambda: used() < before + CONTEXT_BYTES)
 
 
 def becomes(true: Callable[[], bool]) -> bool:
