@@ -24,7 +24,7 @@ COVERAGE := $(BIN)/pytest --cov=tsqp.trusted.guard --cov=tsqp.wire --cov-branch 
 CLIENTS := .venv-conformance/bin/python
 NPM := npm --prefix conformance/node --ignore-scripts --no-audit --no-fund --omit-lockfile-registry-resolved
 
-.PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench wheel clean
+.PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench gpu-check gpu-bundle wheel clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
@@ -83,11 +83,17 @@ bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write th
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.readme
 
+gpu-check: .venv/.dev  ## every CUDA test and benchmark in at most 8 minutes, on a machine with a GPU (docs/gpu-check.md)
+	$(BIN)/python -m benchmarks.gpu_check
+
+gpu-bundle: .venv/.dev  ## what a machine with a GPU and no network needs beside this tree, into .gpu-wheels
+	$(BIN)/python -m scripts.gpu_bundle
+
 wheel: .venv/.dev
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 
 clean:
-	rm -rf .venv .venv-conformance .venv-latest .venv-lock conformance/node/node_modules dist build
+	rm -rf .venv .venv-conformance .venv-latest .venv-lock .gpu-wheels conformance/node/node_modules dist build
 
 .venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python:
 	$(PYTHON) -m venv $(@D:/bin=)

@@ -5,7 +5,8 @@
 Every package moves to its newest release that fits. dev.lock is resolved first; run.lock is resolved under the versions
 of dev.lock, so there is one resolution. torch is in the resolution and in neither file, like the packages of its CUDA
 build: a machine chooses its build, so constraints.txt names the version and pip finds the build. The other packages
-that torch needs (sympy, networkx, ...) are locked like the rest, and so is the build backend.
+that torch needs (sympy, networkx, ...) are locked like the rest, and so is the build backend. So is triton in dev.lock,
+because the tests interpret its kernels: one resolution makes that the version which torch's CUDA build pins.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main() -> None:
     if "--no-emit-package=torch" not in left_out:
         raise SystemExit("torch is not in the resolution: constraints.txt and this script disagree")
     locked = (*left_out, "--generate-hashes")
-    (ROOT / DEV).write_text(HEADER + compiled(uv, "--extra", "dev", *locked), encoding="utf-8")
+    tested = [option for option in locked if option != "--no-emit-package=triton"]
+    (ROOT / DEV).write_text(HEADER + compiled(uv, "--extra", "dev", *tested), encoding="utf-8")
     (ROOT / RUN).write_text(HEADER + compiled(uv, "--constraints", DEV, *locked, "--no-annotate"), encoding="utf-8")
 
 

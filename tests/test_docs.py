@@ -27,7 +27,10 @@ ELSEWHERE = {
     "test-kernels/",
     "uv.lock",
     "poetry.lock",
-}  # of users, of other tools
+    "gpu-NAME.json",
+    "gpu-check.json",
+    "gpu-ceilings.json",
+}  # of users, of other tools, of a machine with a GPU
 SUFFIXES = r"py|md|json|toml|txt|lock|png|svg|yml|yaml"
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

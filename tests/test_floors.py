@@ -12,7 +12,8 @@ import tsqp.wire.transport, tsqp.checkpoint
 """
 
 
-@pytest.mark.parametrize("forbidden", ["tsqp.trusted", "tsqp.cli", "tokenizers", "jinja2", "transformers"])
+# triton: only a worker on a GPU loads it, when it has a device.
+@pytest.mark.parametrize("forbidden", ["tsqp.trusted", "tsqp.cli", "tokenizers", "jinja2", "transformers", "triton"])
 def test_the_worker_never_loads_the_trusted_side(forbidden: str) -> None:
     assert not loaded(modules_after(WORKER), forbidden)
 

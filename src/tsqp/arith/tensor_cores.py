@@ -23,8 +23,21 @@ class TensorCoreKernel(DigitKernel):
         return torch._int_mm(x, w.t())[:rows]
 
 
+class DeviceFieldKernel(TensorCoreKernel):
+    """A kernel that makes a whole product mod p of numbers, without digits or sums between."""
+
+    def field_product(self, x: torch.Tensor, w: torch.Tensor, digits: Digits, out: torch.Tensor) -> None:
+        """``out = x·wᵀ mod p`` as in ``FieldWeights.product``: rows of x and ``out`` lie closely, and so does w."""
+        raise NotImplementedError
+
+
 class DeviceFieldWeights(FieldWeights):
     """The same product with everything on one device: x, ``wq``, the result, and what is between them."""
+
+    def product(self, x: torch.Tensor, digits: Digits, *, out: torch.Tensor) -> None:
+        if isinstance(self.kernel, DeviceFieldKernel):
+            return self.kernel.field_product(x, self.wq, digits, out)
+        return super().product(x, digits, out=out)
 
     def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
         return split_torch(x, digits)

@@ -1,0 +1,238 @@
+"""``make gpu-check``: every CUDA test, then every CUDA benchmark, in at most 8 minutes on one machine.
+
+Tests and the compilation of loops for the benchmarks run together, since neither is timed; benchmarks follow one after
+the other. Each part has a budget of its own: one that fails or outlasts it is ended with all that it started, and the
+next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device, its ceilings and the
+commit, ``gpu-check.json`` with how each part ended, and ``gpu-check.log`` with all that was written.
+
+The exit code is 0 when every part passed, 1 otherwise or without a CUDA device, 2 for wrong options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from benchmarks.machine import RESULTS
+
+TOTAL_S = 480.0
+MODEL = "synthetic:llama-3.2-1b"
+TSQP = (sys.executable, "-c", "import sys; from tsqp.cli.main import main; sys.exit(main())")
+BENCH = (*TSQP, "bench")
+OPEN = ("--protection", "open", "--model", MODEL, "--device", "cuda", "--tokens", "1024", "--runs", "3", "--json")
+
+Outcome = Literal["passed", "failed", "over its budget", "no time left", "no result"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command. ``measures``: it runs alone, and its last line of standard output is the JSON of its result."""
+
+    name: str
+    command: tuple[str, ...]
+    budget_s: float
+    measures: bool = True
+
+
+PARTS = (
+    Part("tests", (sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q"), 180, measures=False),
+    Part(
+        "loops",
+        (
+            *BENCH,
+            "private",
+            "--mode",
+            "masked",
+            "--model",
+            "synthetic:tiny",
+            "--tokens",
+            "8",
+            "--steps",
+            "2",
+            "--runs",
+            "1",
+        ),
+        170,
+        measures=False,
+    ),
+    Part("ceilings", (sys.executable, "-m", "benchmarks.gpu_ceilings"), 25),
+    Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 75),
+    Part("rpc", (*BENCH, "rpc", "--runs", "3", "--json"), 20),
+    Part(
+        "private",
+        (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "3", "--json"),
+        80,
+    ),
+    Part("prefill", (*BENCH, "prefill", *OPEN), 50),
+    Part("decode", (*BENCH, "decode", *OPEN), 50),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one part ended. ``code`` is None where it was ended here, or never begun."""
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    budget_s: float
+    code: int | None
+    command: tuple[str, ...]
+
+
+class Check:
+    """Runs parts and keeps what they say. ``gpu`` describes the device in every result."""
+
+    def __init__(self, output: Path, gpu: dict[str, Any], *, total_s: float = TOTAL_S) -> None:
+        self._output = output
+        self._gpu = gpu
+        self._ceilings: dict[str, Any] | None = None
+        self._total_s = total_s
+        self._begun = time.monotonic()
+        self._log_lock = threading.Lock()
+        output.mkdir(parents=True, exist_ok=True)
+        self._log = output / "gpu-check.log"
+        self._log.write_text("", encoding="utf-8")
+
+    def run(self, parts: Sequence[Part]) -> list[Ended]:
+        """Those that do not measure together, then the others in turn; ``gpu-check.json`` is written after each."""
+        tested = [part for part in parts if not part.measures]
+        ended: list[Ended] = []
+        if tested:
+            with ThreadPoolExecutor(len(tested)) as pool:
+                ended += pool.map(self._run, tested)
+        self._summary(ended)
+        for part in parts:
+            if part.measures:
+                ended.append(self._run(part))
+                self._summary(ended)
+        return ended
+
+    def _run(self, part: Part) -> Ended:
+        began = time.monotonic()
+        budget = min(part.budget_s, self._total_s - (began - self._begun))
+        if budget <= 1:
+            return self._say(Ended(part.name, "no time left", 0.0, part.budget_s, None, part.command), "")
+        with _file() as out, _file() as errors:
+            code = run_for(part.command, budget, out, errors)
+            said, complaints = _read(out), _read(errors)
+        outcome: Outcome = "over its budget" if code is None else "failed" if code else "passed"
+        if outcome == "passed" and part.measures and not self._keep(part, said):
+            outcome = "no result"
+        seconds = time.monotonic() - began
+        return self._say(Ended(part.name, outcome, seconds, part.budget_s, code, part.command), complaints + said)
+
+    def _keep(self, part: Part, said: str) -> bool:
+        """Write the result of a part, if there is one."""
+        try:
+            result = json.loads(said.strip().rpartition("\n")[2])
+        except ValueError:
+            return False
+        if not isinstance(result, dict):
+            return False
+        if part.name == "ceilings":
+            self._ceilings = result["ceilings"]
+        whole = {**result, "gpu": self._gpu, "gpu_ceilings": self._ceilings, "commit": self._gpu["commit"]}
+        if isinstance(whole.get("machine"), dict):  # where the tree has travelled without its history
+            whole["machine"] = {**whole["machine"], "commit": self._gpu["commit"]}
+        _write(self._output / f"gpu-{part.name}.json", whole)
+        return True
+
+    def _say(self, ended: Ended, said: str) -> Ended:
+        line = f"{ended.name}: {ended.outcome} after {ended.seconds:.1f} s of {ended.budget_s:.0f} s"
+        with self._log_lock, self._log.open("a", encoding="utf-8") as log:
+            log.write(f"=== {line}\n{said.rstrip()}\n")
+        print(line, flush=True)
+        return ended
+
+    def _summary(self, ended: Sequence[Ended]) -> None:
+        about = {"gpu": self._gpu, "gpu_ceilings": self._ceilings, "commit": self._gpu["commit"]}
+        seconds = time.monotonic() - self._begun
+        _write(self._output / "gpu-check.json", {**about, "seconds": seconds, "parts": [asdict(one) for one in ended]})
+
+
+def run_for(command: Sequence[str], seconds: float, out: IO[str], errors: IO[str]) -> int | None:
+    """The exit code, or None for a command that was ended after its seconds, with all that it had started."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=_environment()
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would interpret kernels. Output is not held back: an ended part has said what it did."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**environment, "PYTHONUNBUFFERED": "1"}
+
+
+def _file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a directory (default: benchmarks/results)")
+    parser.add_argument("--only", action="append", choices=names, help="run this part; may be given again")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all parts (default: {TOTAL_S:.0f})")
+    options = parser.parse_args(arguments)
+    if not 0 < options.seconds <= TOTAL_S:
+        parser.error(f"--seconds must be more than 0 and at most {TOTAL_S:.0f}")
+    return options
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first CUDA device, or None."""
+    import torch
+
+    from benchmarks.gpu_device import described
+
+    return described(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    found = gpu()
+    if found is None:
+        print("gpu-check: there is no CUDA device here, so nothing was run", file=sys.stderr)
+        return 1
+    parts = [part for part in PARTS if options.only is None or part.name in options.only]
+    ended = Check(options.output, found, total_s=options.seconds).run(parts)
+    bad = [one.name for one in ended if one.outcome != "passed"]
+    print(
+        f"gpu-check: {len(ended) - len(bad)} of {len(ended)} parts passed" + (f"; not {', '.join(bad)}" if bad else "")
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The GPU's check without a GPU: parts have budgets, fail alone and leave results; what is measured is exact first."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gpu_check
+from benchmarks.gpu_ceilings import Sizes, ceilings
+from benchmarks.gpu_check import PARTS, TOTAL_S, Check, Part, main
+from benchmarks.gpu_device import Work
+from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
+
+from tests.arith import interpreted
+from tsqp.arith.field import MAX_FIELD_TERMS
+from tsqp.arith.modulus import P
+from tsqp.arith.product import BlockedKernel
+from tsqp.arith.triton_field import Tiles
+
+GPU = {"device": "a fake", "commit": "0123abc"}
+CPU = torch.device("cpu")
+
+
+def part(name: str, code: str, budget_s: float = 30, *, measures: bool = True) -> Part:
+    return Part(name, (sys.executable, "-c", code), budget_s, measures)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
+    parts = [
+        part("tests", "import sys; print('a test broke'); sys.exit(3)", measures=False),
+        part("ceilings", "print('a table'); print('{\"ceilings\": {\"copy\": 4}}')"),
+        part("talks", "print('no result')"),
+        part("list", "print('[1]')"),
+        part("rpc", 'print(\'{"p50_us": 9, "machine": {"commit": "unknown", "cpu": "x"}}\')'),
+    ]
+    ended = Check(tmp_path, GPU).run(parts)
+    assert [(one.name, one.outcome, one.code) for one in ended] == [
+        ("tests", "failed", 3),
+        ("ceilings", "passed", 0),
+        ("talks", "no result", 0),
+        ("list", "no result", 0),
+        ("rpc", "passed", 0),
+    ]
+    result = read(tmp_path / "gpu-rpc.json")
+    assert result["gpu"] == GPU
+    assert result["gpu_ceilings"] == {"copy": 4}
+    assert result["commit"] == result["machine"]["commit"] == "0123abc"
+    assert result["machine"]["cpu"] == "x"
+    summary = read(tmp_path / "gpu-check.json")
+    assert [one["outcome"] for one in summary["parts"]] == ["failed", "passed", "no result", "no result", "passed"]
+    assert "a test broke" in (tmp_path / "gpu-check.log").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("gpu-check.json", "gpu-check.log", "gpu-ceilings.json", "gpu-rpc.json")
+    }
+
+
+def test_a_part_over_its_budget_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(started.pid)); print('began'); time.sleep(600)"
+    )
+    ended = Check(tmp_path / "out", GPU).run([part("slow", code, 4), part("rpc", "print('{}')")])
+    assert [(one.outcome, one.code) for one in ended] == [("over its budget", None), ("passed", 0)]
+    assert "began" in (tmp_path / "out" / "gpu-check.log").read_text(encoding="utf-8")
+    pid = int(child.read_text())
+    while lives(pid):  # the signal is sent; the test's own time limit bounds this
+        os.sched_yield()
+
+
+def lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_parts_after_the_last_second_are_not_begun(tmp_path: Path) -> None:
+    ended = Check(tmp_path, GPU, total_s=0.5).run([part("rpc", "print('{}')")])
+    assert [one.outcome for one in ended] == ["no time left"]
+    assert not (tmp_path / "gpu-rpc.json").exists()
+
+
+def test_kernels_are_not_interpreted_in_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    Check(tmp_path, GPU).run([part("rpc", code)])
+    assert "TRITON_INTERPRET" not in read(tmp_path / "gpu-rpc.json")
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_the_budgets_fit_into_eight_minutes() -> None:
+    together = max(one.budget_s for one in PARTS if not one.measures)
+    assert together + sum(one.budget_s for one in PARTS if one.measures) <= TOTAL_S == 480
+    assert len({one.name for one in PARTS}) == len(PARTS)
+    assert len([one for one in PARTS if one.measures]) + 2 <= 8  # files, with the summary and the log
+
+
+def test_without_a_device_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr() == ("", "gpu-check: there is no CUDA device here, so nothing was run\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_a_device_the_parts_that_were_asked_for_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "gpu", lambda: GPU)
+    monkeypatch.setattr(gpu_check, "PARTS", (part("rpc", "print('{}')"), part("field", "raise SystemExit(1)")))
+    assert main(["--output", str(tmp_path), "--only", "rpc"]) == 0
+    assert main(["--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "gpu-check: 1 of 2 parts passed; not field"
+
+
+@pytest.mark.parametrize("options", [["--only", "nothing"], ["--seconds", "0"], ["--seconds", "481"], ["more"]])
+def test_wrong_options_are_refused(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 2
+
+
+def once(work: Work) -> float:
+    """A timer that takes 2 ms for everything."""
+    work()
+    return 2.0
+
+
+def each(works: Any) -> float:
+    for work in works:
+        work()
+    return 0.5
+
+
+def test_ceilings_are_rates() -> None:
+    found = ceilings(CPU, Sizes(copied_bytes=1_000, bus_bytes=500, gemm=16, starts=4), once, each)
+    assert found["copy_bytes_per_s"] == 1_000_000  # read and written
+    assert found["bf16_flop_per_s"] == found["int8_op_per_s"] == 2 * 16**3 / 0.002
+    assert found["pageable_to_device_bytes_per_s"] == 250_000
+    assert (found["start_us"], found["replayed_start_us"]) == (500, 500)
+
+
+@pytest.mark.parametrize("number", [1, P // 2 + 1, P - 1, P - 0x808080])
+@pytest.mark.parametrize("weight", [127, -127])
+def test_products_are_compared_with_an_exact_one(number: int, weight: int) -> None:
+    x = torch.full((1, MAX_FIELD_TERMS), number, dtype=torch.int32)
+    w = torch.full((1, MAX_FIELD_TERMS), weight, dtype=torch.int8)
+    assert product_mod_p(x, w).tolist() == [[number * weight * MAX_FIELD_TERMS % P]]
+
+
+def test_a_product_is_measured_beside_others() -> None:
+    case = Case("qkv", 3, CPU, shape=(40, 64))
+    found = compare(case, interpreted.kernel(), once, each)
+    assert (found["exact"], found["field_ms"], found["started_ms"], found["ratio"]) == (True, 0.5, 2.0, 1.0)
+    assert found["group"] == "qkv"
+
+
+def test_a_product_that_is_wrong_is_named() -> None:
+    class Wrong(BlockedKernel):
+        def accumulate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return super().accumulate(x, w) + 1
+
+    assert measure(Case("o", 2, CPU, shape=(8, 16)), Wrong(), once, each)["exact"] is False
+
+
+def test_tiles_that_do_not_compile_have_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise SyntaxError("too much shared memory")
+
+    monkeypatch.setattr("benchmarks.gpu_field.TritonKernel", refuse)
+    tiles = Tiles(16, 32, 64, warps=4, stages=3, split=False)
+    (found,) = candidates(Case("o", 2, CPU, shape=(8, 16)), [tiles], once, each)
+    assert found["error"] == "SyntaxError: too much shared memory"
