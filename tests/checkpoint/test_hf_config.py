@@ -133,7 +133,7 @@ def _context(given: PreTrainedConfig) -> int:
         return int(rope["factor"] * given.max_position_embeddings)
     if rope["rope_type"] == "yarn":
         return max(given.max_position_embeddings, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return given.max_position_embeddings  # type: ignore[no-any-return]
+    return given.max_position_embeddings
 
 
 def _rope_view(given: PreTrainedConfig) -> RopeConfig:
