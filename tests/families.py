@@ -34,6 +34,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.2, 1.4, 1.6, 1.8, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 12.0],
+    "partial_rotary_factor": 0.75,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -47,6 +60,35 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "dynamic-rope": (
+        "LlamaConfig",
+        {
+            "max_position_embeddings": 40,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 6.0},
+        },
+    ),
+    "ministral": (
+        "MinistralConfig",
+        {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
+    "arcee": ("ArceeConfig", {"mlp_bias": True, "rope_parameters": YARN}),
+    "helium": ("HeliumConfig", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {"sliding_window": 24}),
+    "phi3-longrope": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 8.0,
+            "rms_norm_eps": 1e-3,  # large enough to show
+        },
+    ),
+    "olmo2": ("Olmo2Config", {}),
 }
 
 

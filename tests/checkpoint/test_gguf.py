@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.gguf_config import ROPE_FACTORS, llama3_factors
+from tsqp.checkpoint.gguf_config import ROPE_FACTORS, ROPE_LONG, ROPE_SHORT, llama3_factors
 from tsqp.checkpoint.hf_config import parse_config
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
@@ -65,6 +66,47 @@ def test_linear_rope(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path / "m.gguf")).config.rope == RopeConfig(5000.0, "linear", 4.0)
 
 
+def test_yarn(tmp_path: Path) -> None:
+    """The keys as llama.cpp's converter writes them, and the attention factor as llama.cpp computes it."""
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 16.0,
+    }
+    model = make_model("llama", rope_parameters=parameters)
+    metadata = {"type": "yarn", "factor": 4.0, "original_context_length": 128, "yarn_beta_fast": 16.0}
+    write_gguf(tmp_path / "m.gguf", model, metadata={f"rope.scaling.{key}": value for key, value in metadata.items()})
+    ours = open_checkpoint(str(tmp_path / "m.gguf")).config
+    assert ours == parse_config(model.config.to_dict())
+    assert (ours.max_positions, ours.rope.attention_factor) == (512, 0.1 * math.log(4.0) + 1)
+
+
+def test_longrope(tmp_path: Path) -> None:
+    short, long = [1.0, 1.5, 2.0, 2.5], [2.0, 3.0, 4.0, 5.5]
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 5000.0,
+        "attention_factor": 1.25,
+        "original_max_position_embeddings": 64,
+        "short_factor": short,
+        "long_factor": long,
+    }
+    model = make_model("llama", rope_parameters=parameters)
+    metadata = {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.25}
+    tensors = {ROPE_SHORT: np.array(short, np.float32), ROPE_LONG: np.array(long, np.float32)}
+    write_gguf(tmp_path / "m.gguf", model, metadata=metadata, extra_tensors=tensors)
+    assert open_checkpoint(str(tmp_path / "m.gguf")).config == parse_config(model.config.to_dict())
+    write_gguf(tmp_path / "m.gguf", model, metadata=metadata, extra_tensors={ROPE_LONG: tensors[ROPE_LONG]})
+    with pytest.raises(CorruptCheckpoint, match=ROPE_SHORT):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+    tensors[ROPE_LONG][2] = 0
+    write_gguf(tmp_path / "m.gguf", model, metadata=metadata, extra_tensors=tensors)
+    with pytest.raises(CorruptCheckpoint, match="positive"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
 def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     return {
         "rope_type": "llama3",
@@ -112,7 +154,8 @@ def test_rope_factors_that_divide_nothing(tmp_path: Path, value: float) -> None:
     ("metadata", "named"),
     [
         ({"expert_count": 8}, "mixture of experts"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0}, "dynamic"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5}, "ext_factor"),
         ({"rope.dimension_count": 4}, "part of each head"),
         ({"attention.value_length": 4}, "value heads"),
         ({"block_count": 2**31}, "block_count: 2147483648 layers"),
@@ -141,6 +184,10 @@ def test_refuses_other_architectures_by_name(tmp_path: Path) -> None:
         ({"attention.head_count_kv": 3}, "KV heads"),
         ({"attention.head_count_kv": [2, 2, 2]}, "head_count_kv"),
         ({"rope.freq_base": -1.0}, "freq_base"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 0.5}, "yarn"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.yarn_beta_slow": -1.0}, "beta_slow"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rope_factors_short"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 0.0}, "attn_factor"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
     ],
 )

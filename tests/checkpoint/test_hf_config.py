@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tsqp.checkpoint.hf_config import hf_config_of, parse_config
 from tsqp.config.model import RopeConfig
@@ -45,6 +46,62 @@ VARIANTS: list[dict[str, Any]] = [
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    {"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 100,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.5,
+        },
+    },
+    {"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 0.5, "attention_factor": 0.7}},
+    {"model_type": "qwen2", "num_key_value_heads": 2, "rope_scaling": {"type": "dynamic", "factor": 3.0}},
+    {
+        "model_type": "llama",
+        "max_position_embeddings": 512,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [2.0, 3, 4.0, 5.0],
+            "original_max_position_embeddings": 64,
+        },
+    },
+    {"model_type": "arcee"},
+    {"model_type": "arcee", "mlp_bias": True, "attention_bias": True, "num_key_value_heads": 2},
+    {"model_type": "olmo2"},
+]
+# Those that only this format is read of: how they are written is not this package's.
+OTHERS: list[dict[str, Any]] = [
+    {"model_type": "ministral", "num_attention_heads": 8},
+    {
+        "model_type": "ministral",
+        "num_attention_heads": 8,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    {"model_type": "ministral", "num_attention_heads": 8, "sliding_window": None},
+    {"model_type": "smollm3"},
+    {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6},
+    {"model_type": "smollm3", "no_rope_layer_interval": 2, "rope_theta": 5e6},
+    {"model_type": "seed_oss", "num_attention_heads": 8},
+    {"model_type": "seed_oss", "num_attention_heads": 8, "attention_out_bias": True, "attention_bias": False},
+    {"model_type": "helium", "num_key_value_heads": 2},
+    {"model_type": "phi3", "sliding_window": 11},
+    {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    },
+    {"model_type": "granite"},
 ]
 
 
@@ -53,33 +110,62 @@ def _transformers_view(given: PreTrainedConfig) -> dict[str, Any]:
     family = given.model_type
     layers = given.num_hidden_layers
     window = getattr(given, "sliding_window", None)
-    windows = [window] * layers if family == "mistral" else [None] * layers
-    if family.startswith("qwen"):
+    windows = [window] * layers if family in ("mistral", "phi3") else [None] * layers
+    if getattr(given, "layer_types", None):
         windows = [window if kind == "sliding_attention" else None for kind in given.layer_types]
     attention_bias = getattr(given, "attention_bias", False)
     return {
         "num_kv_heads": given.num_key_value_heads,
         "head_dim": getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads,
-        "max_positions": given.max_position_embeddings,
+        "max_positions": _context(given),
         "rms_norm_eps": given.rms_norm_eps,
         "windows": tuple(windows),
         "qkv_bias": family == "qwen2" or attention_bias,
-        "o_bias": attention_bias,
+        "o_bias": getattr(given, "attention_out_bias", attention_bias),
         "mlp_bias": getattr(given, "mlp_bias", False),
         "tied_embeddings": given.tie_word_embeddings,
     }
 
 
+def _context(given: PreTrainedConfig) -> int:
+    rope = given.rope_parameters
+    if rope["rope_type"] == "dynamic":
+        return int(rope["factor"] * given.max_position_embeddings)
+    if rope["rope_type"] == "yarn":
+        return max(given.max_position_embeddings, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return given.max_position_embeddings
+
+
 def _rope_view(given: PreTrainedConfig) -> RopeConfig:
     rope = given.rope_parameters
+    original = rope.get("original_max_position_embeddings")
     if rope["rope_type"] == "llama3":
-        original = rope["original_max_position_embeddings"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         return RopeConfig(rope["rope_theta"], "llama3", rope["factor"], low, high, original)
+    if rope["rope_type"] in ("yarn", "longrope"):
+        _, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](given, torch.device("cpu"))
+        size = getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads
+        part = int(size * (rope.get("partial_rotary_factor") or 1))
+        return RopeConfig(
+            rope["rope_theta"],
+            rope["rope_type"],
+            rope.get("factor") or given.max_position_embeddings / original,
+            original_max_positions=original,
+            beta_fast=rope.get("beta_fast", 32.0),
+            beta_slow=rope.get("beta_slow", 1.0),
+            truncate=rope.get("truncate", True),
+            attention_factor=attention,
+            rotary_dim=part if part < size else None,
+            short_factors=tuple(rope.get("short_factor", ())),
+            long_factors=tuple(rope.get("long_factor", ())),
+        )
+    if rope["rope_type"] == "dynamic":
+        original = given.max_position_embeddings
+        return RopeConfig(rope["rope_theta"], "dynamic", rope["factor"], original_max_positions=original)
     return RopeConfig(rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + OTHERS, ids=str)
 def test_reads_what_transformers_reads(variant: dict[str, Any]) -> None:
     given = {**REQUIRED, **variant}
     config = parse_config(given)
@@ -88,7 +174,26 @@ def test_reads_what_transformers_reads(variant: dict[str, Any]) -> None:
     assert config.rope == _rope_view(theirs)
     # transformers' own spelling, and ours
     assert parse_config(theirs.to_dict()) == config
-    assert parse_config(hf_config_of(config, "float32")) == config
+    if variant in VARIANTS:
+        assert parse_config(hf_config_of(config, "float32")) == config
+
+
+def test_granite_is_a_llama_with_other_numbers() -> None:
+    """Hidden states are divided by what Granite multiplies each layer's contribution by."""
+    numbers = {
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 8,
+    }
+    config = parse_config({"model_type": "granite", **REQUIRED, **numbers, "rms_norm_eps": 1e-5})
+    assert (config.embedding_multiplier, config.logits_multiplier) == (24.0, 0.125)
+    assert (config.attention_scale, config.rms_norm_eps) == (0.125, 4e-5)
+
+
+def test_layers_without_rope() -> None:
+    config = parse_config({"model_type": "smollm3", **REQUIRED, "no_rope_layers": [1, 0, 1]})
+    assert [config.ropes[config.rope_index(layer)].kind for layer in range(3)] == ["default", "none", "default"]
 
 
 def test_window_counts_the_position_itself() -> None:
@@ -104,9 +209,8 @@ def test_window_counts_the_position_itself() -> None:
         ({"model_type": "mixtral"}, "mixtral"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"model_type": "arcee", "hidden_act": "silu"}, "silu"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers"),
@@ -139,6 +243,19 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_scaling": "linear"}, "rope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic"}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
+        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 4}}, "short_factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 0, 1, 1]}},
+            "long_factor",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers"),
+        ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"model_type": "mistral", "num_attention_heads": 8, "sliding_window": -1}, "sliding_window"),
         ({"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["full_attention"]}, "layer_types"),

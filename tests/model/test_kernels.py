@@ -80,6 +80,23 @@ def test_silu_mul(rows: int, size: int, scale: float, seed: int, dtype: torch.dt
 
 @few
 @given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99), dtype=DTYPES)
+def test_relu_squared(rows: int, size: int, scale: float, seed: int, dtype: torch.dtype) -> None:
+    up = random(rows, size, seed=seed, scale=scale, dtype=dtype)
+    ours, plain = torch.empty_like(up), torch.empty_like(up)
+    COMPILED.relu_squared(up, ours)
+    PLAIN.relu_squared(up, plain)
+    assert torch.equal(ours, plain)
+    assert torch.equal(ours == 0, (up.float() <= 0) | (plain == 0))
+
+
+def test_relu_squared_of_what_is_no_number_is_none() -> None:
+    out = torch.empty(1, 2)
+    COMPILED.relu_squared(torch.tensor([[float("nan"), float("inf")]]), out)
+    assert not out.isfinite().any()
+
+
+@few
+@given(rows=ROWS, size=SIZES, scale=SCALES, seed=st.integers(0, 99), dtype=DTYPES)
 def test_widen(rows: int, size: int, scale: float, seed: int, dtype: torch.dtype) -> None:
     x = random(rows, size, seed=seed, scale=scale, dtype=dtype)
     for kernels in (COMPILED, PLAIN):

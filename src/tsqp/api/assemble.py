@@ -52,7 +52,10 @@ def build_local_engine(
 def attention_here(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Attention:
     """Attention in this process, where nothing is private."""
     compiled = plan.run.compute.compiled_kernels
-    return pick_attention(checkpoint.config.windows, cache_dtype(plan.kv_dtype), stats, compiled=compiled)
+    config = checkpoint.config
+    return pick_attention(
+        config.windows, cache_dtype(plan.kv_dtype), stats, compiled=compiled, scale=config.score_scale
+    )
 
 
 def build_decoder(
@@ -70,7 +73,12 @@ def build_decoder(
         norms,
         placement.linears,
         placement.attention,
-        pick_kernels(dtype, compiled=plan.run.compute.compiled_kernels, cache_dtype=kept),
+        pick_kernels(
+            dtype,
+            compiled=plan.run.compute.compiled_kernels,
+            cache_dtype=kept,
+            activation=checkpoint.config.activation,
+        ),
         stats,
     )
     return Decoder(

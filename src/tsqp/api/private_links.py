@@ -58,7 +58,7 @@ class PrivateLinks:
         _check_pin(plan.run.guard.model_digest, self._model.digest)
         compile_loops(masked=plan.protection.masked)
         self._embedding = LocalEmbedding(table, stats, torch.float32)
-        self._attention = BlockAttention(checkpoint.config.windows, stats)
+        self._attention = BlockAttention(checkpoint.config.windows, stats, checkpoint.config.score_scale)
         self._attention.compile(cache_dtype(plan.kv_dtype))
         self._filler: PadFiller | None = None  # of a pool that is filled before its link is there
         self._guard: Guard | None = None  # of the last link

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.config.groups import LAYER_GROUPS
+from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import DecoderLayers, Norms
@@ -33,11 +34,11 @@ class PublicModel:
         self.depth = depth
         self._embedding = checkpoint.tensor(EMBEDDING)
         self._norms = Norms.load(checkpoint, torch.float32)
-        self._rotary = Rotary(self.config.rope, self.config.head_dim, torch.float32)
+        self._rotary = Rotary(self.config, torch.float32)
         keys = [(name, layer) for layer in range(depth) for name in LAYER_GROUPS]
         linears = LocalLinears({key: load_group(checkpoint, key, torch.float32) for key in keys}, Stats())
         kernels = pick_kernels(torch.float32, compiled=False)
-        nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.config.windows)
+        nothing = _Visible(torch.empty(0, 0), torch.empty(0), torch.empty(0), self.config)
         self._block = DecoderLayers(self.config, self._norms, linears, nothing, kernels, Stats())
 
     def first_inputs(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -46,7 +47,7 @@ class PublicModel:
         A block at a time, so that nobody needs memory for all: its first token, and (tokens, hidden_size).
         """
         for ids in self._vocabulary():
-            yield int(ids[0]), self._normed(self._embedding[ids].float(), 0)
+            yield int(ids[0]), self._normed(self._embedded(ids), 0)
 
     def deep_inputs(self, context: KVCache) -> torch.Tensor:
         """What each token of the vocabulary is at the input of layer ``depth``, as the next after ``context``."""
@@ -80,17 +81,21 @@ class PublicModel:
         self, context: KVCache, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states (T, hidden_size) after the layers; ``visible`` (T, known + T) is 1 where a row may look."""
-        hidden = self._embedding[tokens].float()
+        hidden = self._embedded(tokens)
         span = SequenceRows(context, context.length, 0, len(tokens), last=True)
         keys = torch.cat((torch.arange(context.length), positions))
-        block = replace(self._block, attention=_Visible(visible, positions, keys, self.config.windows))
+        block = replace(self._block, attention=_Visible(visible, positions, keys, self.config))
         chunk = Chunk(0, (span,))
         run(block.steps(range(self.depth), hidden, chunk, block.work(self._rotary, chunk, positions)))
         return hidden
 
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._block.embedded(self._embedding[tokens].float())
+
     def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """As layer ``layer`` hands it to its first product, of length 1."""
-        return F.normalize(rms_norm(hidden, self._norms.layers[layer].attention, self.config.rms_norm_eps), dim=1)
+        weight = self._norms.layers[layer].attention
+        return F.normalize(hidden if weight is None else rms_norm(hidden, weight, self.config.rms_norm_eps), dim=1)
 
     def _vocabulary(self) -> Iterator[torch.Tensor]:
         for first in range(0, self.config.vocab_size, BLOCK_TOKENS):
@@ -100,12 +105,10 @@ class PublicModel:
 class _Visible:
     """Attention where ``visible`` says, and within the layer's window."""
 
-    def __init__(
-        self, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, windows: tuple[int | None, ...]
-    ) -> None:
+    def __init__(self, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, config: ModelConfig) -> None:
         self._visible = visible.bool()
         self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
-        self._windows = windows
+        self._windows, self._scale = config.windows, config.score_scale
 
     def of(self, chunk: Chunk[KVCache]) -> _Visible:
         (self._span,) = chunk.spans
@@ -116,7 +119,9 @@ class _Visible:
         window = self._windows[layer]
         mask = self._visible if window is None else self._visible & (self._distance < window)
         grouped = len(q) != len(k)
-        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped)
+        mixed = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped, scale=self._scale
+        )
         out.view(len(out), len(q), -1).copy_(mixed[0].transpose(0, 1))
         return
         yield  # a generator that hands out no products

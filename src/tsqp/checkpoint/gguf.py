@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
-from tsqp.checkpoint.gguf_config import ROPE_FACTORS, config_from_gguf
+from tsqp.checkpoint.gguf_config import ROPE_TENSORS, config_from_gguf
 from tsqp.checkpoint.gguf_file import GgufFile
 from tsqp.checkpoint.shapes import EMBEDDING, FINAL_NORM, LM_HEAD, check_stored_shapes
 
@@ -41,7 +41,7 @@ class GgufCheckpoint(Checkpoint):
         super().__init__(config_from_gguf(self.file), str(path))
         self._gguf_names = {hf: gguf_name(hf) for hf in self.shapes}
         expected = {self._gguf_names[hf]: shape for hf, shape in self.shapes.items()}
-        check_stored_shapes(expected, self.file.shapes(), {ROPE_FACTORS}, str(path))
+        check_stored_shapes(expected, self.file.shapes(), ROPE_TENSORS, str(path))
 
     def _read(self, name: str) -> torch.Tensor:
         """One tensor: float32, float16 and bfloat16 as stored, quantised blocks as the float32 they stand for."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tsqp.checkpoint.hf_families import FAMILIES
+from tsqp.checkpoint.hf_rope import context_length
 from tsqp.checkpoint.shapes import check_layers
 from tsqp.config.model import Architecture, ModelConfig, RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
@@ -13,6 +16,9 @@ if TYPE_CHECKING:
     from tsqp.checkpoint.gguf_file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
+ROPE_SHORT, ROPE_LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+ROPE_TENSORS = {ROPE_FACTORS, ROPE_SHORT, ROPE_LONG}
+_SCALINGS = ("none", "linear", "yarn", "longrope")
 _ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
@@ -42,6 +48,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         # none, which differs beyond its length only.
         architecture = "mistral"
     qkv_bias, o_bias, mlp_bias = _biases(file, architecture)
+    max_positions = _positive(file, f"{name}.context_length")
+    rope = _rope(file, name, head_dim, max_positions)
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
@@ -51,9 +59,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=shapes.get("token_embd.weight", (0,))[0],
-        max_positions=_positive(file, f"{name}.context_length"),
+        max_positions=context_length(rope, max_positions),
         rms_norm_eps=file.number(f"{name}.attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, name, head_dim),
+        rope=rope,
         windows=(window,) * num_layers,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
@@ -98,34 +106,73 @@ def _biases(file: GgufFile, architecture: Architecture) -> tuple[bool, bool, boo
 
     Combinations that the architecture does not have end in tensors missing or too many.
     """
-    stored = file.shapes()
-    attention = "blk.0.attn_output.bias" in stored
-    match architecture:
-        case "llama":
-            return attention, attention, "blk.0.ffn_down.bias" in stored
-        case "mistral":
-            return False, False, False
-        case "qwen2":
-            return True, False, False
-        case "qwen3":
-            return attention, attention, False
+    stored, kind = file.shapes(), FAMILIES[architecture].biases
+    if kind in ("none", "qkv"):
+        return kind == "qkv", False, False
+    output = "blk.0.attn_output.bias" in stored
+    qkv = "blk.0.attn_q.bias" in stored if kind == "apart" else output
+    return qkv, output, kind != "attention" and "blk.0.ffn_down.bias" in stored
 
 
-def _rope(file: GgufFile, name: str, head_dim: int) -> RopeConfig:
+def _rope(file: GgufFile, name: str, head_dim: int, max_positions: int) -> RopeConfig:
     theta = file.number(f"{name}.rope.freq_base", 10_000.0)
     if theta <= 0:
         raise CorruptCheckpoint(f"{file.path}: {name}.rope.freq_base must be positive, not {theta}")
-    kind = file.text(f"{name}.rope.scaling.type", "none")
-    factor = file.number(f"{name}.rope.scaling.factor", file.number(f"{name}.rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
-        raise UnsupportedModel(f"{file.path}: rope scaling {kind!r} is not implemented; supported are none, linear")
-    if ROPE_FACTORS in file.shapes():
-        if kind == "linear":
-            raise UnsupportedModel(f"{file.path}: linear rope scaling together with {ROPE_FACTORS} is not implemented")
+    key, stored = f"{name}.rope.scaling", file.shapes()
+    kind = "longrope" if ROPE_LONG in stored else file.text(f"{key}.type", "none")
+    if kind not in _SCALINGS:
+        raise UnsupportedModel(
+            f"{file.path}: rope scaling {kind!r} is not implemented; supported are {', '.join(_SCALINGS)}"
+        )
+    if ROPE_FACTORS in stored:
+        if kind != "none":
+            raise UnsupportedModel(f"{file.path}: {kind} rope scaling together with {ROPE_FACTORS} is not implemented")
         return _llama3_rope(file, name, theta, head_dim)
-    if kind == "linear" and factor <= 0:
-        raise CorruptCheckpoint(f"{file.path}: {name}.rope.scaling.factor must be positive, not {factor}")
-    return RopeConfig(theta, "linear", factor) if kind == "linear" else RopeConfig(theta)
+    if kind == "none":
+        return RopeConfig(theta)
+    original = _positive(file, f"{key}.original_context_length", max_positions)
+    factor = file.number(f"{key}.factor", file.number(f"{name}.rope.scale_linear", max_positions / original))
+    if factor <= 0:
+        raise CorruptCheckpoint(f"{file.path}: {key}.factor must be positive, not {factor}")
+    if kind == "linear":
+        return RopeConfig(theta, "linear", factor)
+    attention = file.number(f"{key}.attn_factor", 1.0)
+    if attention <= 0:
+        raise CorruptCheckpoint(f"{file.path}: {key}.attn_factor must be positive, not {attention}")
+    if kind == "yarn":
+        return _yarn_rope(file, key, RopeConfig(theta, "yarn", factor, original_max_positions=original), attention)
+    return _longrope(file, RopeConfig(theta, "longrope", factor, original_max_positions=original), attention, head_dim)
+
+
+def _yarn_rope(file: GgufFile, key: str, rope: RopeConfig, attention: float) -> RopeConfig:
+    """What llama.cpp makes of the keys: ``attn_factor`` is beside YaRN's own attention factor."""
+    if rope.theta == 1.0 or rope.factor < 1:
+        raise CorruptCheckpoint(f"{file.path}: yarn is not defined for a base of 1 or a factor below 1")
+    if file.has(f"{key}.yarn_ext_factor") and file.number(f"{key}.yarn_ext_factor") not in (1.0, -1.0):
+        raise UnsupportedModel(f"{file.path}: a yarn_ext_factor other than 1 is not implemented")
+    if file.has(f"{key}.yarn_log_multiplier"):
+        raise UnsupportedModel(f"{file.path}: {key}.yarn_log_multiplier is not implemented")
+    fast, slow = file.number(f"{key}.yarn_beta_fast", 32.0), file.number(f"{key}.yarn_beta_slow", 1.0)
+    if fast <= 0 or slow <= 0:
+        raise CorruptCheckpoint(f"{file.path}: yarn_beta_fast and yarn_beta_slow must be positive")
+    attention *= file.number(f"{key}.yarn_attn_factor", 1.0) * (0.1 * math.log(rope.factor) + 1)
+    return replace(rope, beta_fast=fast, beta_slow=slow, attention_factor=attention)
+
+
+def _longrope(file: GgufFile, rope: RopeConfig, attention: float, head_dim: int) -> RopeConfig:
+    """The divisors of each frequency, which GGUF holds as two tensors. ``attn_factor`` is all of the attention factor.
+
+    llama.cpp takes the divisors by the context that it was started with; here it is the text that counts, as the
+    authors and transformers have it.
+    """
+    factors = []
+    for name in (ROPE_SHORT, ROPE_LONG):
+        if file.shapes().get(name) != (head_dim // 2,):
+            raise CorruptCheckpoint(f"{file.path}: longrope needs {name} with {head_dim // 2} numbers")
+        factors.append(tuple(float(str(value)) for value in file.tensor(name).float().numpy()))
+        if not all(0 < value < math.inf for value in factors[-1]):
+            raise CorruptCheckpoint(f"{file.path}: the factors in {name} must be positive numbers")
+    return replace(rope, attention_factor=attention, short_factors=factors[0], long_factors=factors[1])
 
 
 def _llama3_rope(file: GgufFile, name: str, theta: float, head_dim: int) -> RopeConfig:

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
 from tsqp.checkpoint.hf_config import parse_config
+from tsqp.checkpoint.hf_tensors import stored_shapes, stored_tensors
 from tsqp.checkpoint.hf_text import read_text_format
 from tsqp.checkpoint.json_object import read_json_object
-from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes, tensor_shapes
+from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes
 from tsqp.config.model import ModelConfig
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
@@ -39,13 +40,20 @@ class HuggingFaceCheckpoint(Checkpoint):
         config = parse_config(read_json_object(config_path), str(config_path))
         self._files = {path: _open_safetensors(path) for path in _weight_files(directory)}
         self._file_of = {tensor: path for path, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+        self._places = stored_tensors(config)
         self._check_headers(config)
         if config.tied_embeddings and self._has_its_own_head():
             config = replace(config, tied_embeddings=False)
+            self._places = stored_tensors(config)
         super().__init__(config, str(directory))
 
     def _read(self, name: str) -> torch.Tensor:
-        """In the file's dtype, memory-mapped."""
+        """In the file's dtype, memory-mapped unless its rows have to be moved."""
+        place = self._places[name]
+        return place.taken_from(self._read_stored(place.name))
+
+    def _read_stored(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the file."""
         path = self._file_of[name]
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
@@ -72,11 +80,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             return False
         import torch
 
-        return not torch.equal(self._read(LM_HEAD), self._read(EMBEDDING))
+        return not torch.equal(self._read_stored(LM_HEAD), self._read_stored(EMBEDDING))
 
     def _check_headers(self, config: ModelConfig) -> None:
         """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the config asks for."""
-        shapes = tensor_shapes(config)
+        shapes = stored_shapes(config, self._places)
         stored: dict[str, tuple[int, ...]] = {}
         for name, path in self._file_of.items():
             header = self._files[path].get_slice(name)

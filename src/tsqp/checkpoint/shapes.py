@@ -21,19 +21,33 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
     groups = [linear_groups(config)[name] for name in LAYER_GROUPS]
+    q_norm, k_norm = ((config.q_size,), (config.kv_size,)) if config.qk_norm_whole else ((config.head_dim,),) * 2
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = hidden
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = hidden
-        if config.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+        for key, name in norm_names(config, layer).items():
+            shapes[name] = {"q": q_norm, "k": k_norm}.get(key, hidden)
         for group in groups:
             for part, rows in group.parts:
                 shapes[part_tensor(layer, part, "weight")] = (rows, group.in_features)
                 if group.bias:
                     shapes[part_tensor(layer, part, "bias")] = (rows,)
     return shapes
+
+
+def norm_names(config: ModelConfig, layer: int) -> dict[str, str]:
+    """The norm weights that a layer has, by what they are for (``LayerNorms``): their Hugging Face names.
+
+    ``post_attention_layernorm`` is Llama's name for the norm before the MLP, and where what attention gives is normed
+    it is the name of that.
+    """
+    names: dict[str, str] = {}
+    if config.norms_before:
+        names["attention"] = "input_layernorm"
+        names["mlp"] = "pre_feedforward_layernorm" if config.norms_after else "post_attention_layernorm"
+    if config.qk_norm:
+        names |= {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+    if config.norms_after:
+        names |= {"attention_after": "post_attention_layernorm", "mlp_after": "post_feedforward_layernorm"}
+    return {key: f"model.layers.{layer}.{name}.weight" for key, name in names.items()}
 
 
 def check_layers(count: int, where: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.default import default_directory, fetch_default
 from tsqp.checkpoint.hub import download_from_hub
+from tsqp.checkpoint.shapes import norm_names, tensor_shapes
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.config.groups import linear_groups
 from tsqp.config.model import ModelConfig
@@ -79,6 +81,7 @@ def parameters(config: ModelConfig) -> int:
     groups = linear_groups(config)
     weights = {name: group.out_features * (group.in_features + group.bias) for name, group in groups.items()}
     head = weights.pop("lm_head")
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    shapes = tensor_shapes(replace(config, num_layers=1))
+    norms = sum(shapes[name][0] for name in norm_names(config, 0).values())
     embedding = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size
     return config.num_layers * (sum(weights.values()) + norms) + config.hidden_size + head + embedding

@@ -41,6 +41,7 @@ def linear_groups(config: ModelConfig) -> dict[GroupName, LinearGroup]:
     """The five linear groups of a model, by name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.q_size, config.kv_size
+    gate = (("mlp.gate_proj", inner),) if config.gated_mlp else ()
     groups = (
         LinearGroup(
             "qkv",
@@ -49,7 +50,7 @@ def linear_groups(config: ModelConfig) -> dict[GroupName, LinearGroup]:
             config.qkv_bias,
         ),
         LinearGroup("o", q, (("self_attn.o_proj", hidden),), config.o_bias),
-        LinearGroup("gate_up", hidden, (("mlp.gate_proj", inner), ("mlp.up_proj", inner)), config.mlp_bias),
+        LinearGroup("gate_up", hidden, (*gate, ("mlp.up_proj", inner)), config.mlp_bias),
         LinearGroup("down", inner, (("mlp.down_proj", hidden),), config.mlp_bias),
         LinearGroup("lm_head", hidden, (("lm_head", config.vocab_size),), False),
     )

@@ -31,18 +31,19 @@ def attend(
     first_key: int,
     window: int | None,
     out: torch.Tensor,
+    scale: float | None = None,
 ) -> None:
-    """Softmax(Q·Kᵀ/√d)·V.
+    """Softmax(scale · Q·Kᵀ)·V, with 1/√head_dim for a scale of None.
 
     ``q`` (heads, T, head_dim) at positions from ``position``; ``k``, ``v`` (kv_heads, keys, head_dim) at positions
     from ``first_key``; ``out`` (T, heads, head_dim).
     """
     if q.shape[1] == 1:
-        _attend_one(q, k, v, out)
+        _attend_one(q, k, v, out, scale)
     elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and not fused_is_fast():
-        _attend_in_blocks(q, k, v, position, first_key, window, out)
+        _attend_in_blocks(q, k, v, position, first_key, window, out, scale)
     else:
-        _attend_fused(q, k, v, position, first_key, window, out)
+        _attend_fused(q, k, v, position, first_key, window, out, scale)
 
 
 def fused_is_fast() -> bool:
@@ -50,12 +51,12 @@ def fused_is_fast() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float | None) -> None:
     """A decode step sees every key; the heads of a group share their keys as rows of one product."""
     heads, _, head_dim = q.shape
     kv_heads = k.shape[0]
     grouped = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
-    out.copy_(F.scaled_dot_product_attention(grouped, k[None], v[None]).view(1, heads, head_dim))
+    out.copy_(F.scaled_dot_product_attention(grouped, k[None], v[None], scale=scale).view(1, heads, head_dim))
 
 
 def _attend_fused(
@@ -66,6 +67,7 @@ def _attend_fused(
     first_key: int,
     window: int | None,
     out: torch.Tensor,
+    scale: float | None,
 ) -> None:
     """torch's own kernel, which never materialises the scores."""
     rows, keys = q.shape[1], k.shape[1]
@@ -76,6 +78,7 @@ def _attend_fused(
         v[None],
         attn_mask=None if whole else causal_mask(position, rows, first_key, keys, window, q.device),
         is_causal=whole,
+        scale=scale,
         enable_gqa=len(q) != len(k),
     )
     out.copy_(mixed[0].transpose(0, 1))
@@ -89,10 +92,11 @@ def _attend_in_blocks(
     first_key: int,
     window: int | None,
     out: torch.Tensor,
+    scale: float | None,
 ) -> None:
     """Block by block of queries, with bfloat16 products over the keys that the block can see."""
     rows = q.shape[1]
-    scaled = q * q.shape[2] ** -0.5
+    scaled = q * (q.shape[2] ** -0.5 if scale is None else scale)
     for start in range(0, rows, BLOCK_QUERIES):
         end = min(start + BLOCK_QUERIES, rows)
         low = max(first_key, first_visible(position + start, window)) - first_key

@@ -88,6 +88,14 @@ class Chunk(Generic[C]):
         """The position of every row, int64 (rows,)."""
         return torch.cat([torch.arange(span.position, span.end) for span in self.spans])
 
+    def lengths(self, positions: torch.Tensor) -> torch.Tensor:
+        """How long the text is whose rotary tables a row has, int64 (rows,), for rows at ``positions``.
+
+        That of the prompt for its rows; from there on, each row ends the text that it is a row of.
+        """
+        begun = [torch.full((span.rows,), span.cache.begun) for span in self.spans]
+        return torch.maximum(torch.cat(begun), positions + 1)
+
     def wanted_rows(self) -> list[int]:
         """The rows whose logits are wanted: those that end a sequence, and all of one that wants all."""
         rows: list[int] = []
@@ -129,6 +137,7 @@ class Batch(Generic[C]):
         spans: list[SequenceRows[C]] = []
         offset = filled = 0
         for index, (tokens, cache) in enumerate(zip(self.tokens, self.caches, strict=True)):
+            cache.begin(len(tokens))
             wanted = self.sampled is None or self.sampled[index]
             whole = self.whole is not None and self.whole[index]
             done = 0

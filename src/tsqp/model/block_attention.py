@@ -19,7 +19,6 @@ instructions round sums otherwise (``attention_tiles.py``). Tests: ``tests/model
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -45,7 +44,8 @@ Spans = Sequence[SequenceRows[KVCache]]
 class BlockAttention:
     """Attention in this process over caches of bfloat16, float32 or int8 on the CPU."""
 
-    def __init__(self, windows: tuple[int | None, ...], meter: Meter) -> None:
+    def __init__(self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None) -> None:
+        """``scale`` multiplies Q·Kᵀ: 1/√head_dim for None."""
         # Compiling costs seconds: only for those who attend this way.
         from tsqp.model import compiled_attention, int8_attention
 
@@ -53,6 +53,7 @@ class BlockAttention:
         self._int8_loops: Any = int8_attention
         self._windows = windows
         self._meter = meter
+        self._scale = scale
         self._threads = row_threads()
 
     def compile(self, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32) -> None:
@@ -91,7 +92,15 @@ class BlockAttention:
         # By address: the spans keep the caches, and nothing grows them before the loop is done.
         caches = np.array([(span.first, *span.cache.memory(layer)) for span in spans.alone], np.int64)
         work = len(parts.items) * spans.kv_heads
-        arguments = (parts.items, spans.kv_heads, _scale(q), caches, parts.sums, parts.starts, _heads_of(out, q))
+        arguments = (
+            parts.items,
+            spans.kv_heads,
+            self._scale_of(q),
+            caches,
+            parts.sums,
+            parts.starts,
+            _heads_of(out, q),
+        )
         if self._shared(loops.attend_steps, parts.keys, work, q, *arguments):
             loops.join_parts(parts.sums, parts.starts, caches, arguments[-1], 0, len(caches))
 
@@ -106,8 +115,11 @@ class BlockAttention:
         ]
         pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
         window, work = self._windows[layer] or NO_WINDOW, len(items) * kv_heads
-        arguments = (_balanced(items), kv_heads, _scale(q), window, _heads_of(out, q))
+        arguments = (_balanced(items), kv_heads, self._scale_of(q), window, _heads_of(out, q))
         self._shared(loops.attend_rows, pairs, work, q, *arguments)
+
+    def _scale_of(self, q: torch.Tensor) -> np.float32:
+        return np.float32(q.shape[2] ** -0.5 if self._scale is None else self._scale)
 
     def _shared(self, loop: Any, pairs: int, work: int, q: torch.Tensor, *arguments: Any) -> bool:
         """``loop`` over all work, shared out over threads if that is worth while; whether it was shared out."""
@@ -164,10 +176,6 @@ class _Parts:
         sums = np.empty((len(parts), heads, head_dim + 2), np.float32)
         keys = sum(end - first for _, first, end in parts)
         return cls(np.array(parts, np.int64), np.array(starts, np.int64), sums, keys)
-
-
-def _scale(q: torch.Tensor) -> np.float32:
-    return np.float32(1 / math.sqrt(q.shape[2]))
 
 
 def _heads_of(out: torch.Tensor, q: torch.Tensor) -> Array:

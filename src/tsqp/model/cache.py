@@ -25,10 +25,14 @@ def cache_dtype(kept: KVDtype) -> torch.dtype:
 
 
 class Positions:
-    """A sequence that grows: ``length`` positions of it are held."""
+    """A sequence that grows: ``length`` positions of it are held. It began with a prompt of ``begun`` tokens."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length = self.begun = 0
+
+    def begin(self, tokens: int) -> None:
+        """The prompt has so many tokens, unless something else was said before: it may come in several passes."""
+        self.begun = self.begun or tokens
 
     def advance(self, rows: int) -> None:
         """Now ``rows`` more positions are held."""

@@ -137,6 +137,16 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
 
 
 @_kernel
+def relu_squared(up, out, first, end):  # type: ignore[no-untyped-def]
+    """up, out (T, n)."""
+    for row in range(first, end):
+        for j in range(out.shape[1]):
+            value = _widen(up[row, j])
+            value = np.float32(0.0) if value < np.float32(0.0) else value  # what is no number stays so
+            out[row, j] = _narrow(value * value, up[row, j])
+
+
+@_kernel
 def widen(x, out, first, end):  # type: ignore[no-untyped-def]
     """x (T, n), out float32 (T, n)."""
     for row in range(first, end):

@@ -13,6 +13,7 @@ import torch
 
 from tsqp.arith.bits import keep_bits
 from tsqp.checkpoint.base import Checkpoint
+from tsqp.checkpoint.shapes import FINAL_NORM, norm_names
 from tsqp.config.groups import GroupKey
 from tsqp.config.model import ModelConfig
 from tsqp.model.batch import Chunk
@@ -25,30 +26,41 @@ from tsqp.model.rotary import Rotary
 
 
 class ChunkWork(NamedTuple):
-    """What one chunk needs in every layer, made once: cos and sin of its positions, (T, D), and room for its queries.
+    """What one chunk needs in every layer, made once: cos and sin of its positions, and room for its queries.
 
+    cos and sin (ropes, T, D) have a table for each rotary embedding of the model; ``tables`` are the same, one by one.
     ``q`` (heads, T, D) is of the dtype that attention over the caches takes.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
+    tables: Sequence[tuple[torch.Tensor, torch.Tensor]]
     q: torch.Tensor
     attention: ChunkAttention
 
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """The norm weights of one layer: (hidden_size,) twice, and (head_dim,) for Q and K where the family has them."""
+    """The norm weights of one layer, None where the family has none.
 
-    attention: torch.Tensor
-    mlp: torch.Tensor
-    q: torch.Tensor | None
-    k: torch.Tensor | None
+    ``attention`` and ``mlp`` (hidden_size,): of what the two take; ``attention_after`` and ``mlp_after`` of what they
+    give. ``q`` and ``k``: (head_dim,), or (q_size,) and (kv_size,) where all heads are normed as one.
+    """
+
+    attention: torch.Tensor | None
+    mlp: torch.Tensor | None
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+    attention_after: torch.Tensor | None = None
+    mlp_after: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Norms:
-    """All norm weights of a model, in the compute dtype."""
+    """All norm weights of a model, in the compute dtype.
+
+    The final one carries what the logits are multiplied by: the head, which follows, is linear.
+    """
 
     layers: tuple[LayerNorms, ...]
     final: torch.Tensor
@@ -56,21 +68,21 @@ class Norms:
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norms:
         """Read them from a checkpoint. Raises CorruptCheckpoint."""
+        config = checkpoint.config
 
-        def weight(name: str) -> torch.Tensor:
-            return keep_bits(checkpoint.tensor(f"model.{name}.weight").to(device, dtype, copy=True))
+        def weight(name: str, factor: float = 1.0) -> torch.Tensor:
+            stored = checkpoint.tensor(name)
+            stored = stored if factor == 1.0 else stored.float() * factor
+            return keep_bits(stored.to(device, dtype, copy=True))
 
         def layer(index: int) -> LayerNorms:
-            name = f"layers.{index}"
-            qk = checkpoint.config.qk_norm
+            names = norm_names(config, index)
             return LayerNorms(
-                attention=weight(f"{name}.input_layernorm"),
-                mlp=weight(f"{name}.post_attention_layernorm"),
-                q=weight(f"{name}.self_attn.q_norm") if qk else None,
-                k=weight(f"{name}.self_attn.k_norm") if qk else None,
+                **dict.fromkeys(("attention", "mlp")) | {key: weight(name) for key, name in names.items()}
             )
 
-        return cls(tuple(layer(index) for index in range(checkpoint.config.num_layers)), weight("norm"))
+        layers = tuple(layer(index) for index in range(config.num_layers))
+        return cls(layers, weight(FINAL_NORM, config.logits_multiplier))
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,17 @@ class DecoderLayers:
 
     def work(self, rotary: Rotary, chunk: Chunk[KVCache], positions: torch.Tensor | None = None) -> ChunkWork:
         """What ``steps`` takes for a chunk. ``positions`` (T,): those of the chunk unless given."""
-        cos, sin = rotary.tables(chunk.positions() if positions is None else positions)
-        shape = (self.config.num_heads, len(cos), self.config.head_dim)
+        positions = chunk.positions() if positions is None else positions
+        cos, sin = rotary.tables(positions, chunk.lengths(positions))
+        shape = (self.config.num_heads, cos.shape[1], self.config.head_dim)
         q = cos.new_empty(shape, dtype=query_dtype(chunk.spans[0].cache.dtype))
-        return ChunkWork(keep_bits(cos), keep_bits(sin), keep_bits(q), self.attention.of(chunk))
+        tables = [(keep_bits(of_rope), keep_bits(sines)) for of_rope, sines in zip(cos, sin, strict=True)]
+        return ChunkWork(keep_bits(cos), keep_bits(sin), tables, keep_bits(q), self.attention.of(chunk))
+
+    def embedded(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the layers take of what the embedding gives, (T, hidden_size), which may be changed."""
+        multiplier = self.config.embedding_multiplier
+        return hidden if multiplier == 1.0 else hidden.mul_(multiplier)
 
     def steps(self, layers: Sequence[int], hidden: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork) -> Steps[None]:
         """Put the rows of one chunk through layers, one after another: ``hidden`` (T, hidden_size) is changed in place.
@@ -99,11 +118,11 @@ class DecoderLayers:
         rows = chunk.rows
         asked: Pending | None = None  # between layers: a product that is still to be added to hidden
         for layer in layers:
-            norms = self.norms.layers[layer]
+            norms, before = self.norms.layers[layer], self.norms.layers[max(layer - 1, 0)]
             if asked is None:
                 x = self._normed(("qkv", layer), hidden, norms.attention)
             else:
-                x = self._added(("qkv", layer), hidden, (yield asked), norms.attention)
+                x = self._added(("qkv", layer), hidden, (yield asked), before.mlp_after, norms.attention)
                 asked.release()
             asked = self.linears.start(("qkv", layer), x)
             qkv = yield asked
@@ -113,41 +132,72 @@ class DecoderLayers:
             del qkv, x  # the memory of large ones is free again when nothing refers to it
             asked.release()
             asked = self.linears.start(("o", layer), mixed)
-            x = self._added(("gate_up", layer), hidden, (yield asked), norms.mlp)
+            x = self._added(("gate_up", layer), hidden, (yield asked), norms.attention_after, norms.mlp)
             del mixed
             asked.release()
             asked = self.linears.start(("gate_up", layer), x)
             gate_up = yield asked
             inner = self.linears.input(("down", layer), rows)
             with self.meter.operator("silu"):
-                self.kernels.silu_mul(gate_up, inner)
+                self._activate(gate_up, inner)
             del gate_up, x
             asked.release()
             asked = self.linears.start(("down", layer), inner)
             del inner
         if asked is not None:
-            hidden.add_((yield asked))
+            hidden.add_(self._normed_after((yield asked), self.norms.layers[layers[-1]].mlp_after))
             asked.release()
 
-    def _normed(self, key: GroupKey, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The input of a product: ``hidden``, normed."""
+    def _normed(self, key: GroupKey, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The input of a product: ``hidden``, normed where the family norms it."""
         x = self.linears.input(key, hidden.shape[0])
+        if weight is None:
+            return x.copy_(hidden)
         with self.meter.operator("rms_norm"):
             self.kernels.rms_norm(hidden, weight, self.config.rms_norm_eps, x)
         return x
 
-    def _added(self, key: GroupKey, hidden: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The same after ``hidden += y``."""
+    def _added(
+        self,
+        key: GroupKey,
+        hidden: torch.Tensor,
+        y: torch.Tensor,
+        after: torch.Tensor | None,
+        before: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same after ``hidden += y``, with y normed by ``after`` and the sum by ``before`` where there are any."""
+        y = self._normed_after(y, after)
+        if before is None:
+            hidden.add_(y)
+            return self._normed(key, hidden, None)
         x = self.linears.input(key, hidden.shape[0])
         with self.meter.operator("rms_norm"):
-            self.kernels.add_rms_norm(hidden, y, weight, self.config.rms_norm_eps, x)
+            self.kernels.add_rms_norm(hidden, y, before, self.config.rms_norm_eps, x)
         return x
+
+    def _normed_after(self, y: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """What attention or MLP has given, (T, hidden_size), normed where the family norms it."""
+        if weight is None:
+            return y
+        normed = torch.empty_like(y)
+        with self.meter.operator("rms_norm"):
+            self.kernels.rms_norm(y, weight, self.config.rms_norm_eps, normed)
+        return normed
+
+    def _activate(self, gate_up: torch.Tensor, inner: torch.Tensor) -> None:
+        """The activation of (T, 2·inner), or of (T, inner) where nothing is gated."""
+        match self.config.activation:
+            case "silu":
+                self.kernels.silu_mul(gate_up, inner)
+            case "relu2":
+                self.kernels.relu_squared(gate_up, inner)
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, chunk: Chunk[KVCache], work: ChunkWork, mixed: torch.Tensor
     ) -> Steps[None]:
         """Attention of every sequence of the chunk: qkv (T, q + 2·kv) to mixed (T, heads·head_dim)."""
-        config, (cos, sin, q, attention) = self.config, work
+        config, q, attention = self.config, work.q, work.attention
+        cos, sin = work.tables[config.rope_index(layer)]
         queries, keys = self._queries_and_keys(layer, qkv)
         values = Heads(qkv, config.q_size + config.kv_size)
         with self.meter.operator("rotary"):
@@ -165,9 +215,9 @@ class DecoderLayers:
         return Heads(queries, 0), Heads(keys, 0)
 
     def _norm_heads(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,)."""
+        """Every head normed on its own: heads (T, n·head_dim), weight (head_dim,); all as one: weight (n·head_dim,)."""
         with self.meter.operator("rms_norm"):
-            rows = heads.reshape(-1, self.config.head_dim)  # (T·n, D)
+            rows = heads.reshape(-1, len(weight))  # (T·n, D), or (T, n·D)
             normed = torch.empty_like(rows)
             self.kernels.rms_norm(rows, weight, self.config.rms_norm_eps, normed)
             return normed.view(heads.shape)

@@ -23,9 +23,10 @@ import torch
 from tsqp.arith.bits import Array, bits
 from tsqp.arith.quantise import quantise_block
 from tsqp.arith.row_threads import row_threads
+from tsqp.config.model import Activation
 from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache, query_dtype
-from tsqp.model.norms import rms_norm, silu_mul
+from tsqp.model.norms import relu_squared, rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
 SPLIT_ROWS = 128  # fewer rows than this are done by one thread: waking another takes longer
@@ -51,6 +52,9 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """``out = silu(gate) · up`` of the two halves of (T, 2·inner): out (T, inner)."""
+
+    def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = max(up, 0)²``, both (T, inner)."""
 
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """``out = x``, both (T, n), out of float32."""
@@ -87,6 +91,9 @@ class TorchKernels:
 
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(silu_mul(gate_up))
+
+    def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(relu_squared(up))
 
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(x)
@@ -157,6 +164,9 @@ class CompiledKernels(TorchKernels):
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.silu_mul, out.shape[0], bits(gate_up), bits(out), least=SPLIT_ROWS)
 
+    def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
+        self._threads.run(self._compiled.relu_squared, out.shape[0], bits(up), bits(out), least=SPLIT_ROWS)
+
     def widen(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.widen, out.shape[0], bits(x), bits(out), least=SPLIT_ROWS)
 
@@ -202,24 +212,29 @@ def pick_kernels(
     *,
     compiled: bool = True,
     cache_dtype: torch.dtype | None = None,
+    activation: Activation = "silu",
 ) -> Kernels:
     """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's.
 
-    ``cache_dtype`` is what keys and values are kept as, ``dtype`` unless told otherwise.
+    ``cache_dtype`` is what keys and values are kept as, ``dtype`` unless told otherwise. The loop of ``activation`` is
+    ready, that of another is compiled when it is first used.
     """
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
-        return _compiled_kernels(dtype, cache_dtype or dtype)
+        return _compiled_kernels(dtype, cache_dtype or dtype, activation)
     return TorchKernels()
 
 
 @cache
-def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype) -> CompiledKernels:
+def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype, activation: Activation) -> CompiledKernels:
     """Kernels whose loops are compiled for ``dtype``: each has done one row, so that no forward pass waits for it."""
     kernels = CompiledKernels()
     row, out, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 2), (1, 2), (2,)))
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
-    kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
+    if activation == "silu":
+        kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
+    else:
+        kernels.relu_squared(row, out)
     kernels.widen(row, torch.empty(1, 2))
     heads, like = Heads(row, 0), out.view(1, 1, 2).to(cache_dtype)
     q = like.to(query_dtype(cache_dtype))

@@ -104,13 +104,14 @@ class LocalProduct:
 class TorchAttention:
     """Attention by torch, of every dtype on every device, one sequence after another."""
 
-    def __init__(self, windows: tuple[int | None, ...], meter: Meter) -> None:
+    def __init__(self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None) -> None:
         self._windows = windows
         self._meter = meter
+        self._scale = scale
 
     def of(self, chunk: Chunk[KVCache]) -> TorchChunkAttention:
         """See ``Attention.of``."""
-        return TorchChunkAttention(self._windows, self._meter, chunk.spans)
+        return TorchChunkAttention(self._windows, self._meter, chunk.spans, self._scale)
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ class TorchChunkAttention:
     _windows: tuple[int | None, ...]
     _meter: Meter
     _spans: Sequence[SequenceRows[KVCache]]
+    _scale: float | None
 
     def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
         """See ``ChunkAttention.steps``."""
         with self._meter.operator("softmax"):
-            attend_spans(layer, q, self._spans, self._windows[layer], out)
+            attend_spans(q, self._spans, self._windows[layer], self._scale, layer, out)
         return
         yield  # a generator that hands out no products
 
@@ -135,18 +137,23 @@ class StepAttention(BlockAttention):
     def _attend_rows(
         self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
     ) -> None:
-        attend_spans(layer, q, spans, self._windows[layer], out)
+        attend_spans(q, spans, self._windows[layer], self._scale, layer, out)
 
 
 def attend_spans(
-    layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], window: int | None, out: torch.Tensor
+    q: torch.Tensor,
+    spans: Sequence[SequenceRows[KVCache]],
+    window: int | None,
+    scale: float | None,
+    layer: int,
+    out: torch.Tensor,
 ) -> None:
     """Rows of several sequences, by torch: q (heads, T, head_dim) to out (T, heads·head_dim)."""
     heads = out.view(len(out), q.shape[0], q.shape[2])
     for span in spans:
         first = first_visible(span.position, window)
         k, v = span.cache.view(layer, first, span.end)
-        attend(q[:, span.slice], k, v, span.position, first, window, heads[span.slice])
+        attend(q[:, span.slice], k, v, span.position, first, window, heads[span.slice], scale)
 
 
 def pick_attention(
@@ -156,10 +163,15 @@ def pick_attention(
     device: str | torch.device = "cpu",
     *,
     compiled: bool = True,
+    scale: float | None = None,
 ) -> Attention:
-    """Attention over caches of ``dtype``: compiled loops where there are any, unless told otherwise, else torch."""
+    """Attention over caches of ``dtype``: compiled loops where there are any, unless told otherwise, else torch.
+
+    ``scale`` multiplies Q·Kᵀ: 1/√head_dim for None.
+    """
     if not (compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu"):
-        return TorchAttention(windows, meter)
-    attention = (StepAttention if dtype == torch.bfloat16 and fused_is_fast() else BlockAttention)(windows, meter)
+        return TorchAttention(windows, meter, scale)
+    kind = StepAttention if dtype == torch.bfloat16 and fused_is_fast() else BlockAttention
+    attention = kind(windows, meter, scale)
     attention.compile(dtype, dtype)
     return attention

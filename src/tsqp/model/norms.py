@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019) and the gated activation of the Llama family."""
+"""Root-mean-square norm (Zhang and Sennrich 2019) and the activations of the Llama family."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) · up`` of the two halves of the last dimension: (T, 2·inner) to (T, inner)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def relu_squared(up: torch.Tensor) -> torch.Tensor:
+    """``max(up, 0)²`` (So et al. 2021), without a gate: (T, inner) to the same."""
+    return F.relu(up).square_()

@@ -6,17 +6,55 @@ import math
 
 import torch
 
-from tsqp.config.model import RopeConfig
+from tsqp.config.model import ModelConfig, RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Angles per position, float32 (head_dim / 2,), with the scaling of ``rope`` applied."""
-    base = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.kind == "linear":
-        return base / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(base, rope)
+def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> torch.Tensor:
+    """Angles per position, float32 (head_dim / 2,), for a text of ``length``; 0 for pairs that are not rotated."""
+    width = rope.rotary_dim or head_dim
+    turned = torch.zeros(head_dim // 2)
+    if rope.kind != "none":
+        turned[: width // 2] = _scaled(rope, width, length)
+    return turned
+
+
+def _scaled(rope: RopeConfig, width: int, length: int) -> torch.Tensor:
+    """Those of the pairs of ``width`` numbers, with the scaling of ``rope`` applied."""
+    theta = _grown_theta(rope, width, length) if rope.kind == "dynamic" else rope.theta
+    base = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+    match rope.kind:
+        case "linear":
+            return base / rope.factor
+        case "llama3":
+            return _llama3(base, rope)
+        case "yarn":
+            return _yarn(base, rope, width)
+        case "longrope":
+            long = length > rope.original_max_positions
+            return base / torch.tensor(rope.long_factors if long else rope.short_factors)
     return base
+
+
+def _grown_theta(rope: RopeConfig, width: int, length: int) -> float:
+    """Dynamic NTK: the base for a text of ``length``, that of the model up to its original context."""
+    turns = max(length, rope.original_max_positions) / rope.original_max_positions
+    return float(rope.theta * (rope.factor * turns - (rope.factor - 1)) ** (width / (width - 2)))
+
+
+def _yarn(base: torch.Tensor, rope: RopeConfig, width: int) -> torch.Tensor:
+    """YaRN (Peng et al. 2023, section 3.2): a ramp over pairs, from those that are kept to those that are stretched."""
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often within the original context."""
+        return width * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = torch.arange(width // 2, dtype=torch.float32) - first
+    stretched = (ramp / (last - first if last != first else 0.001)).clamp(0, 1)
+    return base / rope.factor * stretched + base * (1 - stretched)
 
 
 def _llama3(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
@@ -33,17 +71,50 @@ def _llama3(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 class Rotary:
-    """Cosine and sine tables for every position of the context, in the compute dtype."""
+    """Cosine and sine tables of every rotary embedding that a model's layers have, in the compute dtype."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self._inverse = inverse_frequencies(rope, head_dim).to(device)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._ropes, self._head_dim = config.ropes, config.head_dim
+        self._fixed = [
+            None if rope.follows_length else inverse_frequencies(rope, config.head_dim).to(device)
+            for rope in config.ropes
+        ]
         self._dtype = dtype
+        self._device = device
 
-    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for int64 positions (T,): (T, head_dim) each."""
-        angles = torch.outer(positions.to(self._inverse), self._inverse)
+    def tables(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for int64 positions (T,) of texts of ``lengths`` (T,): (ropes, T, head_dim) each."""
+        positions = positions.to(self._device)
+        pairs = [self._tables(n, positions, lengths) for n in range(len(self._ropes))]
+        cos, sin = (torch.stack(tables) for tables in zip(*pairs, strict=True))
+        return cos, sin
+
+    def _tables(self, index: int, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rope, inverse = self._ropes[index], self._fixed[index]
+        if inverse is None:
+            angles = positions.float().unsqueeze(1) * self._of_lengths(rope, lengths)
+        else:
+            angles = torch.outer(positions.to(inverse), inverse)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if rope.attention_factor != 1.0:
+            turned = self._turned(rope)
+            cos[:, turned] *= rope.attention_factor
+            sin[:, turned] *= rope.attention_factor
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+    def _of_lengths(self, rope: RopeConfig, lengths: torch.Tensor) -> torch.Tensor:
+        """Angles per position for each row's length: (T, head_dim / 2)."""
+        kinds, which = torch.tensor([rope.table_length(length) for length in lengths.tolist()]).unique(
+            return_inverse=True
+        )
+        inverse = torch.stack([inverse_frequencies(rope, self._head_dim, kind) for kind in kinds.tolist()])
+        return inverse[which].to(self._device)
+
+    def _turned(self, rope: RopeConfig) -> torch.Tensor:
+        """Which numbers of a head are rotated: bool (head_dim,)."""
+        half = torch.arange(self._head_dim // 2) < (rope.rotary_dim or self._head_dim) // 2
+        return torch.cat((half, half)).to(self._device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

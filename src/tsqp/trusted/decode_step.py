@@ -13,7 +13,6 @@ After a failure the session is over and all pads of the step are lost, as after 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +79,12 @@ class DecodeStep:
 
     @classmethod
     def of(cls, model: Model, linears: CheckedLinears, session: WorkerSession) -> DecodeStep | None:
-        """None where the plain way is the only one: over other transports, with norms of heads, with caches of int8."""
+        """None where the plain way is the only one: over other transports, with caches of int8, for other blocks.
+
+        The loop knows Llama's block alone (``ModelConfig.plain_block``), with any rotary embedding, window and scale.
+        """
         line = session.direct()
-        if line is None or model.config.qk_norm or model.cache_dtype not in (torch.float32, torch.bfloat16):
+        if line is None or not model.config.plain_block or model.cache_dtype not in (torch.float32, torch.bfloat16):
             return None
         step = cls(model, linears, session, line)
         step.compile()
@@ -91,9 +93,9 @@ class DecodeStep:
     def compile(self) -> None:
         """Have numba compile the loop by a step that is over before its first call, so that no step waits for it."""
         plan, config = self._plan(1, 1), self._model.config
-        table, attention = torch.zeros(1, config.head_dim), BlocksOfChunk(self._model.attention, ())
+        table, attention = torch.zeros(len(config.ropes), 1, config.head_dim), BlocksOfChunk(self._model.attention, ())
         q = torch.zeros(config.num_heads, 1, config.head_dim, dtype=self._model.cache_dtype)
-        work = ChunkWork(table, table, q, attention)
+        work = ChunkWork(table, table, (), q, attention)
         plan.at[loops.CALL] = len(plan.keys)
         hidden, logits = torch.zeros(1, config.hidden_size), torch.zeros(1, config.vocab_size)
         loops.decode(new_board(0), 0, *plan.arguments(bits(hidden), bits(logits), [0], work, ()))
@@ -221,7 +223,8 @@ class _Plan:
         self._groups = groups
         self._layers = config.num_layers
         self._windows = np.array([window or NO_WINDOW for window in config.windows], np.int64)
-        self._work = np.float32(config.rms_norm_eps), np.float32(1 / math.sqrt(config.head_dim)), config.num_kv_heads
+        self._ropes = np.array([config.rope_index(layer) for layer in range(config.num_layers)], np.int64)
+        self._work = np.float32(config.rms_norm_eps), np.float32(config.attention_scale), config.num_kv_heads
         self.times = np.zeros((len(groups), 6), np.int64)
         self._line_of(line, session)
         self._lay_out(model.norms, linears, session, line)
@@ -293,7 +296,7 @@ class _Plan:
         """Of the loop, but for the board and the thread."""
         memory = hidden, bits(self.x), bits(self._y), logits, np.array(wanted, np.int64), self._private
         operators = *self._work, SPLIT_PAIRS, bits(work.cos), bits(work.sin), bits(work.q), words(work.q)
-        caches = self._places(spans), self._windows, _attention_items(spans)
+        caches = self._places(spans), self._windows, _attention_items(spans), self._ropes
         room = (*self._room, self._item)
         return self.at, SHARE_NUMBERS, self.calls, self._guard, memory, operators, room, caches, self._socket
 

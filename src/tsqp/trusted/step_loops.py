@@ -180,7 +180,7 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
     hidden, x_memory, y_memory, logits, wanted, private = memory
     eps, score_scale, kv_heads, _, cos, sin, q, q_words = work
     scales, expected, verdicts, item = room
-    tables, windows, items = caches
+    tables, windows, items, ropes = caches
     call, last, word = calls[c], calls[max(c - 1, 0)], private[0]
     layer, rows, inner, outer = call[LAYER], call[ROWS], call[INNER], call[OUTER]
     x = x_memory[: rows * inner].reshape(rows, inner)
@@ -199,7 +199,7 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
     elif part == DO_STORE:
         table, q_size, kv_size = tables[layer], len(q) * q.shape[2], kv_heads * q.shape[2]
         queries, keys, values = (before, _FIRST), (before, q_size), (before, q_size + kv_size)
-        store(*queries, *keys, *values, cos, sin, q, q[:kv_heads], table, first, end)
+        store(*queries, *keys, *values, cos[ropes[layer]], sin[ropes[layer]], q, q[:kv_heads], table, first, end)
     elif part == DO_SILU:
         silu_mul(before, x, first, end)
     elif part == DO_ATTEND:
@@ -242,7 +242,7 @@ def _help_out(board, thread, calls, guard, memory, work, room, caches):  # type:
 @kernel
 def _scores(layer, work, caches):  # type: ignore[no-untyped-def]
     """Scores that a layer takes: pairs of query and key, for each head."""
-    tables, windows, items = caches
+    tables, windows, items, _ = caches
     scores = _FIRST
     for n in range(len(items)):
         rows, heads = max(items[n, PROMPT_ROWS], _ONE), items[n, END_HEAD] - items[n, FIRST_HEAD]
@@ -273,9 +273,10 @@ def decode(board, thread, at, least, calls, guard, memory, work, room, caches, l
     - memory: hidden float32 (R, hidden), x and y float32 (any,) for the input and the product of a call, logits float32
       (W, vocabulary), the rows int64 (W,) whose they are, private uint32 (threads, any) for a row of a reply
     - work: epsilon, the scale of scores, KV heads, the greatest number of scores for one thread; cos, sin float32
-      (R, d); q (heads, R, d) of the caches' type, and the same as words
+      (ropes, R, d); q (heads, R, d) of the caches' type, and the same as words
     - room: scales float32 (R,), expected uint32 (R, k), verdicts uint8 (R,), an item of what is sent
-    - caches: int64 (layers, S, 5) as ``_attend`` has them, windows int64 (layers,), items of attention, int64 (any, 4)
+    - caches: int64 (layers, S, 5) as ``_attend`` has them, windows int64 (layers,), items of attention, int64 (any, 4),
+      and int64 (layers,): whose cos and sin a layer has
     - line: of ``exchange``, what a good answer begins with, room for an answer; the answer to each call, uint8 (calls,
       SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, 6), int64 (2,) for clocks
     """

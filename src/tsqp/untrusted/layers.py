@@ -23,7 +23,7 @@ from tsqp.model.rotary import Rotary
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.backends.cpu import CpuBackend
-from tsqp.wire.messages import Begin, Finish, Layer
+from tsqp.wire.messages import Begin, Finish, Layer, Place
 from tsqp.wire.payload import tensor_bytes
 
 MAX_PASSES = 4
@@ -52,13 +52,13 @@ class LayerState:
         self._max_cache_bytes = max_cache_bytes
         self._caches: dict[int, KVCache] = {}
         self._passes: dict[int, _Pass] = {}
-        self._rotary = Rotary(config.rope, config.head_dim, dtype, device)
+        self._rotary = Rotary(config, dtype, device)
         self._block = DecoderLayers(
             config,
             weights.norms,
             LocalLinears(weights.groups, Unmetered()),
-            pick_attention(config.windows, dtype, Unmetered(), device),
-            pick_kernels(dtype, device),
+            pick_attention(config.windows, dtype, Unmetered(), device, scale=config.score_scale),
+            pick_kernels(dtype, device, activation=config.activation),
             Unmetered(),
         )
 
@@ -74,12 +74,12 @@ class LayerState:
         if len({place.sequence for place in call.places}) < len(call.places):
             raise ProtocolError("a sequence is in a pass twice")
         self._check_room(call)
-        caches = [self._cache(place.sequence, place.position) for place in call.places]
+        caches = [self._cache(place) for place in call.places]
         batch = Batch(tokens.split([place.rows for place in call.places]), caches)
         chunks = list(batch.chunks(call.max_rows))
         work = [self._block.work(self._rotary, chunk) for chunk in chunks]
         hidden = F.embedding(self._staged(tokens), self._weights.embedding)
-        self._passes[call.id] = _Pass(batch, hidden, chunks, work)
+        self._passes[call.id] = _Pass(batch, self._block.embedded(hidden), chunks, work)
 
     def layer(self, call: Layer) -> None:
         """One chunk through one layer. Raises ProtocolError."""
@@ -118,13 +118,15 @@ class LayerState:
             raise ProtocolError(f"no pass was begun by call {begin}")
         return under_way
 
-    def _cache(self, sequence: int, position: int) -> KVCache:
-        """The cache of a sequence, which must hold just the positions before ``position``."""
+    def _cache(self, place: Place) -> KVCache:
+        """The cache of a sequence, which must hold just the positions before those of ``place``."""
+        sequence, position = place.sequence, place.position
         cache = self._caches.get(sequence)
         if cache is None:
             cache = KVCache(self._weights.config, self._weights.dtype, self._weights.device)
         if cache.length != position:
             raise ProtocolError(f"sequence {sequence} has {cache.length} positions here, not {position}")
+        cache.begin(place.begun)
         self._caches[sequence] = cache
         return cache
 

@@ -140,11 +140,15 @@ class AttentionValues(Message, frozen=True, tag="attention_values"):
 
 
 class Place(Message, frozen=True):
-    """Consecutive new tokens of one sequence: ``sequence`` is the client's number for it, ``position`` the first's."""
+    """Consecutive new tokens of one sequence: ``sequence`` is the client's number for it, ``position`` the first's.
+
+    ``begun``: the tokens of its prompt, on which rotary embeddings may depend; 0 if all of it is here.
+    """
 
     sequence: Index
     position: Index
     rows: Count
+    begun: Index = 0
 
 
 class Begin(Message, frozen=True, tag="begin"):

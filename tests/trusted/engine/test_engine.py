@@ -25,7 +25,10 @@ from tests.trusted.engine.fakes import (
     fake_engine,
     logprobs_of,
 )
+from tsqp.config.model import RopeConfig
 from tsqp.errors import InputError, NumericError, PadsExhausted, PromptError, QueueFull, WorkerLost
+from tsqp.model.batch import Batch
+from tsqp.model.pending import Steps
 from tsqp.trusted.engine.caller import Caller
 from tsqp.trusted.engine.engine import Engine, _finite_rows
 from tsqp.trusted.engine.limits import Limits
@@ -506,6 +509,35 @@ def test_a_conversation_that_goes_on_computes_what_is_new() -> None:
     assert decoder.passes[0] == [4 + 3]
     assert second.tokens == alone(longer, params)
     assert engine.counts().found_tokens == 20
+
+
+def test_what_is_found_has_the_same_rotary_tables() -> None:
+    """Positions of a prompt within the original context are rotated otherwise than those of a longer one."""
+    rope = RopeConfig(10_000.0, "longrope", original_max_positions=40)
+    engine = fake_engine(FakeDecoder(replace(TINY, rope=rope)))
+    for length, found in ((30, 0), (40, 30), (41, 0), (50, 41)):
+        before = engine.counts().found_tokens
+        one = ask(engine, prompt_of(50)[:length], SamplingParams(max_tokens=2), salt="")
+        run_out(engine)
+        assert engine.counts().found_tokens - before == found
+        assert one.tokens == alone(one.prompt, SamplingParams(max_tokens=2))
+
+
+def test_a_cache_knows_how_long_its_prompt_is_before_all_of_it_is_there() -> None:
+    begun: list[int] = []
+
+    class Watching(FakeDecoder):
+        def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]:
+            begun.extend(cache.begun for cache in batch.caches)
+            return super().forward(batch)
+
+    engine = fake_engine(Watching(), limits=Limits(prefill_rows=4))
+    ask(engine, prompt_of(3), SamplingParams(max_tokens=30))
+    engine.step()
+    ask(engine, prompt_of(20), SamplingParams(max_tokens=1))  # beside an answer, four rows at a time
+    run_out(engine)
+    assert set(begun) == {3, 20}
+    assert begun.count(20) == 5
 
 
 @pytest.mark.parametrize(("tenant", "salt"), [("B", ""), ("A", "x"), ("A", None), ("", "A")])

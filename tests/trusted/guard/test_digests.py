@@ -83,6 +83,8 @@ def another(value: Any) -> Any:
         return not value
     if isinstance(value, str):
         return value + "2"
+    if value is None:
+        return 1
     return (*value, 7) if isinstance(value, tuple) else value + 1
 
 

@@ -55,7 +55,7 @@ class Decoder:
         self._layers = layers
         self._embedding = embedding
         self._cache_dtype = cache_dtype
-        self._rotary = Rotary(self.config.rope, self.config.head_dim, dtype)
+        self._rotary = Rotary(self.config, dtype)
         self._max_rows = max_rows
         self._micro_batches = micro_batches
         self._stats = stats
@@ -70,7 +70,7 @@ class Decoder:
 
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
-        hidden = yield self._embedding.start(batch.flat_tokens())  # (T, hidden)
+        hidden = self._layers.embedded((yield self._embedding.start(batch.flat_tokens())))  # (T, hidden)
         step = None if batch.call_by_call or self._micro_batches > 1 else self._step
         if step is not None and len(hidden) <= min(step.most_rows, self._max_rows):
             (chunk,) = batch.chunks(self._max_rows)

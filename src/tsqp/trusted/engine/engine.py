@@ -85,6 +85,7 @@ class Engine:
             kv_memory=kv_memory,
             same_bits=same_bits,
             whole_answers=pads is not None,
+            tables_of=lambda length: tuple(rope.table_length(length) for rope in self.config.ropes),
         )
         self._numbers = 0
         self._refused = 0

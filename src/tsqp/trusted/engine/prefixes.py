@@ -8,7 +8,7 @@ Covers: nothing of another scope is found, copied or told by what is found (test
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.trusted.engine.kv_budget import KVBudget
-from tsqp.trusted.engine.request import ReusableCache, Scope
+from tsqp.trusted.engine.request import ReusableCache
 
 LEAST_ROWS = 16  # fewer positions than this are not worth a copy
 
@@ -26,7 +26,7 @@ class Kept:
     """A cache, the tokens whose positions it holds, int64 (n,), and its bytes."""
 
     number: int
-    scope: Scope
+    scope: Hashable
     tokens: NDArray[np.int64]
     cache: ReusableCache
     size: int
@@ -51,14 +51,14 @@ class Prefixes:
     def __init__(self, budget: KVBudget) -> None:
         self._budget = budget
         self._kept: OrderedDict[int, Kept] = OrderedDict()  # the one used longest ago first
-        self._scopes: dict[Scope, dict[int, Kept]] = {}
+        self._scopes: dict[Hashable, dict[int, Kept]] = {}
         self._numbers = count()
         self.size = 0  # bytes of all of them
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, scope: Scope, tokens: Sequence[int], cache: ReusableCache) -> None:
+    def keep(self, scope: Hashable, tokens: Sequence[int], cache: ReusableCache) -> None:
         """Keep a cache that holds ``tokens``, which may be given up for room at any time.
 
         Its bytes must be free in the budget. What holds no more than another cache of its scope is let go.
@@ -74,7 +74,7 @@ class Prefixes:
         self._scopes.setdefault(scope, {})[kept.number] = kept
         self._charge(kept.size)
 
-    def find(self, scope: Scope, tokens: Sequence[int]) -> Found | None:
+    def find(self, scope: Hashable, tokens: Sequence[int]) -> Found | None:
         """The kept cache of a scope that shares most of the beginning of ``tokens``."""
         wanted = np.array(tokens, np.int64)
         found = [Found(kept, _shared(wanted, kept.tokens)) for kept in self._scopes.get(scope, {}).values()]

@@ -7,7 +7,7 @@ Decisions alone: no tensors, no threads, and no clock, as the scheduler is told 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import chain, islice
 
 from tsqp.errors import InputError, QueueFull
@@ -27,7 +27,8 @@ class Scheduler:
 
     ``new_cache`` makes an empty cache. ``kv_memory``: bytes for all caches, None for no bound. ``same_bits``: a cache
     is kept up to the end of its prompt, as rows of an answer are not computed like rows of a prompt.
-    ``whole_answers``: a request holds the memory for its whole answer from its admission on.
+    ``whole_answers``: a request holds the memory for its whole answer from its admission on. ``tables_of``: the same
+    for lengths of prompts whose positions are rotated alike; caches of others are not shared.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Scheduler:
         kv_memory: int | None = None,
         same_bits: bool = False,
         whole_answers: bool = False,
+        tables_of: Callable[[int], Hashable] = lambda length: 0,
     ) -> None:
         self._new_cache = new_cache
         self._limits = limits
         self._same_bits = same_bits
         self._whole_answers = whole_answers
+        self._tables_of = tables_of
         self._budget = KVBudget(kv_memory)
         self._prefixes = Prefixes(self._budget)
         self._fair = FairShare()
@@ -148,7 +151,7 @@ class Scheduler:
         if request.scope is not None and reason in ("stop", "length") and isinstance(cache, ReusableCache):
             if self._same_bits:
                 cache.truncate(request.prompt_length)
-            self._prefixes.keep(request.scope, request.tokens[: cache.length], cache)
+            self._prefixes.keep(self._scope_of(request), request.tokens[: cache.length], cache)
 
     def preempt(self, request: Request) -> None:
         """A running request loses its cache and waits again, before all others of its tenant."""
@@ -245,6 +248,7 @@ class Scheduler:
         cache = self._begun(request, size) or cache
         if not self._fits_without_kept(cache.bytes_for(end)):
             cache = self._new_cache()  # the kept one was larger than what is needed
+        cache.begin(request.prompt_length)
         self._counts.found_tokens += cache.length
         request.cache, request.charge = cache, cache.bytes_for(end)
         self._budget.charge(request.charge)
@@ -258,12 +262,16 @@ class Scheduler:
             return None
         # Where the kinds of rows differ, those of its answer are not to be taken from another one's prompt.
         most = min(len(request.tokens) - 1, request.prompt_length if self._same_bits else len(request.tokens))
-        found = self._prefixes.find(request.scope, request.tokens[:most])
+        found = self._prefixes.find(self._scope_of(request), request.tokens[:most])
         if found is None:
             return None
         if found.whole or not self._budget.fits(size):
             return self._prefixes.take(found)
         return self._prefixes.copy(found)
+
+    def _scope_of(self, request: Request) -> Hashable:
+        """Among whose caches a request may find its beginning."""
+        return request.scope, self._tables_of(request.prompt_length)
 
     def _make_room(self, request: Request) -> bool:
         """Room for the next position of a running request; False where the request itself had to give way."""

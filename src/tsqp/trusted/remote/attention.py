@@ -43,7 +43,7 @@ class OpenChunkAttention:
         k, v = span.cache.view(layer, first, span.end)
         rows, keys = q.shape[1], k.shape[1]
         call = AttentionScores(session.next_id(), rows, keys)
-        scaled = q * config.head_dim**-0.5  # before the product, so that float16 scores stay finite
+        scaled = q * config.attention_scale  # before the product, so that float16 scores stay finite
         scores = yield session.start("matmul", call, [scaled, k], (config.num_heads, rows, keys))
         with session.stats.operator("softmax"):
             mask = causal_mask(span.position, rows, first, keys, window)

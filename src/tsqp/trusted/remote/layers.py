@@ -82,7 +82,7 @@ class LayerDecoder:
 
     def _begin(self, begin: int, batch: Batch[RemoteCache]) -> PendingReply[torch.Tensor]:
         places = tuple(
-            Place(cache.sequence, cache.length, len(tokens))
+            Place(cache.sequence, cache.length, len(tokens), cache.begun)
             for tokens, cache in zip(batch.tokens, batch.caches, strict=True)
         )
         forget = tuple(self._forget[:MAX_FORGET])
