@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import Home, read_until
 from tsqp.api import kernel_cache
-from tsqp.api.kernel_cache import kernel_cache_directory
+from tsqp.api.kernel_cache import keeps_none, kernel_cache_directory
 from tsqp.arith.jit import cache_name
 from tsqp.errors import PathRefused
 
@@ -33,6 +33,17 @@ def test_in_a_tee_there_is_none_unless_a_path_is_named(tmp_path: Path, monkeypat
 def test_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cache, "detect_tee", lambda: None)
     assert kernel_cache_directory("off") is None
+
+
+def test_before_the_first_start_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernel_cache, "detect_tee", lambda: None)
+    named = str(tmp_path / "named")
+    for choice in ("auto", named):
+        assert keeps_none(choice)
+        kernel_cache_directory(choice)
+        assert not keeps_none(choice)
+    assert not keeps_none("off"), "whoever says so knows"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])

@@ -71,7 +71,7 @@ def test_text_streams_to_stdout_and_everything_else_to_stderr(home: Home) -> Non
 
 def test_the_warning_comes_before_anything_else(tsqp: Command, home: Home) -> None:
     result = tsqp("generate", PROMPT, *MODEL, *OPEN, "-n", "1")
-    mode, line = result.err.splitlines()
+    mode, *_, line = result.err.splitlines()
     assert WARNING in mode
     assert f"shm://{home.runtime}/tsqp/" in line
 
@@ -87,7 +87,7 @@ def test_the_warning_comes_even_when_nothing_else_does(
 ) -> None:
     result = tsqp(*command, *options, *OPEN)
     assert result.code == 1
-    mode, error = result.err.splitlines()
+    mode, *_, error = result.err.splitlines()
     assert WARNING in mode
     assert ": error: " in error
 

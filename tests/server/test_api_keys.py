@@ -97,8 +97,9 @@ def test_a_file_that_others_can_reach_is_refused(tmp_path: Path, mode: int) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PathRefused, match="No such file"):
-        KeyFile(tmp_path / "keys")
+    path = tmp_path / "keys"
+    with pytest.raises(InputError, match=f"there is no {path}: tsqp api-key NAME --file {path} makes it"):
+        KeyFile(path)
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a b", "-a", "a" * 65, "ä", "a\n"])

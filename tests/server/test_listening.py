@@ -20,6 +20,15 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do() -> None:
     assert raised.value.fields == ("server.port",)
 
 
+def test_an_error_names_the_option_of_the_port_that_it_is_about() -> None:
+    (held,) = bind("127.0.0.1", 0)
+    with held, pytest.raises(TsqpError, match=r"give another as server\.metrics_port") as raised:
+        bind("127.0.0.1", port_of([held]), of="metrics_")
+    assert raised.value.fields == ("server.metrics_port",)
+    with pytest.raises(InputError, match=r"server\.metrics_host 203\.0\.113\.1 is no address"):
+        bind("203.0.113.1", 0, of="metrics_")
+
+
 def test_a_port_in_time_wait_is_free() -> None:
     """As after a server that was killed while it had clients."""
     (listener,) = bind("127.0.0.1", 0)
@@ -91,8 +100,10 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are no PEM"):
         at.tls()
     cert.unlink()
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match=f"{cert}: No such file"):
         at.tls()
+    with pytest.raises(InputError, match=f"{key}x: No such file"):
+        Listening(tls_cert=cert, tls_key=Path(f"{key}x")).tls()
 
 
 def test_a_socket_in_the_file_system_is_this_users_alone(tmp_path: Path) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tsqp.checkpoint.cache import code_directory
+from tsqp.checkpoint.cache import cache_directory, code_directory
 from tsqp.errors import PathRefused
 from tsqp.private_path import private_directory
 from tsqp.tee.detection import detect_tee
 
 AUTO, OFF = "auto", "off"
+_KERNELS = "kernels"  # below the cache directory
+
+
+def keeps_none(choice: str) -> bool:
+    """Whether no compiled kernel is kept so far, as before the first start. Looks at the disk, and loads nothing."""
+    place = cache_directory() / _KERNELS if choice == AUTO else Path(choice)
+    return choice != OFF and not os.path.lexists(place)  # also where it cannot be entered
 
 
 def kernel_cache_directory(choice: str) -> Path | None:
@@ -23,7 +31,7 @@ def kernel_cache_directory(choice: str) -> Path | None:
     from tsqp.arith.jit import cache_name  # pulls in numba
 
     if choice == AUTO:
-        return code_directory("kernels", cache_name())
+        return code_directory(_KERNELS, cache_name())
     try:
         return private_directory(Path(choice) / cache_name(), "choose another compute.kernel_cache, or off")
     except PathRefused as refused:

@@ -85,7 +85,7 @@ class StartedHere:
     ``spare``: the next one is started beforehand, and waits.
     """
 
-    name = "the worker that is started here"
+    name = "started here"
 
     def __init__(self, start: Callable[[], LocalWorker], dial: Dial, *, spare: bool = False) -> None:
         self._start = start

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tsqp.api.config import RunConfig
-from tsqp.api.describe import mode_lines
+from tsqp.api.describe import PLAIN, mode_lines
+from tsqp.api.kernel_cache import keeps_none
 
 if TYPE_CHECKING:
     from tsqp.api.llm import LLM
@@ -33,8 +34,16 @@ def open_llm(
         return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits, taps=taps)
 
 
+def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The mode, and why the first start is silent for so long."""
+    yield from mode_lines(plan)
+    compute = plan.run.compute
+    if compute.compiled_kernels and keeps_none(compute.kernel_cache):
+        yield "no compiled loops are kept yet: this start compiles them, for a minute or more", PLAIN
+
+
 def _tell_mode(tell: Callable[[str], None], plan: Plan) -> None:
-    for line, _ in mode_lines(plan):
+    for line, _ in _lines(plan):
         tell(line)
 
 
@@ -43,5 +52,5 @@ def _state_mode(plan: Plan) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    for line, style in mode_lines(plan):
+    for line, style in _lines(plan):
         console.print(line, style=style, soft_wrap=True, markup=False)

@@ -92,6 +92,8 @@ def add_line(path: Path, line: str) -> None:
 
 def _read(path: Path) -> dict[str, str]:
     """Names by hash."""
+    if not os.path.lexists(path):
+        raise InputError(f"there is no {path}: tsqp api-key NAME --file {path} makes it, with a first key")
     with os.fdopen(open_private(path, os.O_RDONLY, _INSTEAD), "rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:

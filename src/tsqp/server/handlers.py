@@ -81,7 +81,7 @@ def _of_status(status: int) -> ApiError:
     """An error of the framework, by its number alone: its text may repeat a path."""
     match status:
         case HTTPStatus.NOT_FOUND:
-            return ApiError(404, "there is no such path", code="unknown_url")
+            return ApiError(404, "there is no such path: those of the API begin with /v1", code="unknown_url")
         case HTTPStatus.METHOD_NOT_ALLOWED:
             return ApiError(405, "this path does not take this method", code="method_not_allowed")
         case _:

@@ -80,7 +80,8 @@ class Listening:
             context.load_cert_chain(self.tls_cert, self.tls_key)  # would leave one in use without its key
         except OSError as error:  # ssl.SSLError too
             fields = ("server.tls_cert", "server.tls_key")
-            why = "they do not belong together, or are no PEM" if isinstance(error, ssl.SSLError) else error.strerror
+            is_missing = f"{error.filename or self.tls_cert}: {error.strerror}"  # the key was opened before
+            why = "they do not belong together, or are no PEM" if isinstance(error, ssl.SSLError) else is_missing
             raise InputError(f"server.tls_cert and server.tls_key cannot be used: {why}", fields=fields) from None
 
 
@@ -92,8 +93,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of ``host``. Port 0: one that is free, the same for all. Raises TsqpError."""
+def bind(host: str, port: int, *, of: str = "") -> list[socket.socket]:
+    """A socket for each address of ``host``. Port 0: one that is free, the same for all. Raises TsqpError.
+
+    ``of``: what the fields that an error names begin with, as in ``server.metrics_port``.
+    """
     bound: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -110,7 +114,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for one in bound:
             one.close()
-        raise _explained(error, host, port) from None
+        raise _explained(error, host, port, f"server.{of}host", f"server.{of}port") from None
     return bound
 
 
@@ -151,20 +155,18 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _explained(error: OSError, host: str, port: int) -> TsqpError:
+def _explained(error: OSError, host: str, port: int, host_field: str, port_field: str) -> TsqpError:
     """One line, with what to do."""
-    if isinstance(error, socket.gaierror):
-        return InputError(f"server.host {host} is no address of this machine", fields=("server.host",))
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return InputError(f"{host_field} {host} is no address of this machine", fields=(host_field,))
     if error.errno == errno.EADDRINUSE:
         return TsqpError(
-            f"port {port} of {host} is in use: stop what listens there, or give another as server.port",
-            fields=("server.port",),
+            f"port {port} of {host} is in use: stop what listens there, or give another as {port_field}",
+            fields=(port_field,),
         )
-    if error.errno == errno.EADDRNOTAVAIL:
-        return InputError(f"server.host {host} is no address of this machine", fields=("server.host",))
     if error.errno == errno.EACCES:
         return InputError(
-            f"port {port} needs rights that this user has not: give one of 1024 or more as server.port",
-            fields=("server.port",),
+            f"port {port} needs rights that this user has not: give one of 1024 or more as {port_field}",
+            fields=(port_field,),
         )
     return TsqpError(f"port {port} of {host} cannot be listened on: {error.strerror}")

@@ -77,7 +77,9 @@ def serve(
         metrics_sockets = (
             []
             if listening.metrics_port is None
-            else [held.enter_context(one) for one in bind(listening.metrics_host, listening.metrics_port)]
+            else [
+                held.enter_context(one) for one in bind(listening.metrics_host, listening.metrics_port, of="metrics_")
+            ]
         )
         write_logs(formatter_of(log_format))
         llm = open_llm()
@@ -192,7 +194,11 @@ class Running:
         self._lifecycle.draining = True
         notify(STOPPING, "STATUS=letting answers under way end")
         drain_s = self._settings.drain_s
-        log.info("ending: answers under way have %g s", drain_s, extra=about("draining"))
+        log.info(
+            "ending: answers under way have %g s; told again, the server does not wait",
+            drain_s,
+            extra=about("draining"),
+        )
         try:
             async with asyncio.timeout(drain_s + STUCK_S):
                 await model.close(drain_s)

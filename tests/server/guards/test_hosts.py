@@ -43,6 +43,7 @@ def test_other_names_are_refused(host: str) -> None:
     answer = ask(LOOPBACK, headers={"host": host})
     assert answer.status_code == 421
     assert error_of(answer)["code"] == "host_not_allowed"
+    assert "--allow-host" in answer.text
     assert "evil" not in answer.text
 
 

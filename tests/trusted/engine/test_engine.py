@@ -268,18 +268,23 @@ def test_the_rows_beside_answers_follow_the_time_that_steps_take() -> None:
     assert rows[8:] == [36] * len(rows[8:])
 
 
+class PassClock:
+    """The seconds of a decoder's passes: each takes 20 ms, with rows of prompts 100 ms more, and 1 ms for each row."""
+
+    def __init__(self, decoder: FakeDecoder) -> None:
+        self._passes = decoder.passes
+        self.took: list[float] = []
+
+    def __call__(self) -> float:
+        for passed in self._passes[len(self.took) :]:
+            prompts = sum(rows for rows in passed if rows > 1)
+            self.took.append(0.02 + bool(prompts) * 0.1 + 0.001 * prompts)
+        return sum(self.took)
+
+
 def test_many_short_prompts_join_a_few_answers_at_once_and_a_long_one_in_parts() -> None:
-    """A pass takes 20 ms, with rows of prompts 100 ms more, and 1 ms for each of them."""
-    decoder, seen, now = FakeDecoder(config=replace(TINY, max_positions=2000)), list[list[int]](), [0.0]
-
-    def clock() -> float:
-        if len(decoder.passes) > len(seen):
-            seen.append(decoder.passes[-1])
-            prompts = sum(rows for rows in seen[-1] if rows > 1)
-            now[0] += 0.02 + bool(prompts) * 0.1 + 0.001 * prompts
-        return now[0]
-
-    engine = fake_engine(decoder, clock=clock)
+    decoder = FakeDecoder(config=replace(TINY, max_positions=2000))
+    engine = fake_engine(decoder, clock=PassClock(decoder))
     ask(engine, prompt_of(30), SamplingParams(max_tokens=200))
     engine.step()
     for seed in range(12):
@@ -298,6 +303,23 @@ def test_many_short_prompts_join_a_few_answers_at_once_and_a_long_one_in_parts()
     for _ in range(20):
         engine.step()
     assert max(max(one) for one in decoder.passes[before:]) <= 12
+
+
+@pytest.mark.parametrize("tenants", [1, 2])
+def test_prompts_at_once_take_half_of_the_time_at_most_from_answers_of_other_tenants(tenants: int) -> None:
+    decoder = FakeDecoder(config=replace(TINY, max_positions=2000))
+    clock = PassClock(decoder)
+    engine = fake_engine(decoder, clock=clock)
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=1900), tenant="0")
+    asked, steps = 0, 300
+    for _ in range(steps):
+        while engine.counts().waiting < 20:
+            ask(engine, prompt_of(30, asked), SamplingParams(max_tokens=1), tenant=str(tenants - 1))
+            asked += 1
+        engine.step()
+    at_once = [seconds for seconds, rows in zip(clock.took, decoder.passes, strict=True) if sum(rows) > 30]
+    share = sum(at_once) / sum(clock.took)
+    assert 0.3 < share <= 0.5 if tenants > 1 else share > 0.9
 
 
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:

@@ -54,7 +54,10 @@ class Hosts:
         given = Headers(scope=scope).getlist("host")
         host = host_of(given[0]) if len(given) == 1 else ""
         if host not in self._names and not (self._any_number and _is_number(host)):
-            raise ApiError(421, "this server does not answer to the host name of the request", code="host_not_allowed")
+            text = (
+                "this server does not answer to the host name of the request: its operator may allow it (--allow-host)"
+            )
+            raise ApiError(421, text, code="host_not_allowed")
         await self._app(scope, receive, send)
 
 

@@ -54,6 +54,8 @@ class Scheduler:
         self._queues: dict[str, OrderedDict[int, Request]] = {}
         self._running: dict[int, Request] = {}  # in the order of admission
         self._was_apart = False  # the last pass was of a request with a tap
+        self._paced: int | None = None  # rows of prompts that the pace gave to the last pass; None: nobody minds more
+        self._owed_s = 0.0  # for how long a pass with more has held answers up, less what passes have taken since
         self._counts = Counts()
 
     def counts(self) -> Counts:
@@ -179,6 +181,8 @@ class Scheduler:
     def measured(self, answers: int, rows: int, seconds: float) -> None:
         """The step that was planned last, of so many decode rows and so many other rows, has taken so long."""
         if not self._was_apart:
+            more = self._paced is not None and rows > self._paced
+            self._owed_s = seconds if more else max(0.0, self._owed_s - seconds)
             self._pace.measured(answers, rows, seconds)
         elif rows:
             self._pace.measured_apart(len(self._answers()), rows, seconds)
@@ -193,7 +197,8 @@ class Scheduler:
         """Give prefill rows to those whose turn it is; admit who is next."""
         beside = any(not request.patient for request in shares)  # those who are patient mind no gaps
         left = self._rows_beside(len(shares)) if beside else self._limits.idle_rows
-        whole = self._rows_at_once(len(shares)) if beside and left else 0
+        whole = self._rows_at_once(shares) if beside and left else 0
+        self._paced = left if beside else None
         taken, admits = 0, True
         while taken < max(left, whole):
             request = self._next(shares, steps, admits)
@@ -218,14 +223,21 @@ class Scheduler:
         fixed = self._limits.prefill_rows
         return self._pace.rows(answers) if fixed is None else fixed
 
-    def _rows_at_once(self, answers: int) -> int:
-        """Rows of the next step with which prompts may be done, beside so many decode rows; 0 for none."""
+    def _rows_at_once(self, shares: Shares) -> int:
+        """Rows of the next step with which prompts may be done, beside the decode rows in ``shares``; 0 for none.
+
+        Among several tenants for half of the time at most, as the sum of waits would let one who asks much stop others.
+        """
         if self._limits.prefill_rows is not None:
             return 0
         begun = [request for request in self._running.values() if not request.decoding and request.tap is None]
         queued = chain.from_iterable(queue.values() for queue in self._queues.values())
-        waiting = [*begun, *islice(queued, self._limits.running - len(self._running))]
-        return self._pace.at_once(answers, sum(request.rest for request in waiting), len(waiting)) if waiting else 0
+        places = islice(queued, self._limits.running - len(self._running))
+        waiting = [*begun, *(request for request in places if request.tap is None)]
+        tenants = {request.tenant for request in (*shares, *waiting)}
+        if not waiting or (self._owed_s > 0 and len(tenants) > 1):
+            return 0
+        return self._pace.at_once(len(shares), sum(request.rest for request in waiting), len(waiting))
 
     def _next(self, shares: Shares, steps: set[int], admits: bool) -> Request | None:
         """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
