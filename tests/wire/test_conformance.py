@@ -377,3 +377,17 @@ def test_errors_are_one_line_and_hold_no_payload(link: Link, listener: Listener)
 def test_an_unknown_scheme_opens_nothing() -> None:
     with pytest.raises(ChannelError, match="malformed address"):
         connect("http://127.0.0.1:80")
+
+
+def test_the_memory_of_a_connection_is_where_its_tensors_lie_if_there_is_such(
+    link: Link, listener: Listener, channel: Channel
+) -> None:
+    channel.send(Frames(b"x", (tensor(b"here"),)), 4)
+    arrival = arrived(listener)
+    memory = listener.memory(arrival.peer)
+    assert (memory is not None) == link.name.startswith("shm")
+    if memory is not None:
+        at = bytes(memory[:4096]).find(b"here")
+        memory[at] = ord("H")
+        assert bytes(arrival.frames.tensors[0]) == b"Here"
+    assert listener.memory(b"nobody") is None

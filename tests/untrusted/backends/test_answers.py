@@ -24,7 +24,13 @@ def tokens(address: str, protection: ProtectionName, partition: PartitionName) -
 
 @pytest.mark.parametrize(
     ("protection", "partition"),
-    [("open", "layer"), ("open", "op"), ("open", "linear"), ("verified", "linear"), ("masked", "linear")],
+    [
+        ("open", "layer"),
+        ("open", "op"),
+        ("open", "linear"),
+        pytest.param("verified", "linear", marks=pytest.mark.slow),
+        pytest.param("masked", "linear", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_a_worker_on_the_cpu(
     protection: ProtectionName, partition: PartitionName, start_worker: StartWorker

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -30,7 +30,11 @@ class TorchDriver:
 
     def register(self, memory: torch.Tensor) -> str | None:
         result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
-        return None if result == 0 else f"CUDA error {result}"
+        if result == 0:
+            return None
+        with suppress(RuntimeError):  # CUDA keeps the error, and the next launch would raise it
+            torch.zeros(1, device=self.device)
+        return f"CUDA error {result}"
 
     def unregister(self, memory: torch.Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
