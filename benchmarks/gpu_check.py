@@ -48,7 +48,7 @@ class Part:
 
 
 PARTS = (
-    Part("tests", (sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q"), 180, measures=False),
+    Part("tests", (sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q"), 170, measures=False),
     Part(
         "loops",
         (
@@ -70,14 +70,14 @@ PARTS = (
     ),
     Part("ceilings", (sys.executable, "-m", "benchmarks.gpu_ceilings"), 25),
     Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 75),
-    Part("rpc", (*BENCH, "rpc", "--runs", "3", "--json"), 20),
+    Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 40),
     Part(
         "private",
         (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "3", "--json"),
         80,
     ),
-    Part("prefill", (*BENCH, "prefill", *OPEN), 50),
-    Part("decode", (*BENCH, "decode", *OPEN), 50),
+    Part("prefill", (*BENCH, "prefill", *OPEN), 45),
+    Part("decode", (*BENCH, "decode", *OPEN), 45),
 )
 
 
