@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import TRANSPORTS, StartWorker
-from tests.families import CONTEXT, FAMILIES, random_tokens, tiny_model
+from tests.families import CONTEXT, FAMILIES, MORE_FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import PartitionName
 from tsqp.config.partition import PARTITIONS
 
+ALL = [*FAMILIES, *MORE_FAMILIES]
 PROMPT = random_tokens(50)
 STEPS = 32
 TOLERANCE = 1e-4
@@ -24,7 +25,7 @@ def relative_error(llm: LLM, family: str, tokens: list[int]) -> float:
 
 
 @pytest.mark.parametrize("chunk", [2048, 7], ids=["one-chunk", "chunks-of-7"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_local(family: str, chunk: int) -> None:
     model = tiny_model(family)
     with LLM(
@@ -37,7 +38,7 @@ def test_local(family: str, chunk: int) -> None:
 # Every two of family, partition and transport: what a transport carries has the same shapes in every family.
 SPLIT = [
     (family, partition, TRANSPORTS[(i + j) % len(TRANSPORTS)])
-    for i, family in enumerate(FAMILIES)
+    for i, family in enumerate(ALL)
     for j, partition in enumerate(PARTITIONS)
 ]
 

@@ -51,6 +51,10 @@ def write_gguf(checkpoint: Checkpoint, matrices: GGMLQuantizationType, path: Pat
     config = checkpoint.config
     if any(config.windows):
         raise UnsupportedModel("--peer llama.cpp knows no sliding windows for this architecture")
+    if config.architecture not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UnsupportedModel(f"--peer llama.cpp is not implemented for {config.architecture}")
+    if config.rope.kind not in ("default", "linear", "llama3"):
+        raise UnsupportedModel(f"--peer llama.cpp is not implemented for {config.rope.kind} rotary embeddings")
     # GGUF knows Mistral by llama's name; the two differ in their windows only.
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     writer = GGUFWriter(path, architecture)

@@ -22,6 +22,7 @@ class Family:
     ModelConfig. ``partial_rotary``: whether a part of each head may be rotated. ``original_positions``: the original
     context where the file does not say. ``renamed_ropes``: rope types under earlier names. ``fused``: Q, K, V are one
     tensor, and so are gate and up. ``neighbours``: numbers 2i and 2i + 1 of a head are rotated together.
+    ``skips_rope``: some layers have no rotary embedding. ``multipliers``: Granite's.
     """
 
     causal_lm: str
