@@ -206,7 +206,7 @@ class Scheduler:
             if request is None or (passed is not None and request.tenant != passed.tenant):
                 return
             if request.id not in self._running:
-                if taken >= left and taken + request.rest > whole:
+                if request.tap is None and taken >= left and taken + request.rest > whole:
                     return
                 if not self._admit(request):
                     admits = False  # nobody overtakes the one that does not fit
