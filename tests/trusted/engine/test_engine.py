@@ -322,6 +322,42 @@ def test_prompts_at_once_take_half_of_the_time_at_most_from_answers_of_other_ten
     assert 0.3 < share <= 0.5 if tenants > 1 else share > 0.9
 
 
+def test_short_prompts_pass_a_long_one_of_their_tenant_which_goes_on_meanwhile() -> None:
+    decoder = FakeDecoder(config=replace(TINY, max_positions=2000))
+    engine = fake_engine(decoder, clock=PassClock(decoder))
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=1900))
+    engine.step()
+    long = ask(engine, prompt_of(1500), SamplingParams(max_tokens=1))
+    for _ in range(4):
+        engine.step()
+    short = [ask(engine, prompt_of(30, seed), SamplingParams(max_tokens=1)) for seed in range(8)]
+    begun = len(decoder.passes)
+    while not all(one.tokens for one in short):
+        engine.step()
+        assert not long.tokens
+    passes = decoder.passes[begun:]
+    assert len(passes) <= 5
+    assert all(1 < rows[1] < 30 for rows in passes), "the long one has its part of each"
+    assert {rows for one in passes for rows in one[2:]} == {30}
+
+
+def test_a_long_prompt_is_held_up_for_half_of_the_time_at_most_by_those_that_pass_it() -> None:
+    decoder = FakeDecoder(config=replace(TINY, max_positions=2000))
+    clock = PassClock(decoder)
+    engine = fake_engine(decoder, clock=clock)
+    ask(engine, prompt_of(30), SamplingParams(max_tokens=1900))
+    engine.step()
+    long, asked = ask(engine, prompt_of(1500), SamplingParams(max_tokens=1)), 0
+    while not long.tokens:
+        while engine.counts().waiting < 20:
+            ask(engine, prompt_of(30, asked), SamplingParams(max_tokens=1))
+            asked += 1
+        engine.step()
+    at_once = [seconds for seconds, rows in zip(clock.took, decoder.passes, strict=True) if sum(rows) > 60]
+    assert 0.1 < sum(at_once) / sum(clock.took) <= 0.5
+    assert asked > 40, "those pass it"
+
+
 def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> None:
     """Cut prompts, preempted answers, kept beginnings: each position is of the kind that it would be alone."""
     engine = fake_engine(limits=Limits(prefill_rows=1, running=3), kv_memory=WHOLE)

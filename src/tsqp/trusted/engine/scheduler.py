@@ -194,29 +194,39 @@ class Scheduler:
         self._counts.new_tokens += new_tokens
 
     def _share_prefill(self, shares: Shares, steps: set[int]) -> None:
-        """Give prefill rows to those whose turn it is; admit who is next."""
+        """Give prefill rows to those whose turn it is; admit who is next.
+
+        A prompt that gets no more rows of this step may be passed by prompts of its tenant that are done with in it.
+        """
         beside = any(not request.patient for request in shares)  # those who are patient mind no gaps
         left = self._rows_beside(len(shares)) if beside else self._limits.idle_rows
         whole = self._rows_at_once(shares) if beside and left else 0
         self._paced = left if beside else None
-        taken, admits = 0, True
+        taken, admits, served = 0, True, set(steps)
+        passed: Request | None = None
         while taken < max(left, whole):
-            request = self._next(shares, steps, admits)
-            if request is None:
+            request = self._next(shares, served, admits)
+            if request is None or (passed is not None and request.tenant != passed.tenant):
                 return
-            if request.id not in self._running and not self._admit(request):
-                admits = False  # nobody overtakes the one that does not fit
-                continue
+            if request.id not in self._running:
+                if request.tap is None and taken >= left and taken + request.rest > whole:
+                    return
+                if not self._admit(request):
+                    admits = False  # nobody overtakes the one that does not fit
+                    continue
             if request.tap is not None:
                 continue
             rows = request.most_rows - shares.get(request, 0)
-            if beside and not (rows == request.rest and taken + rows <= whole):
-                rows = min(rows, left - taken)
-                if rows <= 0:
-                    return
-            shares[request] = shares.get(request, 0) + rows
-            taken += rows
-            self._fair.give(request.tenant, rows)
+            is_cut = beside and rows > left - taken and not (rows == request.rest and taken + rows <= whole)
+            if is_cut:
+                rows, passed = max(0, left - taken), request
+                served.add(request.id)
+            if rows:
+                shares[request] = shares.get(request, 0) + rows
+                taken += rows
+                self._fair.give(request.tenant, rows)
+            if is_cut and self._owed_s > 0:  # it is not held up in every step by those that pass it
+                return
 
     def _rows_beside(self, answers: int) -> int:
         """Rows of prompts beside so many decode rows; 0 where a step without any is to be measured."""
