@@ -57,7 +57,7 @@ def behind_terminal(
     if pid == 0:
         if output is not None:
             os.dup2(output, 1)
-        os.execve(command[0], command, {**environment, "TERM": "xterm"})
+        os.execve(command[0], list(command), {**environment, "TERM": "xterm"})
     try:
         yield Screen(descriptor), pid
     finally:
