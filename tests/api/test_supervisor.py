@@ -452,7 +452,9 @@ def test_closing_closes_the_link_and_every_place_and_no_other_is_made() -> None:
 def test_at_the_start_each_place_is_tried_once() -> None:
     seen = scene("a")
     seen.supervisor._places = places = [FakePlace("x", WorkerUnreachable("no x")), FakePlace("y")]
-    assert seen.supervisor.open().session.channel.address == "y"
+    told: list[str] = []
+    assert seen.supervisor.open(lambda what, done=0, total=0: told.append(what)).session.channel.address == "y"
+    assert told == ["waiting for x", "waiting for y"]
     places[1].down = WorkerUnreachable("no y")
     with pytest.raises(WorkerUnreachable, match="no y"):
         seen.supervisor.open()

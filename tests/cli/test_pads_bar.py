@@ -1,31 +1,23 @@
-"""What is shown while a pool of pads is filled."""
+"""What is said while a pool of pads is filled."""
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console
-
-from tsqp.api.pads import Filling
-from tsqp.cli.pads_bar import pads_bar
+from tsqp.api.pads import Filling, FillingProgress
+from tsqp.cli.pads_bar import pads_lines, pads_shown
 
 
-def shown(*, terminal: bool) -> str:
-    """What a user sees of a pool of four blocks being filled."""
-    written = io.StringIO()
-    with pads_bar(Console(file=written, force_terminal=terminal, width=30)) as progress:
-        for ready in (0, 1, 4):
-            progress(Filling(ready, 4, 32, 2_500_000))
-    return written.getvalue()
+def fill(progress: FillingProgress) -> None:
+    for ready in (0, 1, 4):
+        progress(Filling(ready, 4, 32, 2_500_000))
 
 
-def test_a_bar_is_drawn_on_a_terminal() -> None:
-    assert "making pads" in shown(terminal=True)
-    assert "filling" not in shown(terminal=True)
+def test_blocks_are_counted_on_a_terminal() -> None:
+    told: list[object] = []
+    fill(pads_shown(lambda *words: told.append(words)))
+    assert told == [("making pads for 32 tokens", ready, 4) for ready in (0, 1, 4)]
 
 
-def test_elsewhere_there_is_a_first_and_a_last_line() -> None:
-    assert shown(terminal=False).splitlines() == [
-        "filling pads for 32 tokens, 2.5 MB",
-        "pads for 32 tokens are ready",
-    ]
+def test_a_log_has_a_first_and_a_last_line() -> None:
+    told: list[str] = []
+    fill(pads_lines(told.append))
+    assert told == ["filling pads for 32 tokens, 2.5 MB", "pads for 32 tokens are ready"]

@@ -214,9 +214,7 @@ def test_a_pool_that_memory_shrinks_is_announced(tsqp: Command, start_worker: St
     pads = ("--pads-ahead", 64, "--pad-memory", memory, "--warm-pads")
     result = tsqp("generate", "hello", *RUN, "-n", 1, "--worker", worker, *pads)
     assert result.code == 0, result.err
-    lines = result.err.splitlines()
-    assert [line.startswith("filling pads for 32 tokens, ") for line in lines].count(True) == 1
-    assert lines.count("pads for 32 tokens are ready") == 1
+    assert "pads for 32 tokens" not in result.err  # how far it is, is for terminals
     assert f"pads by this process for 32 of 64 tokens ahead: pads may take {memory} bytes of " in result.err
 
 

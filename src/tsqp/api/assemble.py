@@ -17,6 +17,7 @@ from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalEmbedding, LocalLinears, pick_attention
 from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.model.weights import ModelWeights
+from tsqp.progress import Progress, unseen
 from tsqp.trusted.decode_step import DecodeStep
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
@@ -40,9 +41,12 @@ def build_local_engine(
     eos_token_ids: tuple[int, ...],
     stats: Stats,
     limits: Limits | None = None,
+    progress: Progress = unseen,
 ) -> Engine:
     """Everything on the trusted side."""
-    weights = ModelWeights.load(checkpoint, cast(PlainDtype, plan.linear_dtype), torch.device("cpu"))
+    dtype = cast(PlainDtype, plan.linear_dtype)
+    weights = ModelWeights.load(checkpoint, dtype, torch.device("cpu"), progress=progress)
+    progress("compiling loops")
     embedding, linears = LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats)
     placement = Placement(embedding, linears, attention_here(checkpoint, plan, stats))
     decoder = build_decoder(checkpoint, plan, placement, stats, weights.norms)

@@ -25,6 +25,7 @@ from tsqp.config.protection import ProtectionName
 from tsqp.cores import cores
 from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
+from tsqp.progress import Progress, unseen
 from tsqp.tee.hardening import harden_process
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
@@ -64,8 +65,9 @@ class LLM:
     pads come from. ``compute``: what is computed where, in which numbers. ``connect`` opens the channels to worker and
     dealer; another than the default may see or change all that crosses, as ``tsqp audit`` does. ``announce`` is called
     with what was asked for, checked, before anything is fetched, started or sent. ``pads_progress`` is told how far it
-    is, while ``warm_pads`` fills the pool. ``limits``: how many requests are computed together. ``taps``: whether a
-    request may have a tap, which shows what was sent to the worker for it; at partition ``linear``, and ``local``.
+    is, while ``warm_pads`` fills the pool; ``progress``, what else takes long until the model is open. ``limits``: how
+    many requests are computed together. ``taps``: whether a request may have a tap, which shows what was sent to the
+    worker for it; at partition ``linear``, and ``local``.
 
     Requests of several threads, and several streams that are open at once, are computed together, by whoever waits for
     one of them. ``AsyncLLM`` is the same for asyncio.
@@ -84,6 +86,7 @@ class LLM:
         connect: Connect = connect_to,
         announce: Callable[[Plan], None] | None = None,
         pads_progress: Callable[[Filling], None] | None = None,
+        progress: Progress = unseen,
         limits: Limits | None = None,
         taps: bool = False,
     ) -> None:
@@ -117,9 +120,10 @@ class LLM:
                 stack.callback(one.close)
             if self._started is not None:
                 self._started.prepare()
+            progress("loading libraries")
             self._prepare_torch()
             checkpoint = open_checkpoint(place)
-            self._engine = self._build_engine(checkpoint, places, stack)
+            self._engine = self._build_engine(checkpoint, places, stack, progress)
             if self.guard is not None and self.guard.filler is not None:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
@@ -131,7 +135,7 @@ class LLM:
 
     @classmethod
     def of(cls, run: RunConfig, **hooks: Any) -> LLM:
-        """The same, of a configuration that is one value; ``hooks``: connect, announce, pads_progress, limits, taps."""
+        """The same, of a configuration that is one value; ``hooks``: the other arguments."""
         return cls(
             run.model, protection=run.protection, worker=run.worker, guard=run.guard, compute=run.compute, **hooks
         )
@@ -200,7 +204,9 @@ class LLM:
             enable_cache(kernels)
         torch.set_num_threads(compute.threads or cores())
 
-    def _build_engine(self, checkpoint: Checkpoint, places: list[Place], stack: ExitStack) -> Engine:
+    def _build_engine(
+        self, checkpoint: Checkpoint, places: list[Place], stack: ExitStack, progress: Progress
+    ) -> Engine:
         from tsqp.api.assemble import build_local_engine
         from tsqp.api.links import SplitLinks
         from tsqp.api.private_links import PrivateLinks
@@ -210,17 +216,17 @@ class LLM:
         ends = self.tokenizer.eos_token_ids
         links: PrivateLinks | SplitLinks
         if self.plan.partition is None:
-            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits)
+            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits, progress)
         if self.plan.protection.checked:
             arena = self.plan.run.worker.arena_bytes
             dial_dealer = None if self._dealer is None else partial(self._dealer.dial, self._connect, arena)
-            links = PrivateLinks(checkpoint, self.plan, dial_dealer, self.stats)
+            links = PrivateLinks(checkpoint, self.plan, dial_dealer, self.stats, progress)
             stack.callback(links.close)
         else:
             links = SplitLinks(checkpoint, self.plan, self.plan.partition, self.stats)
         self._workers = Supervisor(places, links, self.plan.run.worker.patience_s)
         stack.callback(self._workers.close)
-        return links.engine(self._workers.open().decoder, ends, self._limits, self._workers)
+        return links.engine(self._workers.open(progress).decoder, ends, self._limits, self._workers)
 
     @property
     def engine(self) -> Engine:

@@ -23,6 +23,7 @@ from tsqp.model.block_attention import BlockAttention
 from tsqp.model.cache import cache_dtype
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.local import LocalEmbedding
+from tsqp.progress import Progress, unseen
 from tsqp.trusted.decode_step import DecodeStep, Model
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.engine.limits import Limits
@@ -40,11 +41,18 @@ from tsqp.trusted.stats import Stats
 class PrivateLinks:
     """See Links. The weights are read here, so that a worker can load at the same time.
 
-    Raises ModelMismatch for a model with another digest than the plan pins, and OptionError for heads that a cache of
-    int8 cannot hold.
+    ``progress`` is told what takes long, up to the first link. Raises ModelMismatch for a model with another digest
+    than the plan pins, and OptionError for heads that a cache of int8 cannot hold.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, dial_dealer: Dial | None, stats: Stats) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        dial_dealer: Dial | None,
+        stats: Stats,
+        progress: Progress = unseen,
+    ) -> None:
         check_heads(plan.kv_dtype, checkpoint.config.head_dim)
         self._checkpoint, self._plan, self._dial_dealer, self._stats = checkpoint, plan, dial_dealer, stats
         self._fingerprint = checkpoint.fingerprint()
@@ -52,18 +60,26 @@ class PrivateLinks:
         self._norms = Norms.load(checkpoint, torch.float32)
         multiplies = plan.protection.masked and dial_dealer is None
         self._model = load_private_model(
-            checkpoint, table, self._norms, checks=plan.run.guard.checks, keep_weights=multiplies
+            checkpoint,
+            table,
+            self._norms,
+            checks=plan.run.guard.checks,
+            keep_weights=multiplies,
+            progress=progress,
         )
         self._fresh = True  # no connection has had the model's check vectors
         _check_pin(plan.run.guard.model_digest, self._model.digest)
+        progress("compiling the guard's loops")
         compile_loops(masked=plan.protection.masked)
         self._embedding = LocalEmbedding(table, stats, torch.float32)
         self._attention = BlockAttention(checkpoint.config.windows, stats, checkpoint.config.score_scale)
+        progress("compiling the loops of attention")
         self._attention.compile(cache_dtype(plan.kv_dtype))
         self._filler: PadFiller | None = None  # of a pool that is filled before its link is there
         self._guard: Guard | None = None  # of the last link
         self._reserve: PadReserve | None = None
         self._busy: Callable[[], bool] = lambda: False
+        self._progress = progress
 
     def renew(self, stopped: Stopped) -> None:
         """See Links: fresh check vectors; and a new pool, which begins to fill while nobody needs the cores.
@@ -85,12 +101,14 @@ class PrivateLinks:
             worker = self._session(dial, self._stats, "worker", handshake_s, opened)
             dealer = None
             if self._dial_dealer is not None:
+                self._progress("waiting for the dealer of pads")
                 dealer = self._session(self._dial_dealer, Stats(), "dealer", handshake_s, opened)
             self._fresh = False
             guard = self._guarded(worker, dealer)
             opened.callback(guard.close)
             step = None
             if self._plan.run.guard.compiled_step:
+                self._progress("compiling the loop of a decode step")
                 kept = cache_dtype(self._plan.kv_dtype)
                 model = Model(self._checkpoint.config, self._norms, self._attention, kept)
                 step = DecodeStep.of(model, guard.linears, worker)
@@ -100,6 +118,7 @@ class PrivateLinks:
             opened.pop_all()
         self._guard = guard = replace(guard, step=step)
         self._stats.guard = guard.report
+        self._progress = unseen
         return Link(decoder, worker, guard)
 
     def resume(self, link: Link, stopped: Stopped) -> None:

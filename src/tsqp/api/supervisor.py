@@ -34,6 +34,7 @@ from tsqp.errors import (
     WorkerUnreachable,
     forget_frames,
 )
+from tsqp.progress import Progress, unseen
 from tsqp.trusted.engine.line import PassDecoder
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # between two rounds of all places; each wait is twice the one before
@@ -86,10 +87,14 @@ class Supervisor:
         self._lock = threading.Lock()  # of the link, and whether there is to be one
         self._at_work = threading.Lock()  # held while a worker is waited for
 
-    def open(self) -> Link:
-        """The first link. Raises what the last place has to say, where none is to be had."""
+    def open(self, progress: Progress = unseen) -> Link:
+        """The first link; ``progress`` is told who is waited for.
+
+        Raises what the last place has to say, where none is to be had.
+        """
         for number, place in enumerate(self._places):
             self._turn = number
+            progress(f"waiting for {place.name}")
             try:
                 link = self._adopt(self._links.connect(place.dial))
                 place.settled()

@@ -10,6 +10,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.describe import handshake_line, mode_lines
 from tsqp.api.llm import LLM
 from tsqp.api.plan import Plan
+from tsqp.progress_bar import progress_bar
 
 
 def opened(run: RunConfig, console: Console) -> LLM:
@@ -19,7 +20,8 @@ def opened(run: RunConfig, console: Console) -> LLM:
         for line, style in mode_lines(plan):
             console.print(line, style=style, soft_wrap=True, markup=False)
 
-    llm = LLM.of(run, announce=announce)
+    with progress_bar(console) as progress:
+        llm = LLM.of(run, announce=announce, progress=progress)
     line = handshake_line(llm)
     if line is not None:
         console.print(line, style="dim", soft_wrap=True, markup=False)

@@ -15,6 +15,7 @@ from tsqp.config.dtype import AskedDtype
 from tsqp.config.protection import PROTECTIONS
 from tsqp.cores import cores
 from tsqp.errors import OptionError
+from tsqp.progress import Progress, counted, unseen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +63,8 @@ def audit(
     """
     from rich.console import Console
 
+    from tsqp.progress_bar import progress_bar
+
     if dtype != "auto" and protection not in (None, "open"):
         raise OptionError(f"protection {protection} computes in integers of its own: leave out --dtype")
     text = prompt_text(prompt, prompt_file, after_dashes)
@@ -69,7 +72,10 @@ def audit(
     notes = Console(stderr=True)
     modes = MODES if protection is None else (protection,)
     warn_of_argument(prompt, modes[-1], notes)
-    reports = run_audit(text, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes)
+    with progress_bar(notes, silent=json_output) as progress:
+        reports = run_audit(
+            text, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes, progress=progress
+        )
     if json_output:
         found = [report.as_dict() for report in reports]
         sys.stdout.write(json.dumps(found[0] if protection is not None else {"modes": found}) + "\n")
@@ -88,6 +94,7 @@ def run_audit(
     dtype: AskedDtype,
     threads: int,
     notes: Console,
+    progress: Progress = unseen,
 ) -> list[ModeReport]:
     """Capture every mode, then attack every capture. Raises PromptError before anything is started."""
     from tsqp.audit.prompt import audit_prompt
@@ -100,18 +107,35 @@ def run_audit(
     prompt = audit_prompt(tokenizer, text)
     notes.print("running " + ", ".join(modes), style="dim")
     captured = [
-        capture_run(prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads) for mode in modes
+        capture_run(
+            prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads, progress=_of(mode, progress)
+        )
+        for mode in modes
     ]
     notes.print("attacking what was captured", style="dim")
 
     from tsqp.audit.report import Attacker
 
+    progress("attacking what was captured")
     attacker = Attacker(checkpoint, tokenizer, prompt)
-    return [attacker.report(*mode) for mode in zip(modes, captured, strict=True)]
+    pairs = list(zip(modes, captured, strict=True))
+    return [attacker.report(*pair) for pair in counted(pairs, "attacking what was captured", progress)]
+
+
+def _of(mode: str, progress: Progress) -> Progress:
+    """The same, which says the mode first."""
+    return lambda what, done=0, total=0: progress(f"{mode}: {what}", done, total)
 
 
 def capture_run(
-    ids: tuple[int, ...], mode: AuditedName, *, model: str, device: str, dtype: AskedDtype, threads: int
+    ids: tuple[int, ...],
+    mode: AuditedName,
+    *,
+    model: str,
+    device: str,
+    dtype: AskedDtype,
+    threads: int,
+    progress: Progress = unseen,
 ) -> Captured:
     """All that was sent while a prompt was answered; ``masked`` takes its pads from a dealer that is started here."""
     from tsqp.api.config import DEALER, ComputeConfig, GuardConfig, WorkerConfig
@@ -125,6 +149,7 @@ def capture_run(
         captured, guard = Captured(Capture(), None), None
         if protection.masked:
             own = stack.enter_context(LocalWorker(model, device="cpu", dtype="field", threads=threads))
+            progress("waiting for the dealer of pads")
             captured = Captured(Capture(), Capture(), own.wait_ready())
             guard = GuardConfig(pad_source=f"{DEALER}{captured.dealer_address}", dealer_no_separation=True)
         llm = stack.enter_context(
@@ -135,7 +160,9 @@ def capture_run(
                 guard=guard,
                 compute=ComputeConfig(dtype="auto" if protection.checked else dtype, threads=threads),
                 connect=captured.connect,
+                progress=progress,
             )
         )
+        progress("answering")
         llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS))
     return captured

@@ -336,7 +336,7 @@ def _prepare(options: BenchOptions, results: Path | None = None, *, dirty_ok: bo
         check_tree(dirty_ok=dirty_ok)
     elif dirty_ok:
         raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
-    return Console(stderr=True)
+    return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 
 def _finish(result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None) -> None:

@@ -16,6 +16,7 @@ from tsqp.api.async_llm import AsyncLLM
 from tsqp.cli.report import guard_lines
 from tsqp.cli.terminal import Lines
 from tsqp.errors import InputError
+from tsqp.progress_bar import QUIET_S
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.tokenizer import ChatMessage
 
@@ -26,7 +27,6 @@ COMMANDS = {
     "/exit": "end; so does Ctrl-D",
 }
 LOOK_S = 0.25  # how often the status of an answer is looked at
-QUIET_S = 1.0  # until it is worth a word
 
 
 @dataclass

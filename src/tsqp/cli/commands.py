@@ -84,8 +84,9 @@ def generate(
     text = prompt_text(prompt, prompt_file, after_dashes)
     arguments, sampling = template_args(template_arg, raw=raw), with_form(readable(sampling), form)
     check_output("--trace", output.trace)
-    with open_llm(run) as llm:
+    with open_llm(run, silent=output.json) as llm:
         from tsqp.api.trace_file import write_trace
+        from tsqp.cli.prompt_bar import shown_until_first
         from tsqp.cli.report import announce, as_json, print_stats
         from tsqp.trusted.trace import Trace
 
@@ -94,7 +95,15 @@ def generate(
         warn_of_argument(prompt, run.protection, console)
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
-        completion = _answered(llm.stream(text, sampling, raw=raw, **arguments), silent=output.json)
+        prompt_ids = llm.encode(text, raw=raw, **arguments)
+        deltas = shown_until_first(
+            llm.stream(prompt_ids, sampling),
+            lambda: llm.engine.counts().prompt_tokens,
+            len(prompt_ids),
+            console,
+            silent=output.json,
+        )
+        completion = _answered(deltas, silent=output.json)
         if output.stats:
             print_stats(llm, console)
         if output.trace is not None and llm.stats.trace is not None:
@@ -242,8 +251,10 @@ def info(
         As for --model.
     """
     from tsqp.cli.models import describe
+    from tsqp.progress_bar import progress_bar
 
-    description = describe(model, digest=digest)
+    with progress_bar(_stderr(), silent=json_output) as progress:
+        description = describe(model, digest=digest, progress=progress)
     if json_output:
         _write(json.dumps(description) + "\n")
         return

@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 
 from tsqp.cli.options import RunOptions
 from tsqp.errors import InputError, NumericError, OptionError, PromptError
+from tsqp.progress import Progress, counted, unseen
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +53,15 @@ def perplexity(
 
     from tsqp.cli.open_llm import open_llm
     from tsqp.cli.report import announce
+    from tsqp.progress_bar import progress_bar
 
     words = _read(text)
     check_windows(window, stride)
-    with open_llm(run) as llm:
-        announce(llm, Console(stderr=True))
-        result = measure(llm, words, tokens=tokens, window=window, stride=stride)
+    console = Console(stderr=True)
+    with open_llm(run, silent=json_output) as llm:
+        announce(llm, console)
+        with progress_bar(console, silent=json_output) as progress:
+            result = measure(llm, words, tokens=tokens, window=window, stride=stride, progress=progress)
     if json_output:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -66,14 +70,16 @@ def perplexity(
         sys.stdout.write(f"{name:12} {value:.4f}\n" if isinstance(value, float) else f"{name:12} {value}\n")
 
 
-def measure(llm: LLM, text: str, *, tokens: int | None, window: int, stride: int) -> dict[str, object]:
+def measure(
+    llm: LLM, text: str, *, tokens: int | None, window: int, stride: int, progress: Progress = unseen
+) -> dict[str, object]:
     """The perplexity of a text, and the mode it was measured in. Raises OptionError, PromptError, ChannelError."""
     check_windows(window, stride)
     ids = llm.tokenizer.encode(text)[:tokens]
     if len(ids) < 2:
         raise PromptError("a perplexity needs a text of two tokens or more")
     start = time.perf_counter()
-    value = text_perplexity(llm.logits, ids, window, stride)
+    value = text_perplexity(llm.logits, ids, window, stride, progress)
     plan, session = llm.plan, llm.session
     return {
         "perplexity": value,
@@ -90,7 +96,9 @@ def measure(llm: LLM, text: str, *, tokens: int | None, window: int, stride: int
     }
 
 
-def text_perplexity(logits_of: LogitsOf, ids: Sequence[int], window: int, stride: int) -> float:
+def text_perplexity(
+    logits_of: LogitsOf, ids: Sequence[int], window: int, stride: int, progress: Progress = unseen
+) -> float:
     """Perplexity of tokens 1 to the last, each after as much of the text before it as its window holds.
 
     Raises NumericError when the logits are not numbers.
@@ -98,7 +106,7 @@ def text_perplexity(logits_of: LogitsOf, ids: Sequence[int], window: int, stride
     import torch
 
     total = 0.0
-    for part in windows(len(ids), window, stride):
+    for part in counted(list(windows(len(ids), window, stride)), "measuring windows of the text", progress):
         logits = logits_of(ids[part.first : part.end])  # (T, vocab_size), row t after token t
         before = logits[part.scored - part.first - 1 : -1].float()
         wanted = torch.tensor(ids[part.scored : part.end])

@@ -16,6 +16,7 @@ from tsqp.config.groups import linear_groups
 from tsqp.config.model import ModelConfig
 from tsqp.config.partition import PARTITIONS
 from tsqp.errors import OptionError
+from tsqp.progress import Progress, unseen
 
 
 def known_models() -> list[dict[str, str]]:
@@ -37,7 +38,7 @@ def fetch_model(model: str, from_file: Path | None) -> Path:
     return download_from_hub(model)
 
 
-def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
+def describe(model: str, *, digest: bool = False, progress: Progress = unseen) -> dict[str, Any]:
     """A checkpoint's shape, fingerprint and calls per forward pass; ``digest``: what ``--model-digest`` pins, too.
 
     Raises CheckpointError.
@@ -60,20 +61,21 @@ def describe(model: str, *, digest: bool = False) -> dict[str, Any]:
         "sliding_window": next((window for window in config.windows if window is not None), None),
         "tied_embeddings": config.tied_embeddings,
         "fingerprint": checkpoint.fingerprint(),
-        **({"model_digest": _digest(checkpoint)} if digest else {}),
+        **({"model_digest": _digest(checkpoint, progress)} if digest else {}),
         "calls_per_pass": {name: partition.calls_per_pass(config.num_layers) for name, partition in PARTITIONS.items()},
     }
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def _digest(checkpoint: Checkpoint, progress: Progress) -> str:
     """The digest of what a private mode loads, for which every weight is read and quantised."""
+    progress("loading libraries")
     import torch
 
     from tsqp.model.decoder_layers import Norms
     from tsqp.trusted.private import load_private_model
 
     table, norms = checkpoint.tensor("model.embed_tokens.weight"), Norms.load(checkpoint, torch.float32)
-    return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False).digest
+    return load_private_model(checkpoint, table, norms, checks=1, keep_weights=False, progress=progress).digest
 
 
 def parameters(config: ModelConfig) -> int:

@@ -11,27 +11,44 @@ from tsqp.api.describe import PLAIN, mode_lines
 from tsqp.api.kernel_cache import keeps_none
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tsqp.api.llm import LLM
     from tsqp.api.plan import Plan
     from tsqp.trusted.engine.limits import Limits
 
 
 def open_llm(
-    run: RunConfig, limits: Limits | None = None, tell: Callable[[str], None] | None = None, *, taps: bool = False
+    run: RunConfig,
+    limits: Limits | None = None,
+    tell: Callable[[str], None] | None = None,
+    *,
+    taps: bool = False,
+    silent: bool = False,
 ) -> LLM:
     """The model as the options ask for it, the mode stated before anything starts. Raises every error of ``LLM``.
 
-    ``tell`` is given each line about the start; without it they go to standard error.
+    ``tell`` is given each line about the start, that pads are made too; without it the mode goes to standard error,
+    and what takes long is shown there if that is a terminal, unless ``silent``.
     """
     from rich.console import Console
 
     from tsqp.api.llm import LLM
-    from tsqp.cli.pads_bar import pads_bar, pads_lines
+    from tsqp.cli.pads_bar import pads_lines, pads_shown
+    from tsqp.progress_bar import progress_bar
 
     if tell is not None:
         return LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits, taps=taps)
-    with pads_bar(Console(stderr=True)) as progress:
-        return LLM.of(run, announce=_state_mode, pads_progress=progress, limits=limits, taps=taps)
+    console = Console(stderr=True)
+    with progress_bar(console, silent=silent) as progress:
+        return LLM.of(
+            run,
+            announce=partial(_state_mode, console),
+            progress=progress,
+            pads_progress=pads_shown(progress),
+            limits=limits,
+            taps=taps,
+        )
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -47,10 +64,7 @@ def _tell_mode(tell: Callable[[str], None], plan: Plan) -> None:
         tell(line)
 
 
-def _state_mode(plan: Plan) -> None:
+def _state_mode(console: Console, plan: Plan) -> None:
     """The mode, on standard error."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
     for line, style in _lines(plan):
         console.print(line, style=style, soft_wrap=True, markup=False)

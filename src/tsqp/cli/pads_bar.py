@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress
 
 from tsqp.api.pads import Filling, FillingProgress
+from tsqp.progress import Progress
 
 
-@contextmanager
-def pads_bar(console: Console) -> Iterator[FillingProgress]:
-    """What shows a pool being filled: on a terminal a bar that goes at the end, elsewhere a first and a last line."""
-    if not console.is_terminal:
-        yield pads_lines(lambda line: console.print(line, style="dim", soft_wrap=True))
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("making pads", total=None, visible=False)
-        yield lambda filling: bar.update(task, completed=filling.ready, total=filling.wanted, visible=True)
+def pads_shown(progress: Progress) -> FillingProgress:
+    """Told to ``progress``, as blocks of pads."""
+    return lambda filling: progress(f"making pads for {filling.tokens} tokens", filling.ready, filling.wanted)
 
 
 def pads_lines(tell: Callable[[str], None]) -> FillingProgress:

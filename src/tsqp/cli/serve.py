@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,12 @@ def serve(
         from tsqp.cli.open_llm import open_llm
 
         limits = Limits(running=server.max_running, waiting=server.max_waiting)
-        tell = partial(log.info, "%s", extra={"event": "starting"}) if logged else None
-        return open_llm(run, limits, tell, taps=server.console)
+        tell: Callable[[str], None] | None = None
+        if logged:
+            tell = partial(log.info, "%s", extra={"event": "starting"})
+        elif not sys.stderr.isatty():
+            tell = _log_line  # standard error is a log: what is only shown would be lost
+        return open_llm(run, limits, tell, taps=server.console, silent=json_output)
 
     def announce(ready: Ready) -> None:
         told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
@@ -150,8 +154,7 @@ def serve(
         if logged:
             log.info("%s%s", told, more, extra={"event": "ready"})
         else:
-            sys.stderr.write(f"{told}{more}\n")
-            sys.stderr.flush()
+            _log_line(f"{told}{more}")
         if json_output:
             sys.stdout.write(json.dumps(ready._asdict()) + "\n")
             sys.stdout.flush()
@@ -165,6 +168,11 @@ def serve(
         log_format=server.log_format,
         announce=announce,
     )
+
+
+def _log_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def api_key(

@@ -16,6 +16,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups
 from tsqp.errors import UnsupportedModel
 from tsqp.model.quantised import group_label, load_quantised_group
+from tsqp.progress import Progress, counted, unseen
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,15 @@ def rescaled(
 
 
 def load_int8_groups(
-    checkpoint: Checkpoint, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    kernel: DigitKernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = unseen,
 ) -> dict[GroupKey, Int8Linear]:
     """Read every group and quantise it. Raises CorruptCheckpoint, UnsupportedModel."""
-    return {key: load_int8_group(checkpoint, key, kernel, dtype, device) for key in group_keys(checkpoint.config)}
+    keys = counted(group_keys(checkpoint.config), "reading and quantising the weights", progress)
+    return {key: load_int8_group(checkpoint, key, kernel, dtype, device) for key in keys}
 
 
 def load_int8_group(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups, part_tensor
 from tsqp.model import bfloat16_rows
+from tsqp.progress import Progress, counted, unseen
 
 
 class LinearProduct(Protocol):
@@ -70,10 +71,14 @@ def prepared(linear: LinearProduct, x: torch.Tensor, part: int | None, out: torc
 
 
 def load_groups(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Progress = unseen,
 ) -> dict[GroupKey, LinearWeights]:
     """Read every group of a checkpoint. Raises CorruptCheckpoint."""
-    return {key: load_group(checkpoint, key, dtype, device) for key in group_keys(checkpoint.config)}
+    keys = counted(group_keys(checkpoint.config), "reading the weights", progress)
+    return {key: load_group(checkpoint, key, dtype, device) for key in keys}
 
 
 def load_group(

@@ -16,6 +16,7 @@ from tsqp.config.model import ModelConfig
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.int8 import load_int8_groups
 from tsqp.model.linear import LinearProduct, load_groups
+from tsqp.progress import Progress, unseen
 from tsqp.wire.payload import TORCH_DTYPES
 
 
@@ -42,6 +43,7 @@ class ModelWeights:
         device: torch.device,
         *,
         kernel: DigitKernel | None = None,
+        progress: Progress = unseen,
     ) -> ModelWeights:
         """Read a checkpoint onto a device; ``kernel`` for int8 is chosen by a self-test unless given.
 
@@ -51,10 +53,10 @@ class ModelWeights:
         dtype = TORCH_DTYPES[float_dtype(compute)]
         groups: Mapping[GroupKey, LinearProduct]
         if compute == "int8":
-            groups = load_int8_groups(checkpoint, kernel or pick_kernel(device), dtype, device)
+            groups = load_int8_groups(checkpoint, kernel or pick_kernel(device), dtype, device, progress)
             embedding = None
         else:
-            groups = floats = load_groups(checkpoint, dtype, device)
+            groups = floats = load_groups(checkpoint, dtype, device, progress)
             embedding = floats["lm_head", None].weight if config.tied_embeddings else None
         if embedding is None:
             # A copy: what is mapped from a file, others may change.

@@ -21,12 +21,15 @@ from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.errors import ChannelClosed, CorruptCheckpoint
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.progress import Progress, counted, unseen
 from tsqp.trusted.decode_step import DecodeStep
 from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.kernels import project, quantise_and_mask, verify_and_unmask
 from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.trusted.remote.session import WorkerSession
+
+READING = "reading and quantising the weights"
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,13 @@ class Guard:
 
 
 def load_private_model(
-    checkpoint: Checkpoint, embedding: torch.Tensor, norms: Norms, *, checks: int, keep_weights: bool
+    checkpoint: Checkpoint,
+    embedding: torch.Tensor,
+    norms: Norms,
+    *,
+    checks: int,
+    keep_weights: bool,
+    progress: Progress = unseen,
 ) -> PrivateModel:
     """Read and quantise every group; ``keep_weights``: whether this side is to multiply by them.
 
@@ -134,7 +143,7 @@ def load_private_model(
     digests = GroupDigests()
     whole = ModelDigest(checkpoint)
     groups: dict[GroupKey, GuardedGroup] = {}
-    for key in group_keys(checkpoint.config):
+    for key in counted(group_keys(checkpoint.config), READING, progress):
         loaded = load_quantised_group(checkpoint, key)
         digests.add(key, loaded.wq)
         whole.add(f"{key} scales", loaded.scales)
