@@ -96,11 +96,12 @@ def test_what_a_lost_session_held_is_free_at_once(mode: ProtectionName) -> None:
 
 def test_what_a_lost_session_held_is_given_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pads before the next ones are made, and the rest once nothing of it is left."""
+    sessions: list[weakref.ref[Any]] = []
     gone: list[bool] = []
-    monkeypatch.setattr("tsqp.api.supervisor.give_back_freed_memory", lambda: gone.append(session() is None))
+    monkeypatch.setattr("tsqp.api.supervisor.give_back_freed_memory", lambda: gone.append(sessions[0]() is None))
     mortal = MortalRecorder([40])
     with living(mortal) as address, private("masked", address) as llm:
-        session = weakref.ref(llm.session)
+        sessions.append(weakref.ref(llm.session))
         gc.collect()
         gc.disable()
         try:
