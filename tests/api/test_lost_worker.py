@@ -94,6 +94,24 @@ def test_what_a_lost_session_held_is_free_at_once(mode: ProtectionName) -> None:
         assert guard() is None
 
 
+def test_what_a_lost_session_held_is_given_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pads before the next ones are made, and the rest once nothing of it is left."""
+    sessions: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
+    monkeypatch.setattr("tsqp.api.supervisor.give_back_freed_memory", lambda: gone.append(sessions[0]() is None))
+    mortal = MortalRecorder([40])
+    with living(mortal) as address, private("masked", address) as llm:
+        sessions.append(weakref.ref(llm.session))
+        gc.collect()
+        gc.disable()
+        try:
+            answers(llm)
+        finally:
+            gc.enable()
+    assert not mortal.deaths
+    assert gone == [False, True]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_standbys_take_over_in_turn(mode: ProtectionName, undisturbed: list[Completion]) -> None:
     first, second, third = (MortalRecorder([number]) for number in (40, 31, 52))

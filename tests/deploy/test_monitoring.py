@@ -26,7 +26,9 @@ DASHBOARD = DEPLOY / "grafana" / "tsqp.json"
 NAME = re.compile(r"\b(?:vllm|tsqp):\w+")
 # A label is kept for ever, and shown to whoever may read metrics. "le" is the bound of a histogram's bucket.
 LABELS = {"model_name", "endpoint", "status", "finished_reason", "le"}
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool here")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="no promtool here: install the package prometheus"
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from tsqp.config.worker_options import parse_worker_options
 MOST_EXPOSED = 3.0
 SYSTEMD = DEPLOY / "systemd"
 each_unit = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="no systemd-analyze here: install the package systemd"
+)
 
 
 @pytest.fixture

@@ -109,3 +109,15 @@ def test_no_range_is_left_out(path: str) -> None:
         if one.get("type") in ("number", "integer") and not {"minimum", "exclusiveMinimum"} & one.keys()
     }
     assert numbers <= {"best_of"}
+
+
+@pytest.mark.parametrize("said", [{}, {"type": None}, {"type": "message"}])
+def test_an_item_of_an_input_may_lack_its_type(said: dict[str, Any]) -> None:
+    """Then it is a message: the server takes it, and the document says so."""
+    message = SCHEMAS["InputMessage"]
+    item = {"role": "user", "content": "Hi", **said}
+    assert ask("POST", "/v1/responses", {"model": NAME, "input": [item]}).status_code == 200
+    assert set(message["required"]) <= item.keys()
+    assert item.get("type") in message["properties"]["type"]["enum"]
+    for other in ("InputCall", "InputCallOutput"):
+        assert "type" in SCHEMAS[other]["required"]

@@ -6,8 +6,9 @@ import asyncio
 import os
 from contextlib import closing
 
+import httpx
 import pytest
-from benchmarks.soak import COUNTED, HELD, Look, growth, inconsistent, look_at, miscounted, soak, unbalanced
+from benchmarks.soak import COUNTED, HELD, Look, growth, idle, inconsistent, look_at, miscounted, soak, unbalanced
 
 from tests.commands import Home
 from tests.server.chat_model import chat_model
@@ -76,6 +77,26 @@ def test_a_kill_that_is_not_counted_and_a_check_that_fails_are_told() -> None:
     for wrong in ({"tsqp:worker_losses_total": 1.0}, {"tsqp:worker_reconnects_total": 3.0}):
         assert miscounted({**right, **wrong}, 2)
     assert miscounted({**right, "tsqp:failed_checks_total": 1.0}, 2) == ["a check has failed"]
+
+
+def test_a_look_waits_for_all_pads() -> None:
+    """They are most of the memory of a small model."""
+    times = ("vllm:time_to_first_token_seconds_count", "vllm:inter_token_latency_seconds_count")
+    tokens = ("vllm:request_generation_tokens_sum", "vllm:generation_tokens_total")
+    busy = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    names = (*COUNTED, *HELD, *times, *tokens, *busy, "tsqp:requests_added_total", "vllm:request_success_total")
+    ready = [0, 255, 256]
+
+    def page(request: httpx.Request) -> httpx.Response:
+        figures = dict.fromkeys(names, 0) | {"tsqp:pads_ahead": 256, "tsqp:pads_ready_prompt": ready.pop(0)}
+        return httpx.Response(200, text="".join(f"{name} {value}\n" for name, value in figures.items()))
+
+    async def wait() -> list[str]:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(page)) as client:
+            return await idle(client, "http://server/metrics", 0)
+
+    assert asyncio.run(wait()) == []
+    assert not ready
 
 
 def test_what_endpoints_and_engine_count_differently_is_told() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tsqp.api.attempt import Attempt
+from tsqp.api.freed_memory import give_back_freed_memory
 from tsqp.api.links import Link, Links
 from tsqp.api.places import Place
 from tsqp.api.worker_state import WorkerState
@@ -142,6 +143,7 @@ class Supervisor:
         """See Line."""
         if self._lost_at is not None:
             self._lost_at, self._tried = None, 0
+            give_back_freed_memory()  # of the link before: nobody has its decoder any more
 
     def mends(self, error: Exception) -> bool:
         """See Line: after a loss, and after a cheat where somebody else can be asked."""
@@ -355,3 +357,4 @@ class Supervisor:
             link.close()
             self._judged = None
             forget_frames(link.ended)  # which would keep the memory of the connection
+            give_back_freed_memory()  # of its pads, before others are made

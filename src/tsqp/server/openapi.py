@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tsqp.server.errors import ErrorReply
+from tsqp.server.responses_types import InputMessage
 from tsqp.server.service import Service
 
 Endpoint: TypeAlias = Callable[[Service, Request], Awaitable[Response]]
@@ -54,6 +55,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
     """OpenAPI of these. Ranges that need the model, and those of several fields at once, are not in it."""
     types = list(dict.fromkeys([one for operation in operations for one in operation.types] + [ErrorReply]))
     references, schemas = msgspec.json.schema_components(types, ref_template=_NAMES)
+    _may_lack_type(schemas)
     by_type = dict(zip(types, references, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
@@ -70,6 +72,14 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         },
         "security": [{"key": []}],
     }
+
+
+def _may_lack_type(schemas: dict[str, Any]) -> None:
+    """An item of an input that does not say its type is a message, which the types that check bodies cannot say."""
+    message = schemas.get(InputMessage.__name__)
+    if message is not None:
+        message["required"].remove("type")
+        message["properties"]["type"]["enum"].append(None)
 
 
 def _described(operation: Operation, by_type: dict[type[msgspec.Struct], dict[str, Any]]) -> dict[str, Any]:
