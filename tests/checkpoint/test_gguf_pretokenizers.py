@@ -94,7 +94,7 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
 # What the models' own tokenizer.json are made of, where the library has a part for it or transformers the pattern.
-THEIRS = {
+THEIRS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "gpt-2": [GPT2],
     "mpt": [GPT2],
     "starcoder": [DIGITS, GPT2],
