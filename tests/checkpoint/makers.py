@@ -91,9 +91,14 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
     matrix_type: gguf.GGMLQuantizationType | None = None,
+    split_tensors: int = 0,
+    endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> None:
-    """``metadata`` replaces or adds keys, by their name after the architecture's; None leaves one out."""
-    writer = gguf.GGUFWriter(path, arch)
+    """``metadata`` replaces or adds keys, by their name after the architecture's; None leaves one out.
+
+    With ``split_tensors`` the file is split into parts of so many, named as llama-gguf-split names them.
+    """
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split_tensors, endianess=endianess)
     if model is not None:
         config = model.config
         fields: dict[str, Any] = {

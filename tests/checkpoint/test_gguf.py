@@ -14,7 +14,7 @@ from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.gguf_config import ROPE_FACTORS, ROPE_LONG, ROPE_SHORT, llama3_factors
 from tsqp.checkpoint.hf_config import parse_config
 from tsqp.config.model import RopeConfig
-from tsqp.errors import CorruptCheckpoint, UnsupportedModel
+from tsqp.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
 from .makers import byte_level_fields, make_model, write_gguf
 
@@ -197,14 +197,82 @@ def test_names_the_bad_key(tmp_path: Path, metadata: dict[str, Any], named: str)
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
-def test_a_split_file_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UnsupportedModel, match="split"):
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A model in three parts, as llama-gguf-split names them."""
+    model = make_model("llama", num_hidden_layers=1)
+    tensors = len(model.state_dict())
+    write_gguf(tmp_path / "m.gguf", model, tokenizer=byte_level_fields(), split_tensors=tensors // 2 - 1)
+    found = sorted(tmp_path.glob("m-*.gguf"))
+    assert [path.name for path in found] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    return found
+
+
+def test_a_split_file_is_opened_by_its_first_part(parts: list[Path], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf", make_model("llama", num_hidden_layers=1), tokenizer=byte_level_fields())
+    whole, split = open_checkpoint(str(tmp_path / "whole.gguf")), open_checkpoint(str(parts[0]))
+    assert split.config == whole.config
+    assert split.fingerprint() == whole.fingerprint()
+    assert split.text_format() == whole.text_format()
+    for name in whole.shapes:
+        assert torch.equal(split.tensor(name), whole.tensor(name))
+
+
+def test_another_part_names_the_first(parts: list[Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"is part 2 of 3; name the first, .*m-00001-of-00003\.gguf"):
+        open_checkpoint(str(parts[1]))
+
+
+def test_missing_parts_are_named(parts: list[Path]) -> None:
+    parts[2].unlink()
+    with pytest.raises(CheckpointNotFound, match=r"of which m-00003-of-00003\.gguf are not beside it"):
+        open_checkpoint(str(parts[0]))
+    parts[1].unlink()
+    with pytest.raises(CheckpointNotFound, match=r"of which m-00002-of-00003\.gguf and 1 more are"):
+        open_checkpoint(str(parts[0]))
+
+
+def test_a_renamed_part_is_told(parts: list[Path]) -> None:
+    renamed = parts[0].rename(parts[0].with_name("renamed.gguf"))
+    with pytest.raises(CorruptCheckpoint, match=r"part 1 of 3, but its name does not end in -00001-of-00003\.gguf"):
+        open_checkpoint(str(renamed))
+
+
+def test_parts_that_do_not_belong_together(parts: list[Path], tmp_path: Path) -> None:
+    second = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CorruptCheckpoint, match=r"00002-of-00003\.gguf is not part 2 of 3: its split\.no"):
+        open_checkpoint(str(parts[0]))
+    write_gguf(parts[1], make_model("llama", num_hidden_layers=1))  # a whole file under that name
+    with pytest.raises(CorruptCheckpoint, match=r"is not part 2 of 3: its split\.no"):
+        open_checkpoint(str(parts[0]))
+    parts[1].write_bytes(second[: len(second) // 2])
+    with pytest.raises(CorruptCheckpoint, match=r"00002-of-00003\.gguf is not a whole GGUF file"):
+        open_checkpoint(str(parts[0]))
+
+
+def test_parts_that_hold_a_tensor_twice_or_too_few(tmp_path: Path) -> None:
+    def write(path: Path, number: int, name: str) -> None:
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", 3)
+        writer.add_tensor(name, np.ones(4, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write(tmp_path / "m-00001-of-00002.gguf", 0, "a")
+    for name, message in (("a", "a is in an earlier part as well"), ("b", "hold 2 tensors instead of 3")):
+        write(tmp_path / "m-00002-of-00002.gguf", 1, name)
+        with pytest.raises(CorruptCheckpoint, match=message):
+            open_checkpoint(str(tmp_path / "m-00001-of-00002.gguf"))
+
+
+def test_big_endian_is_refused_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", make_model("llama"), endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(UnsupportedModel, match=r"m\.gguf is a big-endian GGUF"):
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 

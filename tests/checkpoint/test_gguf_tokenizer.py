@@ -161,13 +161,32 @@ def test_sentencepiece_without_prefix(tmp_path: Path, pieces: sentencepiece.Sent
     assert tokenizer.decode(ids) == "the word"
 
 
+def test_gemma4_merges_over_words_and_falls_back_to_bytes(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "▁", "▁a", "ab", "b▁a"]
+    fields = {
+        "model": "gemma4",
+        "tokens": tokens,
+        "types": [2, 3, 3, *[6] * 256, *[1] * 6],
+        "merges": ["b ▁a", "▁ a", "a b"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    tokenizer = _tokenizer(tmp_path, fields)
+    assert tokenizer.encode("ab a").tokens == ["<bos>", "a", "b▁a"]  # no cut at the space
+    assert tokenizer.encode(" ab", add_special_tokens=False).tokens == ["▁a", "b"]
+    ids = tokenizer.encode("é<eos>", add_special_tokens=False).ids
+    assert ids == [3 + 0xC3, 3 + 0xA9, 2]
+    assert tokenizer.decode(tokenizer.encode(" ab é a").ids) == " ab é a"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"model": "bert"}, "bert"),
         ({"model": "t5"}, "t5"),
         ({"model": "rwkv"}, "rwkv"),
-        ({"pre": "deepseek-coder"}, r"deepseek-coder.*smollm, llama-bpe, qwen2"),
+        ({"pre": "kimi-k2"}, r"kimi-k2.*smollm.*llama-bpe.*qwen2.*falcon"),
         ({"model": "llama", "scores": [0.0] * VOCAB, "remove_extra_whitespaces": True}, "normaliser"),
     ],
 )

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
 
-from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
+from tsqp.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
 
 # What the reader raises on bytes that are not a GGUF file; it was written for good ones.
 _READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError)
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufFile:
-    """Tensors stay memory-mapped. Raises CheckpointNotFound, CorruptCheckpoint, UnsupportedModel if split."""
+    """Tensors stay memory-mapped. Of a split file the first part is named; it has the metadata of all.
+
+    Raises CheckpointNotFound where a part is missing, CorruptCheckpoint, UnsupportedModel if big-endian.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # Mode c is a private mapping: torch takes no read-only arrays, and nothing here writes.
-            reader = _BoundedReader(path, mode="c")
-        except FileNotFoundError as error:
-            raise CheckpointNotFound(f"{path} does not exist") from error
-        except OSError as error:
-            raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-        except _READER_ERRORS as error:
-            raise CorruptCheckpoint(f"{path} is not a whole GGUF file: {error}") from error
+        reader = _read(path)
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        if self.integer("split.count", 1) > 1:
-            raise UnsupportedModel(
-                f"{path} is one part of a split GGUF; merge the parts first (llama-gguf-split --merge)"
-            )
+        count = self.integer("split.count", 1)
+        if count > 1:
+            for number, part in enumerate(_other_parts(path, self.integer("split.no"), count), start=1):
+                self._add_part(part, number, count)
+            stored = self.integer("split.tensors.count", len(self._tensors))
+            if stored != len(self._tensors):
+                raise CorruptCheckpoint(f"{path}: the parts hold {len(self._tensors)} tensors instead of {stored}")
+
+    def _add_part(self, path: Path, number: int, count: int) -> None:
+        reader = _read(path)
+        for key, expected in (("split.no", number), ("split.count", count)):
+            field = reader.fields.get(key)
+            if field is None or field.contents() != expected:
+                raise CorruptCheckpoint(f"{path} is not part {number + 1} of {count}: its {key} is not {expected}")
+        for tensor in reader.tensors:
+            if tensor.name in self._tensors:
+                raise CorruptCheckpoint(f"{path}: {tensor.name} is in an earlier part as well")
+            self._tensors[tensor.name] = tensor
 
     def has(self, key: str) -> bool:
         return key in self._fields
@@ -105,6 +116,39 @@ class GgufFile:
         if isinstance(value, float) and not math.isfinite(value):
             raise CorruptCheckpoint(f"{self.path}: {key} is not finite")
         return value
+
+
+def _read(path: Path) -> GGUFReader:
+    try:
+        # Mode c is a private mapping: torch takes no read-only arrays, and nothing here writes.
+        reader = _BoundedReader(path, mode="c")
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"{path} does not exist") from error
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+    except _READER_ERRORS as error:
+        raise CorruptCheckpoint(f"{path} is not a whole GGUF file: {error}") from error
+    if reader.endianess is GGUFEndian.BIG:
+        raise UnsupportedModel(f"{path} is a big-endian GGUF, which is not implemented; take the little-endian one")
+    return reader
+
+
+def _other_parts(first: Path, number: int, count: int) -> list[Path]:
+    """The paths of all parts but the first, which lie beside it. ``number`` counts from 0, names count from 1."""
+    name = _PART.fullmatch(first.name)
+    if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
+        expected = f"-{number + 1:05}-of-{count:05}.gguf"
+        raise CorruptCheckpoint(f"{first} is part {number + 1} of {count}, but its name does not end in {expected}")
+    parts = [first.with_name(f"{name['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if number != 0:
+        raise CheckpointError(f"{first} is part {number + 1} of {count}; name the first, {parts[0]}")
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointNotFound(
+            f"{first} is the first of {count} parts, of which {missing[0]}{others} are not beside it"
+        )
+    return parts[1:]
 
 
 class _BoundedReader(GGUFReader):

@@ -1,8 +1,9 @@
 """The vocabulary of a GGUF file as the text of a ``tokenizer.json``.
 
-Two kinds are implemented. ``gpt2`` is byte-level BPE with its merges in the file; GGUF only names the pattern that
-splits text beforehand, so the known patterns are written here. ``llama`` is SentencePiece's BPE with byte fallback:
-it merges the neighbours whose piece scores highest, and so the merges follow from the scores.
+Three kinds are implemented. ``gpt2`` is byte-level BPE with its merges in the file; GGUF only names the patterns
+that split text beforehand, so the known ones are rows of ``gguf_pretokenizers``. ``llama`` is SentencePiece's BPE with
+byte fallback: it merges the neighbours whose piece scores highest, and so the merges follow from the scores.
+``gemma4`` is the same alphabet with the merges in the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.gguf_pretokenizers import BY_NAME, NO_PATTERN_NAMED, PreTokenizer
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -22,17 +24,6 @@ if TYPE_CHECKING:
 Merges = list[tuple[str, str]]
 
 _SPACE = "▁"  # how SentencePiece writes a space
-
-# Words with one leading sign, then digits, other signs and white space. Llama 3 takes digits by three, Qwen one by one.
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# Files from before the key existed were made for GPT-2's pattern, and so are taken for it.
-_NO_PATTERN_NAMED = "default"
-_PATTERNS = ("smollm", "llama-bpe", "qwen2", "gpt-2", _NO_PATTERN_NAMED)
 
 _SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _END_KEYS = ("eos", "eot", "eom")
@@ -60,8 +51,12 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
             tokenizer = _byte_level(file, tokens)
         case "llama":
             tokenizer = _sentencepiece(file, tokens, types)
+        case "gemma4":
+            tokenizer = _gemma4(file, tokens)
         case _:
-            raise UnsupportedModel(f"{file.path}: tokenizer {kind!r} is not implemented; supported are gpt2, llama")
+            raise UnsupportedModel(
+                f"{file.path}: tokenizer {kind!r} is not implemented; supported are gpt2, llama, gemma4"
+            )
     _add_special_tokens(tokenizer, tokens, types)
     _add_begin_and_end(tokenizer, file, tokens, kind)
     ends = [_special_id(file, key, tokens) for key in _END_KEYS]
@@ -76,29 +71,31 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
 
 
 def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    pattern = _pattern(file)
-    merges = []
-    for merge in file.array("tokenizer.ggml.merges", str):
-        left, _, right = merge.partition(" ")  # the byte-level alphabet has no space of its own
-        merges.append((left, right))
-    # Llama 3 looks a whole word up before it merges.
-    tokenizer = _tokenizer(file, tokens, merges, ignore_merges=pattern == "llama-bpe")
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    match pattern:
-        case "smollm":
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-        case "llama-bpe":
-            split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
-        case "qwen2":
-            split = pre_tokenizers.Split(Regex(_QWEN2_PATTERN), "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
-            tokenizer.normalizer = normalizers.NFC()
-        case _:
-            tokenizer.pre_tokenizer = gpt2
+    row = _pre_tokenizer(file)
+    tokenizer = _tokenizer(file, tokens, _stored_merges(file), ignore_merges=row.whole_words)
+    if row.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *_splits(row.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            *_splits(row.byte_patterns),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _splits(patterns: tuple[str, ...]) -> list[pre_tokenizers.PreTokenizer]:
+    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+
+
+def _stored_merges(file: GgufFile) -> Merges:
+    merges = []
+    for merge in file.array("tokenizer.ggml.merges", str):
+        left, _, right = merge.partition(" ")  # a token has no space of its own: it is written Ġ or ▁
+        merges.append((left, right))
+    return merges
 
 
 def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
@@ -121,6 +118,22 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Token
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
+
+
+def _gemma4(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    """SentencePiece's alphabet and byte fallback, with merges as in byte-level BPE and nothing split beforehand."""
+    unknown = _special_id(file, "unknown", tokens)
+    tokenizer = _tokenizer(
+        file,
+        tokens,
+        _stored_merges(file),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -150,12 +163,12 @@ def _tokenizer(file: GgufFile, tokens: list[str], merges: Merges, **options: Any
         raise CorruptCheckpoint(f"{file.path}: the vocabulary and its merges do not agree: {error}") from error
 
 
-def _pattern(file: GgufFile) -> str:
-    pattern = file.text("tokenizer.ggml.pre", _NO_PATTERN_NAMED)
-    if pattern not in _PATTERNS:
-        supported = ", ".join(_PATTERNS)
-        raise UnsupportedModel(f"{file.path}: pre-tokenizer {pattern!r} is not implemented; supported are {supported}")
-    return pattern
+def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
+    name = file.text("tokenizer.ggml.pre", NO_PATTERN_NAMED)
+    if name not in BY_NAME:
+        supported = ", ".join(BY_NAME)
+        raise UnsupportedModel(f"{file.path}: pre-tokenizer {name!r} is not implemented; supported are {supported}")
+    return BY_NAME[name]
 
 
 def _token_types(file: GgufFile, tokens: list[str]) -> list[int]:
@@ -180,7 +193,7 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int
 
 def _add_begin_and_end(tokenizer: Tokenizer, file: GgufFile, tokens: list[str], kind: str) -> None:
     """Honour add_bos_token and add_eos_token. Absent, they mean what llama.cpp takes them to mean."""
-    begins = kind == "llama" or (kind == "gpt2" and _pattern(file) == "llama-bpe")
+    begins = kind in ("llama", "gemma4") or (kind == "gpt2" and _pre_tokenizer(file).begins)
     bos = _special_id(file, "bos", tokens) if file.flag("tokenizer.ggml.add_bos_token", begins) else None
     eos = _special_id(file, "eos", tokens) if file.flag("tokenizer.ggml.add_eos_token", False) else None
     before = [] if bos is None else [tokens[bos]]
