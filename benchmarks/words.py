@@ -134,12 +134,12 @@ CHINESE: Words = {
         "[图](docs/plots/load-default.png)）："
     ),
     "clients": "客户端数",
-    "first token": "最后一列的首 token，95% 不超过",
+    "first token": "最后一列的首 token，100 次中 95 次不超过",
     "sharing": (
         "单个回答经 HTTP 时，每 token 时间为直接用库时的 {http[open][ratio]:.2f}（`open`）与 "
         "{http[masked][ratio]:.2f}（`masked`）。{long} token 的 prompt 进入期间，四个进行中的回答的 token 间隔"
-        "（95% 不超过）为平时的 {gaps[open][ratio]:.1f} 与 {gaps[masked][ratio]:.1f} 倍；{turn} token 的对话，"
-        "第二轮的首 token 时间为第一轮的 {turns[open][ratio]:.2f} 与 {turns[masked][ratio]:.2f}"
+        "（100 个中 95 个不超过）为平时的 {gaps[open][ratio]:.1f} 与 {gaps[masked][ratio]:.1f} 倍；"
+        "{turn} token 的对话，第二轮的首 token 时间为第一轮的 {turns[open][ratio]:.2f} 与 {turns[masked][ratio]:.2f}"
         "（`tsqp bench serve`，commit {commit}）。"
     ),
     "quality": "质量：{tokens} token 英文文章的 perplexity，{model}（`python -m benchmarks.quality`）：",
