@@ -222,7 +222,7 @@ def broken(tmp_path: Path, change: str) -> Path:
             config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mamba"}))
         case "another rope":
             config.write_text(
-                json.dumps({**json.loads(config.read_text()), "rope_parameters": {"rope_type": "yarn", "factor": 2}})
+                json.dumps({**json.loads(config.read_text()), "rope_parameters": {"rope_type": "mrope", "factor": 2}})
             )
     return copy
 
@@ -241,7 +241,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("a template with a list for a name", "chat_template"),
         ("too many layers", "1000000000 layers"),
         ("another architecture", "mamba"),
-        ("another rope", "yarn"),
+        ("another rope", "mrope"),
     ],
 )
 def test_broken_checkpoints(tsqp: Command, tmp_path: Path, change: str, words: str) -> None:
