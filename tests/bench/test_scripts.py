@@ -22,6 +22,5 @@ def test_pauses_after_a_lost_worker_have_their_parts(tmp_path: Path) -> None:
     assert rows["started here"]["start_s"] > 0
     for row in rows.values():
         assert min(row["vectors_s"], row["greeting_s"], row["rest_s"]) > 0
-        assert row["pause_s"] == pytest.approx(
-            sum(row[f"{part}_s"] for part in ("start", "vectors", "greeting", "rest"))
-        )
+        both = max(row["start_s"], row["vectors_s"])  # the vectors are made while the worker starts
+        assert row["pause_s"] == pytest.approx(both + row["greeting_s"] + row["rest_s"])
