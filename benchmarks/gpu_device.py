@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from tsqp.bench import tree
+from tsqp.model.accelerator import TorchCuda
 
 RUNS = 20
 WARM_UP = 3
@@ -26,7 +26,7 @@ def described(device: torch.device) -> dict[str, object]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "processors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "driver": driver(),
+        "driver": TorchCuda().driver(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -38,16 +38,6 @@ def described(device: torch.device) -> dict[str, object]:
 def commit() -> str:
     """Of the code that is measured."""
     return os.environ.get("TSQP_COMMIT") or tree.commit()
-
-
-def driver() -> str:
-    """The version that nvidia-smi says, or "unknown"."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.split("\n")[0].strip() or "unknown"
 
 
 def stream_ms(work: Work) -> float:

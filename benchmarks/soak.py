@@ -252,8 +252,8 @@ def miscounted(metrics: Metrics, kills: int) -> list[str]:
 def unbalanced(metrics: Metrics) -> list[str]:
     """What does not add up while nothing runs or waits: endpoints and engine count the same answers and tokens."""
     added = metrics["tsqp:requests_added_total"]
-    other = [name for name in COUNTED if metrics[name] != added]
-    found = [f"{name} is {metrics[name]:.0f}, and {added:.0f} requests were added" for name in other]
+    counted = {name: metrics.get(name, 0.0) for name in COUNTED}  # one with labels is there from its first answer on
+    found = [f"{name} is {n:.0f}, and {added:.0f} requests were added" for name, n in counted.items() if n != added]
     found += [f"{name} is {metrics[name]} of an idle server" for name in HELD if metrics[name]]
     times = metrics["vllm:time_to_first_token_seconds_count"] + metrics["vllm:inter_token_latency_seconds_count"]
     least, most = metrics["vllm:request_generation_tokens_sum"], metrics["vllm:generation_tokens_total"]
