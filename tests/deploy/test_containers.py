@@ -93,3 +93,10 @@ def test_the_sides_know_each_other_by_number() -> None:
     assert run.protection == "masked"
     for service in SERVICES.values():
         assert any(volume.startswith("line:/run/tsqp-worker") for volume in service["volumes"])
+
+
+def test_metrics_can_be_read_from_this_machine_and_from_nowhere_else() -> None:
+    server = SERVICES["server"]
+    published = [port for port in server["ports"] if port.endswith(":9100")]
+    assert published == ["127.0.0.1:9100:9100"]
+    assert {"--metrics-port=9100", "--metrics-host=0.0.0.0"} <= set(server["command"]), "not on a container's loopback"
