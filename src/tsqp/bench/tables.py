@@ -1,4 +1,4 @@
-"""The form of every table of a benchmark."""
+"""The form of every table of figures."""
 
 from __future__ import annotations
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +9,7 @@ from tsqp.api.answer import Completion
 from tsqp.api.describe import handshake_line
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import communication_share
+from tsqp.bench.tables import new_table
 from tsqp.model.meter import CallKind, OperatorKind
 from tsqp.trusted.stats import CallStats, Stats, total
 
@@ -106,7 +104,7 @@ def guard_lines(found: dict[str, object]) -> list[str]:
 
 def _call_table(stats: Stats) -> Table:
     columns = ["calls", "RPC", "encode", "decode", "worker", "MB sent", "MB back"]
-    table = _table("calls to the worker, times in ms", columns)
+    table = new_table("calls to the worker, times in ms", columns)
     made = {CALL_TITLES[kind]: call for kind, call in stats.calls.items() if call.count}
     for title, c in {**made, "all": total(stats.calls.values())}.items():
         times = (f"{seconds * 1e3:.1f}" for seconds in (c.rpc_s, c.serialise_s, c.deserialise_s, c.worker_s))
@@ -116,7 +114,7 @@ def _call_table(stats: Stats) -> Table:
 
 def _operator_table(stats: Stats) -> Table:
     """Every operator's share of the forward passes; a product includes its way to the worker and back."""
-    table = _table("operators", ["side", "ms", "share"])
+    table = new_table("operators", ["side", "ms", "share"])
     whole = stats.prefill_s + stats.decode_s
     rows = [
         *((CALL_TITLES[k], _side(k, c), c.held_s) for k, c in stats.calls.items() if c.count or k != "layer"),
@@ -133,11 +131,3 @@ def _side(kind: CallKind, call: CallStats) -> str:
     if kind == "matmul" and not call.count:
         return "in softmax"  # the trusted side's fused attention does not hand out its products
     return "worker" if call.count else "trusted"
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
