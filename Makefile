@@ -8,6 +8,7 @@ LOCKED := install --only-binary=:all: --require-hashes --no-deps --requirement
 TORCH := install --only-binary=:all: --requirement constraints.txt
 OURSELVES := install --no-deps --no-build-isolation --editable .
 UV := uv==0.13.9
+SBOM ?= dist/tsqp.cdx.json
 
 # Tests are mostly single processes that wait for others: one process of pytest for each of two cores. A process takes
 # the tests of modules in the random order, and when it has none left, the last ones of the other.
@@ -24,7 +25,7 @@ COVERAGE := $(BIN)/pytest --cov=tsqp.trusted.guard --cov=tsqp.wire --cov-branch 
 CLIENTS := .venv-conformance/bin/python
 NPM := npm --prefix conformance/node --ignore-scripts --no-audit --no-fund --omit-lockfile-registry-resolved
 
-.PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench gpu-check gpu-bundle wheel clean
+.PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench gpu-check gpu-bundle wheel sbom sbom-lock image clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
 	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
@@ -92,10 +93,21 @@ gpu-bundle: .venv/.dev  ## what a machine with a GPU and no network needs beside
 wheel: .venv/.dev
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist
 
-clean:
-	rm -rf .venv .venv-conformance .venv-latest .venv-lock .gpu-wheels conformance/node/node_modules dist build
+sbom: .venv-sbom/.tools  ## what is installed, by hashes, with version and commit: CycloneDX JSON
+	.venv-sbom/bin/python -W ignore::UserWarning scripts/sbom.py .venv-sbom/bin/cyclonedx-py $(SBOM)
 
-.venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python:
+sbom-lock: .venv-lock/bin/uv  ## move the maker of that to its newest release
+	echo cyclonedx-bom | .venv-lock/bin/uv pip compile - --universal --fork-strategy fewest --python-version 3.11 \
+		--only-binary :all: --generate-hashes --upgrade --quiet --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --output-file requirements/sbom.lock
+
+image:  ## images of both sides, from BASE=NAME@sha256:DIGEST (docs/operations.md), by podman, docker or buildah
+	$(PYTHON) scripts/image.py --torch-index "$(TORCH_INDEX)" "$(BASE)"
+
+clean:
+	rm -rf .venv .venv-conformance .venv-latest .venv-lock .venv-sbom .gpu-wheels conformance/node/node_modules dist build
+
+.venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python .venv-sbom/bin/python:
 	$(PYTHON) -m venv $(@D:/bin=)
 
 .venv/.runtime: pyproject.toml constraints.txt requirements/run.lock | .venv/bin/python
@@ -114,6 +126,10 @@ clean:
 
 .venv-conformance/.clients: conformance/requirements.lock | .venv-conformance/bin/python
 	.venv-conformance/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) conformance/requirements.lock
+	touch $@
+
+.venv-sbom/.tools: requirements/sbom.lock | .venv-sbom/bin/python
+	.venv-sbom/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) requirements/sbom.lock
 	touch $@
 
 conformance/node/node_modules/.package-lock.json: conformance/node/package-lock.json

@@ -5,6 +5,7 @@
     TsqpError
     ├── InputError                the caller asked for something that cannot be done
     │   ├── OptionError           an unknown or unsupported option value
+    │   ├── PolicyError           a file that should say what evidence is accepted, and does not
     │   └── PromptError           empty, or longer than the context
     ├── QueueFull                 as many requests wait as may wait; another time there may be room
     ├── CheckpointError
@@ -16,17 +17,22 @@
     ├── PadError                  one-time pads that must not be used, or are not there
     │   ├── PadReused             a pad was asked for twice, or in a forked process
     │   └── PadsExhausted         no pads ready, and the run was told not to wait for new ones
+    ├── EvidenceRefused           what a server shows of itself is not what a client accepts
+    ├── ProviderFailed            the TEE of this machine gave no quote, or one that does not answer the question
     ├── PathRefused               a file or directory that is not this user's alone, or cannot be used
+    ├── ClusterError              workers that could not be placed, found or ended
     └── ChannelError              the line between the two sides; the session is dead afterwards
         ├── ArenaFull             the shared memory has no room for a tensor
         ├── AddressError          malformed, or refused for safety
         │   ├── AddressInUse
         │   └── MalformedAddress  an InputError too: no address at all
+        ├── RosterError           a roster that cannot be had or used, or names no workers that make one model
         ├── WorkerUnreachable     nobody answered, or the keys did not match
         ├── WorkerLost            the worker went away after the handshake
         ├── WorkerFailed          the worker answered that it could not do the call
         ├── ModelMismatch         the two sides read different checkpoints
         ├── DeadlineExceeded
+        ├── DeviceError           CUDA is not there, or does not do what a cuda address needs
         ├── ChannelClosed         used after close
         ├── ProtocolError         bytes that the protocol does not allow
         │   └── ReplyShapeError   a reply whose size is not that of the product asked for
@@ -91,6 +97,10 @@ class OptionError(InputError):
     """An unknown or unsupported option value."""
 
 
+class PolicyError(InputError):
+    """A file that should say what evidence is accepted, and does not. Nothing is accepted by it."""
+
+
 class PromptError(InputError):
     """An empty prompt, or one longer than the context."""
 
@@ -135,6 +145,32 @@ class PadsExhausted(PadError):
     """No pads are ready, and the run was told not to wait for new ones. Nothing was sent."""
 
 
+class EvidenceRefused(TsqpError):
+    """What a server shows of itself is not what a client accepts. Nothing was sent to it that is worth keeping.
+
+    ``field``: where, with a dot between section and name; ``found``, ``expected``: in words, without secrets. What was
+    found is the other side's: it is shortened, and what a terminal might obey is escaped.
+    """
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        found = found[:300].encode("unicode_escape").decode("ascii")
+        super().__init__(f"refused: {field} is {found}, and not {expected}")
+        self.field = field
+        self.found = found
+        self.expected = expected
+
+
+class ProviderFailed(TsqpError):
+    """The TEE of this machine gave no quote, or one that does not answer the question. Another question may succeed.
+
+    ``provider``: its name, as ``--evidence`` has it. The text does not hold what was asked.
+    """
+
+    def __init__(self, provider: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{provider}: {problem}", hint=remedy)
+        self.provider = provider
+
+
 class PathRefused(TsqpError):
     """A file or directory that is not this user's alone (``unsafe``), or that the system does not let it use."""
 
@@ -146,11 +182,16 @@ class PathRefused(TsqpError):
         self.unsafe = unsafe
 
 
+class ClusterError(TsqpError):
+    """Workers that could not be placed, found or ended."""
+
+
 class ChannelError(TsqpError):
     """A failure of the line between the two sides.
 
     ``side``: who is at the other end, ``worker`` or ``dealer``. ``address``: where, in an error about that side itself;
-    then ``text`` is what that side did, without a subject. The message is made of the three.
+    then ``text`` is what that side did, without a subject. The message is made of the three. ``worker``: of several
+    workers, the one that it is about, by its name; see ``of_worker``.
     """
 
     def __init__(
@@ -163,11 +204,20 @@ class ChannelError(TsqpError):
         hint: str | None = None,
     ) -> None:
         super().__init__(text, fields=fields, side=side, address=address, hint=hint)
+        self.worker: str | None = None
+        self._where: str | None = None
+
+    def of_worker(self, name: str, address: str) -> None:
+        """Say which of several workers it is about, and where that one is. The first to say so is right."""
+        if self.worker is None:
+            self.worker, self._where = name, address
 
     def __str__(self) -> str:
         text = super().__str__()
         if self.address is not None:
             return f"{self.address}: the {self.side} {text}"
+        if self._where is not None:
+            return f"{self._where}: {text}"
         return text if self.side == "worker" else f"the {self.side}: {text}"
 
 
@@ -185,6 +235,10 @@ class AddressInUse(AddressError):
 
 class ArenaFull(ChannelError):
     """The shared memory of a connection has no room for a tensor."""
+
+
+class RosterError(ChannelError):
+    """A roster that cannot be had or used, or whose workers do not make one model. Another one may."""
 
 
 class WorkerUnreachable(ChannelError):
@@ -207,6 +261,10 @@ class DeadlineExceeded(ChannelError):
     """No reply within the deadline. Whether the worker did the work is unknown."""
 
 
+class DeviceError(ChannelError):
+    """CUDA is not there, or does not do what a connection over device memory needs."""
+
+
 class ChannelClosed(ChannelError):
     """The channel was used after it was closed."""
 
@@ -225,7 +283,15 @@ class ReplyShapeError(ProtocolError):
 
 
 class CheckFailed(ChannelError):
-    """A product failed its check: whoever computed it cheats, or its machine is broken. Nothing was made of it."""
+    """A product failed its check: whoever computed it cheats, or its machine is broken. Nothing was made of it.
+
+    ``row`` of the call, ``part`` of its columns: the first that is wrong, in the product of a worker; else None.
+    """
+
+    def __init__(self, text: str, row: int | None = None, part: int | None = None) -> None:
+        super().__init__(text)
+        self.row = row
+        self.part = part
 
 
 class ReplyRangeError(CheckFailed):

@@ -10,8 +10,7 @@ import numpy as np
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.modulus import MAX_CENTRED, P
 
-_P = np.int64(P)
-_HALF = np.int64(MAX_CENTRED)
+_P, _HALF = np.int64(P), np.int64(MAX_CENTRED)
 _OFFSET = np.int64(0x80808080)  # 128 for each digit: the bytes of v + offset are the balanced digits of v, plus 128
 MULTIPLE = np.int64(P << 26)  # of p, larger than any weighted sum of digits' products: makes it positive
 

@@ -30,7 +30,7 @@ class KeyStream(Protocol):
 class AesKeyStream:
     """AES-256-CTR under a key of 32 bytes, from an initial counter block of zeros."""
 
-    def __init__(self, key: bytes | bytearray) -> None:
+    def __init__(self, key: bytes | bytearray | memoryview) -> None:
         # Safe with a constant counter: every key is used for one stream only.
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 

@@ -51,11 +51,9 @@ class FieldWeights:
         if self.kernel.at_once(digits * len(x)):
             return self.kernel.product_mod_p(digits_of_x, self.wq, self.offsets, out)
         columns = max(_LEAST_COLUMNS, _SUMS // (digits * len(x)))
-        for first in range(0, len(self.wq), columns):
-            own = slice(first, first + columns)
+        for own in (slice(first, first + columns) for first in range(0, len(self.wq), columns)):
             sums = self.kernel.accumulate_unsigned(digits_of_x.flatten(0, 1), self.wq[own]).view(digits, len(x), -1)
-            arrays = bits(sums), bits(self.offsets[own]), bits(out[:, own].view(torch.uint32))
-            row_threads().run(join, len(x), *arrays, least=least_rows(columns))
+            self._join(sums, self.offsets[own], out[:, own].view(torch.uint32))
         return None
 
     def _split(self, x: torch.Tensor, digits: Digits) -> torch.Tensor:
@@ -64,3 +62,7 @@ class FieldWeights:
         values = x.view(torch.uint32 if digits == 4 else torch.int16)
         row_threads().run(split, len(x), bits(values), bits(out), least=least_rows(x.shape[1]))
         return out
+
+    def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+        """Sums of digits, int32 (digits, T, N), with their kernel's offsets (N,), mod p into out, uint32 (T, N)."""
+        row_threads().run(join, len(out), bits(sums), bits(offsets), bits(out), least=least_rows(out.shape[1]))

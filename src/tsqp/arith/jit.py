@@ -29,7 +29,11 @@ SOURCES = (
     "arith/vnni.py",
     "arith/amx.py",
     "arith/crew.py",
+    "checkpoint/gguf_loops.py",
     "model/compiled.py",
+    "model/adapter_loops.py",
+    "model/oblivious_loops.py",
+    "model/oram_loops.py",
     "model/attention_tiles.py",
     "model/compiled_rows.py",
     "model/compiled_attention.py",
@@ -64,11 +68,11 @@ def loop_sources() -> list[Path]:
     return [path for path in (package / source for source in SOURCES) if path.is_file()]
 
 
-def kernel(loop: Loop, fastmath: set[str] | None = None) -> Loop:
-    """A loop to be called from Python. Without ``fastmath``, rounding and order are what its source says."""
+def kernel(loop: Loop) -> Loop:
+    """A loop to be called from Python. Rounding and order are what its source says."""
     # numba may have been loaded before this was set.
     setattr(numba.config, "CACHE_DIR", _directory)  # noqa: B010  (unknown to its type hints)
-    return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath or False, cache=bool(_directory))(loop)
+    return numba.njit(nogil=True, error_model="numpy", cache=bool(_directory))(loop)
 
 
 def entry(loop: Loop, signature: Any) -> int:
@@ -81,6 +85,6 @@ def entry(loop: Loop, signature: Any) -> int:
     return int(_entries[-1].address)
 
 
-def inline(loop: Loop, fastmath: set[str] | None = None) -> Loop:
+def inline(loop: Loop) -> Loop:
     """A part of loops, put in where it is used."""
-    return numba.njit(inline="always", error_model="numpy", fastmath=fastmath or False)(loop)
+    return numba.njit(inline="always", error_model="numpy")(loop)

@@ -43,4 +43,4 @@ class DeviceFieldWeights(FieldWeights):
         return split_torch(x, digits)
 
     def _join(self, sums: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(join_torch(sums, offsets))
+        out.view(torch.int32).copy_(join_torch(sums, offsets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tsqp.config.model import ModelConfig
@@ -55,6 +55,13 @@ def linear_groups(config: ModelConfig) -> dict[GroupName, LinearGroup]:
         LinearGroup("lm_head", hidden, (("lm_head", config.vocab_size),), False),
     )
     return {group.name: group for group in groups}
+
+
+def cut(group: LinearGroup, first: int, end: int) -> LinearGroup:
+    """Output features ``first`` to ``end`` of a group: every part is there, with its rows among them, maybe none."""
+    rows = [group.part_rows(part) for part in range(len(group.parts))]
+    widths = [max(0, min(stop, end) - max(start, first)) for start, stop in rows]
+    return replace(group, parts=tuple((name, width) for (name, _), width in zip(group.parts, widths, strict=True)))
 
 
 def part_tensor(layer: int | None, part: str, kind: str) -> str:

@@ -18,11 +18,15 @@ Architecture = Literal[
     "phi3",
     "granite",
     "olmo2",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "cohere2",
 ]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 RopeKind = Literal["none", "default", "linear", "llama3", "yarn", "dynamic", "longrope"]
-Activation = Literal["silu", "relu2"]
+Activation = Literal["silu", "relu2", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,15 @@ class ModelConfig:
     full causal attention. ``rope_of_layer`` has one as well: 0 for ``rope``, n for the n-th of ``other_ropes``; empty
     where all layers have ``rope``.
 
-    ``qk_norm``: Q and K are normed, each head on its own or, for ``qk_norm_whole``, all heads as one. ``norms_before``
-    and ``norms_after``: what attention and MLP take is normed, and what they give. ``gated_mlp``: the activation of one
-    half multiplies the other. ``score_scale`` multiplies Q·Kᵀ, 1/√head_dim for None. ``embedding_multiplier`` and
-    ``logits_multiplier`` multiply what the embedding and the head give.
+    ``qk_norm``: Q and K are normed, each head on its own or, for ``qk_norm_whole``, all heads as one. With
+    ``qk_norm_apart`` each head has weights of its own. ``norms_before`` and ``norms_after``: what attention and MLP
+    take is normed, and what they give. ``parallel``: attention and MLP take the same, normed once, and both are added.
+    ``layer_norm``: every norm takes the mean off first. ``norm_offset`` is added to the weights of norms;
+    ``rms_norm_eps`` is the epsilon of all. ``gated_mlp``: the activation of one half multiplies the other.
+
+    ``score_scale`` multiplies Q·Kᵀ, 1/√head_dim for None. ``embedding_multiplier`` and ``logits_multiplier`` multiply
+    what the embedding and the head give; the former rounded to the compute dtype for ``rounded_multiplier``. A soft cap
+    c makes c·tanh(x/c) of x: ``score_cap`` of scores, once they are scaled, ``logits_cap`` of logits.
     """
 
     architecture: Architecture
@@ -105,13 +114,20 @@ class ModelConfig:
     other_ropes: tuple[RopeConfig, ...] = ()
     rope_of_layer: tuple[int, ...] = ()
     qk_norm_whole: bool = False
+    qk_norm_apart: bool = False
     norms_before: bool = True
     norms_after: bool = False
+    parallel: bool = False
+    layer_norm: bool = False
+    norm_offset: float = 0.0
     activation: Activation = "silu"
     gated_mlp: bool = True
     score_scale: float | None = None
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    rounded_multiplier: bool = False
+    score_cap: float | None = None
+    logits_cap: float | None = None
 
     @property
     def q_size(self) -> int:
@@ -137,6 +153,7 @@ class ModelConfig:
 
     @property
     def plain_block(self) -> bool:
-        """Whether a layer is Llama's: norms before, SiLU of one half times the other, Q and K as they come."""
+        """Whether a layer is Llama's: norms before, SiLU of one half times the other, Q and K as they come, no caps."""
         gated_silu = self.activation == "silu" and self.gated_mlp
-        return gated_silu and self.norms_before and not self.norms_after and not self.qk_norm
+        norms = self.norms_before and not (self.norms_after or self.qk_norm or self.layer_norm or self.parallel)
+        return gated_silu and norms and self.score_cap is None and self.logits_cap is None

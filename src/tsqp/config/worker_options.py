@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqp.config.dtype import COMPUTE_DTYPES
+from tsqp.config.shard import Shard
 from tsqp.errors import OptionError
 
 # Read by ``tsqp worker``, the first that is set; a flag wins over them.
@@ -33,22 +34,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_worker_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Raises OptionError."""
+    """``shard`` is a Shard or None. Raises OptionError."""
     about = "Serve the linear algebra of one model to trusted sides, until Ctrl-C."
     parser = _Parser(prog="tsqp worker", description=about, allow_abbrev=False)
     parser.option("--model", "directory, .gguf file, Hub id, default, or synthetic:NAME", "-m", default="default")
     parser.option(
         "--listen",
-        "shm:///path, ipc:///path or tcp://host:port (port 0: any); a fresh shm address when not given",
+        "shm:///path, ipc:///path, tcp://host:port (port 0: any), or cuda:///path (no isolation: device memory of the "
+        "client, for open only); a fresh shm address when not given",
         metavar="ADDR",
     )
-    parser.option("--device", "where it computes: cpu or cuda[:n]", default="cpu", type=device_name)
+    parser.option(
+        "--device",
+        "where it computes: cpu, cuda[:n], or several CUDA devices with commas between",
+        default="cpu",
+        type=device_name,
+    )
     parser.option(
         "--dtype",
         "what it computes in, prepared before it listens; int8: its linear layers, everything else in bfloat16; field: "
         "exact products for the private modes; a client that asks for another waits for it",
         default="auto",
         choices=("auto", *COMPUTE_DTYPES),
+    )
+    parser.option(
+        "--shard",
+        "hold these layers alone, and of their linear groups these output features, for the private modes: 0..17, "
+        "or 0..17/0..1of2; the LM head is the layer after the last; all of the model when not given",
+        metavar="SHARD",
     )
     parser.option("--compile", "compile the products by torch.compile; needs a C++ compiler", action="store_true")
     parser.option(
@@ -67,7 +80,7 @@ def parse_worker_options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.option(
         "--allow-user",
-        "user of this machine, by name or number, who may connect over shm beside this one; may be given again",
+        "user of this machine, by name or number, who may connect over shm or cuda beside this one; may be given again",
         metavar="USER",
         action="append",
         default=[],
@@ -78,9 +91,30 @@ def parse_worker_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"--threads must be at least 1, not {options.threads}")
+    if options.shard is not None:
+        _check_shard(options)
     if options.compile and options.dtype == "field":
         raise OptionError("--compile plays no part in --dtype field: leave it out")
+    if (options.listen or "").startswith("cuda:"):
+        if options.device == "cpu":
+            raise OptionError("--listen cuda:// is for tensors on a GPU: say which one by --device cuda[:n]")
+        if "," in options.device:
+            raise OptionError("--listen cuda:// is for tensors on one GPU: name one device, or listen at shm://")
+        if options.dtype == "field":
+            raise OptionError("--dtype field is for the private modes, and --listen cuda:// gives no isolation")
     return options
+
+
+def _check_shard(options: argparse.Namespace) -> None:
+    """Make a Shard of the option, which says the dtype too. Raises OptionError."""
+    options.shard = Shard.parse(options.shard)
+    if options.dtype not in ("auto", "field"):
+        raise OptionError(f"--shard is for the private modes: use --dtype field, not {options.dtype}")
+    if options.compile:
+        raise OptionError("--compile plays no part with --shard: leave it out")
+    if (options.listen or "").startswith("cuda:"):
+        raise OptionError("--shard is for the private modes, and --listen cuda:// gives no isolation")
+    options.dtype = "field"
 
 
 def arguments_of(environment: Mapping[str, str]) -> list[str]:
