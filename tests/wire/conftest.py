@@ -20,8 +20,10 @@ def private_dir() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.fixture(params=["mem", "ipc", "shm", "shm-file", "tcp", "curve"])
-def link(request: pytest.FixtureRequest, private_dir: Path) -> Link:
+@pytest.fixture(params=["mem", "ipc", "shm", "shm-file", "cuda", "tcp", "curve"])
+def link(request: pytest.FixtureRequest, private_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
+    if request.param == "cuda":  # both ends are one thread: nobody lets go of memory while the other end closes
+        monkeypatch.setattr("tsqp.wire.transport.cuda.channel.PARTING_S", 0.0)
     return make_link(request.param, private_dir)
 
 

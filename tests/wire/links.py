@@ -9,8 +9,10 @@ from typing import Any
 
 import zmq
 
+from tests.wire.fake_cuda import FakeIpc
 from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.transport import connect, listen
+from tsqp.wire.transport.cuda.listener import CudaListener
 from tsqp.wire.transport.keys import ClientKeys, KeyPair, WorkerKeys
 
 WAIT_S = 20.0  # far longer than anything here takes: only a failure waits that long
@@ -40,6 +42,10 @@ def make_link(name: str, directory: Path) -> Link:
     if name.startswith("shm"):
         arena = {"arena": "file"} if name == "shm-file" else {}
         return Link(name, lambda: f"shm://{directory}/{next(numbers)}.sock", {}, arena)
+    if name == "cuda":
+        return Link(
+            name, lambda: f"cuda://{directory}/{next(numbers)}.sock", {"driver": FakeIpc()}, {"driver": FakeIpc()}
+        )
     if name == "ipc":
         return Link(name, lambda: f"ipc://{directory}/{next(numbers)}.sock", {}, {})
     if name == "tcp":
@@ -63,11 +69,19 @@ def tensor(data: bytes | bytearray) -> memoryview:
 
 
 def arrived(listener: Listener) -> Arrival:
-    """The next message at a listener, which must come; connections that end on the way are passed over."""
+    """The next message at a listener, which must come; connections that end on the way are passed over.
+
+    What lies on a device is copied from there.
+    """
     event = listener.receive(WAIT_S)
     while isinstance(event, Departure):
         event = listener.receive(WAIT_S)
     assert event is not None
+    if event.device is not None:
+        assert isinstance(listener, CudaListener)
+        assert not event.frames.tensors
+        copies = tuple(listener.read(memory) for memory in event.device.tensors)
+        return event._replace(frames=Frames(event.frames.control, copies))
     return event
 
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tsqp.errors import AddressError
-from tsqp.wire.transport.address import Address, parse_address
+from tsqp.wire.transport.address import Address, in_brackets, parse_address
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from tsqp.wire.transport.address import Address, parse_address
         ("ipc:////run//./x.sock", "ipc:///run/x.sock"),
         ("ipc:///run/a b", "ipc:///run/a b"),
         ("shm:////run//x.sock", "shm:///run/x.sock"),
+        ("cuda:////run//x.sock", "cuda:///run/x.sock"),
         ("ipc:///" + "x" * 106, "ipc:///" + "x" * 106),
         ("tcp://127.0.0.1:7000", "tcp://127.0.0.1:7000"),
         ("tcp://Worker.Example:07000", "tcp://worker.example:7000"),
@@ -36,6 +37,7 @@ def test_addresses_have_one_normal_form(text: str, normal: str) -> None:
         *("", "x", "mem:", "mem:a/b", "mem:" + "x" * 65, "inproc://x", "http://x:1", "TCP://x:1"),
         *("ipc://", "ipc://x.sock", "ipc://@abstract", "ipc://*", "ipc:/x", "ipc:///", "/", "//", "/run/", "/run/."),
         *("shm:x", "shm:///", "shm://x.sock", "shm:///run/../x"),
+        *("cuda:0", "cuda:///", "cuda://x.sock", "cuda:///run/../x"),
         *("/run/../x", "/run/\0x", "/run/\nx", "/" + "x" * 107, "/" + "é" * 54, "/\ud800"),
         *("tcp://", "tcp://host", "tcp://:1", "tcp://host:", "tcp://host:x", "tcp://host:-1", "tcp://host:65536"),
         *("tcp://host:123456", "tcp://*:1", "tcp://::1:1", "tcp://[::1]", "tcp://[1.2.3.4]:1", "tcp://[::1%lo]:1"),
@@ -66,6 +68,7 @@ def test_any_ip_address_and_port(ip: object, port: int) -> None:
     address = parse_address(f"tcp://{host}:{port}")
     assert (address.host, address.port) == (str(ip), port)
     assert address.with_port(1) == parse_address(f"tcp://{host}:1")
+    assert (in_brackets(str(ip)), in_brackets(host)) == (host, host)
 
 
 @pytest.mark.parametrize(

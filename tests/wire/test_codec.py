@@ -26,6 +26,7 @@ from tsqp.wire.messages import (
     MultiplyPads,
     Product,
     Refused,
+    StagedDone,
     Welcome,
 )
 
@@ -36,6 +37,7 @@ FINGERPRINT = st.text("0123456789abcdef", min_size=64, max_size=64)
 DTYPE = st.sampled_from(COMPUTE_DTYPES)
 PATH = st.sampled_from(["float", "int8", "field"])
 GROUP = st.sampled_from(GROUP_NAMES)
+SHARD = st.none() | st.sampled_from(["8..17", "0..17/0..1of2", "99999..99999/9999..9999of9999"])
 DEVICE = st.just("cpu") | st.integers(0, 999).map("cuda:{}".format)
 REASON = st.text(st.characters(codec="utf-8"), max_size=500)
 
@@ -50,9 +52,14 @@ TO_WORKER = st.one_of(
 )
 SHAPES = st.lists(st.builds(GroupShape, GROUP, COUNT, COUNT, st.none() | FINGERPRINT), max_size=8).map(tuple)
 HANDSHAKE = st.one_of(
-    st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, DEVICE, DTYPE), st.builds(Refused, INDEX, FINGERPRINT, REASON)
+    st.builds(Welcome, INDEX, FINGERPRINT, SHAPES, DEVICE, DTYPE, SHARD), st.builds(Refused, INDEX, FINGERPRINT, REASON)
 )
-REPLY = st.one_of(st.builds(Done, CALL_ID), st.builds(Failed, CALL_ID, REASON))
+STAGE = st.tuples(st.integers(0, 2**62 - 1), st.integers(0, 2**62 - 1))
+REPLY = st.one_of(
+    st.builds(Done, CALL_ID),
+    st.builds(StagedDone, CALL_ID, st.integers(0, 2**62 - 1), st.tuples(STAGE, STAGE, STAGE)),
+    st.builds(Failed, CALL_ID, REASON),
+)
 
 SIDES: dict[str, tuple[Decoder[Any], st.SearchStrategy[Any]]] = {
     "to worker": (decode_to_worker, TO_WORKER),
@@ -169,6 +176,51 @@ def test_what_is_almost_a_reply_is_refused(fields: object) -> None:
 def test_what_is_almost_a_call_is_refused(fields: object) -> None:
     with pytest.raises(ProtocolError):
         decode_to_worker(msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize(
+    ("device", "good"),
+    [
+        ("cuda:0,cuda:1", True),
+        (",".join(f"cuda:{n}" for n in range(32)), True),
+        (",".join(f"cuda:{n}" for n in range(33)), False),
+        ("cpu,cuda:0", False),
+        ("cuda:0,", False),
+        ("cuda:0 cuda:1", False),
+        ("cuda:0,\x1b[2J", False),
+    ],
+)
+def test_several_devices_are_named_and_nothing_else_is(device: str, good: bool) -> None:
+    """A client prints it."""
+    frame = msgspec.msgpack.encode(["welcome", 3, "0" * 64, [], device, "float32"])
+    if good:
+        assert decode_handshake(frame) == Welcome(3, "0" * 64, (), device, "float32")
+    else:
+        with pytest.raises(ProtocolError):
+            decode_handshake(frame)
+
+
+@pytest.mark.parametrize(
+    ("shard", "good"),
+    [
+        (None, True),
+        ("0..17", True),
+        ("0..17/0..1of2", True),
+        ("0..17\n", False),
+        ("0..17/", False),
+        ("", False),
+        ("0..17/0..1of2\x1b[2J", False),
+        (17, False),
+    ],
+)
+def test_a_shard_is_named_and_nothing_else_is(shard: object, good: bool) -> None:
+    """A client prints it."""
+    frame = msgspec.msgpack.encode(["welcome", 4, "0" * 64, [], "cpu", "field", shard])
+    if good:
+        assert decode_handshake(frame) == Welcome(4, "0" * 64, (), "cpu", "field", shard)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ProtocolError):
+            decode_handshake(frame)
 
 
 def test_size_is_checked_before_anything_is_decoded() -> None:

@@ -157,7 +157,7 @@ def test_an_oversize_call_costs_its_connection_and_no_other(link: Link) -> None:
 
 
 def test_an_oversize_reply_ends_the_channel(link: Link, listener: Listener) -> None:
-    if link.name.startswith("shm"):
+    if link.name.startswith(("shm", "cuda")):
         pytest.skip("no reply has a size of its own: test_shm.py")
     with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel:
         channel.send(Frames(b""))
@@ -187,6 +187,36 @@ def test_the_deadline_is_kept_and_is_final(channel: Channel) -> None:
 def test_a_deadline_of_zero_returns_what_is_there(channel: Channel) -> None:
     with pytest.raises(DeadlineExceeded):
         channel.receive(0.0)
+
+
+def test_whether_something_has_arrived_can_be_asked_and_no_is_not_final(channel: Channel, listener: Listener) -> None:
+    assert not channel.arrived(0.0)
+    started = time.monotonic()
+    assert not channel.arrived(0.05)
+    assert time.monotonic() - started >= 0.05
+    for control in (b"one", b"two"):
+        channel.send(Frames(control, (tensor(control),)), len(control))
+    for arrival in (arrived(listener), arrived(listener)):
+        listener.send(arrival, arrival.frames)
+    for control in (b"one", b"two"):
+        assert channel.arrived(WAIT_S)
+        assert channel.arrived(0.0)  # asking takes nothing away
+        assert contents(channel.receive(0.0)) == (control, [control])
+    assert not channel.arrived(0.0)
+
+
+def test_who_asks_whether_something_has_arrived_learns_that_the_worker_closed(link: Link) -> None:
+    listener = link.listen()
+    with closing(link.connect(listener)) as channel:
+        channel.send(Frames(b"call"))
+        listener.send(arrived(listener), Frames(b"reply"))
+        listener.close()
+        assert channel.arrived(WAIT_S)
+        assert channel.receive(WAIT_S).control == b"reply"
+        with pytest.raises(WorkerLost):
+            channel.receive(WAIT_S if channel.arrived(WAIT_S) else 0.0)
+        with pytest.raises(ChannelClosed):
+            channel.arrived(0.0)
 
 
 def test_waiting_costs_no_processor_time(channel: Channel, listener: Listener) -> None:
@@ -236,7 +266,7 @@ def test_the_end_of_a_connection_is_reported_where_that_is_promised(link: Link, 
     with closing(link.connect(listener)) as channel:
         channel.send(Frames(b"call"))
         peer = arrived(listener).peer
-    reported = link.name in ("mem", "shm", "shm-file")
+    reported = link.name in ("mem", "shm", "shm-file", "cuda")
     assert listener.receive(WAIT_S if reported else 0.05) == (Departure(peer) if reported else None)
 
 

@@ -212,7 +212,8 @@ def test_two_hundred_connections_leave_nothing(listener: Listener, kind: Any) ->
     before = mappings(), descriptors()
     for _ in range(200):
         connect_once()
-    assert (mappings(), descriptors()) == before == (0, before[1])
+    assert mappings() == before[0] == 0
+    assert descriptors() <= before[1]  # what other tests have left may go meanwhile
 
 
 def test_more_calls_than_fit_under_way(channel: ShmChannel, listener: Listener) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from tsqp.wire.device_memory import DeviceMemory
 from tsqp.wire.slot import Slot
 
 MAX_TENSORS = 2  # tensors of one message
@@ -59,7 +60,7 @@ class Channel(Protocol):
 
     @property
     def transport(self) -> str:
-        """The transport really in use: ``mem``, ``ipc``, ``tcp`` or ``shm``."""
+        """The transport really in use: ``mem``, ``ipc``, ``tcp``, ``shm`` or ``cuda``."""
 
     @property
     def address(self) -> str:
@@ -94,6 +95,13 @@ class Channel(Protocol):
 
     def direct(self) -> DirectLine | None:
         """For who sends calls from slots by code of its own; None where that cannot be done."""
+
+    def arrived(self, within_s: float) -> bool:
+        """Whether ``receive`` would not have to wait, after at most so many seconds; the channel outlives a no.
+
+        True as well once the worker is gone, which ``receive`` then says. Raises WorkerLost, ProtocolError,
+        ChannelClosed.
+        """
 
     def receive(self, deadline_s: float) -> Frames:
         """The next message from the worker, in the order sent.
@@ -136,12 +144,20 @@ class SlotsByReserve:
         raise NotImplementedError
 
 
+class DeviceTensors(NamedTuple):
+    """The tensors of a message and the place of its product, where they are memory of a device."""
+
+    tensors: tuple[DeviceMemory, ...]
+    reply: DeviceMemory
+
+
 class Arrival(NamedTuple):
     """A message at the worker, and the connection to answer on.
 
     ``reply`` is where its product is to be written, of exactly that size; None where a product is sent as a frame.
     ``ticket`` is the transport's own mark on the message. ``place`` names the memory of its tensors and its reply:
     messages of one connection with the same name have the same memory; empty where there is no such memory.
+    ``device``: over cuda, the tensors and the reply, which ``frames`` and ``reply`` do not have then.
     """
 
     peer: bytes
@@ -149,6 +165,7 @@ class Arrival(NamedTuple):
     reply: memoryview | None = None
     ticket: int = 0
     place: bytes = b""
+    device: DeviceTensors | None = None
 
 
 class Departure(NamedTuple):
@@ -186,14 +203,15 @@ class Listener(Protocol):
         """The next message of any connection; None on timeout (``None`` waits for ever) or once ``interrupted``.
 
         Messages over the limits are dropped together with their connection where the transport can. The end of a
-        connection is reported by mem and shm. ZeroMQ does not tell a router which of its peers has left, so over ipc
-        and tcp nothing is reported: bound what is kept for a connection.
+        connection is reported by mem, shm and cuda. ZeroMQ does not tell a router which of its peers has left, so over
+        ipc and tcp nothing is reported: bound what is kept for a connection.
         """
 
     def send(self, arrival: Arrival, frames: Frames) -> None:
         """Answer one arrival; a peer that is gone, or that has stopped reading, is no error.
 
-        A tensor that is ``arrival.reply`` itself is not copied; any other is copied there, and must be of its size.
+        A tensor that is ``arrival.reply`` itself is not copied; any other is copied there, and must be of its size. A
+        product in ``arrival.device.reply`` is there already: then there is no tensor.
         Without a ``reply`` the tensors' memory must never be written again: it may be sent later, without a copy. It
         is kept alive until then. Raises ProtocolError for a message over the limits, ChannelClosed.
         """

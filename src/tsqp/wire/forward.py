@@ -25,6 +25,9 @@ class ForwardingChannel(SlotsByReserve):
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         self._channel.send(frames, reply_bytes)
 
+    def arrived(self, within_s: float) -> bool:
+        return self._channel.arrived(within_s)
+
     def receive(self, deadline_s: float) -> Frames:
         return self._channel.receive(deadline_s)
 

@@ -14,16 +14,20 @@ from msgspec import Meta
 
 from tsqp.config.dtype import ComputeDtype, NumericPath, WireDtype
 from tsqp.config.groups import GroupName
+from tsqp.config.shard import MOST_TEXT, PATTERN
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 CallId = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Nanoseconds = Annotated[int, Meta(ge=0, lt=2**62)]
+Stage = tuple[Nanoseconds, Nanoseconds]  # its beginning and its end
 Index = Annotated[int, Meta(ge=0, lt=2**31)]
 Fingerprint = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
-Device = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3})$", max_length=8)]  # shown to the user
+# Shown to the user: one device, or several CUDA devices, which share each group.
+Device = Annotated[str, Meta(pattern=r"^(cpu|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3}){0,31})$", max_length=288)]
 Reason = Annotated[str, Meta(max_length=500)]
+ShardText = Annotated[str, Meta(pattern=PATTERN, max_length=MOST_TEXT)]  # as tsqp.config.shard writes it
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -43,9 +47,9 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class GroupShape(Message, frozen=True):
-    """One linear group as the worker holds it.
+    """One linear group as the worker holds it: of a shard, ``out_features`` are those of its slice.
 
-    ``digest``, for the field path: SHA-256 over its 8-bit weights, all layers in order, row-major. Otherwise None.
+    ``digest``, for the field path: SHA-256 over its 8-bit weights, all its layers in order, row-major. Otherwise None.
     """
 
     name: GroupName
@@ -55,13 +59,17 @@ class GroupShape(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The worker accepts. ``dtype`` is what it computes linear layers in."""
+    """The worker accepts. ``dtype`` is what it computes linear layers in.
+
+    ``shard`` is what it holds, None for all of the model. ``groups`` are those that it has in some layer.
+    """
 
     version: Index
     fingerprint: Fingerprint
     groups: Annotated[tuple[GroupShape, ...], Meta(max_length=8)]
     device: Device
     dtype: ComputeDtype
+    shard: ShardText | None = None
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -194,6 +202,16 @@ class Done(Message, frozen=True, tag="done"):
     busy_ns: Nanoseconds = 0
 
 
+class StagedDone(Done, frozen=True, tag="staged_done"):
+    """The same, of a device that copies in, computes and copies out in queues of their own.
+
+    ``stages``: when each of the three began and ended, from the beginning of the first. Figures to show, like
+    ``busy_ns``.
+    """
+
+    stages: tuple[Stage, Stage, Stage] = ((0, 0), (0, 0), (0, 0))
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The worker could not do call ``id``."""
 
@@ -204,4 +222,4 @@ class Failed(Message, frozen=True, tag="failed"):
 Call = Linear | Product | MultiplyPads | Embed | AttentionScores | AttentionValues | Begin | Layer | Finish
 ToWorker = Hello | Call
 Handshake = Welcome | Refused
-Reply = Done | Failed
+Reply = Done | StagedDone | Failed

@@ -11,6 +11,7 @@ import torch
 from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_rows
 from tsqp.config.dtype import SCALE_BYTES, DtypeName, WireDtype, payload_bytes
 from tsqp.errors import ProtocolError
+from tsqp.wire.device_memory import Payload
 
 TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
     "float32": torch.float32,
@@ -24,7 +25,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def check_size(payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+def check_size(payload: Payload, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """How many bytes a payload has. Raises ProtocolError when that is not the size of a tensor of ``shape``."""
     expected = math.prod(shape) * dtype.itemsize
     if payload.nbytes != expected:

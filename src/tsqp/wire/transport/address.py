@@ -1,4 +1,4 @@
-"""Addresses as users type them: ``mem:NAME``, ``ipc:///run/x.sock``, ``shm:///run/x.sock``, ``tcp://host:port``."""
+"""Addresses as users type them: ``mem:NAME``, ``ipc:///x.sock``, ``shm:///x.sock``, ``cuda:///x.sock``, ``tcp://h:port``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from tsqp.errors import AddressError, MalformedAddress
 
-Transport = Literal["mem", "ipc", "shm", "tcp"]
+Transport = Literal["mem", "ipc", "shm", "cuda", "tcp"]
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108, the closing zero byte included
 
@@ -32,8 +32,8 @@ class Address:
 
     @property
     def path(self) -> Path:
-        """The socket of an ipc or shm address."""
-        return Path(self._target_of("ipc", "shm"))
+        """The socket of an ipc, shm or cuda address."""
+        return Path(self._target_of("ipc", "shm", "cuda"))
 
     @property
     def host(self) -> str:
@@ -65,6 +65,11 @@ class Address:
         return self.target
 
 
+def in_brackets(host: str) -> str:
+    """A host as an address has it: an IPv6 one in brackets, whether it came with them or not."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 def parse_address(text: str) -> Address:
     """Parse and normalise an address; a bare absolute path means ipc. Raises AddressError."""
     if text.startswith("/"):
@@ -76,9 +81,11 @@ def parse_address(text: str) -> Address:
         return Address("ipc", _socket_path(rest[2:], text))
     if rest.startswith("//") and scheme == "shm":
         return Address("shm", _socket_path(rest[2:], text))
+    if rest.startswith("//") and scheme == "cuda":
+        return Address("cuda", _socket_path(rest[2:], text))
     if rest.startswith("//") and scheme == "tcp":
         return Address("tcp", _host_and_port(rest[2:], text))
-    raise _malformed(text, "use shm:///path, ipc:///path, tcp://host:port or mem:NAME")
+    raise _malformed(text, "use shm:///path, ipc:///path, tcp://host:port, cuda:///path or mem:NAME")
 
 
 def _name(name: str, text: str) -> str:

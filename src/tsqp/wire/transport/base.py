@@ -62,7 +62,7 @@ class BaseChannel(SlotsByReserve, ABC):
 
     @property
     def transport(self) -> str:
-        """``mem``, ``ipc``, ``tcp`` or ``shm``."""
+        """``mem``, ``ipc``, ``tcp``, ``shm`` or ``cuda``."""
         return self._address.transport
 
     @property
@@ -91,6 +91,15 @@ class BaseChannel(SlotsByReserve, ABC):
             self._die_of(error)
             raise
 
+    def arrived(self, within_s: float) -> bool:
+        """See Channel.arrived."""
+        self._check_alive()
+        try:
+            return self._arrived_within(Deadline(within_s))
+        except BaseException as error:
+            self._die_of(error)
+            raise
+
     def receive(self, deadline_s: float) -> Frames:
         """See Channel.receive."""
         self._check_alive()
@@ -113,6 +122,10 @@ class BaseChannel(SlotsByReserve, ABC):
     @abstractmethod
     def _receive(self, deadline_s: float) -> Frames:
         """The next message, its limits checked."""
+
+    @abstractmethod
+    def _arrived_within(self, deadline: Deadline) -> bool:
+        """Whether something is here by then: a message, or the end."""
 
     @abstractmethod
     def _release(self) -> None: ...

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import zmq.auth
+from zmq.utils import z85
 
 from tsqp.errors import AddressError
 from tsqp.private_path import DIRECTORY_MODE, FILE_MODE, follow, make_directories, open_private, reach
@@ -57,6 +59,17 @@ class KeyFiles(NamedTuple):
 
     public: Path
     secret: Path
+
+
+def is_public_key(text: str) -> bool:
+    """Whether a text is 32 bytes in Z85, as a public key is; whether anybody has its secret half is not known."""
+    if not text.isascii() or not _Z85_KEY.fullmatch(text.encode("ascii")):
+        return False
+    try:
+        z85.decode(text)
+    except struct.error:  # five characters can say more than four bytes hold
+        return False
+    return True
 
 
 def create_keys(directory: Path, name: str) -> KeyFiles:

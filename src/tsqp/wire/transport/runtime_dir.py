@@ -40,6 +40,11 @@ def new_shm_address() -> str:
     return _new_address("shm")
 
 
+def new_cuda_address() -> str:
+    """The same for device memory."""
+    return _new_address("cuda")
+
+
 def create_arena_file() -> tuple[int, Path]:
     """A new empty file for shared memory, mode 0600, and a descriptor that locks it while its maker lives.
 

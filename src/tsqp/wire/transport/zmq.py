@@ -1,6 +1,11 @@
 """ZeroMQ over ipc and tcp: the trusted side connects with a DEALER, the worker listens with a ROUTER.
 
-Covers: a dead worker is noticed at once, oversize frames are refused before they are allocated, nothing reconnects.
+Each socket has a context of its own. So ``close`` returns when nothing of the connection is left, neither a thread nor
+memory that is still to be sent, and each connection has a thread of its own that encrypts and that no other peer holds
+up. It costs ten descriptors and two threads for each worker of a team, whose size is bounded for that.
+
+Covers: a dead worker is noticed at once, oversize frames are refused before they are allocated, nothing reconnects;
+where descriptors run out, connecting is an error and not the end of the process (tests/wire/test_descriptors.py).
 Does not cover: a peer that sends frame after frame of one endless message, each within its limit, until memory runs
 out; ZeroMQ hands over whole messages only. Assumes: for ipc, that root and this user are trusted.
 """
@@ -9,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
@@ -35,6 +41,7 @@ from tsqp.wire.transport.base import (
     check_limits,
 )
 from tsqp.wire.transport.claim import AddressClaim
+from tsqp.wire.transport.descriptors import PER_CONNECTION, descriptors_left
 from tsqp.wire.transport.ipc import check_own_socket, private_umask
 from tsqp.wire.transport.keys import ClientKeys, WorkerKeys
 from tsqp.wire.transport.sockets import MOST_PARTS, configure, receive_parts, send_parts, to_frames, use_keys
@@ -48,6 +55,8 @@ _HANDSHAKE_FAILED = (
 )
 _ENDED = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED | _ENDED
+
+_opening = threading.Lock()  # from the count of descriptors until a context has its own
 
 
 def connect_zmq(
@@ -64,19 +73,22 @@ def connect_zmq(
     """
     encrypted = security is not None
     endpoint = _endpoint_to_reach(address, encrypted=encrypted, insecure_plain_tcp=insecure_plain_tcp)
-    with ExitStack() as resources:
-        socket = _socket(resources, zmq.DEALER)
-        configure(socket, endpoint, max_frame_bytes)
-        socket.reconnect_ivl = _RECONNECT_MS
-        if security is not None:
-            use_keys(socket, security.own)
-            socket.curve_serverkey = security.worker
-        monitor = socket.get_monitor_socket(_WATCHED)
-        resources.callback(monitor.close)
-        resources.callback(socket.disable_monitor)
-        socket.connect(str(endpoint))
-        _await_handshake(monitor, address, Deadline(connect_timeout_s), encrypted=encrypted)
-        return ZmqChannel(address, max_frame_bytes, socket, monitor, resources.pop_all())
+    try:
+        with ExitStack() as resources:
+            socket = _dealer(resources, address)
+            configure(socket, endpoint, max_frame_bytes)
+            socket.reconnect_ivl = _RECONNECT_MS
+            if security is not None:
+                use_keys(socket, security.own)
+                socket.curve_serverkey = security.worker
+            monitor = socket.get_monitor_socket(_WATCHED)
+            resources.callback(monitor.close)
+            resources.callback(socket.disable_monitor)
+            socket.connect(str(endpoint))
+            _await_handshake(monitor, address, Deadline(connect_timeout_s), encrypted=encrypted)
+            return ZmqChannel(address, max_frame_bytes, socket, monitor, resources.pop_all())
+    except zmq.ZMQError as error:
+        raise WorkerUnreachable(f"{address}: cannot be connected to: {error.strerror}") from None
 
 
 def listen_zmq(
@@ -143,6 +155,13 @@ class ZmqChannel(BaseChannel):
             if deadline.passed:
                 raise self._nothing_came()
             self._readable.poll(deadline.remaining_ms)
+
+    def _arrived_within(self, deadline: Deadline) -> bool:
+        while True:
+            if self._readable.poll(deadline.remaining_ms):
+                return True
+            if deadline.passed:
+                return False
 
     def _release(self) -> None:
         self._resources.close()
@@ -239,6 +258,16 @@ def _socket(resources: ExitStack, kind: int) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     resources.callback(socket.close, 0)
     return socket
+
+
+def _dealer(resources: ExitStack, address: Address) -> zmq.Socket[bytes]:
+    """The same for a connection, where enough descriptors are left. Raises WorkerUnreachable."""
+    with _opening:  # the context takes its descriptors with its first socket
+        if descriptors_left() < PER_CONNECTION:
+            raise WorkerUnreachable(
+                f"{address}: this process has too few descriptors left for a connection: raise the limit (ulimit -n)"
+            )
+        return _socket(resources, zmq.DEALER)
 
 
 def _endpoint_to_reach(address: Address, *, encrypted: bool, insecure_plain_tcp: bool) -> Address:

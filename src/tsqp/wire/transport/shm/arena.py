@@ -10,7 +10,7 @@ from functools import lru_cache
 from tsqp.errors import ArenaFull
 from tsqp.wire.transport.shm.allocator import Allocator
 from tsqp.wire.transport.shm.packets import NO_BYTES, Region
-from tsqp.wire.transport.shm.segment import Segment
+from tsqp.wire.transport.shm.segment import Backed
 
 _Block = ctypes.Array[ctypes.c_ubyte]
 
@@ -18,7 +18,7 @@ _Block = ctypes.Array[ctypes.c_ubyte]
 class Arena:
     """Lays out one segment. Nothing in it depends on what the worker says or writes."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Backed) -> None:
         self._segment = segment
         self._memory = segment.memory
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))

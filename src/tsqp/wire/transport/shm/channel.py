@@ -30,7 +30,7 @@ from tsqp.wire.transport.shm.packets import (
     encode_sequence,
     request_places,
 )
-from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Segment
+from tsqp.wire.transport.shm.segment import ARENA_BYTES, ArenaKind, Backed, Segment
 from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import dial
 
@@ -41,7 +41,7 @@ _READABLE = select.POLLIN
 _EITHER = select.POLLIN | select.POLLOUT
 
 
-class _UnderWay:
+class UnderWay:
     """What must stay as it is until a reply is here: the memory of its call, and the place of its product.
 
     ``slow``: the last reply to such a call took so long that spinning for the next one is a waste.
@@ -53,7 +53,7 @@ class _UnderWay:
         self.slow = False
 
 
-_NO_MEMORY = _UnderWay((), ())
+_NO_MEMORY = UnderWay((), ())
 
 
 class ShmSlot(Slot):
@@ -64,7 +64,7 @@ class ShmSlot(Slot):
         product, place = arena.reserve(reply_bytes)
         super().__init__(tensor, reply_bytes)
         self.arena = arena
-        self.memory = _UnderWay((tensor,), (product,) if reply_bytes else ())
+        self.memory = UnderWay((tensor,), (product,) if reply_bytes else ())
         self.places = request_places((own,), place)
         self.sequence = -1  # of its last call; no packet has this one
 
@@ -118,14 +118,20 @@ def connect_shm(
 
 
 class ShmChannel(BaseChannel):
-    """See Channel. A worker's packet says which call it answers; everything else about a reply is known here."""
+    """See Channel. A worker's packet says which call it answers; everything else about a reply is known here.
+
+    What another kind of memory does otherwise: ``_hand_over`` and ``_take_over``, ``_place``, and two words.
+    """
+
+    kind = "shared memory"
+    remedy = "; under a limit on memory, choose fewer bytes by arena_bytes"  # where it is refused
 
     def __init__(
         self,
         address: Address,
         max_frame_bytes: int,
         line: socket.socket,
-        segment: Segment,
+        segment: Backed,
         spin_s: float,
         resources: ExitStack,
     ) -> None:
@@ -231,7 +237,8 @@ class ShmChannel(BaseChannel):
         self._sequence += 1
         return self._sequence
 
-    def _put(self, sequence: int, packet: bytes, under_way: _UnderWay) -> None:
+    def _put(self, sequence: int, packet: bytes, under_way: UnderWay) -> None:
+        self._hand_over(under_way)
         while not self._sent(packet):
             self._make_room(_EITHER)
         self._under_way[sequence] = under_way
@@ -250,6 +257,17 @@ class ShmChannel(BaseChannel):
             awaited.slow = time.monotonic() - slept > SLOW_S
         return frames
 
+    def _arrived_within(self, deadline: Deadline) -> bool:
+        while not self._arrived:
+            frames = self._next_reply()
+            if frames is not None:
+                self._arrived.append(frames)
+            elif deadline.passed:
+                return False
+            else:
+                self._sleep(_READABLE, deadline)
+        return True
+
     def _await_reply(self, deadline: Deadline) -> Frames:
         while not deadline.passed:
             self._sleep(_READABLE, deadline)
@@ -264,14 +282,14 @@ class ShmChannel(BaseChannel):
         self._resources.close()
         del self._arena, self._segment  # the mapping goes with the last tensor in it
 
-    def _lay_out(self, sequence: int, frames: Frames, reply_bytes: int) -> tuple[Request, _UnderWay]:
+    def _lay_out(self, sequence: int, frames: Frames, reply_bytes: int) -> tuple[Request, UnderWay]:
         """Give everything its place in the arena; what does not lie there yet is copied."""
         placed = [self._place(tensor) for tensor in frames.tensors]
         tensors, regions = tuple(view for view, _ in placed), tuple(region for _, region in placed)
         if not reply_bytes:
-            return Request(sequence, frames.control, regions, NO_BYTES), _UnderWay(tensors, ())
+            return Request(sequence, frames.control, regions, NO_BYTES), UnderWay(tensors, ())
         product, place = self._arena.reserve(reply_bytes)
-        return Request(sequence, frames.control, regions, place), _UnderWay(tensors, (product,))
+        return Request(sequence, frames.control, regions, place), UnderWay(tensors, (product,))
 
     def _place(self, tensor: memoryview) -> tuple[memoryview, Region]:
         region = self._arena.region_of(tensor)
@@ -315,13 +333,19 @@ class ShmChannel(BaseChannel):
         if answer.sequence == OPENING:
             self._opened(answer)
             return None
+        self._take_over(under_way)
         return Frames(answer.control, under_way.product)
+
+    def _hand_over(self, under_way: UnderWay) -> None:
+        """Have the worker see the tensors of a call. In shared memory it does."""
+
+    def _take_over(self, under_way: UnderWay) -> None:
+        """Have this side see the product of a call that was answered. In shared memory it does."""
 
     def _opened(self, answer: Answer) -> None:
         if answer.control:
             raise WorkerLost(
-                f"refused the shared memory: {answer.control[:200]!a}; under a limit on memory, choose fewer bytes by "
-                "arena_bytes",
+                f"refused the {self.kind}: {answer.control[:200]!a}{self.remedy}",
                 fields=("arena_bytes",),
                 address=self.address,
             )

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from tsqp.errors import ProtocolError
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, DirectCalls, Frames
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
-from tsqp.wire.transport.shm.connection import Connection
+from tsqp.wire.transport.shm.connection import Connection, ShmConnection
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
 from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
 from tsqp.wire.transport.shm.unix import listen_at, user_of
@@ -57,7 +58,10 @@ class ShmDirectCalls:
 
 
 class ShmListener(BaseListener):
-    """See Listener. After an answer it asks that connection again for a moment, then sleeps on all of them."""
+    """See Listener. After an answer it asks that connection again for a moment, then sleeps on all of them.
+
+    What another kind of memory does otherwise: ``_new_connection``, ``_put_product``, ``direct``.
+    """
 
     def __init__(
         self,
@@ -74,11 +78,11 @@ class ShmListener(BaseListener):
         self._users = users
         self._spin = Spin(spin_s)
         self._resources = resources
-        self._connections: dict[bytes, Connection] = {}
-        self._by_fd: dict[int, Connection] = {}
-        self._ready: deque[Connection] = deque()
+        self._connections: dict[bytes, Connection[Any]] = {}
+        self._by_fd: dict[int, Connection[Any]] = {}
+        self._ready: deque[Connection[Any]] = deque()
         self._departed: deque[Departure] = deque()
-        self._last: Connection | None = None  # the one answered last: the likeliest to speak next
+        self._last: Connection[Any] | None = None  # the one answered last: the likeliest to speak next
         self._left_in_a_row = _MESSAGES_IN_A_ROW
         self._accepted = 0
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -98,7 +102,7 @@ class ShmListener(BaseListener):
         self._left_in_a_row -= 1
         if not self._left_in_a_row:
             self._look(0.0)
-        event = self._next_event()
+        event = self._next_event(once=timeout_s == 0.0)
         return self._await_event(Deadline(timeout_s)) if event is None else event
 
     def send(self, arrival: Arrival, frames: Frames) -> None:
@@ -109,7 +113,7 @@ class ShmListener(BaseListener):
         if connection is None:
             return
         if frames.tensors:
-            _put_product(arrival, frames)
+            self._put_product(arrival, frames)
         self._last = connection
         try:
             connection.answer(arrival.ticket, frames.control)
@@ -152,15 +156,18 @@ class ShmListener(BaseListener):
     def _await_event(self, deadline: Deadline) -> Arrival | Departure | None:
         while not self._interrupted:
             happened = self._look(deadline.remaining_s)
-            event = self._next_event()
+            event = self._next_event(once=deadline.passed)
             if event is not None:
                 return event
             if not happened and deadline.passed:
                 break
         return None
 
-    def _next_event(self) -> Arrival | Departure | None:
-        """What is known to be here, first come first served; then what comes within a short spin."""
+    def _next_event(self, *, once: bool) -> Arrival | Departure | None:
+        """What is known to be here, first come first served; then what comes within a short spin.
+
+        ``once``: without the spin.
+        """
         if self._interrupted:
             return None
         while self._ready and not self._departed:
@@ -169,20 +176,20 @@ class ShmListener(BaseListener):
                 return arrival
         last, self._last = self._last, None
         if last is not None and not self._departed:
-            arrival = self._spin.ask(lambda: self._receive_from(last))
+            arrival = self._spin.ask(lambda: self._receive_from(last), once=once)
             if arrival is not None:
                 return arrival
         return self._departed.popleft() if self._departed else None
 
-    def _receive_from(self, connection: Connection) -> Arrival | None:
+    def _receive_from(self, connection: Connection[Any]) -> Arrival | None:
         if connection.peer not in self._connections:
             return None  # it was dropped while it was asked
         return self._unless_it_ends(connection, connection.receive)
 
-    def _taken(self, connection: Connection, packet: bytes) -> Arrival | None:
+    def _taken(self, connection: Connection[Any], packet: bytes) -> Arrival | None:
         return self._unless_it_ends(connection, lambda: connection.received(packet))
 
-    def _unless_it_ends(self, connection: Connection, receive: Callable[[], Arrival | None]) -> Arrival | None:
+    def _unless_it_ends(self, connection: Connection[Any], receive: Callable[[], Arrival | None]) -> Arrival | None:
         try:
             return receive()
         except BlockingIOError:
@@ -214,11 +221,25 @@ class ShmListener(BaseListener):
             return
         line.setblocking(False)
         self._accepted += 1
-        connection = Connection(b"shm-%d" % self._accepted, line, self._max_frame_bytes)
+        connection = self._new_connection(b"%d" % self._accepted, line)
         self._connections[connection.peer] = self._by_fd[line.fileno()] = connection
         self._epoll.register(line.fileno(), select.EPOLLIN)
 
-    def _drop(self, connection: Connection) -> None:
+    def _new_connection(self, number: bytes, line: socket.socket) -> Connection[Any]:
+        return ShmConnection(b"shm-" + number, line, self._max_frame_bytes)
+
+    def _put_product(self, arrival: Arrival, frames: Frames) -> None:
+        """See that the product is in its place. Raises ProtocolError where it cannot be."""
+        place = arrival.reply
+        if len(frames.tensors) != 1 or place is None:
+            raise ProtocolError("an answer over shm has one tensor, in the place that its call names")
+        (product,) = frames.tensors
+        if product is place:
+            return
+        check_fits(product, place.nbytes)
+        place[:] = product.cast("B")
+
+    def _drop(self, connection: Connection[Any]) -> None:
         """End a connection. Dropping twice is allowed."""
         if self._connections.pop(connection.peer, None) is not None:
             del self._by_fd[connection.line.fileno()]
@@ -227,14 +248,7 @@ class ShmListener(BaseListener):
             self._departed.append(Departure(connection.peer))
 
 
-def _put_product(arrival: Arrival, frames: Frames) -> None:
-    """See that the product is in its place. Raises ProtocolError where it cannot be."""
-    place = arrival.reply
-    if len(frames.tensors) != 1 or place is None:
-        raise ProtocolError("an answer over shm has one tensor, in the place that its call names")
-    (product,) = frames.tensors
-    if product is place:
-        return
-    if product.nbytes != place.nbytes:
-        raise ProtocolError(f"a product of {product.nbytes} bytes where its call has room for {place.nbytes}")
-    place[:] = product.cast("B")
+def check_fits(product: memoryview, room: int) -> None:
+    """Raises ProtocolError for a product of another size than its call has room for."""
+    if product.nbytes != room:
+        raise ProtocolError(f"a product of {product.nbytes} bytes where its call has room for {room}")

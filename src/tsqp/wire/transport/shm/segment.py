@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from tsqp.errors import AddressError, PathRefused, ProtocolError
 from tsqp.private_path import open_private
@@ -25,6 +25,17 @@ MAX_ARENA_BYTES = 1 << 40
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _BACKED_STEP_BYTES = 2 << 20
+
+
+class Backed(Protocol):
+    """What an arena is laid out in; see ``Segment``, whose methods these are."""
+
+    size: int
+    memory: mmap.mmap
+
+    def back(self, end: int) -> bool: ...
+
+    def remove_name(self) -> None: ...
 
 
 class Segment:

@@ -73,9 +73,18 @@ def listen_at(address: Address, users: Collection[int] = ()) -> tuple[socket.soc
 
 def user_of(line: socket.socket) -> int:
     """The user id that opened the other end, as the kernel recorded it then."""
+    return _credentials(line)[1]
+
+
+def process_of(line: socket.socket) -> int:
+    """The process id of the same; 0 for one that this process's namespace does not show."""
+    return _credentials(line)[0]
+
+
+def _credentials(line: socket.socket) -> tuple[int, int, int]:
     credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
+    process, user, group = struct.unpack("3i", credentials)
+    return process, user, group
 
 
 def _new_socket() -> socket.socket:
