@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 320
+MOVED = ("llama", "smollm3", "arcee", "granite")  # architectures whose rows of Q and K the converter moves
 TEXTS = [
     "",
     "Hello, world!",
@@ -108,10 +109,14 @@ def write_gguf(
             "feed_forward_length": config.intermediate_size,
             "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": config.num_key_value_heads,
-            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": config.rope_parameters["rope_theta"],
             "attention.key_length": getattr(config, "head_dim", None),
         }
+        if hasattr(config, "layer_norm_eps"):
+            fields["attention.layer_norm_epsilon"] = config.layer_norm_eps
+        else:
+            fields["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+        ropes = config.rope_parameters
+        fields["rope.freq_base"] = ropes.get("full_attention", ropes)["rope_theta"]
         for key, value in {**fields, **(metadata or {})}.items():
             _add(writer, f"{arch}.{key}", value)
         _add_tensors(writer, model, arch, matrix_type)
@@ -131,7 +136,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         case bool():
             writer.add_bool(key, value)
         case int():
-            writer.add_uint32(key, value)
+            writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
         case float():
             writer.add_float32(key, value)
         case str():
@@ -153,7 +158,9 @@ def _add_tensors(
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None
         array = tensor.float().numpy()
-        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if arch.startswith("gemma") and "norm" in name:
+            array = array + 1
+        if arch in MOVED and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             array = _permute(array, heads)
         if tensor.dtype == torch.bfloat16 and array.ndim == 2:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsqp.checkpoint import convert, open_checkpoint
 from tsqp.checkpoint.convert import convert_gguf, remove_unfinished
-from tsqp.errors import CheckpointError, CorruptCheckpoint
+from tsqp.errors import CheckpointError, CorruptCheckpoint, UnsupportedModel
 
 from .makers import VOCAB, byte_level_fields, make_model, write_gguf
 
@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    "arcee": {},
+    "olmo2": {},
 }
 
 
@@ -86,3 +88,12 @@ def test_what_a_kill_leaves_is_removed_later(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("family", ["granite", "seed_oss"])
+def test_a_family_that_is_not_written_is_refused_before_anything_is(tmp_path: Path, family: str) -> None:
+    scales = {"logit_scale": 8.0} if family == "granite" else {}
+    write_gguf(tmp_path / "m.gguf", make_model(family), arch=family, metadata=scales)
+    with pytest.raises(UnsupportedModel, match=f"{family} is not implemented"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

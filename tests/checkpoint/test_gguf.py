@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tsqp import LLM, ComputeConfig
 from tsqp.checkpoint import open_checkpoint
-from tsqp.checkpoint.gguf_config import ROPE_FACTORS, ROPE_LONG, ROPE_SHORT, llama3_factors
+from tsqp.checkpoint.gguf_rope import ROPE_FACTORS, ROPE_LONG, ROPE_SHORT, llama3_factors
 from tsqp.checkpoint.hf_config import parse_config
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
 from .makers import byte_level_fields, make_model, write_gguf
 
+PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -42,6 +45,134 @@ def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtyp
         assert got.dtype == (dtype if got.ndim == 2 else torch.float32)  # vectors are float32 in every GGUF
         assert torch.equal(got, expected.to(got.dtype)), name
     assert checkpoint.fingerprint() == open_checkpoint(str(path)).fingerprint()
+
+
+# The metadata of each, as llama.cpp's converter writes them: architecture, type and options of the model, metadata.
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "smollm3": ("smollm3", "smollm3", {"num_hidden_layers": 5, "pad_token_id": None}, {}),
+    "seed_oss": ("seed_oss", "seed_oss", {"head_dim": 16, "attention_out_bias": False}, {}),
+    "seed_oss-biases": ("seed_oss", "seed_oss", {"head_dim": 16, "attention_out_bias": True}, {}),
+    "arcee": ("arcee", "arcee", {}, {}),
+    "phi3": (
+        "phi3",
+        "phi3",
+        {"sliding_window": 9, "pad_token_id": None},
+        {"attention.sliding_window": 9, "rope.dimension_count": 8},
+    ),
+    "phi3-partial": (
+        "phi3",
+        "phi3",
+        {"hidden_size": 64, "pad_token_id": None, "rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.75}},
+        {"rope.dimension_count": 12},
+    ),
+    "granite": (
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.25,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 8.0,
+        },
+        {"embedding_scale": 12.0, "residual_scale": 0.25, "attention.scale": 0.5, "logit_scale": 8.0},
+    ),
+    "olmo2": ("olmo2", "olmo2", {}, {}),
+    "gemma2": (
+        "gemma2",
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9, "final_logit_softcapping": 20.0},
+        {"attention.sliding_window": 9, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 20.0},
+    ),
+    "gemma2-27b": (
+        "gemma2",
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 8, "sliding_window": 4096, "num_hidden_layers": 46},
+        {},
+    ),
+    "gemma3": (
+        "gemma3",
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 9,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        {"attention.sliding_window": 9, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+    ),
+    "gemma3-said": (
+        "gemma3",
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 9,
+            "final_logit_softcapping": 5.0,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+        {
+            "attention.sliding_window": 9,
+            "attention.sliding_window_pattern": [False, True, True],
+            "rope.freq_base_swa": 2e4,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "command-r": ("command-r", "cohere", {"logit_scale": 0.5}, {"logit_scale": 0.5}),
+    "command-r-normed": ("command-r", "cohere", {"use_qk_norm": True}, {"logit_scale": 0.0625}),
+    "cohere2": (
+        "cohere2",
+        "cohere2",
+        {"sliding_window": 9, "num_hidden_layers": 5, "logit_scale": 0.25},
+        {"attention.sliding_window": 9, "logit_scale": 0.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", ARCHITECTURES)
+def test_a_file_is_what_the_same_model_is_from_safetensors(tmp_path: Path, variant: str) -> None:
+    architecture, family, options, metadata = ARCHITECTURES[variant]
+    model = make_model(family, **options)
+    model.save_pretrained(tmp_path / "hf")
+    write_gguf(tmp_path / "m.gguf", model, arch=architecture, metadata=metadata)
+    ours, theirs = open_checkpoint(str(tmp_path / "m.gguf")), open_checkpoint(str(tmp_path / "hf"))
+    added = theirs.config.norm_offset  # which the norms of a GGUF have already
+    assert ours.config == replace(theirs.config, norm_offset=0.0)
+    assert ours.shapes == theirs.shapes
+    for name in ours.shapes:
+        expected = theirs.tensor(name) + (added if "norm" in name else 0)
+        assert torch.equal(ours.tensor(name), expected), name
+    assert ours.fingerprint() == open_checkpoint(str(tmp_path / "m.gguf")).fingerprint()
+
+
+def test_layers_with_a_window_may_have_another_base(tmp_path: Path) -> None:
+    architecture, family, options, metadata = ARCHITECTURES["cohere2"]
+    model = make_model(family, **options)
+    write_gguf(tmp_path / "m.gguf", model, arch=architecture, metadata=metadata | {"rope.freq_base_swa": 777.0})
+    config = open_checkpoint(str(tmp_path / "m.gguf")).config
+    ropes = [config.ropes[config.rope_index(layer)] for layer in range(5)]
+    assert [(rope.kind, rope.theta) for rope in ropes[:3]] == [("default", 777.0)] * 3
+    assert [rope.kind for rope in ropes[3:]] == ["none", "default"]
+
+
+def test_logits_of_norms_with_their_offset_added(tmp_path: Path) -> None:
+    """Gemma's, of which a GGUF holds the sum: near transformers', as from safetensors."""
+    architecture, family, options, metadata = ARCHITECTURES["gemma3"]
+    model = make_model(family, **options)
+    write_gguf(tmp_path / "m.gguf", model, arch=architecture, metadata=metadata, tokenizer=byte_level_fields())
+    prompt = list(range(40))
+    with LLM(str(tmp_path / "m.gguf"), protection="local", compute=ComputeConfig(dtype="float32")) as llm:
+        ours = llm.logits(prompt)
+    with torch.no_grad():
+        theirs = model(torch.tensor([prompt])).logits[0]
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1], ids=lambda k: k.name)
@@ -107,6 +238,28 @@ def test_longrope(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
+def test_longrope_of_a_part_of_each_head(tmp_path: Path) -> None:
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 5000.0,
+        "attention_factor": 1.25,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 3.0, 4.5],
+    }
+    options: dict[str, Any] = {"original_max_position_embeddings": 64, "pad_token_id": None, "sliding_window": None}
+    model = make_model("phi3", rope_parameters=parameters, **options)
+    keys = {"rope.dimension_count": 6, "rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.25}
+    factors = {
+        ROPE_SHORT: np.array(parameters["short_factor"], np.float32),
+        ROPE_LONG: np.array(parameters["long_factor"], np.float32),
+    }
+    write_gguf(tmp_path / "m.gguf", model, arch="phi3", metadata=keys, extra_tensors=factors)
+    ours = open_checkpoint(str(tmp_path / "m.gguf")).config
+    assert ours == parse_config(model.config.to_dict())
+    assert (ours.rope.rotary_dim, ours.rope.kind) == (6, "longrope")
+
+
 def _rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     return {
         "rope_type": "llama3",
@@ -167,9 +320,37 @@ def test_refuses_by_name(tmp_path: Path, metadata: dict[str, Any], named: str) -
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 
-def test_refuses_other_architectures_by_name(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", arch="gemma3", tokenizer=byte_level_fields())
-    with pytest.raises(UnsupportedModel, match="gemma3"):
+@pytest.mark.parametrize("architecture", ["gemma3n", "mistral3", "falcon"])
+def test_refuses_other_architectures_by_name(tmp_path: Path, architecture: str) -> None:
+    write_gguf(tmp_path / "m.gguf", arch=architecture, tokenizer=byte_level_fields())
+    with pytest.raises(UnsupportedModel, match=f"'{architecture}' is not implemented"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "metadata", "error", "named"),
+    [
+        ("gemma3", {"attn_logit_softcapping": 50.0}, UnsupportedModel, "attn_logit_softcapping"),
+        ("granite", {"rope.scaling.finetuned": False}, UnsupportedModel, "without rotary"),
+        ("olmo2", {"attention.sliding_window": 9}, UnsupportedModel, "sliding_window"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, CorruptCheckpoint, "final_logit_softcapping"),
+        ("gemma3", {"attention.sliding_window_pattern": [True]}, CorruptCheckpoint, "sliding_window_pattern"),
+        ("gemma3", {"attention.sliding_window": -9}, CorruptCheckpoint, "sliding_window"),
+        ("granite", {"residual_scale": -1.0}, CorruptCheckpoint, "residual_scale"),
+        ("phi3", {"rope.dimension_count": 10}, CorruptCheckpoint, "dimension_count"),
+        ("phi3", {"rope.dimension_count": 3}, CorruptCheckpoint, "dimension_count"),
+        ("command-r", {"attention.layer_norm_epsilon": None}, CorruptCheckpoint, "layer_norm_epsilon"),
+        ("command-r", {"logit_scale": None}, CorruptCheckpoint, "logit_scale"),
+        ("granite", {"logit_scale": None}, CorruptCheckpoint, "logit_scale"),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_allow(
+    tmp_path: Path, variant: str, metadata: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    architecture, family, options, usual = ARCHITECTURES[variant]
+    write_gguf(tmp_path / "m.gguf", make_model(family, **options), arch=architecture, metadata=usual | metadata)
+    with pytest.raises(error, match=named):
         open_checkpoint(str(tmp_path / "m.gguf"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -102,6 +103,11 @@ OTHERS: list[dict[str, Any]] = [
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
     },
     {"model_type": "granite"},
+    {"model_type": "gemma2"},
+    {"model_type": "gemma2", "sliding_window": 7, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+    {"model_type": "cohere", "attention_bias": True, "num_key_value_heads": 2},
+    {"model_type": "cohere2", "sliding_window": 7, "sliding_window_pattern": 2},
+    {"model_type": "cohere2", "layer_norm_eps": 1e-3, "num_key_value_heads": 2},
 ]
 
 
@@ -118,7 +124,7 @@ def _transformers_view(given: PreTrainedConfig) -> dict[str, Any]:
         "num_kv_heads": given.num_key_value_heads,
         "head_dim": getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads,
         "max_positions": _context(given),
-        "rms_norm_eps": given.rms_norm_eps,
+        "rms_norm_eps": getattr(given, "rms_norm_eps", None) or given.layer_norm_eps,
         "windows": tuple(windows),
         "qkv_bias": family == "qwen2" or attention_bias,
         "o_bias": getattr(given, "attention_out_bias", attention_bias),
@@ -196,6 +202,82 @@ def test_layers_without_rope() -> None:
     assert [config.ropes[config.rope_index(layer)].kind for layer in range(3)] == ["default", "none", "default"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sliding_window": 7, "sliding_window_pattern": 2, "rope_theta": 5e5, "rope_local_base_freq": 2e3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6},
+        {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e3},
+            },
+        },
+    ],
+    ids=str,
+)
+def test_layers_of_gemma_3(change: dict[str, Any]) -> None:
+    """Those with a window have a rotary embedding of their own, in both spellings."""
+    given = {"model_type": "gemma3_text", **REQUIRED, **change}
+    config = parse_config(given)
+    theirs = AutoConfig.for_model(**copy.deepcopy(given))  # which changes what it is given
+    sliding = [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert config.windows == tuple(theirs.sliding_window if slides else None for slides in sliding)
+    for layer, kind in enumerate(theirs.layer_types):
+        rope, of_kind = config.ropes[config.rope_index(layer)], theirs.rope_parameters[kind]
+        expected = (of_kind["rope_theta"], of_kind["rope_type"], of_kind.get("factor", 1.0))
+        assert (rope.theta, rope.kind, rope.factor) == expected
+    assert parse_config(theirs.to_dict()) == config
+
+
+def test_rope_per_layer_type_for_other_families() -> None:
+    ropes = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    given = {"model_type": "ministral", **REQUIRED, "num_key_value_heads": 4, "layer_types": types}
+    config = parse_config({**given, "rope_parameters": ropes})
+    assert [config.ropes[config.rope_index(layer)] for layer in range(3)] == [
+        RopeConfig(1e4),
+        RopeConfig(5e5, "linear", 4.0),
+        RopeConfig(1e4),
+    ]
+    assert parse_config({**given, "rope_parameters": dict.fromkeys(ropes, ropes["full_attention"])}).other_ropes == ()
+    with pytest.raises(CorruptCheckpoint, match="sliding_attention"):
+        parse_config({**given, "rope_parameters": {"full_attention": ropes["full_attention"]}})
+
+
+def test_numbers_of_gemma() -> None:
+    given = {"model_type": "gemma2", **REQUIRED, "query_pre_attn_scalar": 16}
+    config = parse_config(given)
+    assert (config.embedding_multiplier, config.attention_scale) == (32**0.5, 0.25)
+    assert (config.score_cap, config.logits_cap) == (50.0, 30.0)
+    config = parse_config({**given, "attn_logit_softcapping": None, "final_logit_softcapping": 7.5})
+    assert (config.score_cap, config.logits_cap) == (None, 7.5)
+    assert parse_config({**given, "model_type": "gemma3_text"}).logits_cap is None
+
+
+def test_the_context_of_older_files_of_cohere() -> None:
+    given = {"model_type": "cohere", **REQUIRED, "max_position_embeddings": 8192}
+    assert parse_config(given).max_positions == 8192
+    assert parse_config({**given, "model_max_length": 131_072}).max_positions == 131_072
+    assert parse_config({**given, "model_max_length": 4096}).max_positions == 8192
+
+
+def test_the_text_part_of_gemma_3() -> None:
+    """As published: what is the default is left out."""
+    text = {"model_type": "gemma3_text", **SIZES, "sliding_window": 1024}
+    del text["vocab_size"]
+    given = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 7}}
+    config = parse_config(given)
+    assert (config.num_heads, config.num_kv_heads, config.vocab_size, config.tied_embeddings) == (8, 4, 262_208, True)
+    assert config == parse_config({**text, "tie_word_embeddings": True})
+    assert not parse_config({**given, "tie_word_embeddings": False}).tied_embeddings
+
+
 def test_window_counts_the_position_itself() -> None:
     mask = sliding_window_causal_mask_function(3)
     seen = [j for j in range(8) if mask(0, 0, torch.tensor(5), torch.tensor(j))]
@@ -205,10 +287,13 @@ def test_window_counts_the_position_itself() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "gemma3n"}, "gemma3n"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"model_type": "cohere2", "use_qk_norm": True}, "use_qk_norm"),
         ({"model_type": "mixtral"}, "mixtral"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
         ({"model_type": "arcee", "hidden_act": "silu"}, "silu"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
@@ -257,6 +342,15 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers"),
         ({"model_type": "granite", "residual_multiplier": 0}, "residual_multiplier"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+        ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, "per layer type"),
+        ({"model_type": "gemma3"}, "text_config"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3n_text"}}, "text_config"),
+        ({"model_type": "cohere", "logit_scale": 0}, "logit_scale"),
+        ({"model_type": "cohere", "layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"model_type": "mistral", "num_attention_heads": 8, "sliding_window": -1}, "sliding_window"),
         ({"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": ["full_attention"]}, "layer_types"),
         (

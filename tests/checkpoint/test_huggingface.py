@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from tests.families import byte_tokenizer
+from tsqp import LLM, ComputeConfig
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
-from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
+from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, TsqpWarning, UnsupportedModel
 
-from .makers import byte_level_tokenizer, make_model
+from .makers import SMALL, byte_level_tokenizer, make_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -56,6 +60,64 @@ def test_every_tensor_is_that_of_transformers(tmp_path: Path, variant: str, dtyp
             assert torch.equal(got, expected), name
     assert single.fingerprint() == sharded.fingerprint()
     assert len(single.fingerprint()) == 64
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A Gemma 3 of text and pictures, as transformers holds it and in its directory."""
+    text = {**SMALL, "head_dim": 8, "sliding_window": 12, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    torch.manual_seed(5)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    directory = tmp_path_factory.mktemp("pictures")
+    model.save_pretrained(directory)
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    return model, directory
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["present-names", "earlier-names"])
+def test_the_text_part_of_a_model_of_text_and_pictures(
+    pictures: tuple[Any, Path], tmp_path: Path, earlier: bool
+) -> None:
+    model, directory = pictures
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    if earlier:
+        tensors = {
+            (
+                name.replace("model.language_model.", "language_model.model.")
+                .replace("model.vision_tower", "vision_tower")
+                .replace("model.multi_modal_projector", "multi_modal_projector")
+            ): tensor
+            for name, tensor in load_file(tmp_path / SINGLE_FILE).items()
+        }
+        assert "language_model.model.norm.weight" in tensors
+        save_file(tensors, tmp_path / SINGLE_FILE)
+    assert open_checkpoint(str(tmp_path)).left_out == ("multi_modal_projector", "vision_tower")
+    prompt = list(range(30))
+    with (
+        pytest.warns(TsqpWarning, match="not multi_modal_projector, vision_tower"),
+        LLM(str(tmp_path), protection="local", compute=ComputeConfig(dtype="float32")) as llm,
+    ):
+        ours = llm.logits(prompt)
+    with torch.no_grad():
+        theirs = model(torch.tensor([prompt])).logits[0]
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_an_unknown_part_of_a_model_of_pictures_is_refused(pictures: tuple[Any, Path], tmp_path: Path) -> None:
+    shutil.copytree(pictures[1], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    save_file(tensors | {"model.audio_tower.weight": torch.ones(2)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(UnsupportedModel, match="audio_tower"):
+        open_checkpoint(str(tmp_path))
 
 
 def test_fingerprint_tells_weights_apart(tiny: Path) -> None:

@@ -45,6 +45,12 @@ class Keys:
             raise CorruptCheckpoint(f"{self._where}: {key} must be a positive number, not {value!r}")
         return float(value)
 
+    def optional_number(self, key: str, default: float | None) -> float | None:
+        """A positive finite number or null; the default only replaces an absent key."""
+        if key in self._values:
+            return None if self._values[key] is None else self.number(key)
+        return default
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._values.get(key, default)
         if not isinstance(value, bool):

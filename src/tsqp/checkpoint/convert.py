@@ -34,11 +34,13 @@ def convert_gguf(gguf: Path, directory: Path, *, shard_bytes: int = SHARD_BYTES)
     Float tensors keep their dtype, quantised ones become the float32 that they stand for, so nothing is lost. All is
     written beside ``directory`` first and renamed at the end: a directory of that name is a whole one.
 
-    Raises CheckpointError when the target exists, OSError when the disk is full, and what opening the file raises.
+    Raises CheckpointError when the target exists, UnsupportedModel for a family that is not written, OSError when the
+    disk is full, and what opening the file raises.
     """
     if directory.exists():
         raise CheckpointError(f"{directory} exists already; name a new directory")
     checkpoint = GgufCheckpoint(gguf)
+    hf_config_of(checkpoint.config, "float32")  # before any weight is read: not every family can be written
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory.parent))
     try:

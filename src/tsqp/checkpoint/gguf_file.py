@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
 
+from tsqp.checkpoint.gguf_forms import Form, dequantised, form_name, form_of
+from tsqp.checkpoint.gguf_header import Bytes, GgufHeader, TensorPlace
 from tsqp.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
 
-# What the reader raises on bytes that are not a GGUF file; it was written for good ones.
-_READER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError)
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's shape, its outermost dimension first, its form, and its bytes, memory-mapped."""
+
+    shape: tuple[int, ...]
+    form: Form
+    data: Bytes
 
 
 class GgufFile:
     """Tensors stay memory-mapped. Of a split file the first part is named; it has the metadata of all.
 
-    Raises CheckpointNotFound where a part is missing, CorruptCheckpoint, UnsupportedModel if big-endian.
+    Raises CheckpointNotFound where a part is missing, CorruptCheckpoint, and UnsupportedModel for a big-endian file or
+    a tensor in a form that is not read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = _read(path)
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.paths = [path]  # of all parts
+        self._header = header = GgufHeader(path)
+        self._tensors = stored_tensors(header)
         count = self.integer("split.count", 1)
         if count > 1:
             for number, part in enumerate(_other_parts(path, self.integer("split.no"), count), start=1):
@@ -40,18 +49,21 @@ class GgufFile:
                 raise CorruptCheckpoint(f"{path}: the parts hold {len(self._tensors)} tensors instead of {stored}")
 
     def _add_part(self, path: Path, number: int, count: int) -> None:
-        reader = _read(path)
+        header = GgufHeader(path)
         for key, expected in (("split.no", number), ("split.count", count)):
-            field = reader.fields.get(key)
-            if field is None or field.contents() != expected:
+            if header.values.get(key) != expected:
                 raise CorruptCheckpoint(f"{path} is not part {number + 1} of {count}: its {key} is not {expected}")
-        for tensor in reader.tensors:
-            if tensor.name in self._tensors:
-                raise CorruptCheckpoint(f"{path}: {tensor.name} is in an earlier part as well")
-            self._tensors[tensor.name] = tensor
+        for name, tensor in stored_tensors(header).items():
+            if name in self._tensors:
+                raise CorruptCheckpoint(f"{path}: {name} is in an earlier part as well")
+            self._tensors[name] = tensor
+        self.paths.append(path)
 
     def has(self, key: str) -> bool:
-        return key in self._fields
+        return key in self._header.values
+
+    def holds_list(self, key: str) -> bool:
+        return self.has(key) and isinstance(self._value(key, object, None), list)
 
     def text(self, key: str, default: str | None = None) -> str:
         return str(self._value(key, str, default))
@@ -69,48 +81,43 @@ class GgufFile:
     def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
         """A list of values of one kind."""
         values = list(self._value(key, list, None))
-        wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, kind)), None)
+        wrong = next((v for v in values if (isinstance(v, bool) and kind is not bool) or not isinstance(v, kind)), None)
         if wrong is not None:
             raise CorruptCheckpoint(f"{self.path}: {key} holds a value of the wrong type ({type(wrong).__name__})")
         return values
 
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of all parts, by its GGUF name."""
+        return self._tensors
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, outermost dimension first."""
-        return {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._tensors.items()}
-
-    def dtype(self, name: str) -> str:
-        """As GGML calls it: F32, BF16, Q4_1, ..."""
-        return str(self._tensors[name].tensor_type.name)
-
-    def raw(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """The bytes of a tensor, memory-mapped."""
-        return np.asarray(self._tensors[name].data.reshape(-1).view(np.uint8))
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """F32, F16 and BF16 as they are, memory-mapped; quantised blocks as float32."""
+        shape = self._tensors[name].shape
+        return self.rows(name, 0, math.prod(shape[:-1])).reshape(shape)
+
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Rows ``first`` to ``end`` of a tensor: (rows, length of a row), as ``tensor`` has them. A vector is a row."""
         import torch
 
-        stored = self._tensors[name]
-        if stored.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            return torch.from_numpy(np.asarray(stored.data))
-        if stored.tensor_type == GGMLQuantizationType.BF16:
-            return torch.from_numpy(np.asarray(stored.data)).view(torch.bfloat16)
-        try:
-            return torch.from_numpy(np.asarray(dequantize(stored.data, stored.tensor_type)))
-        except NotImplementedError as error:
-            raise UnsupportedModel(
-                f"{self.path}: {name} is quantised as {self.dtype(name)}, which is not implemented"
-            ) from error
+        shape, form, data = self._tensors[name]
+        rows = data.reshape(math.prod(shape[:-1]), -1)[first:end]
+        if form.name == "BF16":
+            return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
+        if form.is_float:
+            return torch.from_numpy(rows.view(np.float16 if form.name == "F16" else np.float32))
+        return torch.from_numpy(dequantised(form, rows))
 
     def _value(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        if key not in self._fields:
+        if key not in self._header.values:
             if default is None:
                 raise CorruptCheckpoint(f"{self.path} has no {key}")
             return default
-        try:
-            value = self._fields[key].contents()
-        except UnicodeDecodeError as error:
-            raise CorruptCheckpoint(f"{self.path}: {key} is not UTF-8") from error
+        value = self._header.value(key)
         if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
             raise CorruptCheckpoint(f"{self.path}: {key} has a value of the wrong type ({type(value).__name__})")
         if isinstance(value, float) and not math.isfinite(value):
@@ -118,19 +125,23 @@ class GgufFile:
         return value
 
 
-def _read(path: Path) -> GGUFReader:
-    try:
-        # Mode c is a private mapping: torch takes no read-only arrays, and nothing here writes.
-        reader = _BoundedReader(path, mode="c")
-    except FileNotFoundError as error:
-        raise CheckpointNotFound(f"{path} does not exist") from error
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-    except _READER_ERRORS as error:
-        raise CorruptCheckpoint(f"{path} is not a whole GGUF file: {error}") from error
-    if reader.endianess is GGUFEndian.BIG:
-        raise UnsupportedModel(f"{path} is a big-endian GGUF, which is not implemented; take the little-endian one")
-    return reader
+def stored_tensors(header: GgufHeader) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises UnsupportedModel for a form that is not read, CorruptCheckpoint."""
+    return {name: _stored(header, place) for name, place in header.tensors.items()}
+
+
+def _stored(header: GgufHeader, place: TensorPlace) -> StoredTensor:
+    form = form_of(place.form)
+    if form is None:
+        kind = form_name(place.form)
+        raise UnsupportedModel(f"{header.path}: {place.name} is stored as {kind}, which is not implemented")
+    if place.shape[-1] % form.block:
+        width = place.shape[-1]
+        raise CorruptCheckpoint(f"{header.path}: {place.name} has rows of {width} numbers: no whole {form.name} blocks")
+    end = place.start + form.bytes_of(place.count)
+    if end > len(header.data):
+        raise CorruptCheckpoint(f"{header.path} is not a whole GGUF file: it ends before {place.name} does")
+    return StoredTensor(place.shape, form, header.data[place.start : end])
 
 
 def _other_parts(first: Path, number: int, count: int) -> list[Path]:
@@ -149,15 +160,3 @@ def _other_parts(first: Path, number: int, count: int) -> list[Path]:
             f"{first} is the first of {count} parts, of which {missing[0]}{others} are not beside it"
         )
     return parts[1:]
-
-
-class _BoundedReader(GGUFReader):
-    """Refuses a read past the end, which the base class answers with fewer elements.
-
-    Without it a damaged array length keeps the reader busy for hours.
-    """
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError("it ends too early")
-        return super()._get(offset, dtype, count, override_order)

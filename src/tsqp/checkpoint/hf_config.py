@@ -2,9 +2,6 @@
 
 A key that is absent takes the default of transformers' own configuration class for the family, as transformers would
 give it (``hf_families.py``); the five sizes without which no model is meant have none.
-
-A window of W lets the query at position i attend to keys j with i − W < j ≤ i, so W positions, itself included: that
-is transformers' mask (``kv_idx > q_idx - sliding_window``, and causal) and the meaning of ``ModelConfig.windows``.
 """
 
 from __future__ import annotations
@@ -13,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsqp.checkpoint.config_keys import Keys
-from tsqp.checkpoint.hf_families import FAMILIES, Family
-from tsqp.checkpoint.hf_rope import context_length, parse_rope, rope_settings
+from tsqp.checkpoint.hf_families import FAMILIES, TEXT_PARTS, Family
+from tsqp.checkpoint.hf_numbers import family_numbers
+from tsqp.checkpoint.hf_rope import context_length, parse_ropes, rope_settings
+from tsqp.checkpoint.hf_windows import layer_windows, unrotated_layers
 from tsqp.checkpoint.shapes import check_layers
 from tsqp.config.model import ARCHITECTURES, Architecture, ModelConfig, RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
-
-_DEFAULT_MAX_WINDOW_LAYERS = 28  # of Qwen
 
 
 def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -27,13 +24,14 @@ def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelC
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for a missing or invalid key.
     """
+    given = text_part(given, where)
     architecture = _architecture(given, where)
     family = FAMILIES[architecture]
     _refuse_what_changes_the_computation(given, family, where)
     keys = Keys(given, where)
     hidden_size = keys.size("hidden_size")
     num_layers = check_layers(keys.size("num_hidden_layers"), where)
-    num_heads = keys.size("num_attention_heads")
+    num_heads = keys.size("num_attention_heads", family.num_heads)
     default_kv_heads = num_heads if "num_key_value_heads" in given else family.num_kv_heads or num_heads
     num_kv_heads = keys.size("num_key_value_heads", default_kv_heads)
     default_head_dim = hidden_size // num_heads if "head_dim" in given else family.head_dim
@@ -43,9 +41,14 @@ def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelC
     if head_dim % 2:
         raise CorruptCheckpoint(f"{where}: head_dim must be even for rotary embeddings, not {head_dim}")
     max_positions = keys.size("max_position_embeddings", family.max_positions)
+    if family.cohere:  # whose older files say less than the model was made for
+        max_positions = max(max_positions, keys.size("model_max_length", 1))
     qkv_bias, o_bias, mlp_bias = _biases(family, keys)
-    rope = parse_rope(given, family, head_dim, max_positions, where)
-    unrotated = _unrotated_layers(family, given, keys, num_layers, where)
+    rope, local_rope = parse_ropes(given, family, head_dim, max_positions, where)
+    unrotated = unrotated_layers(family, given, keys, num_layers, where)
+    windows = layer_windows(family, given, keys, unrotated, where)
+    if family.unrotated_full:
+        unrotated = tuple(window is None for window in windows)
     fields: dict[str, Any] = {
         "architecture": architecture,
         "hidden_size": hidden_size,
@@ -54,30 +57,41 @@ def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelC
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "vocab_size": keys.size("vocab_size"),
+        "vocab_size": keys.size("vocab_size", family.vocab_size),
         "max_positions": context_length(rope, max_positions),
-        "rms_norm_eps": keys.number("rms_norm_eps", family.rms_norm_eps),
+        "rms_norm_eps": keys.number(family.epsilon_key, family.rms_norm_eps),
         "rope": rope,
-        "windows": _windows(family, given, keys, unrotated, where),
+        "windows": windows,
         "qkv_bias": qkv_bias,
         "o_bias": o_bias,
         "mlp_bias": mlp_bias,
         "tied_embeddings": keys.flag("tie_word_embeddings", family.tied),
         **family.fixed,
+        **ropes_of_layers(rope, local_rope, windows, unrotated),
     }
-    if any(unrotated):
-        fields |= {"other_ropes": (RopeConfig(rope.theta, "none"),), "rope_of_layer": tuple(map(int, unrotated))}
-    if family.multipliers:
-        fields |= _multipliers(keys, fields["rms_norm_eps"])
-    return ModelConfig(**fields)
+    return ModelConfig(**fields | family_numbers(family, keys, fields["rms_norm_eps"], hidden_size))
+
+
+def text_part(given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The part of a ``config.json`` that is for text: all of it, but for models that take pictures as well."""
+    architecture = TEXT_PARTS.get(str(given.get("model_type")))
+    if architecture is None:
+        return given
+    part = given.get("text_config")
+    if not isinstance(part, dict) or part.get("model_type", architecture) != architecture:
+        raise CorruptCheckpoint(f"{where}: text_config must be an object of model_type {architecture}")
+    whole = {key: given[key] for key in ("tie_word_embeddings", "quantization_config") if key in given}
+    return {"tie_word_embeddings": True} | part | {"model_type": architecture} | whole
 
 
 def hf_config_of(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """A ``config.json`` that both ``parse_config`` and transformers read back as ``config``.
 
-    For the families that other formats than this one are read of: those of ``gguf_config.py``.
+    Raises UnsupportedModel for a family whose files have another layout than ours, or keys of their own.
     """
     family = FAMILIES[config.architecture]
+    if not family.written:
+        raise UnsupportedModel(f"writing a config.json for {config.architecture} is not implemented")
     given: dict[str, Any] = {
         "architectures": [family.causal_lm],
         "model_type": config.architecture,
@@ -121,16 +135,16 @@ def _architecture(given: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _refuse_what_changes_the_computation(given: Mapping[str, Any], family: Family, where: str) -> None:
-    if given.get("quantization_config"):
-        quantization = given["quantization_config"]
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        raise UnsupportedModel(f"{where}: quantization_config ({method}) is not implemented; use the original weights")
-    activation = given.get("hidden_act", family.activation)
+    for key in family.refused:
+        if given.get(key):
+            raise UnsupportedModel(f"{where}: {key} is not implemented for this model_type")
+    activation = given.get(family.activation_key, family.activation)
     if activation == "swish":  # two names of one function
         activation = "silu"
     if activation != family.activation:
         raise UnsupportedModel(
-            f"{where}: hidden_act {activation!r} is not implemented for this model_type; only {family.activation} is"
+            f"{where}: {family.activation_key} {activation!r} is not implemented for this model_type; "
+            f"only {family.activation} is"
         )
 
 
@@ -145,71 +159,15 @@ def _biases(family: Family, keys: Keys) -> tuple[bool, bool, bool]:
     return attention, output, family.biases != "attention" and keys.flag("mlp_bias")
 
 
-def _multipliers(keys: Keys, eps: float) -> dict[str, float]:
-    """Granite's. What a layer adds to the hidden states is multiplied there; here they are divided by it instead.
-
-    From the embedding on, hidden states are 1/residual_multiplier of Granite's, and nothing has to be multiplied. A
-    norm of them is the same once epsilon, which is added to their mean square, is divided by its square.
-    """
-    residual = keys.number("residual_multiplier", 1.0)
-    return {
-        "rms_norm_eps": eps / residual**2,
-        "embedding_multiplier": keys.number("embedding_multiplier", 1.0) / residual,
-        "logits_multiplier": 1 / keys.number("logits_scaling", 1.0),
-        "score_scale": keys.number("attention_multiplier", 1.0),
-    }
-
-
-def _unrotated_layers(
-    family: Family, given: Mapping[str, Any], keys: Keys, num_layers: int, where: str
-) -> tuple[bool, ...]:
-    """Which layers have no rotary embedding: those of ``no_rope_layers`` that are 0, as SmolLM3 has them."""
-    if not family.skips_rope:
-        return (False,) * num_layers
-    listed = given.get("no_rope_layers")
-    if listed is None:
-        interval = keys.size("no_rope_layer_interval", 4)
-        return tuple((layer + 1) % interval == 0 for layer in range(num_layers))
-    if not isinstance(listed, list) or len(listed) != num_layers or any(rotated not in (0, 1) for rotated in listed):
-        raise CorruptCheckpoint(f"{where}: no_rope_layers must list 0 or 1 for each of the {num_layers} layers")
-    return tuple(not rotated for rotated in listed)
-
-
-def _windows(
-    family: Family, given: Mapping[str, Any], keys: Keys, unrotated: tuple[bool, ...], where: str
-) -> tuple[int | None, ...]:
-    """The window of every layer; see ``Family.windows``."""
-    num_layers = len(unrotated)
-    if family.windows == "none":
-        return (None,) * num_layers
-    window = keys.optional_size("sliding_window", family.window)
-    if family.windows == "all":
-        return (window,) * num_layers
-    if (family.windows == "qwen" or family.skips_rope) and not keys.flag("use_sliding_window"):
-        window = None
-    layer_types = given.get("layer_types")
-    if layer_types is None:
-        sliding = _sliding_by_default(family, given, unrotated, where)
-        return tuple(window if slides else None for slides in sliding)
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        raise CorruptCheckpoint(f"{where}: layer_types must list one type for each of the {num_layers} layers")
-    for kind in layer_types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel(f"{where}: layer type {kind!r} is not implemented")
-        if kind == "sliding_attention" and window is None:
-            raise CorruptCheckpoint(f"{where}: layer_types asks for sliding_attention, but no sliding_window is in use")
-    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-
-
-def _sliding_by_default(
-    family: Family, given: Mapping[str, Any], unrotated: tuple[bool, ...], where: str
-) -> tuple[bool, ...]:
-    """Which layers have the window where no ``layer_types`` say."""
-    if family.skips_rope:
-        return unrotated
-    if family.windows == "listed":
-        return (True,) * len(unrotated)
-    first = given.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)  # zero is allowed: then every layer slides
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise CorruptCheckpoint(f"{where}: max_window_layers must be a whole number, not {first!r}")
-    return tuple(layer >= first for layer in range(len(unrotated)))
+def ropes_of_layers(
+    rope: RopeConfig, local: RopeConfig, windows: tuple[int | None, ...], unrotated: tuple[bool, ...]
+) -> dict[str, Any]:
+    """The fields for layers that have another rotary embedding than ``rope``: ``local`` those with a window."""
+    none = RopeConfig(rope.theta, "none")
+    of_layers = [
+        none if still else rope if window is None else local for window, still in zip(windows, unrotated, strict=True)
+    ]
+    ropes = tuple(dict.fromkeys((rope, *of_layers)))
+    if len(ropes) == 1:
+        return {}
+    return {"other_ropes": ropes[1:], "rope_of_layer": tuple(ropes.index(of_layer) for of_layer in of_layers)}

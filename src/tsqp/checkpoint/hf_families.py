@@ -18,15 +18,23 @@ class Family:
 
     ``biases``: which linear layers have some; ``attention``: Q, K, V and the output if ``attention_bias``, ``mlp``:
     these, and the MLP if ``mlp_bias``, ``apart``: the output by ``attention_out_bias``. ``windows``: of no layer, of
-    all, of those that ``layer_types`` lists, or as Qwen has it (by number of the layer). ``fixed`` are fields of a
-    ModelConfig. ``partial_rotary``: whether a part of each head may be rotated. ``original_positions``: the original
-    context where the file does not say. ``renamed_ropes``: rope types under earlier names. ``fused``: Q, K, V are one
-    tensor, and so are gate and up. ``neighbours``: numbers 2i and 2i + 1 of a head are rotated together.
-    ``skips_rope``: some layers have no rotary embedding. ``multipliers``: Granite's.
+    all, of those that ``layer_types`` lists, or as Qwen has it (by number of the layer). ``pattern``: where no types
+    are listed, each layer whose number is a multiple of it has no window. ``fixed`` are fields of a ModelConfig.
+
+    ``partial_rotary``: whether a part of each head may be rotated. ``original_positions``: the original context where
+    the file does not say. ``renamed_ropes``: rope types under earlier names. ``skips_rope``: some layers have no rotary
+    embedding. ``unrotated_full``: those without a window have none. ``local_theta``: those with a window have one of
+    their own, with this base. ``fused``: Q, K, V are one tensor, and so are gate and up. ``neighbours``: numbers 2i and
+    2i + 1 of a head are rotated together.
+
+    ``multipliers``: Granite's. ``gemma``: its multipliers and soft caps. ``cohere``: its multiplier and norms.
+    ``refused``: keys that change the computation.
     """
 
     causal_lm: str
     max_positions: int
+    num_heads: int | None = None
+    vocab_size: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
@@ -45,7 +53,44 @@ class Family:
     neighbours: bool = False
     skips_rope: bool = False
     multipliers: bool = False
+    activation_key: str = "hidden_act"
+    epsilon_key: str = "rms_norm_eps"
+    pattern: int | None = None
+    unrotated_full: bool = False
+    local_theta: float | None = None
+    score_cap: float | None = None
+    logits_cap: float | None = None
+    gemma: bool = False
+    cohere: bool = False
+    refused: tuple[str, ...] = ()
 
+    @property
+    def written(self) -> bool:
+        """Whether ``hf_config_of`` writes it: keys and tensors are Llama's, or as the row says."""
+        own = self.fused or self.neighbours or self.skips_rope or self.multipliers or self.gemma
+        return not own and self.windows != "listed" and self.biases != "apart"
+
+
+_GEMMA: dict[str, Any] = {
+    "num_kv_heads": 4,
+    "head_dim": 256,
+    "window": 4096,
+    "tied": True,
+    "activation": "gelu_pytorch_tanh",
+    "activation_key": "hidden_activation",
+    "biases": "attention",
+    "windows": "listed",
+    "gemma": True,
+}
+_COHERE: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "epsilon_key": "layer_norm_eps",
+    "tied": True,
+    "biases": "attention",
+    "neighbours": True,
+    "cohere": True,
+    "fixed": {"parallel": True, "layer_norm": True},
+}
 
 FAMILIES: dict[Architecture, Family] = {
     "llama": Family("LlamaForCausalLM", 2048),
@@ -109,4 +154,40 @@ FAMILIES: dict[Architecture, Family] = {
         biases="attention",
         fixed={"qk_norm": True, "qk_norm_whole": True, "norms_before": False, "norms_after": True},
     ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        8192,
+        pattern=2,
+        score_cap=50.0,
+        logits_cap=30.0,
+        fixed={"norms_after": True, "norm_offset": 1.0, "activation": "gelu_tanh"},
+        refused=("use_bidirectional_attention",),
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        131_072,
+        num_heads=8,
+        vocab_size=262_208,
+        theta=1_000_000.0,
+        pattern=6,
+        local_theta=10_000.0,
+        fixed={"qk_norm": True, "norms_after": True, "norm_offset": 1.0, "activation": "gelu_tanh"},
+        refused=("attn_logit_softcapping", "use_bidirectional_attention"),
+        **_GEMMA,
+    ),
+    "cohere": Family("CohereForCausalLM", 8192, theta=500_000.0, **_COHERE),
+    "cohere2": Family(
+        "Cohere2ForCausalLM",
+        8192,
+        window=4096,
+        windows="listed",
+        pattern=4,
+        unrotated_full=True,
+        refused=("use_qk_norm",),
+        **_COHERE,
+    ),
 }
+
+# Models of text and more, of which the part for text is a model of another type: the type of each.
+TEXT_PARTS: dict[str, Architecture] = {"gemma3": "gemma3_text"}

@@ -1,13 +1,14 @@
 """The rotary embedding of a ``config.json``, to and from a RopeConfig.
 
-Both spellings are read: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters`` of transformers 5.
+Both spellings are read: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters`` of transformers 5, also with an
+object for each layer type.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tsqp.checkpoint.config_keys import Keys
@@ -18,14 +19,42 @@ from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 _KINDS = "default, linear, llama3, yarn, dynamic, longrope"
 
 
+def parse_ropes(
+    given: Mapping[str, Any], family: Family, head_dim: int, max_positions: int, where: str
+) -> tuple[RopeConfig, RopeConfig]:
+    """Those of layers without a window and with one, the same where nothing says otherwise. Raises as parse_rope."""
+    nested = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    by_type = isinstance(nested, dict) and any(isinstance(value, dict) for value in nested.values())
+    if not by_type and family.local_theta is None:
+        rope = parse_rope(given, family, head_dim, max_positions, where)
+        return rope, rope
+    if family.windows not in ("listed", "qwen"):
+        raise UnsupportedModel(f"{where}: rope_parameters per layer type are not implemented for this model_type")
+    if by_type:
+        full, sliding = (nested.get(kind) for kind in ("full_attention", "sliding_attention"))
+        if family.local_theta is None and not (isinstance(full, dict) and isinstance(sliding, dict)):
+            raise CorruptCheckpoint(f"{where}: rope_parameters must have full_attention and sliding_attention")
+    else:
+        full, sliding = given.get("rope_scaling"), None
+        if given.get("rope_parameters"):
+            raise CorruptCheckpoint(f"{where}: rope_parameters must be given per layer type")
+    own = {key: value for key, value in given.items() if key not in ("rope_scaling", "rope_parameters")}
+    local = own | {"rope_parameters": sliding}
+    if family.local_theta is not None:
+        local["rope_theta"] = given.get("rope_local_base_freq")
+    of_local = replace(family, theta=family.local_theta or family.theta)
+    return (
+        parse_rope(own | {"rope_parameters": full}, family, head_dim, max_positions, where),
+        parse_rope(local, of_local, head_dim, max_positions, where),
+    )
+
+
 def parse_rope(given: Mapping[str, Any], family: Family, head_dim: int, max_positions: int, where: str) -> RopeConfig:
     """Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for an invalid key."""
     # The order of transformers 5: a rope_scaling that is not empty wins over rope_parameters.
     parameters = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise CorruptCheckpoint(f"{where}: the rope parameters must be an object, not {parameters!r}")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModel(f"{where}: rope_parameters per layer type are not implemented")
     theta = Keys({"rope_theta": parameters.get("rope_theta", given.get("rope_theta"))}, where)
     original = given.get("original_max_position_embeddings", family.original_positions)
     if original is not None:

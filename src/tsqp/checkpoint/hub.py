@@ -9,6 +9,7 @@ from tsqp.errors import CheckpointNotFound, FetchError
 # Only what is read. Not "*.safetensors": some repositories hold the same weights a second time in other layouts.
 _FILES = [
     "config.json",
+    "quantize_config.json",
     "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -46,6 +47,18 @@ def download_from_hub(repository: str) -> Path:
     # HTTP and network errors of the hub's client derive from OSError or from its own base.
     except (OSError, errors.HfHubHTTPError) as error:
         raise FetchError(f"downloading {repository} from the Hub failed: {_first_line(error)}") from error
+
+
+def cached_snapshot(repository: str) -> Path:
+    """The snapshot of a repository in the local cache; nothing is asked of the Hub. Raises CheckpointNotFound."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError) as error:
+        message = f"{repository} is no path here and not in the local Hub cache: tsqp model fetch {repository}"
+        raise CheckpointNotFound(message) from error
 
 
 def _first_line(error: BaseException) -> str:

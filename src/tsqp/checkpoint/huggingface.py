@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.checkpoint.fingerprint import RawTensor, fingerprint
 from tsqp.checkpoint.hf_config import parse_config
-from tsqp.checkpoint.hf_tensors import stored_shapes, stored_tensors
+from tsqp.checkpoint.hf_families import TEXT_PARTS
+from tsqp.checkpoint.hf_tensors import stored_shapes, stored_tensors, text_tensors
 from tsqp.checkpoint.hf_text import read_text_format
 from tsqp.checkpoint.json_object import read_json_object
+from tsqp.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsFiles
 from tsqp.checkpoint.shapes import EMBEDDING, LM_HEAD, check_stored_shapes
 from tsqp.config.model import ModelConfig
 from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
@@ -21,14 +24,19 @@ from tsqp.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"F32", "F16", "BF16"}
+    from tsqp.checkpoint.stored_forms import QuantisedMatrix, StoredForm
+    from tsqp.checkpoint.stored_forms.base import RowReader
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "HuggingFaceCheckpoint"]
+
+BLOCK_NUMBERS = 1 << 21  # of quantised rows that are dequantised together
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class HuggingFaceCheckpoint(Checkpoint):
     """Weights stay memory-mapped; opening reads the headers only, and holds them against ``config.json``.
 
+    Matrices that are stored quantised (``stored_forms``) are dequantised each time that they are read.
     Raises CheckpointNotFound, CorruptCheckpoint or UnsupportedModel when the directory cannot be used.
     """
 
@@ -37,103 +45,149 @@ class HuggingFaceCheckpoint(Checkpoint):
         config_path = directory / "config.json"
         if not config_path.is_file():
             raise CheckpointNotFound(f"{directory} has no config.json: it is not a Hugging Face model directory")
-        config = parse_config(read_json_object(config_path), str(config_path))
-        self._files = {path: _open_safetensors(path) for path in _weight_files(directory)}
-        self._file_of = {tensor: path for path, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
-        self._places = stored_tensors(config)
-        self._check_headers(config)
+        settings = read_json_object(config_path)
+        config = parse_config(settings, str(config_path))
+        self._form = _form(directory, settings)
+        self._files = SafetensorsFiles(directory)
+        if settings["model_type"] in TEXT_PARTS:
+            named, self.left_out = text_tensors(self._files.headers)
+            self._files.rename(named)
+        self._lay_out(config)
         if config.tied_embeddings and self._has_its_own_head():
             config = replace(config, tied_embeddings=False)
-            self._places = stored_tensors(config)
+            self._lay_out(config)
         super().__init__(config, str(directory))
 
-    def _read(self, name: str) -> torch.Tensor:
-        """In the file's dtype, memory-mapped unless its rows have to be moved."""
-        place = self._places[name]
-        return place.taken_from(self._read_stored(place.name))
+    def stored_as(self) -> Mapping[str, int]:
+        kinds: Counter[str] = Counter()
+        for place in {place.name for place in self._places.values()}:
+            matrix = self._matrices.get(place)
+            kinds[matrix.recipe if matrix else _DTYPES[self._files.headers[place].dtype]] += 1
+        return dict(kinds.most_common())
 
-    def _read_stored(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the file."""
-        path = self._file_of[name]
-        try:
-            tensor: torch.Tensor = self._files[path].get_tensor(name)
-        except SafetensorError as error:
-            raise CorruptCheckpoint(f"{path}: {name} cannot be read: {error}") from error
-        return tensor
+    def not_used(self) -> tuple[str, ...]:
+        return () if self._form is None else self._form.notes
+
+    def _read(self, name: str) -> torch.Tensor:
+        """As it is stored, memory-mapped unless its rows have to be moved; from a quantised matrix its rows alone."""
+        place = self._places[name]
+        matrix = self._matrices.get(place.name)
+        if matrix is None:
+            return place.taken_from(self._files.read(place.name))
+        return place.ordered(matrix.rows(place.first or 0, place.end or matrix.shape[0]))
+
+    def _read_blocks(self, name: str, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Also of what is mapped: views, so that whoever converts them makes a small tensor at a time."""
+        place = self._places[name]
+        matrix = self._matrices.get(place.name)
+        if matrix is None:
+            whole = self._files.read(place.name)
+            rows: RowReader = lambda low, high: whole[low:high]  # noqa: E731
+        else:
+            rows = matrix.rows
+        return place.blocks(first, end, BLOCK_NUMBERS // math.prod(self.shapes[name][1:]), rows)
+
+    def dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        place = self._places[self._known(name)].name
+        if place in self._matrices:
+            return self._matrices[place].dtype
+        stored: torch.dtype = getattr(torch, _DTYPES[self._files.headers[place].dtype])
+        return stored
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, (self._raw(name) for name in self.shapes))
+        """Over the tensors as they are here, and those of quantised matrices as they are stored, with their recipe."""
+        plain = (self._raw(name) for name, place in self._places.items() if place.name not in self._matrices)
+        return fingerprint(self.config, (*plain, *self._raw_parts()))
+
+    def files(self) -> tuple[Path, ...]:
+        return self._files.paths
 
     def text_format(self) -> TextFormat:
         return read_text_format(self.directory)
 
     def _raw(self, name: str) -> RawTensor:
-        import torch
+        return _raw_tensor(name, self.tensor(name))
 
-        tensor = self.tensor(name)
-        data = tensor.reshape(-1).view(torch.uint8).numpy()
-        return RawTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+    def _raw_parts(self) -> Iterator[RawTensor]:
+        for matrix in self._matrices.values():
+            for part in matrix.parts:
+                yield _raw_tensor(part, self._files.read(part), f"{matrix.recipe}: ")
 
     def _has_its_own_head(self) -> bool:
         """Whether a model that calls its head tied stores another one, which then counts: so does transformers."""
-        if LM_HEAD not in self._file_of:
-            return False
+        if LM_HEAD not in self._files:
+            return bool(self._head_parts)
+        if self._head_parts or EMBEDDING in self._matrices:
+            return True
         import torch
 
-        return not torch.equal(self._read_stored(LM_HEAD), self._read_stored(EMBEDDING))
+        return not torch.equal(self._files.read(LM_HEAD), self._files.read(EMBEDDING))
 
-    def _check_headers(self, config: ModelConfig) -> None:
-        """Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the config asks for."""
+    def _lay_out(self, config: ModelConfig) -> None:
+        """Find each tensor of a model of this shape, and hold what is stored against it.
+
+        Raises CorruptCheckpoint or UnsupportedModel when what is stored is not what the config asks for.
+        """
+        self._places = stored_tensors(config)
         shapes = stored_shapes(config, self._places)
-        stored: dict[str, tuple[int, ...]] = {}
-        for name, path in self._file_of.items():
-            header = self._files[path].get_slice(name)
-            stored[name] = tuple(header.get_shape())
-            if name in shapes and header.get_dtype() not in _DTYPES:
+        self._matrices = self._quantised(shapes)
+        self._head_parts = set()
+        if config.tied_embeddings:
+            head = self._quantised({LM_HEAD: shapes[EMBEDDING]})
+            self._head_parts = {part for matrix in head.values() for part in matrix.parts}
+        self._check_headers(config, {name: shape for name, shape in shapes.items() if name not in self._matrices})
+        if self._form is not None and self._form.has_matrices and not self._matrices:
+            raise UnsupportedModel(
+                f"{self.directory} names a quantization_config, but stores no matrix so: quantising on the way, when a "
+                "model is loaded, is not implemented"
+            )
+
+    def _quantised(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, QuantisedMatrix]:
+        """Those of these matrices that are stored quantised."""
+        found: dict[str, QuantisedMatrix] = {}
+        if self._form is not None:
+            for name, shape in shapes.items():
+                if len(shape) == 2:
+                    matrix = self._form.matrix(self._files, name.removesuffix(".weight"), (shape[0], shape[1]))
+                    if matrix is not None:
+                        found[name] = matrix
+        return found
+
+    def _check_headers(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CorruptCheckpoint or UnsupportedModel for tensors that are stored as they are, and do not fit."""
+        headers = self._files.headers
+        for name in shapes:
+            if name in headers and headers[name].dtype not in _DTYPES:
                 raise UnsupportedModel(
-                    f"{path}: {name} is stored as {header.get_dtype()}; supported are float32, float16 and bfloat16"
+                    f"{self._files.place(name)} is stored as {headers[name].dtype}; "
+                    "supported are float32, float16 and bfloat16"
                 )
+        parts = {part for matrix in self._matrices.values() for part in matrix.parts} | self._head_parts
+        stored = {name: header.shape for name, header in headers.items() if name not in parts}
         # Older exports store the rotary frequencies, and some store a tied head a second time.
         ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+        if self._form is not None:
+            ignored |= self._form.unused_tensors(self._files, self._matrices)
         if config.tied_embeddings:
             ignored.add(LM_HEAD)
-            if stored.get(LM_HEAD, stored.get(EMBEDDING)) != stored.get(EMBEDDING):
+            embedding = self._matrices[EMBEDDING].shape if EMBEDDING in self._matrices else stored.get(EMBEDDING)
+            if stored.get(LM_HEAD, embedding) != embedding:
                 raise CorruptCheckpoint(
                     f"{self.directory}: {LM_HEAD} has shape {stored[LM_HEAD]}, unlike the embedding"
                 )
         check_stored_shapes(shapes, stored, ignored, str(self.directory))
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, in the order of their names."""
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
-    if (directory / INDEX_FILE).is_file():
-        return _shards(directory)
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
-        raise UnsupportedModel(f"{directory} holds pickled weights only, which run code when read; use safetensors")
-    raise CheckpointNotFound(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+def _form(directory: Path, settings: Mapping[str, Any]) -> StoredForm | None:
+    from tsqp.checkpoint.stored_forms import form_in
+
+    return form_in(directory, settings)
 
 
-def _shards(directory: Path) -> list[Path]:
-    index = directory / INDEX_FILE
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpoint(f"{index} has no weight_map")
-    names = set(map(str, weight_map.values()))
-    for name in sorted(names):
-        # The index comes with the download: it may not point outside the directory.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CorruptCheckpoint(f"{index} names {name!r}, which is not a safetensors file of its directory")
-        if not (directory / name).is_file():
-            raise CorruptCheckpoint(f"{directory / name} is missing, though {INDEX_FILE} names it")
-    return [directory / name for name in sorted(names)]
+def _raw_tensor(name: str, tensor: torch.Tensor, recipe: str = "") -> RawTensor:
+    import torch
 
-
-def _open_safetensors(path: Path) -> Any:  # safe_open is a native class without type hints
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CorruptCheckpoint(f"{path} is truncated or damaged: {error}") from error
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error}") from error
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return RawTensor(name, recipe + str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)

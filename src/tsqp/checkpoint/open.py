@@ -38,6 +38,22 @@ def locate(model: str) -> str:
     raise CheckpointNotFound(f"there is no model {model!r}; give {_KINDS}")
 
 
+def locate_here(model: str) -> str:
+    """As ``locate``, of what is on this machine already: nothing is downloaded. Raises CheckpointNotFound."""
+    if model == "default":
+        from tsqp.checkpoint.default import default_directory
+
+        directory = default_directory()
+        if directory is None:
+            raise CheckpointNotFound("the default model is not here yet: tsqp model fetch")
+        return str(directory)
+    if _HUB_ID.fullmatch(model) and not model.endswith(".gguf") and not Path(model).expanduser().exists():
+        from tsqp.checkpoint.hub import cached_snapshot
+
+        return str(cached_snapshot(model))
+    return locate(model)
+
+
 def stored_dtype(place: str) -> DtypeName:
     """What to compute a located model in when nobody says: float32 if its ``config.json`` does, else bfloat16.
 

@@ -21,7 +21,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, config.hidden_size)
     groups = [linear_groups(config)[name] for name in LAYER_GROUPS]
-    q_norm, k_norm = ((config.q_size,), (config.kv_size,)) if config.qk_norm_whole else ((config.head_dim,),) * 2
+    q_norm, k_norm = _head_norms(config)
     for layer in range(config.num_layers):
         for key, name in norm_names(config, layer).items():
             shapes[name] = {"q": q_norm, "k": k_norm}.get(key, hidden)
@@ -33,6 +33,15 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _head_norms(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the norms of Q and of K."""
+    if config.qk_norm_whole:
+        return (config.q_size,), (config.kv_size,)
+    if config.qk_norm_apart:
+        return (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+    return (config.head_dim,), (config.head_dim,)
+
+
 def norm_names(config: ModelConfig, layer: int) -> dict[str, str]:
     """The norm weights that a layer has, by what they are for (``LayerNorms``): their Hugging Face names.
 
@@ -42,6 +51,7 @@ def norm_names(config: ModelConfig, layer: int) -> dict[str, str]:
     names: dict[str, str] = {}
     if config.norms_before:
         names["attention"] = "input_layernorm"
+    if config.norms_before and not config.parallel:
         names["mlp"] = "pre_feedforward_layernorm" if config.norms_after else "post_attention_layernorm"
     if config.qk_norm:
         names |= {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}

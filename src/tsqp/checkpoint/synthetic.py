@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 GENERATOR_VERSION = 1
+BLOCK_NUMBERS = 1 << 21  # that are made together
 
 
 def _llama(
@@ -64,11 +66,41 @@ SHAPES: dict[str, ModelConfig] = {
         rope=RopeConfig(500_000.0, "llama3", factor=32.0),
         tied=True,
     ),
+    "llama-3.2-1b-4-layers": _llama(  # for measuring: as wide as the one above, and soon ready
+        hidden=2048,
+        inner=8192,
+        layers=4,
+        heads=(32, 8),
+        vocab=16_384,
+        positions=131_072,
+        rope=RopeConfig(500_000.0, "llama3", factor=32.0),
+        tied=True,
+    ),
     "llama-3.1-8b": _llama(
         hidden=4096,
         inner=14_336,
         layers=32,
         heads=(32, 8),
+        vocab=128_256,
+        positions=131_072,
+        rope=RopeConfig(500_000.0, "llama3", factor=8.0),
+        tied=False,
+    ),
+    "llama-3.1-70b": _llama(
+        hidden=8192,
+        inner=28_672,
+        layers=80,
+        heads=(64, 8),
+        vocab=128_256,
+        positions=131_072,
+        rope=RopeConfig(500_000.0, "llama3", factor=8.0),
+        tied=False,
+    ),
+    "llama-3.1-405b": _llama(
+        hidden=16_384,
+        inner=53_248,
+        layers=126,
+        heads=(128, 8),
         vocab=128_256,
         positions=131_072,
         rope=RopeConfig(500_000.0, "llama3", factor=8.0),
@@ -123,9 +155,28 @@ class SyntheticCheckpoint(Checkpoint):
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
+        return _tensor(self._values(name).take(math.prod(shape)), shape[1])
+
+    def _read_blocks(self, name: str, first: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            yield first, self._read(name)[first:end]
+            return
+        values, inputs = self._values(name), shape[1]
+        values.skip(first * inputs)
+        step = max(1, BLOCK_NUMBERS // inputs)
+        for begin in range(first, end, step):
+            rows = min(step, end - begin)
+            yield begin, _tensor(values.take(rows * inputs), inputs)
+
+    def _values(self, name: str) -> _RandomBfloat16:
         seed = hashlib.sha256(f"{GENERATOR_VERSION}/{self._shape_name}/{name}".encode()).digest()
-        bits = _random_bfloat16_bits(int.from_bytes(seed[:16], "little"), math.prod(shape), fan_in=shape[1])
-        return torch.from_numpy(bits).view(torch.bfloat16).reshape(shape)
+        return _RandomBfloat16(int.from_bytes(seed[:16], "little"), fan_in=self.shapes[name][1])
+
+    def dtype(self, name: str) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16
 
     def fingerprint(self) -> str:
         made_from = f"synthetic {GENERATOR_VERSION} {self._shape_name} ".encode()
@@ -136,23 +187,45 @@ class SyntheticCheckpoint(Checkpoint):
         return TextFormat(tokenizer_json=_byte_tokenizer_json(), eos_token_ids=())
 
 
-def _random_bfloat16_bits(seed: int, count: int, fan_in: int) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
-    """Bit patterns of ``count`` bfloat16 values around zero with a standard deviation near fan_in^-½.
+class _RandomBfloat16:
+    """Bit patterns of bfloat16 values around zero with a standard deviation near fan_in^-½, one after another.
 
     Four values to a random word. Each keeps its sign, its 7 mantissa bits and the 2 low bits of its exponent; the
     exponent's base is added. So magnitudes spread over four octaves from 2^e, with root mean square 7.04 · 2^e:
     E[m²] = 7/3 for a mantissa in [1, 2), times (1 + 4 + 16 + 64)/4 over the octaves.
     """
-    exponent = round(math.log2(fan_in**-0.5 / math.sqrt(7 / 3 * 85 / 4)))
-    kept_bits = np.uint64(0x81FF_81FF_81FF_81FF)
-    exponent_base = np.uint64(((127 + exponent) << 7) * 0x0001_0001_0001_0001)
-    source = np.random.SFC64(seed)
-    words = np.empty(-(-count // 4), dtype="<u8")
-    for start in range(0, len(words), 1 << 15):  # pieces that stay in the cache
-        piece = words[start : start + (1 << 15)]
-        np.bitwise_and(source.random_raw(len(piece)), kept_bits, out=piece)
-        piece += exponent_base
-    return words.view("<i2")[:count]
+
+    _kept_bits = np.uint64(0x81FF_81FF_81FF_81FF)
+
+    def __init__(self, seed: int, fan_in: int) -> None:
+        exponent = round(math.log2(fan_in**-0.5 / math.sqrt(7 / 3 * 85 / 4)))
+        self._exponent_base = np.uint64(((127 + exponent) << 7) * 0x0001_0001_0001_0001)
+        self._source = np.random.SFC64(seed)
+
+    def skip(self, count: int) -> None:
+        """Go past so many values, a multiple of four: SFC64 cannot jump, so they are drawn and dropped."""
+        self._source.random_raw(_words(count), output=False)
+
+    def take(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
+        """The next so many values, a multiple of four."""
+        words = np.empty(_words(count), dtype="<u8")
+        for start in range(0, len(words), 1 << 15):  # pieces that stay in the cache
+            piece = words[start : start + (1 << 15)]
+            np.bitwise_and(self._source.random_raw(len(piece)), self._kept_bits, out=piece)
+            piece += self._exponent_base
+        return words.view("<i2")
+
+
+def _words(count: int) -> int:
+    if count % 4:
+        raise ValueError(f"{count} values are no whole words: each shape has rows of a multiple of 4")
+    return count // 4
+
+
+def _tensor(bits: np.ndarray[tuple[int], np.dtype[np.int16]], inputs: int) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(bits).view(torch.bfloat16).reshape(-1, inputs)
 
 
 def _byte_tokenizer_json() -> str:
