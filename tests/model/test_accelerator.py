@@ -38,6 +38,14 @@ def test_driver_device_capability_and_kernel_are_named() -> None:
     assert "older" not in text
 
 
+def test_several_devices_are_listed_and_can_be_one_workers() -> None:
+    text = described(FakeCuda(found=[CudaDevice("A", (9, 0), 1), CudaDevice("B", (9, 0), 1)]))
+    assert "cuda:0 A" in text
+    assert "cuda:1 B" in text
+    assert text.endswith("a worker uses --device cuda:n, or all of them: cuda:0,cuda:1")
+    assert described(FakeCuda()).endswith("a worker uses --device cuda:n")
+
+
 def test_an_old_device_is_said_to_be_one() -> None:
     text = described(FakeCuda(found=[CudaDevice("A", (9, 0), 1), CudaDevice("B", (7, 5), 1)]))
     assert "older" not in text.split("cuda:1")[0]

@@ -21,12 +21,19 @@ from tsqp.model.pending import run
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, first: int, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    first: int,
+    window: int | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """Softmax(Q·Kᵀ/√d + mask)·V in float32: (T, heads, head_dim)."""
+    """Softmax(Q·Kᵀ/√d + mask)·V in float32, scores softly capped: (T, heads, head_dim)."""
     q, k, v = q.float(), k.float(), v.float()
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
     scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     scores.masked_fill_(~causal_mask(position, q.shape[1], first, k.shape[1], window), float("-inf"))
     return (torch.softmax(scores, -1) @ v).transpose(0, 1)
 
@@ -67,8 +74,9 @@ def test_every_form_is_the_formula(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [TorchAttention, StepAttention, BlockAttention])
 @pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("cap", [None, 1.5])
 def test_every_way_attends_alike(
-    dtype: torch.dtype, kind: type[TorchAttention | BlockAttention], window: int | None
+    dtype: torch.dtype, kind: type[TorchAttention | BlockAttention], window: int | None, cap: float | None
 ) -> None:
     """Prompts and decode steps of several sequences in one chunk, each over its own cache, in two layers."""
     config = replace(open_checkpoint("synthetic:tiny").config, num_layers=2, windows=(window, None))
@@ -78,7 +86,7 @@ def test_every_way_attends_alike(
     for cache, known in zip(caches, (0, 70, 11), strict=True):
         cache.advance(known)
     (chunk,) = batch.chunks(1000)
-    of_chunk = kind(config.windows, Unmetered()).of(chunk)
+    of_chunk = kind(config.windows, Unmetered(), cap=cap).of(chunk)
     for layer, seen in enumerate((window, None)):
         for span in chunk.spans:
             for held in span.cache.reserve(layer, span.end):
@@ -88,7 +96,7 @@ def test_every_way_attends_alike(
         run(of_chunk.steps(layer, q, out))
         for span in chunk.spans:
             k, v = span.cache.view(layer, 0, span.end)
-            expected = plain(q[:, span.slice], k, v, span.position, 0, seen).flatten(1)
+            expected = plain(q[:, span.slice], k, v, span.position, 0, seen, cap).flatten(1)
             tolerance = 1e-5 if dtype == torch.float32 else 3e-2
             torch.testing.assert_close(out[span.slice].float(), expected, rtol=tolerance, atol=tolerance)
 

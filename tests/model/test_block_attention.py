@@ -34,6 +34,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.int8]
 TOLERANCES = {torch.bfloat16: 6e-3, torch.float32: 2e-5, torch.int8: 1e-3}
 EDGES = [1, 2, 63, 64, 65, BLOCK_QUERIES - 1, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300, BLOCK_KEYS - 1, BLOCK_KEYS + 1]
 LENGTHS = st.sampled_from(EDGES) | st.integers(1, 700)
+CAPS = st.sampled_from([None, None, 1.5])
 WINDOWS = st.sampled_from([None, None, 1, 7, 100, 600])
 
 
@@ -66,13 +67,14 @@ def kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) 
     return Rows(q, keys.values.view(k.shape), values.values.view(k.shape), scales)
 
 
-def reference(one: Rows, window: int | None) -> torch.Tensor:
-    """Softmax(Q·Kᵀ/√d + mask)·V in float64: (n, heads, head_dim)."""
+def reference(one: Rows, window: int | None, cap: float | None = None) -> torch.Tensor:
+    """Softmax(Q·Kᵀ/√d + mask)·V in float64, scores softly capped: (n, heads, head_dim)."""
     q, k, v = one.q.double(), one.k.double(), one.v.double()
     if one.scales:
         k, v = (t * scales.double().unsqueeze(2) for t, scales in zip((k, v), one.scales, strict=True))
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
     scores = q @ k.transpose(1, 2) * q.shape[2] ** -0.5
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     length = q.shape[1]
     scores.masked_fill_(~causal_mask(0, length, 0, length, window), float("-inf"))
     return (torch.softmax(scores, -1) @ v).transpose(0, 1)
@@ -102,6 +104,7 @@ def outputs(
     count: int = 1,
     out_dtype: torch.dtype = torch.float32,
     first_steps: Sequence[int] | None = None,
+    cap: float | None = None,
 ) -> list[torch.Tensor]:
     """Attention of every row, (n, heads, d) for each sequence.
 
@@ -118,7 +121,7 @@ def outputs(
         windows=(window,),
         num_layers=1,
     )
-    attention = BlockAttention(config.windows, Unmetered())
+    attention = BlockAttention(config.windows, Unmetered(), cap=cap)
     caches = [KVCache(config, dtype) for _ in sequences]
     found: list[list[torch.Tensor]] = [[] for _ in sequences]
     with threads(count, attention):
@@ -151,14 +154,27 @@ def outputs(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=30, deadline=None)
-@given(length=LENGTHS, steps=st.integers(0, 3), window=WINDOWS, shape=st.sampled_from(SHAPES), seed=st.integers(0, 99))
+@given(
+    length=LENGTHS,
+    steps=st.integers(0, 3),
+    window=WINDOWS,
+    shape=st.sampled_from(SHAPES),
+    seed=st.integers(0, 99),
+    cap=CAPS,
+)
 def test_prefill_and_decode_are_the_formula(
-    dtype: torch.dtype, length: int, steps: int, window: int | None, shape: tuple[int, int, int], seed: int
+    dtype: torch.dtype,
+    length: int,
+    steps: int,
+    window: int | None,
+    shape: tuple[int, int, int],
+    seed: int,
+    cap: float | None,
 ) -> None:
     one = sequence(length + steps, shape, dtype, seed)
-    (ours,) = outputs([one], [(length,), *[(1,)] * steps], window)
+    (ours,) = outputs([one], [(length,), *[(1,)] * steps], window, cap=cap)
     tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(ours.double(), reference(one, window), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.double(), reference(one, window, cap), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,15 +204,22 @@ def test_rows_of_an_answer_are_decode_steps_however_many_a_pass_has(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), window=WINDOWS, shape=st.sampled_from(SHAPES), seed=st.integers(0, 99))
+@given(data=st.data(), window=WINDOWS, shape=st.sampled_from(SHAPES), seed=st.integers(0, 99), cap=CAPS)
 def test_a_sequence_has_the_same_bits_alone_and_in_any_company(
-    dtype: torch.dtype, data: st.DataObject, window: int | None, shape: tuple[int, int, int], seed: int
+    dtype: torch.dtype,
+    data: st.DataObject,
+    window: int | None,
+    shape: tuple[int, int, int],
+    seed: int,
+    cap: float | None,
 ) -> None:
     """Any batch, any chunk size, any number of micro-batches, one to three threads; a prompt, then decode steps."""
     lengths = data.draw(st.lists(LENGTHS, min_size=1, max_size=4), "lengths")
     steps = data.draw(st.integers(0, 3), "steps")
     sequences = [sequence(n + steps, shape, dtype, seed + i) for i, n in enumerate(lengths)]
-    alone = [outputs([one], [(n,), *[(1,)] * steps], window)[0] for one, n in zip(sequences, lengths, strict=True)]
+    alone = [
+        outputs([one], [(n,), *[(1,)] * steps], window, cap=cap)[0] for one, n in zip(sequences, lengths, strict=True)
+    ]
     together = outputs(
         sequences,
         [lengths, *[[1] * len(lengths)] * steps],
@@ -204,6 +227,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_company(
         max_rows=data.draw(st.sampled_from([1, 3, 64, 100, 128, 129, 10_000]), "max_rows"),
         parts=data.draw(st.integers(1, 3), "parts"),
         count=data.draw(st.sampled_from([1, 2, 3]), "threads"),
+        cap=cap,
     )
     for ours, other in zip(alone, together, strict=True):
         assert torch.equal(ours, other)
@@ -270,21 +294,23 @@ def test_scales_may_be_small_and_large(scale: float) -> None:
     assert torch.equal(scaled / scale, ours)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("nan")])
-def test_a_scale_that_is_not_finite_shows_in_every_row_that_sees_it(which: int, bad: float) -> None:
+def test_a_scale_that_is_not_finite_shows_in_every_row_that_sees_it(which: int, bad: float, cap: float | None) -> None:
     """Other rows are as they were. So the guard, which refuses such rows, is never handed numbers in their place."""
     one = sequence(602, (4, 2, 16), torch.int8, 1)
     passes = [(600,), (1,), (1,)]
-    (before,) = outputs([one], passes, None)
+    (before,) = outputs([one], passes, None, cap=cap)
     one.scales[which][0, 300] = bad
     one.k[0, 300] = one.v[0, 300] = 0  # as the quantiser leaves them
-    (after,) = outputs([one], passes, None)
+    (after,) = outputs([one], passes, None, cap=cap)
     assert not after[300:, :2].isfinite().any()
     assert torch.equal(after[:300], before[:300])
     assert torch.equal(after[:, 2:], before[:, 2:]), "other heads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "out"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("int8", "float32")])
 def test_no_call_waits_for_a_compiler(kept: str, out: str) -> None:
     """In a process of its own: in this one every loop has been compiled."""

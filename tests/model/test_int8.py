@@ -14,9 +14,10 @@ import torch
 
 from tests.arith.kernels import CPU, KERNELS
 from tests.families import random_tokens, tiny_model
+from tests.model.launches import Launches
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import PartitionName
-from tsqp.arith.product import DigitKernel
+from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint
@@ -87,10 +88,24 @@ def test_a_product_is_the_formula(
     reference = Reference(load_group(checkpoint, BIASES, torch.float32))
     x = torch.randn(rows, linear.group.in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
     expected = reference.product(x, part)
-    assert torch.equal(linear.product(x, part), expected)
-    place = torch.empty_like(expected)
-    assert linear.product(x, part, out=place) is place
-    assert torch.equal(place, expected)
+    for one in (linear, replace(linear, at_once=True)):  # in blocks, and as a device does it
+        assert torch.equal(one.product(x, part), expected)
+        place = torch.empty_like(expected)
+        assert one.product(x, part, out=place) is place
+        assert torch.equal(place, expected)
+
+
+def test_a_device_is_given_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches do not grow with rows: blocks that fit a cache of the CPU would be dozens of them."""
+    monkeypatch.setattr(int8, "BLOCK_ELEMENTS", 500)
+    loaded = load_int8_group(checkpoint_of("llama"), BIASES, BlockedKernel(), torch.bfloat16, CPU)
+    linear = replace(loaded, at_once=True)
+    counts = []
+    for rows in (2, 40):
+        with Launches() as launches:
+            linear.product(torch.zeros(rows, linear.group.in_features, dtype=torch.bfloat16))
+        counts.append(len(launches.names))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -189,14 +204,15 @@ def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
     kind: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = checkpoint_of("llama-biases")
-    read = checkpoint.tensor
+    read = checkpoint.row_blocks
 
-    def broken(name: str) -> torch.Tensor:
-        tensor = read(name).clone()
-        if name == f"model.layers.1.mlp.up_proj.{kind}":
-            tensor.flatten()[3] = value
-        return tensor
+    def broken(name: str, *which: int) -> Iterator[tuple[int, torch.Tensor]]:
+        for first, rows in read(name, *which):
+            found = rows.clone()
+            if name == f"model.layers.1.mlp.up_proj.{kind}" and first == 0:
+                found.flatten()[3] = value
+            yield first, found
 
-    monkeypatch.setattr(checkpoint, "tensor", broken)
+    monkeypatch.setattr(checkpoint, "row_blocks", broken)
     with pytest.raises(UnsupportedModel, match=r"group gate_up of layer 1 .*finite"):
         ModelWeights.load(checkpoint, "int8", CPU)

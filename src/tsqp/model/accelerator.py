@@ -91,6 +91,8 @@ def described(cuda: Cuda) -> str:
         + (", older than what this is made for" if one.capability < LEAST_CAPABILITY else "")
         for index, one in enumerate(cuda.devices())
     ]
+    together = ", or all of them: " + ",".join(f"cuda:{index}" for index in range(len(devices)))
     return (
         f"driver {cuda.driver()}, torch for CUDA {cuda.built_for}; {'; '.join(devices)}; a worker uses --device cuda:n"
+        + (together if len(devices) > 1 else "")
     )

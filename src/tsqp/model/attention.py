@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tsqp.model.norms import soft_capped
+
 BLOCK_QUERIES = 128  # of a product of bfloat16, where torch's fused kernel is slow
 
 
@@ -32,13 +34,16 @@ def attend(
     window: int | None,
     out: torch.Tensor,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> None:
-    """Softmax(scale · Q·Kᵀ)·V, with 1/√head_dim for a scale of None.
+    """Softmax(scale · Q·Kᵀ)·V, with 1/√head_dim for a scale of None; scores have the soft cap ``cap`` unless None.
 
     ``q`` (heads, T, head_dim) at positions from ``position``; ``k``, ``v`` (kv_heads, keys, head_dim) at positions
     from ``first_key``; ``out`` (T, heads, head_dim).
     """
-    if q.shape[1] == 1:
+    if cap is not None:  # which torch's kernel does not know
+        _attend_in_blocks(q, k, v, position, first_key, window, out, scale, cap)
+    elif q.shape[1] == 1:
         _attend_one(q, k, v, out, scale)
     elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and not fused_is_fast():
         _attend_in_blocks(q, k, v, position, first_key, window, out, scale)
@@ -93,26 +98,27 @@ def _attend_in_blocks(
     window: int | None,
     out: torch.Tensor,
     scale: float | None,
+    cap: float | None = None,
 ) -> None:
-    """Block by block of queries, with bfloat16 products over the keys that the block can see."""
+    """Block by block of queries, with products over the keys that the block can see."""
     rows = q.shape[1]
     scaled = q * (q.shape[2] ** -0.5 if scale is None else scale)
     for start in range(0, rows, BLOCK_QUERIES):
         end = min(start + BLOCK_QUERIES, rows)
         low = max(first_key, first_visible(position + start, window)) - first_key
         high = position + end - first_key
-        scores = score_product(scaled[:, start:end], k[:, low:high])  # (heads, block, keys seen)
+        scores = soft_capped(score_product(scaled[:, start:end], k[:, low:high]), cap)  # (heads, block, keys seen)
         # Without a window only the last `block` keys can be in the future of a query.
         edge = low if window is not None else max(low, high - (end - start))
-        mask = causal_mask(position + start, end - start, first_key + edge, high - edge, window)
+        mask = causal_mask(position + start, end - start, first_key + edge, high - edge, window, q.device)
         scores[:, :, edge - low :].masked_fill_(~mask, float("-inf"))
         mixed = value_product(torch.softmax(scores, dim=-1), v[:, low:high])
         out[start:end] = mixed.transpose(0, 1)
 
 
-def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Probabilities of scores (heads, rows, keys) under a bool mask (rows, keys); float32 inside."""
-    wide = scores.float().masked_fill_(~mask, float("-inf"))
+def masked_softmax(scores: torch.Tensor, mask: torch.Tensor, cap: float | None = None) -> torch.Tensor:
+    """Probabilities of scores (heads, rows, keys), softly capped, under a bool mask (rows, keys); float32 inside."""
+    wide = soft_capped(scores.float(), cap).masked_fill_(~mask, float("-inf"))
     return torch.softmax(wide, dim=-1).to(scores.dtype)
 
 

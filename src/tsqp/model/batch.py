@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -21,6 +21,7 @@ class SequenceRows(Generic[C]):
     Rows ``first`` to ``first + rows`` of the chunk are positions ``position`` onwards; ``last`` tells that the
     sequence's final row of this pass is among them, and that its logits are wanted. ``step``: whether this is a row of
     a decode step; None where the batch does not say. ``whole``: the logits of all of these rows are wanted.
+    ``adapter``: the name of the one that they have.
     """
 
     cache: C
@@ -30,6 +31,7 @@ class SequenceRows(Generic[C]):
     last: bool
     step: bool | None = None
     whole: bool = False
+    adapter: str | None = None
 
     @property
     def end(self) -> int:
@@ -81,7 +83,7 @@ class Chunk(Generic[C]):
             if low < high:
                 last = span.last and high == span.first + span.rows
                 position = span.position + low - span.first
-                spans.append(SequenceRows(span.cache, position, low - first, high - low, last, span.step, span.whole))
+                spans.append(replace(span, position=position, first=low - first, rows=high - low, last=last))
         return Chunk(self.offset + first, tuple(spans))
 
     def positions(self) -> torch.Tensor:
@@ -112,7 +114,8 @@ class Batch(Generic[C]):
     ``sampled``: of which sequences the logits of the last row are wanted; of all when not given. ``whole``: of which
     those of all rows are; of none when not given. ``first_steps``: the position of each sequence from which on its rows
     are decode steps, however many of them a pass has; when not given, a row that is alone of its sequence is one.
-    ``call_by_call``: every call goes through the channel by itself, where somebody can see it.
+    ``call_by_call``: every call goes through the channel by itself, where somebody can see it. ``adapters``: the name
+    of each sequence's adapter, None for none; no sequence has one when not given.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -122,6 +125,7 @@ class Batch(Generic[C]):
     first_steps: Sequence[int] | None = None
     whole: Sequence[bool] | None = None
     call_by_call: bool = False
+    adapters: Sequence[str | None] | None = None
 
     def flat_tokens(self) -> torch.Tensor:
         """All token ids, int64 (T,)."""
@@ -140,11 +144,12 @@ class Batch(Generic[C]):
             cache.begin(len(tokens))
             wanted = self.sampled is None or self.sampled[index]
             whole = self.whole is not None and self.whole[index]
+            adapter = None if self.adapters is None else self.adapters[index]
             done = 0
             while done < len(tokens):
                 rows, step = self._run(index, cache.length + done, min(len(tokens) - done, max_rows - filled))
                 last = wanted and done + rows == len(tokens)
-                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last, step, whole))
+                spans.append(SequenceRows(cache, cache.length + done, filled, rows, last, step, whole, adapter))
                 done += rows
                 filled += rows
                 if filled == max_rows:

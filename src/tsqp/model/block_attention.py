@@ -44,8 +44,10 @@ Spans = Sequence[SequenceRows[KVCache]]
 class BlockAttention:
     """Attention in this process over caches of bfloat16, float32 or int8 on the CPU."""
 
-    def __init__(self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None) -> None:
-        """``scale`` multiplies Q·Kᵀ: 1/√head_dim for None."""
+    def __init__(
+        self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None, cap: float | None = None
+    ) -> None:
+        """``scale`` multiplies Q·Kᵀ: 1/√head_dim for None. ``cap``: the soft cap of scores."""
         # Compiling costs seconds: only for those who attend this way.
         from tsqp.model import compiled_attention, int8_attention
 
@@ -54,6 +56,8 @@ class BlockAttention:
         self._windows = windows
         self._meter = meter
         self._scale = scale
+        self._cap = cap
+        self._loop_cap = np.float32(cap or 0)
         self._threads = row_threads()
 
     def compile(self, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32) -> None:
@@ -61,9 +65,9 @@ class BlockAttention:
         loops, one, floats = self._loops_for(dtype), np.float32(1), np.zeros((1, 1, 2), np.float32)
         q, table = words(torch.zeros(1, 1, 2, dtype=query_dtype(dtype))), np.zeros((1, 8), np.int64)
         out = bits(torch.zeros(1, 1, 2, dtype=out_dtype))
-        loops.attend_steps(q, table, 1, one, table, floats, table[0], out, 0, 0)
+        loops.attend_steps(q, table, 1, one, self._loop_cap, table, floats, table[0], out, 0, 0)
         loops.join_parts(floats, table[0], table, out, 0, 0)
-        loops.attend_rows(q, table, 1, one, NO_WINDOW, out, 0, 0)
+        loops.attend_rows(q, table, 1, one, self._loop_cap, NO_WINDOW, out, 0, 0)
 
     def _loops_for(self, dtype: torch.dtype) -> Any:
         """Those for caches of ``dtype``; both have the same names and take the same arguments."""
@@ -96,6 +100,7 @@ class BlockAttention:
             parts.items,
             spans.kv_heads,
             self._scale_of(q),
+            self._loop_cap,
             caches,
             parts.sums,
             parts.starts,
@@ -115,7 +120,7 @@ class BlockAttention:
         ]
         pairs = sum((position + rows) * rows for _, position, rows, *_ in items)
         window, work = self._windows[layer] or NO_WINDOW, len(items) * kv_heads
-        arguments = (_balanced(items), kv_heads, self._scale_of(q), window, _heads_of(out, q))
+        arguments = (_balanced(items), kv_heads, self._scale_of(q), self._loop_cap, window, _heads_of(out, q))
         self._shared(loops.attend_rows, pairs, work, q, *arguments)
 
     def _scale_of(self, q: torch.Tensor) -> np.float32:

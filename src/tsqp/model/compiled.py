@@ -7,24 +7,24 @@ is rounded here too, to nearest, ties to even.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic, overload
 
 from tsqp.arith.jit import inline, kernel
 from tsqp.arith.loops import LEVELS, quantise_row
 
-# Sums may be reordered, which vectorises them; nothing here may assume that numbers are finite.
-_FAST = {"reassoc", "contract", "nsz"}
-_kernel = partial(kernel, fastmath=_FAST)
-_inline = partial(inline, fastmath=_FAST)
+# No loop has leave to reorder sums, or to round once where its source rounds twice. A loop is compiled alone and as a
+# part of others, and which copy runs depends on what the process had loaded before: all have to round alike. Sums are
+# written in lanes instead, which vectorises them.
 
 _ONE = np.float32(1.0)
 _INFINITE = np.float32(np.inf)
 _LEAST_POWER, _GREATEST_POWER = np.float32(-87.0), np.float32(88.0)
+_TWICE_GELU_SLOPE, _GELU_CUBE = np.float32(2 * (2 / np.pi) ** 0.5), np.float32(0.044715)
 _BFLOAT16_HALF = np.uint32(0x7FFF)
 
 
@@ -49,6 +49,20 @@ def pointer(typing: Any, address: Any, like: Any) -> Any:
     return target(types.int64, like), cast
 
 
+def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c of float32, rounded once where the processor can: a loop says where, and no compiler chooses."""
+
+    def multiply_add(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        wide = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [wide], ir.FunctionType(wide, [wide] * 3))
+        return builder.call(function, arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), multiply_add
+
+
+fused: Any = intrinsic(_fused)
+
+
 @overload(_widen, inline="always")
 def _widen_as(bits):  # type: ignore[no-untyped-def]
     if isinstance(bits, types.Float):
@@ -69,55 +83,90 @@ def _narrow_as(value, like):  # type: ignore[no-untyped-def]
     return to_bfloat16
 
 
-@_inline
+@inline
 def _round(value, like):  # type: ignore[no-untyped-def]
     """float32 to the nearest number that ``like`` can be, and back."""
     return _widen(_narrow(value, like))
 
 
-@_inline
+@inline
 def _power(x):  # type: ignore[no-untyped-def]
     """e to the x for x from -87 to 88, float32 to about 1e-7 relative. A loop of the library's does not vectorise.
 
     Range reduction by multiples of ln 2 in two parts and a degree-5 polynomial, as in the Cephes library (Moshier).
     """
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    n = np.floor(fused(x, np.float32(1.4426950408889634), np.float32(0.5)))
+    r = fused(n, np.float32(2.12194440e-4), fused(n, np.float32(-0.693359375), x))
     p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
+    p = fused(p, r, np.float32(1.3981999507e-3))
+    p = fused(p, r, np.float32(8.3334519073e-3))
+    p = fused(p, r, np.float32(4.1665795894e-2))
+    p = fused(p, r, np.float32(1.6666665459e-1))
+    p = fused(p, r, np.float32(5.0000001201e-1))
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32((p * r * r + r + _ONE) * power)
+    return np.float32((fused(np.float32(p * r), r, r) + _ONE) * power)
 
 
-@_inline
+@inline
 def _exp(x):  # type: ignore[no-untyped-def]
     """e to any x, as good as 0 where it is smaller than e to the -87, infinity past e to the 88."""
     return _power(min(max(x, _LEAST_POWER), _GREATEST_POWER)) if x <= _GREATEST_POWER else _INFINITE
 
 
-@_inline
+@inline
+def _sum(x):  # type: ignore[no-untyped-def]
+    """Of elements (n,), as float32, in eight lanes."""
+    a = b = c = d = e = f = g = h = np.float32(0.0)
+    whole = len(x) // 8 * 8
+    for j in range(0, whole, 8):
+        a += _widen(x[j])
+        b += _widen(x[j + 1])
+        c += _widen(x[j + 2])
+        d += _widen(x[j + 3])
+        e += _widen(x[j + 4])
+        f += _widen(x[j + 5])
+        g += _widen(x[j + 6])
+        h += _widen(x[j + 7])
+    for j in range(whole, len(x)):
+        a += _widen(x[j])
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+@inline
+def _sum_of_squares(x, mean):  # type: ignore[no-untyped-def]
+    """Of what elements (n,) differ from ``mean``, as float32, in eight lanes."""
+    a = b = c = d = e = f = g = h = np.float32(0.0)
+    whole = len(x) // 8 * 8
+    for j in range(0, whole, 8):
+        a += (_widen(x[j]) - mean) * (_widen(x[j]) - mean)
+        b += (_widen(x[j + 1]) - mean) * (_widen(x[j + 1]) - mean)
+        c += (_widen(x[j + 2]) - mean) * (_widen(x[j + 2]) - mean)
+        d += (_widen(x[j + 3]) - mean) * (_widen(x[j + 3]) - mean)
+        e += (_widen(x[j + 4]) - mean) * (_widen(x[j + 4]) - mean)
+        f += (_widen(x[j + 5]) - mean) * (_widen(x[j + 5]) - mean)
+        g += (_widen(x[j + 6]) - mean) * (_widen(x[j + 6]) - mean)
+        h += (_widen(x[j + 7]) - mean) * (_widen(x[j + 7]) - mean)
+    for j in range(whole, len(x)):
+        a += (_widen(x[j]) - mean) * (_widen(x[j]) - mean)
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+@inline
 def _norm_row(x, weight, eps, out, row):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for j in range(x.shape[1]):
-        value = _widen(x[row, j])
-        total += value * value
+    total = _sum_of_squares(x[row], np.float32(0.0))
     scale = _ONE / np.sqrt(total / np.float32(x.shape[1]) + np.float32(eps))
     for j in range(x.shape[1]):
         out[row, j] = _narrow(_round(_widen(x[row, j]) * scale, weight[j]) * _widen(weight[j]), weight[j])
 
 
-@_kernel
+@kernel
 def rms_norm(x, weight, eps, out, first, end):  # type: ignore[no-untyped-def]
     """x (T, n), weight (n,), out (T, n)."""
     for row in range(first, end):
         _norm_row(x, weight, eps, out, row)
 
 
-@_kernel
+@kernel
 def add_rms_norm(hidden, y, weight, eps, out, first, end):  # type: ignore[no-untyped-def]
     """hidden, y, out (T, n), weight (n,); hidden becomes hidden + y."""
     for row in range(first, end):
@@ -126,7 +175,19 @@ def add_rms_norm(hidden, y, weight, eps, out, first, end):  # type: ignore[no-un
         _norm_row(hidden, weight, eps, out, row)
 
 
-@_kernel
+@kernel
+def layer_norm(x, weight, eps, out, first, end):  # type: ignore[no-untyped-def]
+    """x (T, n), weight (n,), out (T, n)."""
+    n = np.float32(x.shape[1])
+    for row in range(first, end):
+        mean = _sum(x[row]) / n
+        scale = _ONE / np.sqrt(_sum_of_squares(x[row], mean) / n + np.float32(eps))
+        for j in range(x.shape[1]):
+            value = (_widen(x[row, j]) - mean) * scale
+            out[row, j] = _narrow(_round(value, weight[j]) * _widen(weight[j]), weight[j])
+
+
+@kernel
 def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
     """gate_up (T, 2·n), out (T, n)."""
     n = out.shape[1]
@@ -136,7 +197,18 @@ def silu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
             out[row, j] = _narrow(_round(gate / (_ONE + _exp(-gate)), up) * _widen(up), up)
 
 
-@_kernel
+@kernel
+def gelu_mul(gate_up, out, first, end):  # type: ignore[no-untyped-def]
+    """gate_up (T, 2·n), out (T, n); (1 + tanh u) / 2 is 1 / (1 + e to the -2u)."""
+    n = out.shape[1]
+    for row in range(first, end):
+        for j in range(n):
+            gate, up = _widen(gate_up[row, j]), gate_up[row, n + j]
+            twice = _TWICE_GELU_SLOPE * (gate + _GELU_CUBE * (gate * gate * gate))
+            out[row, j] = _narrow(_round(gate / (_ONE + _exp(-twice)), up) * _widen(up), up)
+
+
+@kernel
 def relu_squared(up, out, first, end):  # type: ignore[no-untyped-def]
     """up, out (T, n)."""
     for row in range(first, end):
@@ -146,7 +218,7 @@ def relu_squared(up, out, first, end):  # type: ignore[no-untyped-def]
             out[row, j] = _narrow(value * value, up[row, j])
 
 
-@_kernel
+@kernel
 def widen(x, out, first, end):  # type: ignore[no-untyped-def]
     """x (T, n), out float32 (T, n)."""
     for row in range(first, end):
@@ -154,7 +226,7 @@ def widen(x, out, first, end):  # type: ignore[no-untyped-def]
             out[row, j] = _widen(x[row, j])
 
 
-@_inline
+@inline
 def _rotate_head(x, row, column, cos, sin, target):  # type: ignore[no-untyped-def]
     """One head of a row of x, from ``column`` on, rotated to target (d,)."""
     half = target.shape[0] // 2
@@ -174,7 +246,7 @@ def _sequence(table, n, row):  # type: ignore[no-untyped-def]
     return n
 
 
-@_kernel
+@kernel
 def store(  # type: ignore[no-untyped-def]
     queries, query_column, keys, key_column, values, value_column, cos, sin, q, like, table, first, end
 ):

@@ -14,9 +14,9 @@ import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import overload
 
-from tsqp.arith.jit import kernel
+from tsqp.arith.jit import inline, kernel
 from tsqp.model.attention_tiles import COLUMNS, HEADS, LANES, ROWS, multiply_tile, score_tile, weigh_tile
-from tsqp.model.compiled import _LEAST_POWER, _exp, _inline, _kernel, _narrow, _power, _widen, pointer
+from tsqp.model.compiled import _LEAST_POWER, _exp, _narrow, _power, _sum, _widen, fused, pointer
 
 KEYS = 256  # keys of a decode step whose scores are taken before their values are weighed
 PART_KEYS = 1024  # keys of one item of work of a decode step: edges at multiples of it
@@ -25,7 +25,7 @@ BLOCK_QUERIES = 128  # queries, of each head of a group, that share packed keys
 
 _LINE = 64  # bytes
 _NOTHING = np.float32(-np.inf)
-_ZERO = np.float32(0.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 # Arguments of loops are these, as numba would compile a loop once for each constant of type int that it is called with.
 _FIRST, _KEYS, _ROWS, _COLUMNS, _BLOCK = (np.int64(n) for n in (0, KEYS, ROWS, COLUMNS, BLOCK_KEYS))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -44,19 +44,19 @@ def _numbers_of(words):  # type: ignore[no-untyped-def]
     return lambda words: words.view(np.uint16)
 
 
-@_inline
+@inline
 def _rank(x):  # type: ignore[no-untyped-def]
     """float32 as int32 of the same order: a loop for the greatest integer vectorises, for the greatest float not."""
     number = np.float32(x).view(np.int32)
     return np.int32(number ^ np.int32(np.int32(number >> np.int32(31)) & _MAGNITUDE))
 
 
-@_inline
+@inline
 def _unrank(rank):  # type: ignore[no-untyped-def]
     return np.int32(rank ^ np.int32(np.int32(rank >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
 
 
-@_inline
+@inline
 def _whole(count, size):  # type: ignore[no-untyped-def]
     """``count`` up to a multiple of ``size``."""
     return (count + size - 1) // size * size
@@ -71,7 +71,6 @@ def _aligned(rows, width, like):  # type: ignore[no-untyped-def]
     return memory[skip : skip + size].view(like.dtype).reshape(rows, width)
 
 
-# Without leave to reorder sums: their order is that of the tiles.
 @kernel
 def _score(queries, k, first, count, scores, v):  # type: ignore[no-untyped-def]
     """``scores[i, j]`` = queries[i] · k[first + j] for ``count`` keys, four rows and four keys at a time.
@@ -110,27 +109,45 @@ def _begin(sums, state):  # type: ignore[no-untyped-def]
             sums[row, i] = _ZERO
 
 
-@_kernel
-def _soften(scores, weights, row, begin, seen, count, scale, state):  # type: ignore[no-untyped-def]
+@kernel
+def _soft_cap(scores, scale, cap):  # type: ignore[no-untyped-def]
+    """``cap · tanh(scale · score / cap)`` of scores float32 (n,) in place; the rank of the greatest.
+
+    Right to some 1e-7 of the cap, as sums of float32 of that size are.
+    """
+    rank, twice = _rank(_NOTHING), np.float32(2) * scale / cap
+    for j in range(len(scores)):
+        power = scores[j] * twice
+        capped = cap - cap * (np.float32(2) / (_ONE + _exp(power)))
+        scores[j] = capped if power == power else power  # what is no number stays so
+        rank = max(rank, _rank(scores[j]))
+    return rank
+
+
+@kernel
+def _soften(scores, weights, row, begin, seen, count, scale, cap, state):  # type: ignore[no-untyped-def]
     """Softmax of one row of scores over the keys ``begin`` to ``seen`` of a block, on top of the blocks before it.
 
-    Of the first ``count`` weights those of the other keys become 0. ``scale`` > 0. state float32 (3,): the greatest
-    score, the sum of weights, and what earlier sums are multiplied by.
+    Of the first ``count`` weights those of the other keys become 0; the scores become the weights. ``scale`` > 0.
+    ``cap``: the soft cap of scores, 0 for none. state float32 (3,): the greatest score, the sum of weights, and what
+    earlier sums are multiplied by.
     """
     own, mine, others = scores[row, begin:seen], weights[row, begin:seen], weights[row, :count]
     old = state[0]
+    if cap > _ZERO:
+        _soft_cap(own, scale, cap)
+        scale = _ONE
     rank = _rank(_NOTHING)
     for j in range(len(own)):
         rank = max(rank, _rank(own[j]))
     top = max(old, np.float32(_unrank(rank) * scale))
     factor = _exp(old - top) if old > _NOTHING else _ZERO
-    total = _ZERO
     for j in range(begin):
         others[j] = _narrow(_ZERO, others[j])
     for j in range(len(own)):
-        weight = _narrow(_power(max(own[j] * scale - top, _LEAST_POWER)), mine[j])
-        mine[j] = weight
-        total += _widen(weight)  # as the product takes it, so that the weights of a row sum to 1
+        mine[j] = _narrow(_power(max(fused(own[j], scale, -top), _LEAST_POWER)), mine[j])
+        own[j] = _widen(mine[j])
+    total = _sum(own)  # of weights as the product takes them, so that those of a row sum to 1
     for j in range(seen, count):
         others[j] = _narrow(_ZERO, others[j])
     state[0] = top
@@ -138,13 +155,12 @@ def _soften(scores, weights, row, begin, seen, count, scale, state):  # type: ig
     state[2] = factor
 
 
-@_inline
+@inline
 def _held(address, offset, like, rows):  # type: ignore[no-untyped-def]
     """Keys or values of one KV head, ``offset`` bytes from an address on: ``rows`` rows like those of ``like``."""
     return carray(pointer(address + offset, like), (rows, like.shape[2]))  # type: ignore[call-arg]
 
 
-# Without leave to reorder sums: it is compiled alone and as a part of `attend_steps`, and rounds the same in both.
 @kernel
 def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyped-def]
     """The parts ``starts[s]`` to ``starts[s + 1]`` of each sequence, in their order, to its row of out.
@@ -172,7 +188,7 @@ def join_parts(parts, starts, caches, out, first, end):  # type: ignore[no-untyp
                 out[row, head, i] = _narrow(sums[i] / total, out[row, head, i])
 
 
-@_inline
+@inline
 def _keys_after(work, items, kv_heads, caches, like):  # type: ignore[no-untyped-def]
     """Keys of the work after this one, for whoever asks for them ahead, and the first of them."""
     after = (work + 1) % len(items)
@@ -192,8 +208,8 @@ def _write_parts(sums, state, parts, first):  # type: ignore[no-untyped-def]
         part[d], part[d + 1] = state[g, 0], state[g, 1]
 
 
-@_kernel
-def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
+@kernel
+def attend_steps(q, items, kv_heads, scale, cap, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
     """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
 
     q words (heads, T, n); caches int64 (sequences, 4): the row of q, the addresses of K and of V, and the bytes from
@@ -222,7 +238,7 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
             steps = _whole(count, numbers) // numbers
             _score(queries, k, start, count, scores, v)
             for g in range(group):
-                _soften(scores, own, g, _FIRST, count, steps * numbers, scale, state[g])
+                _soften(scores, own, g, _FIRST, count, steps * numbers, scale, cap, state[g])
                 for i in range(d):
                     sums[g, i] *= state[g, 2]
             if start + KEYS < high:
@@ -277,16 +293,16 @@ def _pack_values_as(v, first, count, panels):  # type: ignore[no-untyped-def]
     return floats if isinstance(v.dtype, types.Float) else pairs
 
 
-@_kernel
+@kernel
 def _accumulate(mixed, rows, sums, state, at):  # type: ignore[no-untyped-def]
     """``sums[at + i] = sums[at + i] · factor + mixed[i]`` for ``rows`` rows; sums (n, d)."""
     for i in range(rows):
         factor, own, more = state[at + i, 2], sums[at + i], mixed[i]
         for c in range(len(own)):
-            own[c] = own[c] * factor + more[c]
+            own[c] = fused(own[c], factor, more[c])
 
 
-@_kernel
+@kernel
 def _finish(sums, state, count, row, head, out):  # type: ignore[no-untyped-def]
     """The first ``count`` sums over their sums of weights, to rows of out (T, heads, d) from ``row`` on."""
     for i in range(count):
@@ -295,8 +311,8 @@ def _finish(sums, state, count, row, head, out):  # type: ignore[no-untyped-def]
             target[c] = _narrow(own[c] / total, target[c])
 
 
-@_kernel
-def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ignore[no-untyped-def]
+@kernel
+def attend_rows(q, items, kv_heads, scale, cap, window, out, first, end):  # type: ignore[no-untyped-def]
     """Queries of one sequence at consecutive positions, at most ``BLOCK_QUERIES``, over the keys that they see.
 
     The work of item n % len(items) and KV head n // len(items). q words (heads, T, n); items int64 (n, 6): the row of q
@@ -334,7 +350,7 @@ def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ig
                     after = position + start + i + 1 - block
                     stop = max(0, min(size, after))
                     begin = min(max(0, after - window), stop)
-                    _soften(scores, own, i, begin, stop, steps * numbers, scale, state[at + i])
+                    _soften(scores, own, i, begin, stop, steps * numbers, scale, cap, state[at + i])
                 _multiply(weights, _FIRST, rows, values_of, steps, panels, mixed)
                 _accumulate(mixed, rows, sums, state, at)
         for g in range(group):

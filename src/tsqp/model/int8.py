@@ -15,7 +15,7 @@ from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups
 from tsqp.errors import UnsupportedModel
-from tsqp.model.quantised import group_label, load_quantised_group
+from tsqp.model.quantised import QuantisedGroup, group_label, load_quantised_group
 from tsqp.progress import Progress, counted, unseen
 
 
@@ -23,7 +23,8 @@ from tsqp.progress import Progress, counted, unseen
 class Int8Linear:
     """One linear group: ``wq`` int8 (out_features, in_features), everything else one value per output channel.
 
-    ``dtype`` is what products are handed out in, and inputs made in.
+    ``dtype`` is what products are handed out in, and inputs made in. ``at_once``: all rows in one go, as on a device,
+    where a launch costs more than leaving a cache; otherwise by blocks of rows. The bits are the same.
     """
 
     group: LinearGroup
@@ -33,6 +34,7 @@ class Int8Linear:
     bias: torch.Tensor | None
     kernel: DigitKernel
     dtype: torch.dtype
+    at_once: bool = False
 
     def input(self, rows: int) -> torch.Tensor:
         """Uninitialised memory for an input of this group."""
@@ -44,6 +46,10 @@ class Int8Linear:
         if out is None:
             out = torch.empty(x.shape[0], end - first, dtype=self.dtype, device=x.device)
         bias = None if self.bias is None else self.bias[first:end]
+        if self.at_once:
+            own = slice(first, end)
+            product_in_one(x, self.wq[own], self.scales[own], self.offsets[own], bias, self.kernel, out)
+            return out
         values, scales = quantise_rows(x)
         sums = self.kernel.accumulate(values, self.wq[first:end])
         step = max(1, BLOCK_ELEMENTS // sums.shape[1])  # rows at a time, so that they stay in the cache
@@ -95,12 +101,22 @@ def load_int8_group(
     checkpoint: Checkpoint, key: GroupKey, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
 ) -> Int8Linear:
     """Read one group and quantise it on the CPU. Raises CorruptCheckpoint, UnsupportedModel."""
+    return on_device(read_int8_group(checkpoint, key), kernel, dtype, device)
+
+
+def read_int8_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGroup:
+    """``load_quantised_group`` of a group whose sums int32 holds. Raises CorruptCheckpoint, UnsupportedModel."""
     terms = linear_groups(checkpoint.config)[key[0]].in_features
     if terms > MAX_INT8_TERMS:
         raise UnsupportedModel(
             f"int8 sums hold {MAX_INT8_TERMS} terms, {group_label(key)} has {terms}: use a float dtype"
         )
-    read = load_quantised_group(checkpoint, key)
+    return load_quantised_group(checkpoint, key)
+
+
+def on_device(read: QuantisedGroup, kernel: DigitKernel, dtype: torch.dtype, device: torch.device) -> Int8Linear:
+    """A group that was read on the CPU, where it is multiplied by."""
     wq = read.wq.to(device)
     bias = None if read.bias is None else read.bias.to(device)
-    return Int8Linear(read.group, wq, read.scales.to(device), kernel.offsets(wq), bias, kernel, dtype)
+    scales, at_once = read.scales.to(device), device.type != "cpu"
+    return Int8Linear(read.group, wq, scales, kernel.offsets(wq), bias, kernel, dtype, at_once)

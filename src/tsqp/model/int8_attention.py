@@ -22,10 +22,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
-from tsqp.arith.jit import kernel
+from tsqp.arith.jit import inline, kernel
 from tsqp.arith.loops import quantise_row
 from tsqp.model.attention_tiles import COLUMNS, HEADS, LANES, ROWS
-from tsqp.model.compiled import _LEAST_POWER, _exp, _inline, _kernel, _power, pointer
+from tsqp.model.compiled import _LEAST_POWER, _exp, _power, _sum, pointer
 from tsqp.model.compiled_attention import (
     BLOCK_KEYS,
     BLOCK_QUERIES,
@@ -39,6 +39,7 @@ from tsqp.model.compiled_attention import (
     _multiply,
     _rank,
     _score,
+    _soft_cap,
     _unrank,
     _weigh,
     _whole,
@@ -50,7 +51,7 @@ __all__ = ["BLOCK_QUERIES", "PART_KEYS", "attend_rows", "attend_steps", "join_pa
 
 _LEVELS = np.float32(32767.0)  # of queries and of weights
 _NOTHING = np.float32(-np.inf)
-_ZERO, _HALF = np.float32(0.0), np.float32(0.5)
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _INFINITE_BITS = np.uint32(0x7F800000)
 _LEAST_UNIT = np.float32(2.0**-126)  # the least normal number; weights whose unit is below it are as good as 0
 _FIRST, _KEYS, _ROWS, _COLUMNS, _BLOCK = (np.int64(n) for n in (0, KEYS, ROWS, COLUMNS, BLOCK_KEYS))
@@ -64,13 +65,14 @@ def _take(q, words, scales, at):  # type: ignore[no-untyped-def]
     scales[at] = quantise_row(q, _LEVELS, words[at].view(np.int16)[: len(q)])
 
 
-@_kernel
-def _soften(scores, weights, row, begin, seen, count, scale, k_scales, v_scales, numbers, state):  # type: ignore[no-untyped-def]
+@kernel
+def _soften(scores, weights, row, begin, seen, count, scale, cap, k_scales, v_scales, numbers, state):  # type: ignore[no-untyped-def]
     """Softmax of a row of scores int32 over the keys ``begin`` to ``seen`` of a block, on top of the blocks before it.
 
-    ``scale`` is that of the query, k_scales and v_scales float32 are those of the block's keys and values. Of the first
-    ``count`` weights int16 those of the other keys become 0. numbers float32 (≥ seen,): memory. state float32 (4,): the
-    greatest score, the sum of exponentials, what earlier sums are multiplied by, and the unit of the weights.
+    ``scale`` is that of the query, ``cap`` the soft cap of scores or 0; k_scales and v_scales float32 are those of the
+    block's keys and values. Of the first ``count`` weights int16 those of the other keys become 0. numbers float32
+    (≥ seen,): memory. state float32 (4,): the greatest score, the sum of exponentials, what earlier sums are multiplied
+    by, and the unit of the weights.
     """
     own, mine, others = scores[row, begin:seen], weights[row, begin:seen], weights[row, :count]
     of_keys, of_values, wide = k_scales[begin:seen], v_scales[begin:seen], numbers[: seen - begin]
@@ -80,13 +82,15 @@ def _soften(scores, weights, row, begin, seen, count, scale, k_scales, v_scales,
         score = np.float32(own[j]) * (of_keys[j] * scale)
         wide[j] = score
         rank = max(rank, _rank(score))
+    if cap > _ZERO:
+        rank = _soft_cap(wide, _ONE, cap)
     top = max(old, _unrank(rank))
     factor = _exp(old - top) if old > _NOTHING else _ZERO
-    total, largest = _ZERO, np.uint32(0)
     for j in range(len(own)):
-        power = _power(max(wide[j] - top, _LEAST_POWER))
-        total += power
-        weight = np.float32(power * of_values[j])
+        wide[j] = _power(max(wide[j] - top, _LEAST_POWER))
+    total, largest = _sum(wide), np.uint32(0)
+    for j in range(len(own)):
+        weight = np.float32(wide[j] * of_values[j])
         wide[j] = weight
         largest = max(largest, weight.view(np.uint32))  # of floats without sign, the order of the bits is the order
     unit = np.uint32(largest).view(np.float32) / _LEVELS
@@ -102,13 +106,13 @@ def _soften(scores, weights, row, begin, seen, count, scale, k_scales, v_scales,
     state[2], state[3] = factor, unit
 
 
-@_inline
+@inline
 def _scales(address, offset, rows):  # type: ignore[no-untyped-def]
     """Scales of one KV head, ``offset`` bytes from an address on."""
     return carray(pointer(address + offset, _FLOAT), (rows,))  # type: ignore[call-arg]
 
 
-@_kernel
+@kernel
 def _accumulate(mixed, rows, sums, state, at):  # type: ignore[no-untyped-def]
     """``sums[at + i] = sums[at + i] · factor + mixed[i] · unit`` for ``rows`` rows; sums (n, d), mixed int32."""
     for i in range(rows):
@@ -117,8 +121,8 @@ def _accumulate(mixed, rows, sums, state, at):  # type: ignore[no-untyped-def]
             own[c] = own[c] * factor + np.float32(more[c]) * unit
 
 
-@_kernel
-def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
+@kernel
+def attend_steps(q, items, kv_heads, scale, cap, caches, parts, starts, out, first, end):  # type: ignore[no-untyped-def]
     """One query of each sequence over some of its keys: the work of item n % len(items) and KV head n // len(items).
 
     q float32 (heads, T, d); caches int64 (sequences, 6): the row of q, the addresses of K and of V, the bytes from one
@@ -152,7 +156,7 @@ def attend_steps(q, items, kv_heads, scale, caches, parts, starts, out, first, e
             for g in range(group):
                 of_keys, of_values = k_scales[start : start + count], v_scales[start : start + count]
                 own_scale = scale * q_scales[g]
-                _soften(scores, own, g, _FIRST, count, steps * 2, own_scale, of_keys, of_values, numbers, state[g])
+                _soften(scores, own, g, _FIRST, count, steps * 2, own_scale, cap, of_keys, of_values, numbers, state[g])
             mixed[:] = 0
             if start + KEYS < high:
                 _weigh(weights, v, start, steps, mixed, k, start + KEYS)
@@ -190,14 +194,14 @@ def _pack_values(v, first, count, panels):  # type: ignore[no-untyped-def]
                 packed[i] = _word(one[left + i], other[left + i])
 
 
-@_inline
+@inline
 def _word(first, second):  # type: ignore[no-untyped-def]
     """Two integers as one word."""
     return np.int32(np.int32(np.int32(first) & np.int32(0xFFFF)) | np.int32(np.int32(second) << np.int32(16)))
 
 
-@_kernel
-def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ignore[no-untyped-def]
+@kernel
+def attend_rows(q, items, kv_heads, scale, cap, window, out, first, end):  # type: ignore[no-untyped-def]
     """Queries of one sequence at consecutive positions, at most ``BLOCK_QUERIES``, over the keys that they see.
 
     The work of item n % len(items) and KV head n // len(items). q float32 (heads, T, d); items int64 (n, 8): the row of
@@ -243,7 +247,7 @@ def attend_rows(q, items, kv_heads, scale, window, out, first, end):  # type: ig
                     stop = max(0, min(size, after))
                     begin = min(max(0, after - window), stop)
                     own_scale, mine = scale * q_scales[at + i], state[at + i]
-                    _soften(scores, own, i, begin, stop, steps * 2, own_scale, of_keys, of_values, numbers, mine)
+                    _soften(scores, own, i, begin, stop, steps * 2, own_scale, cap, of_keys, of_values, numbers, mine)
                 _multiply(weights, _FIRST, rows, values_of, steps, panels, mixed)
                 _accumulate(mixed, rows, sums, state, at)
         for g in range(group):

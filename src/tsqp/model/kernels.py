@@ -26,7 +26,7 @@ from tsqp.arith.row_threads import row_threads
 from tsqp.config.model import Activation
 from tsqp.model.batch import SequenceRows
 from tsqp.model.cache import KVCache, query_dtype
-from tsqp.model.norms import relu_squared, rms_norm, silu_mul
+from tsqp.model.norms import gelu_mul, layer_norm, relu_squared, rms_norm, silu_mul
 from tsqp.model.rotary import rotate
 
 SPLIT_ROWS = 128  # fewer rows than this are done by one thread: waking another takes longer
@@ -50,8 +50,14 @@ class Kernels(Protocol):
     ) -> None:
         """``hidden += y`` in place, then ``out = hidden / rms(hidden) * weight``, all (T, hidden)."""
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """``rms_norm`` of each row less its mean."""
+
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         """``out = silu(gate) · up`` of the two halves of (T, 2·inner): out (T, inner)."""
+
+    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = gelu(gate) · up`` of the two halves of (T, 2·inner), gelu by tanh: out (T, inner)."""
 
     def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
         """``out = max(up, 0)²``, both (T, inner)."""
@@ -89,8 +95,14 @@ class TorchKernels:
         hidden.add_(y)
         out.copy_(rms_norm(hidden, weight, eps))
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        out.copy_(layer_norm(x, weight, eps))
+
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(silu_mul(gate_up))
+
+    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(gelu_mul(gate_up))
 
     def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(relu_squared(up))
@@ -161,8 +173,15 @@ class CompiledKernels(TorchKernels):
             least=SPLIT_ROWS,
         )
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        loop = self._compiled.layer_norm
+        self._threads.run(loop, x.shape[0], bits(x), bits(weight), eps, bits(out), least=SPLIT_ROWS)
+
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.silu_mul, out.shape[0], bits(gate_up), bits(out), least=SPLIT_ROWS)
+
+    def gelu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        self._threads.run(self._compiled.gelu_mul, out.shape[0], bits(gate_up), bits(out), least=SPLIT_ROWS)
 
     def relu_squared(self, up: torch.Tensor, out: torch.Tensor) -> None:
         self._threads.run(self._compiled.relu_squared, out.shape[0], bits(up), bits(out), least=SPLIT_ROWS)
@@ -213,28 +232,36 @@ def pick_kernels(
     compiled: bool = True,
     cache_dtype: torch.dtype | None = None,
     activation: Activation = "silu",
+    layer_norm: bool = False,
 ) -> Kernels:
     """Compiled kernels for bfloat16 and float32 on the CPU unless told otherwise, else torch's.
 
     ``cache_dtype`` is what keys and values are kept as, ``dtype`` unless told otherwise. The loop of ``activation`` is
-    ready, that of another is compiled when it is first used.
+    ready, and for ``layer_norm`` that of the norm; others are compiled when they are first used.
     """
     if compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu":
-        return _compiled_kernels(dtype, cache_dtype or dtype, activation)
+        return _compiled_kernels(dtype, cache_dtype or dtype, activation, layer_norm)
     return TorchKernels()
 
 
 @cache
-def _compiled_kernels(dtype: torch.dtype, cache_dtype: torch.dtype, activation: Activation) -> CompiledKernels:
+def _compiled_kernels(
+    dtype: torch.dtype, cache_dtype: torch.dtype, activation: Activation, layer_norm: bool
+) -> CompiledKernels:
     """Kernels whose loops are compiled for ``dtype``: each has done one row, so that no forward pass waits for it."""
     kernels = CompiledKernels()
     row, out, weight = (torch.zeros(*shape, dtype=dtype) for shape in ((1, 2), (1, 2), (2,)))
     kernels.rms_norm(row, weight, 1.0, out)
     kernels.add_rms_norm(row, row.clone(), weight, 1.0, out)
-    if activation == "silu":
-        kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
-    else:
-        kernels.relu_squared(row, out)
+    if layer_norm:
+        kernels.layer_norm(row, weight, 1.0, out)
+    match activation:
+        case "silu":
+            kernels.silu_mul(torch.zeros(1, 4, dtype=dtype), out)
+        case "gelu_tanh":
+            kernels.gelu_mul(torch.zeros(1, 4, dtype=dtype), out)
+        case "relu2":
+            kernels.relu_squared(row, out)
     kernels.widen(row, torch.empty(1, 2))
     heads, like = Heads(row, 0), out.view(1, 1, 2).to(cache_dtype)
     q = like.to(query_dtype(cache_dtype))

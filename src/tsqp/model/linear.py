@@ -85,14 +85,22 @@ def load_group(
     checkpoint: Checkpoint, key: GroupKey, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> LinearWeights:
     """Read one group from a checkpoint. Raises CorruptCheckpoint when a matrix is missing or misshapen."""
+    weight, bias = read_group(checkpoint, key, dtype, device)
+    loops = bfloat16_rows.has_loops(weight)
+    if loops:
+        bfloat16_rows.compile_loops()
+    return LinearWeights(linear_groups(checkpoint.config)[key[0]], weight, bias, loops)
+
+
+def read_group(
+    checkpoint: Checkpoint, key: GroupKey, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one group, as ``LinearWeights`` has them. Raises CorruptCheckpoint."""
     name, layer = key
     group = linear_groups(checkpoint.config)[name]
     weight = _concatenated(checkpoint, group, layer, "weight", dtype, device)
     bias = _concatenated(checkpoint, group, layer, "bias", dtype, device) if group.bias else None
-    loops = bfloat16_rows.has_loops(weight)
-    if loops:
-        bfloat16_rows.compile_loops()
-    return LinearWeights(group, weight, bias, loops)
+    return weight, bias
 
 
 def _concatenated(
@@ -106,6 +114,7 @@ def _concatenated(
     shape = (group.out_features, group.in_features) if kind == "weight" else (group.out_features,)
     whole = torch.empty(shape, dtype=dtype, device=device)
     for index, (part, _) in enumerate(group.parts):
-        first, end = group.part_rows(index)
-        whole[first:end] = checkpoint.tensor(part_tensor(layer, part, kind))
+        start, _ = group.part_rows(index)
+        for first, rows in checkpoint.row_blocks(part_tensor(layer, part, kind)):
+            whole[start + first : start + first + len(rows)] = rows
     return whole

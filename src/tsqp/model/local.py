@@ -104,14 +104,17 @@ class LocalProduct:
 class TorchAttention:
     """Attention by torch, of every dtype on every device, one sequence after another."""
 
-    def __init__(self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None) -> None:
+    def __init__(
+        self, windows: tuple[int | None, ...], meter: Meter, scale: float | None = None, cap: float | None = None
+    ) -> None:
         self._windows = windows
         self._meter = meter
         self._scale = scale
+        self._cap = cap
 
     def of(self, chunk: Chunk[KVCache]) -> TorchChunkAttention:
         """See ``Attention.of``."""
-        return TorchChunkAttention(self._windows, self._meter, chunk.spans, self._scale)
+        return TorchChunkAttention(self._windows, self._meter, chunk.spans, self._scale, self._cap)
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,12 @@ class TorchChunkAttention:
     _meter: Meter
     _spans: Sequence[SequenceRows[KVCache]]
     _scale: float | None
+    _cap: float | None
 
     def steps(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> Steps[None]:
         """See ``ChunkAttention.steps``."""
         with self._meter.operator("softmax"):
-            attend_spans(q, self._spans, self._windows[layer], self._scale, layer, out)
+            attend_spans(q, self._spans, self._windows[layer], self._scale, self._cap, layer, out)
         return
         yield  # a generator that hands out no products
 
@@ -137,7 +141,7 @@ class StepAttention(BlockAttention):
     def _attend_rows(
         self, layer: int, q: torch.Tensor, spans: Sequence[SequenceRows[KVCache]], out: torch.Tensor
     ) -> None:
-        attend_spans(q, spans, self._windows[layer], self._scale, layer, out)
+        attend_spans(q, spans, self._windows[layer], self._scale, self._cap, layer, out)
 
 
 def attend_spans(
@@ -145,6 +149,7 @@ def attend_spans(
     spans: Sequence[SequenceRows[KVCache]],
     window: int | None,
     scale: float | None,
+    cap: float | None,
     layer: int,
     out: torch.Tensor,
 ) -> None:
@@ -153,7 +158,7 @@ def attend_spans(
     for span in spans:
         first = first_visible(span.position, window)
         k, v = span.cache.view(layer, first, span.end)
-        attend(q[:, span.slice], k, v, span.position, first, window, heads[span.slice], scale)
+        attend(q[:, span.slice], k, v, span.position, first, window, heads[span.slice], scale, cap)
 
 
 def pick_attention(
@@ -164,14 +169,15 @@ def pick_attention(
     *,
     compiled: bool = True,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> Attention:
     """Attention over caches of ``dtype``: compiled loops where there are any, unless told otherwise, else torch.
 
-    ``scale`` multiplies Q·Kᵀ: 1/√head_dim for None.
+    ``scale`` multiplies Q·Kᵀ: 1/√head_dim for None. ``cap``: the soft cap of scores.
     """
     if not (compiled and dtype in (torch.bfloat16, torch.float32) and torch.device(device).type == "cpu"):
-        return TorchAttention(windows, meter, scale)
+        return TorchAttention(windows, meter, scale, cap)
     kind = StepAttention if dtype == torch.bfloat16 and fused_is_fast() else BlockAttention
-    attention = kind(windows, meter, scale)
+    attention = kind(windows, meter, scale, cap)
     attention.compile(dtype, dtype)
     return attention

@@ -8,8 +8,9 @@ from typing import Literal, Protocol, get_args
 CallKind = Literal["embedding", "linear", "matmul", "layer", "lm_head"]
 CALL_KINDS: tuple[CallKind, ...] = get_args(CallKind)
 LayerOperator = Literal["rms_norm", "rotary", "softmax", "silu"]
+AdapterOperator = Literal["lora"]  # of rows with an adapter alone
 GuardOperator = Literal["mask", "pads", "check"]  # of the private modes alone
-OperatorKind = LayerOperator | GuardOperator
+OperatorKind = LayerOperator | AdapterOperator | GuardOperator
 OPERATOR_KINDS: tuple[OperatorKind, ...] = get_args(LayerOperator)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -71,7 +72,11 @@ def _llama3(base: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 class Rotary:
-    """Cosine and sine tables of every rotary embedding that a model's layers have, in the compute dtype."""
+    """Cosine and sine tables of every rotary embedding that a model's layers have, in the compute dtype.
+
+    ``tables`` does all of it. ``following`` and ``of`` are its two halves, for who computes the second one on a device
+    that nothing may wait for.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self._ropes, self._head_dim = config.ropes, config.head_dim
@@ -79,42 +84,46 @@ class Rotary:
             None if rope.follows_length else inverse_frequencies(rope, config.head_dim).to(device)
             for rope in config.ropes
         ]
+        self._factors = [
+            None if rope.attention_factor == 1.0 else self._of_turned(rope).to(device) for rope in config.ropes
+        ]
         self._dtype = dtype
         self._device = device
 
     def tables(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for int64 positions (T,) of texts of ``lengths`` (T,): (ropes, T, head_dim) each."""
-        positions = positions.to(self._device)
-        pairs = [self._tables(n, positions, lengths) for n in range(len(self._ropes))]
+        following = self.following(lengths)
+        return self.of(positions.to(self._device), [angles.to(self._device) for angles in following])
+
+    def following(self, lengths: torch.Tensor) -> list[torch.Tensor]:
+        """Angles per position, float32 (T, head_dim / 2) on the CPU, for each embedding that follows the length."""
+        return [self._of_lengths(rope, lengths) for rope in self._ropes if rope.follows_length]
+
+    def of(self, positions: torch.Tensor, following: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of positions (T,) and of what ``following`` gives, both on the device, where all is computed."""
+        left = iter(following)
+        pairs = []
+        for inverse, factors in zip(self._fixed, self._factors, strict=True):
+            angles = positions.float().unsqueeze(1) * (next(left) if inverse is None else inverse)
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = angles.cos(), angles.sin()
+            if factors is not None:
+                cos, sin = cos * factors, sin * factors
+            pairs.append((cos.to(self._dtype), sin.to(self._dtype)))
         cos, sin = (torch.stack(tables) for tables in zip(*pairs, strict=True))
         return cos, sin
 
-    def _tables(self, index: int, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rope, inverse = self._ropes[index], self._fixed[index]
-        if inverse is None:
-            angles = positions.float().unsqueeze(1) * self._of_lengths(rope, lengths)
-        else:
-            angles = torch.outer(positions.to(inverse), inverse)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        if rope.attention_factor != 1.0:
-            turned = self._turned(rope)
-            cos[:, turned] *= rope.attention_factor
-            sin[:, turned] *= rope.attention_factor
-        return cos.to(self._dtype), sin.to(self._dtype)
-
     def _of_lengths(self, rope: RopeConfig, lengths: torch.Tensor) -> torch.Tensor:
-        """Angles per position for each row's length: (T, head_dim / 2)."""
         kinds, which = torch.tensor([rope.table_length(length) for length in lengths.tolist()]).unique(
             return_inverse=True
         )
         inverse = torch.stack([inverse_frequencies(rope, self._head_dim, kind) for kind in kinds.tolist()])
-        return inverse[which].to(self._device)
+        return inverse[which]
 
-    def _turned(self, rope: RopeConfig) -> torch.Tensor:
-        """Which numbers of a head are rotated: bool (head_dim,)."""
+    def _of_turned(self, rope: RopeConfig) -> torch.Tensor:
+        """What multiplies each number of a head, float32 (head_dim,): the factor for those that are rotated."""
         half = torch.arange(self._head_dim // 2) < (rope.rotary_dim or self._head_dim) // 2
-        return torch.cat((half, half)).to(self._device)
+        return torch.where(torch.cat((half, half)), rope.attention_factor, 1.0)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tsqp.config.groups import GroupKey
 from tsqp.config.model import ModelConfig
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.int8 import load_int8_groups
+from tsqp.model.kernels import Kernels
 from tsqp.model.linear import LinearProduct, load_groups
 from tsqp.progress import Progress, unseen
 from tsqp.wire.payload import TORCH_DTYPES
@@ -24,7 +25,7 @@ from tsqp.wire.payload import TORCH_DTYPES
 class ModelWeights:
     """Weights on one device. ``compute`` is what linear layers are computed in; everything else is in ``dtype``.
 
-    ``embedding`` is (vocab_size, hidden_size).
+    ``embedding`` is (vocab_size, hidden_size). ``kernels``: compiled ones for element-wise operators on the device.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class ModelWeights:
     groups: Mapping[GroupKey, LinearProduct]
     embedding: torch.Tensor
     norms: Norms
+    kernels: Kernels | None = None
 
     @classmethod
     def load(
@@ -59,7 +61,7 @@ class ModelWeights:
             groups = floats = load_groups(checkpoint, dtype, device, progress)
             embedding = floats["lm_head", None].weight if config.tied_embeddings else None
         if embedding is None:
-            # A copy: what is mapped from a file, others may change.
-            embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype, copy=True)
+            progress("reading the embedding")
+            embedding = checkpoint.copy("model.embed_tokens.weight", dtype, device)
         norms = Norms.load(checkpoint, dtype, device)
         return cls(config, compute, dtype, device, groups, embedding, norms)
