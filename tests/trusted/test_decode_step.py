@@ -385,6 +385,7 @@ def test_norms_of_heads_go_the_plain_way() -> None:
         stepped(llm, caches(llm, [4]))
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_8_bits_go_the_plain_way() -> None:
     with opened("verified", kv_dtype="int8") as (llm, _):
         assert llm.engine.decoder._step is None  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ class Counts:
         self.rows: dict[GroupKey, int] = {ONE: 0, TWO: 0, HEAD: 0}
         self.keys = tuple(self.rows)
         self.recent: dict[GroupKey, tuple[float, int]] = {}
-        self.failure: Exception | None = None
+        self.failures: list[Exception] = []
         self.error: Exception | None = None
         self.made: list[tuple[GroupKey, int]] = []
 
@@ -141,8 +141,8 @@ def test_the_thread_ends_with_what_it_met_and_leaves_it_to_the_next_call(
     filler.start()
     filler._thread.join(20)
     assert not filler._thread.is_alive()
-    assert type(pool.failure) is expected
-    assert str(error) in str(pool.failure)
+    assert type(filler.failure) is expected
+    assert str(error) in str(filler.failure)
     filler.close()
 
 
@@ -161,3 +161,24 @@ def test_the_thread_fills_the_pool_and_ends_with_close() -> None:
     filler._thread.join(20)
     assert not filler._thread.is_alive()
     assert sorted(pool.made, key=str) == [(HEAD, 1), (ONE, 3)]
+
+
+@pytest.mark.parametrize(
+    ("kept_from_it", "expected"), [(False, [3 * BLOCK_ROWS]), (True, [])], ids=["filled", "kept from filling"]
+)
+def test_the_thread_says_once_that_the_pool_is_full(kept_from_it: bool, expected: list[int]) -> None:
+    """At its second and third look it is as full as at the first. One that is not idle does not call a pool full."""
+    pool, told = Counts(), list[int]()
+    filler = filler_of(pool, {ONE: 3})
+    looks = iter(range(3))
+
+    def busy() -> bool:
+        if next(looks, None) is None:
+            filler._stop.set()
+        return kept_from_it
+
+    filler.busy, filler.filled = busy, lambda: told.append(pool.rows[ONE])
+    filler.start()
+    filler._thread.join(20)
+    assert not filler._thread.is_alive()
+    assert told == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,17 @@ def test_renewed_vectors_are_others_and_check_the_same_weights(keeps: bool) -> N
         assert np.array_equal(group.bias, others[0].bias)
         assert (group.weights is not None) == keeps
         check_a_product(group, whole)
+
+
+def test_nothing_of_the_models_before_is_kept(keeps: bool) -> None:
+    """Losses come one after another for as long as a server runs."""
+    checkpoint, model = open_checkpoint(MODEL), loaded(keeps)
+    counts = []
+    for _ in range(4):
+        model = model.renewed(checkpoint, never)
+        gc.collect()
+        counts.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
+    assert counts[1:] == [counts[0]] * 3
 
 
 def test_renewed_vectors_outlive_those_of_the_session_before(keeps: bool) -> None:

@@ -152,7 +152,8 @@ class ArenaView:
 
     def look(self, worker: RecordingWorker) -> None:
         (connection,) = worker.listener._connections.values()  # type: ignore[attr-defined]
-        memory = connection._memory
+        memory = connection.memory
+        assert memory is not None
         self.seen |= {bytes(memory[at : at + 2 * PAGE]) for at in range(0, self._end + 16 * PAGE, PAGE)}
 
 

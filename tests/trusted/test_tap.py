@@ -54,6 +54,9 @@ class Line:
     def direct(self) -> Any:
         return self.line
 
+    def arrived(self, within_s: float) -> bool:
+        return within_s == 7.0
+
     def receive(self, deadline_s: float) -> Frames:
         return Frames(b"%d" % deadline_s)
 
@@ -77,6 +80,7 @@ def test_all_is_passed_on_with_and_without_a_tap() -> None:
     channel, line = greeted(taps)
     assert channel.direct() is line.line
     assert channel.receive(7.0).control == b"7"
+    assert channel.arrived(7.0)
     slot = channel.slot(4, 16)
     for _ in range(2):
         slot.tensor[:] = b"slot"

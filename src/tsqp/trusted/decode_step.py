@@ -27,6 +27,8 @@ from tsqp.arith.row_threads import row_threads
 from tsqp.config.groups import GroupKey, group_keys
 from tsqp.config.model import ModelConfig
 from tsqp.errors import NumericError, PadsExhausted
+from tsqp.model.adapter_loops import ADAPTER_NUMBERS
+from tsqp.model.adapters import Adapters
 from tsqp.model.batch import SequenceRows
 from tsqp.model.block_attention import NO_WINDOW, SPLIT_PAIRS, BlockAttention, BlocksOfChunk, words
 from tsqp.model.cache import KVCache
@@ -62,6 +64,7 @@ class Model:
     norms: Norms
     attention: BlockAttention
     cache_dtype: torch.dtype
+    adapters: Adapters | None = None
 
 
 class DecodeStep:
@@ -190,7 +193,8 @@ class DecodeStep:
             row.bytes_received += sum(plan.reply_bytes[which])
         steps = np.diff(times, axis=1)  # by their ends
         for operator, seconds in plan.operators(steps).items():
-            stats.operator_s[operator] = stats.operator_s.get(operator, 0.0) + seconds
+            if seconds or operator in stats.operator_s:
+                stats.operator_s[operator] = stats.operator_s.get(operator, 0.0) + seconds
 
 
 class _Plan:
@@ -224,8 +228,11 @@ class _Plan:
         self._layers = config.num_layers
         self._windows = np.array([window or NO_WINDOW for window in config.windows], np.int64)
         self._ropes = np.array([config.rope_index(layer) for layer in range(config.num_layers)], np.int64)
+        # What adapters add: of one that does nothing where there are none, as the loop is compiled for a table.
+        no_adapters = np.zeros((len(groups), 1, ADAPTER_NUMBERS), np.int64)
+        self._adapters = no_adapters if model.adapters is None else model.adapters.tables
         self._work = np.float32(config.rms_norm_eps), np.float32(config.attention_scale), config.num_kv_heads
-        self.times = np.zeros((len(groups), 6), np.int64)
+        self.times = np.zeros((len(groups), loops.TIMES), np.int64)
         self._line_of(line, session)
         self._lay_out(model.norms, linears, session, line)
 
@@ -265,7 +272,7 @@ class _Plan:
             self.sent_bytes.append(len(control) + sent)
             self.reply_bytes.append(reply_bytes)
             norm = norms.final if layer is None else getattr(norms.layers[layer], _NORMS.get(name, "attention"))
-            arrays = [bits(norm), group.scales, group.bias, group.check_vectors, group.projections]
+            arrays = [bits(norm), group.scales, group.bias, group.check_vectors, group.projections, group.bounds]
             memory = [np.frombuffer(slot.tensor, np.uint8), np.frombuffer(reply, np.uint8)]
             memory.append(np.frombuffer(packet, np.uint8).copy())
             self._packets.append(memory[-1])
@@ -294,9 +301,11 @@ class _Plan:
         self, hidden: Array, logits: Array, wanted: Sequence[int], work: ChunkWork, spans: Spans
     ) -> tuple[Any, ...]:
         """Of the loop, but for the board and the thread."""
+        of_row = np.empty(0, np.int64) if work.adapters is None else work.adapters.of_row
         memory = hidden, bits(self.x), bits(self._y), logits, np.array(wanted, np.int64), self._private
+        adapters = of_row, self._adapters
         operators = *self._work, SPLIT_PAIRS, bits(work.cos), bits(work.sin), bits(work.q), words(work.q)
-        caches = self._places(spans), self._windows, _attention_items(spans), self._ropes
+        caches = self._places(spans), self._windows, _attention_items(spans), self._ropes, *adapters
         room = (*self._room, self._item)
         return self.at, SHARE_NUMBERS, self.calls, self._guard, memory, operators, room, caches, self._socket
 
@@ -329,7 +338,7 @@ class _Plan:
         return self._answers[call, 8 : self._sizes[call]].tobytes()
 
     def operators(self, steps: Array) -> dict[OperatorKind, float]:
-        """Seconds of each operator; steps (calls, 5): how long after the time before it each time was."""
+        """Seconds of each operator; steps (calls, 6): how long after the time before it each time was."""
         kinds = self.calls[:, loops.KIND]
         rotary, own = steps[:, loops.ROTATED - 1], steps[:, loops.OPERATED - 1]
         attends = kinds == loops.O
@@ -338,6 +347,7 @@ class _Plan:
             "rotary": float(rotary[attends].sum()),
             "softmax": float(own[attends].sum()),
             "silu": float(own[kinds == loops.DOWN].sum()),
+            "lora": float(steps[:, loops.ADAPTED - 1].sum()),
             "mask": float(steps[:, loops.MASKED - 1].sum()),
             "check": float(steps[:, loops.CHECKED - 1].sum()),
         }

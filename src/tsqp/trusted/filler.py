@@ -51,10 +51,12 @@ class PadFiller:
     """Keeps a pool filled to its targets. ``start`` begins a thread; without it nothing happens but by ``fill``.
 
     ``busy`` tells whether a forward pass is under way: a call of a large model may take longer than ``IDLE_S``.
+    ``filled`` is called by the thread, once: when it finds the pool full for the first time.
     """
 
     def __init__(self, pool: PadPool, blocks: Mapping[GroupKey, int]) -> None:
         self.busy: Callable[[], bool] = lambda: False
+        self.filled: Callable[[], None] = lambda: None
         self.blocks = {key: count for key, count in blocks.items() if count}
         self.pool = pool
         self._stop = threading.Event()
@@ -74,7 +76,7 @@ class PadFiller:
     @property
     def failure(self) -> TsqpError | None:
         """What has ended the making of pads, if it has ended."""
-        return self.pool.failure
+        return next(iter(self.pool.failures), None)
 
     def ready(self, *, answer: bool) -> int:
         """Tokens of an answer, or of a prompt, whose pads are ready in every group."""
@@ -96,18 +98,25 @@ class PadFiller:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        forget_frames(self.pool.failure)  # which would keep the pool until the next collection of garbage
+        for error in self.pool.failures:
+            forget_frames(error)  # which would keep the pool until the next collection of garbage
 
     def _run(self) -> None:
+        filling = True  # for the first time
         while not self._stop.is_set():
             try:
-                if not self._make_some(idle=self._is_idle()):
+                idle = self._is_idle()
+                if not self._make_some(idle=idle):
+                    if filling and idle:
+                        filling = False
+                        self.filled()
                     self._stop.wait(IDLE_S)
             except Exception as error:  # whatever it is, the run must hear of it
                 if not isinstance(error, TsqpError):
                     error = PadsExhausted(f"no pads could be made: {error}")
                 forget_frames(error)  # they would keep the pool, and the pool would keep them
-                self.pool.failure = error
+                if error not in self.pool.failures:  # it came from elsewhere than from making pads
+                    self.pool.failures.append(error)
                 return
 
     def _make_some(self, idle: bool) -> bool:

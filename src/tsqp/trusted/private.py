@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
@@ -18,16 +18,18 @@ from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
+from tsqp.config.shard import Shard
+from tsqp.config.tiling import Tiling
 from tsqp.errors import ChannelClosed, CorruptCheckpoint
 from tsqp.model.decoder_layers import Norms
-from tsqp.model.quantised import GroupDigests, load_quantised_group
+from tsqp.model.quantised import GroupDigests, ShardDigests, load_quantised_group
 from tsqp.progress import Progress, counted, unseen
+from tsqp.trusted.dealers import Dealers
 from tsqp.trusted.decode_step import DecodeStep
 from tsqp.trusted.filler import PadFiller
 from tsqp.trusted.guard.kernels import project, quantise_and_mask, verify_and_unmask
 from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears
 from tsqp.trusted.guard.weights import GuardedGroup
-from tsqp.trusted.remote.session import WorkerSession
 
 READING = "reading and quantising the weights"
 
@@ -37,22 +39,28 @@ class PrivateModel:
     """``groups``: what the guard holds. ``digests``: SHA-256 of each group's 8-bit weights, which a worker must have.
 
     ``digest``: SHA-256 of those and of everything else that this side loads; see ``ModelDigest``. ``kernel`` multiplies
-    pads, where this side does.
+    pads, where this side does. ``tiling``: what several workers have of it, whose slices are checked one by one, and
+    ``shard_digests`` what each has to have.
     """
 
     groups: Mapping[GroupKey, GuardedGroup]
     digests: Mapping[GroupName, str]
     digest: str
     kernel: DigitKernel
+    tiling: Tiling | None = None
+    shard_digests: Mapping[Shard, Mapping[GroupName, str]] = field(default_factory=dict)
 
-    def renewed(self, checkpoint: Checkpoint, stopped: Callable[[], bool]) -> PrivateModel:
-        """The same model with check vectors that no connection has had.
+    def renewed(
+        self, checkpoint: Checkpoint, stopped: Callable[[], bool], tiling: Tiling | None = None
+    ) -> PrivateModel:
+        """The same model with check vectors that no connection has had, for workers of ``tiling``, or for one worker.
 
         They need the 8-bit weights. Where this side has let go of those, they are read and quantised again. Raises
         CorruptCheckpoint where they are others by now; ChannelClosed where ``stopped``, which is asked before each
         group: the largest of them takes a second or two.
         """
         digests, groups = GroupDigests(), dict[GroupKey, GuardedGroup]()
+        divided = ShardDigests(() if tiling is None or tiling == self.tiling else tiling.shards, checkpoint.config)
         for key, old in self.groups.items():
             if stopped():
                 raise ChannelClosed("the model was closed")
@@ -60,11 +68,15 @@ class PrivateModel:
             wq = load_quantised_group(checkpoint, key).wq if old.weights is None else old.weights.wq
             if not keeps:
                 digests.add(key, wq)
-            scales, bias, checks = torch.from_numpy(old.scales), torch.from_numpy(old.bias), len(old.check_vectors)
-            groups[key] = GuardedGroup.of(key, wq, scales, bias, self.kernel, checks=checks, keep_weights=keeps)
+            divided.add(key, wq)
+            # Copies: an array that is a tensor's, in a tensor, in an array ... would keep every model that there was.
+            scales, bias, checks = torch.tensor(old.scales), torch.tensor(old.bias), len(old.check_vectors)
+            kernel, slices = self.kernel if keeps else None, _slices(tiling, key, wq)
+            groups[key] = GuardedGroup.of(key, wq, scales, bias, kernel, checks=checks, slices=slices)
         if digests.hexdigests() not in ({}, self.digests):
             raise CorruptCheckpoint("the weights on the disk have changed since they were read: open the model anew")
-        return replace(self, groups=groups)
+        shard_digests = self.shard_digests if tiling == self.tiling else divided.hexdigests()
+        return replace(self, groups=groups, tiling=tiling, shard_digests=shard_digests)
 
     def forget(self) -> None:
         """Overwrite all check vectors."""
@@ -76,14 +88,14 @@ class PrivateModel:
 class Guard:
     """The guard of one session: what it has done, and its pads.
 
-    ``filler`` and ``dealer`` are None where there is none. ``earlier``: what the sessions before have counted.
+    ``filler`` and ``dealers`` are None where there are none. ``earlier``: what the sessions before have counted.
     """
 
     linears: CheckedLinears
     check_vectors: int
     model_digest: str
     filler: PadFiller | None
-    dealer: WorkerSession | None
+    dealers: Dealers | None
     step: DecodeStep | None = None  # which has memory of the guard
     earlier: Mapping[str, int] = field(default_factory=dict)
 
@@ -91,12 +103,14 @@ class Guard:
         """Of this session and those before: products checked; rows of pads used, and those made on the spot."""
         counts = {"products_checked": self.linears.products_checked}
         if isinstance(self.linears, MaskedLinears):
-            counts |= {"pads_used": self.linears.pool.used, "pads_missed": self.linears.pool.missed}
+            counts |= {"pads_used": self.linears.pads.used, "pads_missed": self.linears.pads.missed}
         return {name: count + self.earlier.get(name, 0) for name, count in counts.items()}
 
     def failed_pads(self, error: Exception) -> bool:
-        """Whether this is what has ended the making of pads: then it is not about the worker."""
-        return isinstance(self.linears, MaskedLinears) and self.linears.pool.failure is error
+        """Whether this came of making pads, in any thread: then it is not about the worker."""
+        if self.dealers is not None and self.dealers.ended_by(error):  # before the pool has heard of it
+            return True
+        return isinstance(self.linears, MaskedLinears) and any(one is error for one in self.linears.pads.failures)
 
     def report(self) -> dict[str, object]:
         """The statistics of the guard: products checked, rows of pads used, tokens whose pads are ready."""
@@ -117,8 +131,8 @@ class Guard:
     def close(self) -> None:
         """Destroy pads and check vectors, and leave the dealer. Closing twice is allowed."""
         with ExitStack() as closing:  # from the last to the first, whatever happens on the way
-            if self.dealer is not None:
-                closing.callback(self.dealer.close)
+            if self.dealers is not None:
+                closing.callback(self.dealers.close)
             if self.filler is not None:
                 closing.callback(self.filler.close)  # may wait for a dealer
             self.linears.close()
@@ -134,13 +148,15 @@ def load_private_model(
     checks: int,
     keep_weights: bool,
     progress: Progress = unseen,
+    tiling: Tiling | None = None,
 ) -> PrivateModel:
     """Read and quantise every group; ``keep_weights``: whether this side is to multiply by them.
 
-    Raises CorruptCheckpoint, UnsupportedModel.
+    ``tiling``: of the workers that are expected. For others than these the weights are needed again. Raises
+    CorruptCheckpoint, UnsupportedModel.
     """
     kernel = pick_kernel(torch.device("cpu"))
-    digests = GroupDigests()
+    digests, divided = GroupDigests(), ShardDigests(() if tiling is None else tiling.shards, checkpoint.config)
     whole = ModelDigest(checkpoint)
     groups: dict[GroupKey, GuardedGroup] = {}
     for key in counted(group_keys(checkpoint.config), READING, progress):
@@ -148,15 +164,28 @@ def load_private_model(
         digests.add(key, loaded.wq)
         whole.add(f"{key} scales", loaded.scales)
         whole.add(f"{key} bias", loaded.bias)
+        divided.add(key, loaded.wq)
         groups[key] = GuardedGroup.of(
-            key, loaded.wq, loaded.scales, loaded.bias, kernel, checks=checks, keep_weights=keep_weights
+            key,
+            loaded.wq,
+            loaded.scales,
+            loaded.bias,
+            kernel if keep_weights else None,
+            checks=checks,
+            slices=_slices(tiling, key, loaded.wq),
         )
     for index, layer in enumerate(norms.layers):
         for name, weight in vars(layer).items():
             whole.add(f"layer {index} norm {name}", weight)
     whole.add("final norm", norms.final)
     whole.add("embedding", embedding)
-    return PrivateModel(groups, digests.hexdigests(), whole.hexdigest(digests.hexdigests()), kernel)
+    own = digests.hexdigests()
+    return PrivateModel(groups, own, whole.hexdigest(own), kernel, tiling, divided.hexdigests())
+
+
+def _slices(tiling: Tiling | None, key: GroupKey, wq: torch.Tensor) -> Sequence[int]:
+    """Where the slices of a group end, but for the last one: see ``GuardedGroup.of``."""
+    return () if tiling is None else tiling.bounds(key, len(wq))[1:-1]
 
 
 class ModelDigest:
@@ -188,7 +217,8 @@ def compile_loops(*, masked: bool) -> None:
     pads = wide.copy() if masked else np.zeros((2, 0), np.uint32)
     line = np.frombuffer(bytearray(16 * np.dtype(item).itemsize), item).reshape(2, 8)
     quantise_and_mask(like.numpy(), np.float32(1), wide[:1], masked, pads, line, ones[:2], narrow, verdicts, 0, 2)
-    verify_and_unmask(wide.copy(), wide[:1], narrow, masked, pads, ones[:2], ones, ones, like.numpy(), verdicts, 0, 2)
+    check = wide[:1], narrow, np.array([0, 8]), masked, pads, (ones[:2], ones, ones)
+    verify_and_unmask(wide.copy(), *check, like.numpy(), verdicts, 0, 2)
     if masked:
         project(wide, wide[:1], narrow, 0, 2)
         weights = FieldWeights.of(torch.ones(8, 8, dtype=torch.int8), BlockedKernel())  # the loops are those of any

@@ -1,9 +1,10 @@
 """A step of few rows of a private mode as compiled code; see ``decode_step.py``, which prepares it and says what it is.
 
 One loop takes some rows, of answers and of prompts, through all layers: it computes an operator, has the guard's own
-loops quantise and mask its result, exchanges the call for its answer, has them check and unmask that, and goes on. It
-is the plain way (``DecoderLayers.steps`` over ``CheckedLinears``) without the interpreter: every loop here is one of
-those that the plain way calls, in the same order, so the bits are the same (test_decode_step.py).
+loops quantise and mask its result, exchanges the call for its answer, has them check and unmask that, adds what the
+rows' adapters add, and goes on. It is the plain way (``DecoderLayers.steps`` over ``CheckedLinears``) without the
+interpreter: every loop here is one of those that the plain way calls, in the same order, so the bits are the same
+(test_decode_step.py).
 
 Rows are independent between two calls, so threads share them out where that is worth while (``arith/crew.py``): the
 one that makes the step leads, and waits for all rows after each part of the work.
@@ -24,18 +25,18 @@ from numba.extending import intrinsic
 
 from tsqp.arith.crew import HELPERS, OF, OPEN, WHAT, call_helpers, done, next_item, say, send_away, take, wait
 from tsqp.arith.jit import inline, kernel
+from tsqp.model.adapter_loops import add_low_rank
 from tsqp.model.compiled import add_rms_norm, pointer, rms_norm, silu_mul, store
 from tsqp.model.compiled_attention import PART_KEYS, attend_rows, attend_steps
 from tsqp.trusted.guard.kernels import OK, UNSEEN, quantise_and_mask, verify_and_unmask
 from tsqp.wire.exchange import ANSWERED, exchange, now
 
-# What is of a call, int64 (calls, 16): which of a layer's it is, its layer; rows, in and out features; addresses of the
-# norm before it, of scales, bias, check vectors and projections; the greatest activation; addresses of the memory that
-# is sent and of the reply; the packet, its bytes, and where in it the call's number is.
-KIND, LAYER, ROWS, INNER, OUTER, NORM, SCALES, BIAS, VECTORS, PROJECTIONS, LIMIT, SENT, REPLY, PACKET, SIZE, NUMBER = (
-    range(16)
-)
-CALL_NUMBERS = 16
+# What is of a call, int64 (calls, 17): which of a layer's it is, its layer; rows, in and out features; addresses of the
+# norm before it, of scales, bias, check vectors, projections and bounds of the one slice; the greatest activation;
+# addresses of the memory that is sent and of the reply; the packet, its bytes, and where in it the call's number is.
+KIND, LAYER, ROWS, INNER, OUTER, NORM, SCALES, BIAS, VECTORS, PROJECTIONS, BOUNDS, LIMIT, SENT, REPLY = range(14)
+PACKET, SIZE, NUMBER = range(14, 17)
+CALL_NUMBERS = 17
 QKV, O, GATE_UP, DOWN, LM_HEAD = range(5)  # noqa: E741
 # Where a step goes on, int64 (4,): the call, what is next of it, the packet's number, the call's number.
 CALL, NEXT, SEQUENCE, ID = range(4)
@@ -43,15 +44,17 @@ OPERATE, MIX, ATTENDED, SEND, TAKE = range(5)
 # Why it has come back: it is over; attention is to be shared out; rows have another verdict than OK; or as of exchange.
 OVER, ATTEND, REFUSED, LINE = range(4)
 # The parts of the work that threads share out by rows. (numba would compile all once for each constant of type int.)
-DO_NORM, DO_STORE, DO_SILU, DO_ATTEND, DO_MASK, DO_UNMASK = (np.int64(part) for part in range(6))
+DO_NORM, DO_STORE, DO_SILU, DO_ATTEND, DO_MASK, DO_UNMASK, DO_ADAPT = (np.int64(part) for part in range(7))
 # Of an item of attention, int64 (items, 4): whose rows of the step; their number where they are of a prompt, 0 for a
 # decode step; the KV heads from FIRST_HEAD to END_HEAD.
 SPAN, PROMPT_ROWS, FIRST_HEAD, END_HEAD = range(4)
-# When, ns, int64 (calls, 6): the operator began, rotary was done, and so was the operator, masked and about to send,
-# the reply was there, and it was checked.
-BEGAN, ROTATED, OPERATED, MASKED, ARRIVED, CHECKED = range(6)
+# When, ns, int64 (calls, TIMES): the operator began, rotary was done, and so was the operator, masked and about to
+# send, the reply was there, it was checked, and adapters had added to it.
+BEGAN, ROTATED, OPERATED, MASKED, ARRIVED, CHECKED, ADAPTED = range(7)
+TIMES = 7
 
-_FIRST, _ONE = np.int64(0), np.int64(1)
+_FIRST, _ONE, _TWO = np.int64(0), np.int64(1), np.int64(2)
+_NO_CAP = np.float32(0)  # blocks with a soft cap are not done here
 _BYTE, _BYTE_BITS, _NUMBER_BYTES = np.int64(0xFF), np.int64(8), np.int64(8)
 
 
@@ -100,6 +103,7 @@ def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, v
     """
     outer = call[OUTER]
     vectors = _held(call[VECTORS], word, checks, outer)
+    bounds = _held(call[BOUNDS], call, _ONE, _TWO)[0]
     w_scales, bias = _held(call[SCALES], y, _ONE, outer)[0], _held(call[BIAS], y, _ONE, outer)[0]
     reply = _held(private.ctypes.data, word, _ONE, outer)
     for row in range(first, end):
@@ -108,7 +112,7 @@ def _unmask(call, y, checks, masked, secrets, word, private, scales, expected, v
         found, verdict = expected[row : row + 1], verdicts[row : row + 1]
         verdict[0] = UNSEEN
         _copy_once(private.ctypes.data, call[REPLY] + row * outer * word.itemsize, outer * word.itemsize)
-        check = (vectors, found, masked, products, scale, w_scales, bias)
+        check = (vectors, found, bounds, masked, products, (scale, w_scales, bias))
         verify_and_unmask(reply, *check, own, verdict, _FIRST, _ONE)
 
 
@@ -147,7 +151,7 @@ def _attend(q, table, items, window, kv_heads, scale, out):  # type: ignore[no-u
         span = table[items[n, SPAN]]
         block[0, 0], block[0, 1], block[0, 2] = span[0], span[4], items[n, PROMPT_ROWS]
         block[0, 3], block[0, 4], block[0, 5] = span[1], span[2], span[3]
-        attend_rows(q, block, kv_heads, scale, window, out, items[n, FIRST_HEAD], items[n, END_HEAD])
+        attend_rows(q, block, kv_heads, scale, _NO_CAP, window, out, items[n, FIRST_HEAD], items[n, END_HEAD])
 
 
 @kernel
@@ -167,7 +171,7 @@ def _attend_steps(q, table, items, window, kv_heads, scale, out):  # type: ignor
             edge = (first // PART_KEYS + n - starts[row]) * PART_KEYS
             parts_of[n, 0], parts_of[n, 1], parts_of[n, 2] = row, max(edge, first), min(edge + PART_KEYS, end)
     parts = np.empty((count, len(q), out.shape[2] + 2), np.float32)
-    attend_steps(q, parts_of, kv_heads, scale, caches, parts, starts, out, _FIRST, count * kv_heads)
+    attend_steps(q, parts_of, kv_heads, scale, _NO_CAP, caches, parts, starts, out, _FIRST, count * kv_heads)
 
 
 @kernel
@@ -180,7 +184,7 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
     hidden, x_memory, y_memory, logits, wanted, private = memory
     eps, score_scale, kv_heads, _, cos, sin, q, q_words = work
     scales, expected, verdicts, item = room
-    tables, windows, items, ropes = caches
+    tables, windows, items, ropes, adapter_of_row, adapters = caches
     call, last, word = calls[c], calls[max(c - 1, 0)], private[0]
     layer, rows, inner, outer = call[LAYER], call[ROWS], call[INNER], call[OUTER]
     x = x_memory[: rows * inner].reshape(rows, inner)
@@ -207,6 +211,8 @@ def _do(part, c, first, end, thread, calls, guard, memory, work, room, caches): 
         _attend(q_words, tables[layer], items[first:end], windows[layer], kv_heads, score_scale, mixed)
     elif part == DO_MASK:
         _mask(call, x, checks, masked, secrets[c], item, word, scales, expected, verdicts, first, end)
+    elif part == DO_ADAPT:  # of the product that is there: the input of its call is still in x
+        add_low_rank(x, y_memory[: rows * outer].reshape(rows, outer), adapter_of_row, adapters[c], first, end)
     else:
         y = logits if call[KIND] == LM_HEAD else y_memory[: rows * outer].reshape(rows, outer)
         own = private[thread]
@@ -242,7 +248,7 @@ def _help_out(board, thread, calls, guard, memory, work, room, caches):  # type:
 @kernel
 def _scores(layer, work, caches):  # type: ignore[no-untyped-def]
     """Scores that a layer takes: pairs of query and key, for each head."""
-    tables, windows, items, _ = caches
+    tables, windows, items = caches[:3]
     scores = _FIRST
     for n in range(len(items)):
         rows, heads = max(items[n, PROMPT_ROWS], _ONE), items[n, END_HEAD] - items[n, FIRST_HEAD]
@@ -276,9 +282,11 @@ def decode(board, thread, at, least, calls, guard, memory, work, room, caches, l
       (ropes, R, d); q (heads, R, d) of the caches' type, and the same as words
     - room: scales float32 (R,), expected uint32 (R, k), verdicts uint8 (R,), an item of what is sent
     - caches: int64 (layers, S, 5) as ``_attend`` has them, windows int64 (layers,), items of attention, int64 (any, 4),
-      and int64 (layers,): whose cos and sin a layer has
+      and int64 (layers,): whose cos and sin a layer has; as ``add_low_rank`` has them, which adapter each row has int64
+      (R,), or (0,) where no row has one, and the tables of all calls
     - line: of ``exchange``, what a good answer begins with, room for an answer; the answer to each call, uint8 (calls,
-      SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, 6), int64 (2,) for clocks
+      SHORT_ANSWER), and its bytes int64 (calls,); uint8 (calls, 1) slow, times int64 (calls, TIMES), int64 (2,) for
+      clocks
     """
     if thread > 0:
         _help_out(board, thread, calls, guard, memory, work, room, caches)
@@ -330,7 +338,10 @@ def decode(board, thread, at, least, calls, guard, memory, work, room, caches, l
         if not _all_good(verdicts[: call[ROWS]]):
             send_away(board)
             return REFUSED, 0
-        times[c, CHECKED] = now(clock)
+        times[c, CHECKED] = times[c, ADAPTED] = now(clock)
+        if len(caches[4]) and kind != LM_HEAD:
+            _share(DO_ADAPT, c, board, calls, guard, memory, work, room, caches)
+            times[c, ADAPTED] = now(clock)
         at[CALL], at[NEXT], at[SEQUENCE], at[ID] = c + 1, OPERATE, at[SEQUENCE] + 1, at[ID] + 1
     send_away(board)
     return OVER, 0

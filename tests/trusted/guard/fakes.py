@@ -32,17 +32,20 @@ MODES: tuple[ProtectionName, ...] = ("verified", "masked")
 
 
 def make_groups(
-    shapes: Mapping[GroupKey, tuple[int, int]] = SHAPES, *, seed: int = 0, checks: int = 2
+    shapes: Mapping[GroupKey, tuple[int, int]] = SHAPES,
+    *,
+    seed: int = 0,
+    checks: int = 2,
+    slices: Mapping[GroupKey, Sequence[int]] | None = None,
 ) -> tuple[Groups, Weights]:
-    """Groups with random weights, scales and biases; and their Wq."""
+    """Groups with random weights, scales and biases; and their Wq. ``slices``: as of ``GuardedGroup.of``."""
     generator = torch.Generator().manual_seed(seed)
     groups, weights = {}, {}
     for key, (n, k) in shapes.items():
         weights[key] = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
         scales, bias = torch.rand(2, n, generator=generator)
-        groups[key] = GuardedGroup.of(
-            key, weights[key], scales, bias, BlockedKernel(), checks=checks, keep_weights=True
-        )
+        ends = () if slices is None else slices[key]
+        groups[key] = GuardedGroup.of(key, weights[key], scales, bias, BlockedKernel(), checks=checks, slices=ends)
     return groups, weights
 
 

@@ -88,7 +88,7 @@ def small_weights(columns: int = 48, rows: int = 40) -> dict[GroupKey, torch.Ten
 def guarded(weights: Mapping[GroupKey, torch.Tensor], *, checks: int = 2) -> dict[GroupKey, GuardedGroup]:
     """The groups as the guard holds them, with scales of 1 and no bias: a product is the integers times s_x."""
     return {
-        key: GuardedGroup.of(key, wq, torch.ones(len(wq)), None, BlockedKernel(), checks=checks, keep_weights=True)
+        key: GuardedGroup.of(key, wq, torch.ones(len(wq)), None, BlockedKernel(), checks=checks)
         for key, wq in weights.items()
     }
 

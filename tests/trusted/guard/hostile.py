@@ -190,6 +190,7 @@ def other_weights(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> 
         for key, group in worker.weights.groups.items()
     }
     product = FieldOperators(replace(worker.weights, groups=groups))(call, arrival.frames.tensors, arrival.reply)
+    assert isinstance(product, memoryview)
     return Frames(encode(Done(call.id)), (product,))
 
 

@@ -26,6 +26,9 @@ class Recorder(SlotsByReserve):
         self.payloads += [bytes(tensor) for tensor in frames.tensors]
         self._channel.send(frames, reply_bytes)
 
+    def arrived(self, within_s: float) -> bool:
+        return self._channel.arrived(within_s)
+
     def receive(self, deadline_s: float) -> Frames:
         frames = self._channel.receive(deadline_s)
         self.received.append((bytes(frames.control), tuple(t.nbytes for t in frames.tensors)))

@@ -39,9 +39,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
             found["scales"].append(scales.tobytes())
         found["sent"] += [row.tobytes() for row in out]
 
-    def accept(reply: Array, check_vectors: Array, sums: Array, masked: bool, products: Array, *rest: Any) -> None:
+    def accept(
+        reply: Array, check_vectors: Array, sums: Array, bounds: Array, masked: bool, products: Array, *rest: Any
+    ) -> None:
         product = (reply.astype(np.int64) - (products.astype(np.int64) if masked else 0)) % P
-        real_unmask(reply, check_vectors, sums, masked, products, *rest)
+        real_unmask(reply, check_vectors, sums, bounds, masked, products, *rest)
         found["check vectors"] += [row.tobytes() for row in check_vectors]
         found["product"] += [row.astype(np.uint32).tobytes() for row in product]
 

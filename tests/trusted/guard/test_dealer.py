@@ -17,6 +17,7 @@ from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
 from tests.trusted.guard.recorder import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
+from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
 from tsqp.api.private_links import PrivateLinks
 from tsqp.checkpoint import open_checkpoint, stored_dtype
@@ -78,8 +79,8 @@ def dealt(
             channels.append(Recorder(connect(where)))
             return channels[-1]
 
-        links = PrivateLinks(open_checkpoint(MODEL), plan, lambda: dial(dealer_address), Stats())
-        link = links.connect(lambda: dial(address))
+        links = PrivateLinks(open_checkpoint(MODEL), plan, lambda _: [Dialled(dial(dealer_address))], Stats())
+        link = links.connect(lambda _: [Dialled(dial(address))])
         stack.callback(link.close)
         assert link.guard is not None
         yield Run(links.engine(link.decoder, ()), link.guard, worker, dealer, *channels)

@@ -13,6 +13,7 @@ from tests.families import tiny_model
 from tests.trusted.guard.altered import Altered
 from tests.trusted.guard.hostile import HostileWorker, serve, serving
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
+from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
 from tsqp.api.private_links import PrivateLinks
 from tsqp.checkpoint import open_checkpoint
@@ -140,7 +141,7 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
     with serve(MODEL) as (honest, right), serving(cheats) as wrong:
         addresses = {"worker": right, "dealer": right, cheat: wrong}
         with pytest.raises(ModelMismatch, match=f"the {cheat} at .* another model"):
-            PrivateLinks(open_checkpoint(MODEL), plan, lambda: connect(addresses["dealer"]), Stats()).connect(
-                lambda: connect(addresses["worker"])
-            )
+            PrivateLinks(
+                open_checkpoint(MODEL), plan, lambda _: [Dialled(connect(addresses["dealer"]))], Stats()
+            ).connect(lambda _: [Dialled(connect(addresses["worker"]))])
         assert honest.products == cheats.products == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.commands import LIMIT_S
 
 FORK = """
@@ -20,14 +22,14 @@ capture = Capture()
 with worker_that_can_go() as (worker, _), open_llm(worker, capture) as llm:
     llm.generate(PROMPT, FEW)
     sent = len(capture.messages)
-    lock = llm.guard.linears.pool._lock
+    lock = llm.guard.linears.pads._lock
     lock.acquire()  # as another thread may have done at that moment
     child = os.fork()
     if child:
         lock.release()
     else:
         refused = 0
-        pool = llm.guard.linears.pool
+        pool = llm.guard.linears.pads
         asked = (lambda: llm.generate(PROMPT, FEW), lambda: pool.take(("qkv", 0), 1), lambda: pool.make(("qkv", 0), 1))
         for ask, expected in zip(asked, (InputError, PadReused, PadReused), strict=True):
             try:
@@ -42,6 +44,7 @@ print("ok", len(sent_rows(capture)))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_sends_nothing() -> None:
     """Also where it would wait for threads or locks that the fork has left behind."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=LIMIT_S, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -164,13 +165,21 @@ def test_send_keeps_to_its_rows() -> None:
 
 
 def accept(
-    reply: Array, check_vectors: Array, expected: Array, products: Array | None, scaling: tuple[Array, Array, Array]
+    reply: Array,
+    check_vectors: Array,
+    expected: Array,
+    products: Array | None,
+    scaling: tuple[Array, Array, Array],
+    ends: Sequence[int] = (),
 ) -> tuple[Array, list[int]]:
-    """All rows through the loop of that name: out, with 77 where nothing was written, and verdicts."""
+    """All rows through the loop of that name: out, with 77 where nothing was written, and verdicts.
+
+    ``ends``: of slices, but for the last one.
+    """
     out, verdicts = np.full(reply.shape, 77, np.float32), np.full(len(reply), kernels.UNSEEN, np.uint8)
     undo = np.empty((len(reply), 0), np.uint32) if products is None else products
-    check = (check_vectors, expected, products is not None, undo)
-    kernels.verify_and_unmask(reply, *check, *scaling, out, verdicts, 0, len(reply))
+    check = (check_vectors, expected, np.array([0, *ends, reply.shape[1]]), products is not None, undo)
+    kernels.verify_and_unmask(reply, *check, scaling, out, verdicts, 0, len(reply))
     return out, verdicts.tolist()
 
 
@@ -234,7 +243,8 @@ def test_accept_keeps_to_its_rows() -> None:
     check_vectors, expected = np.ones((1, 6), np.uint32), np.full((5, 1), 54, np.uint32)
     out, verdicts = np.full((5, 6), 77, np.float32), np.full(5, kernels.UNSEEN, np.uint8)
     scaling = (np.ones(5, np.float32), np.ones(6, np.float32), np.zeros(6, np.float32))
-    kernels.verify_and_unmask(reply, check_vectors, expected, True, products, *scaling, out, verdicts, 2, 4)
+    check = (check_vectors, expected, np.array([0, 6]), True, products)
+    kernels.verify_and_unmask(reply, *check, scaling, out, verdicts, 2, 4)
     inside = [False, False, True, True, False]
     assert verdicts.tolist() == [kernels.OK if row else kernels.UNSEEN for row in inside]
     assert out[:, 0].tolist() == [7 if row else 77 for row in inside]

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,8 @@ def test_every_bit_of_a_check_is_compared(bit: int) -> None:
     expected = np.array([[30 ^ 1 << bit]], np.uint32)
     out, verdicts = np.zeros((1, 3), np.float32), np.full(1, kernels.UNSEEN, np.uint8)
     scaling = (np.ones(1, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))
-    kernels.verify_and_unmask(
-        reply, check_vectors, expected, False, np.empty((1, 0), np.uint32), *scaling, out, verdicts, 0, 1
-    )
+    check = check_vectors, expected, np.array([0, 3]), False, np.empty((1, 0), np.uint32)
+    kernels.verify_and_unmask(reply, *check, scaling, out, verdicts, 0, 1)
     assert verdicts.tolist() == [kernels.MISMATCH]
     assert not out.any()
 
@@ -97,7 +97,7 @@ def test_every_bit_of_a_check_is_compared(bit: int) -> None:
 @pytest.mark.parametrize("bit", range(31))
 def test_every_bit_of_the_check_of_pads_is_compared(bit: int) -> None:
     one = np.ones((1, 1), np.uint32)
-    group = GuardedGroup(KEY, 127, one[0], one[0], one.copy(), one.copy(), None)
+    group = GuardedGroup(KEY, 127, one[0], one[0], one.copy(), np.array([0, 1]), one.copy(), None)
     group.check_products(one, one)
     with pytest.raises(ProductMismatch):
         group.check_products(one, one ^ np.uint32(1 << bit) if bit else one + np.uint32(1))
@@ -162,8 +162,8 @@ def test_each_block_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(pool, "PadBlock", block)
     for key in WEIGHTS:
-        linears.pool.make(key, 3)
-        linears.pool.take(key, 5 * BLOCK_ROWS)
+        linears.pads.make(key, 3)
+        linears.pads.take(key, 5 * BLOCK_ROWS)
     assert len(set(made)) == len(made) == 2 * 5
 
 
@@ -286,8 +286,8 @@ def test_the_stream_of_a_ratchet_is_wiped(monkeypatch: pytest.MonkeyPatch) -> No
 def test_pads_of_a_call_refused_at_its_start_are_lost() -> None:
     """The loop erases the pads that it masks with; nobody else would erase their products."""
     linears, line = masked(WEIGHTS)
-    linears.pool.make(KEY, 1)
-    (block,) = linears.pool._stocks[KEY]
+    linears.pads.make(KEY, 1)
+    (block,) = linears.pads._stocks[KEY]
     x = activations(3)
     x[1, 1] = np.nan
     with pytest.raises(NumericError):
@@ -415,7 +415,7 @@ def test_pads_change_hands_under_the_lock_only(how: str, monkeypatch: pytest.Mon
 def test_masked_layers_close_their_pool() -> None:
     groups = guarded(WEIGHTS)
     linears = MaskedLinears(HonestConnection(WEIGHTS), groups, PadPool(groups, LocalPadSource(), wait=True))
-    root = linears.pool._ratchet._state
+    root = linears.pads._ratchet._state
     linears.close()
     assert root == bytes(KEY_BYTES)
     assert not torch.from_numpy(groups[KEY].projections.astype(np.int64) - 1).any()
@@ -423,9 +423,7 @@ def test_masked_layers_close_their_pool() -> None:
 
 def test_weights_that_were_left_to_a_dealer_multiply_nothing_here() -> None:
     group = guarded(WEIGHTS)[KEY]
-    without = GuardedGroup(
-        group.key, group.limit, group.scales, group.bias, group.check_vectors, group.projections, None
-    )
+    without = replace(group, weights=None)
     with pytest.raises(ValueError, match="dealer"):
         LocalPadSource().products(without, [], np.zeros((BLOCK_ROWS, 48), np.uint32))
 
@@ -496,7 +494,7 @@ def test_nothing_secret_is_printed() -> None:
         str(number) for part in (group.check_vectors, group.projections, pending.desk.expected) for number in part.flat
     }
     block = pending.slices[0].block
-    for thing in (group, pending, pending.desk, pending.slices, block, linears, linears.pool, linears.pool._ratchet):
+    for thing in (group, pending, pending.desk, pending.slices, block, linears, linears.pads, linears.pads._ratchet):
         assert not {number for number in secret if len(number) > 6 and number in repr(thing)}
         assert "bytearray" not in repr(thing)
         assert "array(" not in repr(thing)

@@ -158,6 +158,14 @@ def only_if(condition: str) -> Callable[[ast.If], ast.If]:
     return narrower
 
 
+def condition(text: str) -> Callable[[ast.If], ast.If]:
+    def other(node: ast.If) -> ast.If:
+        node.test = ast.parse(text, mode="eval").body
+        return node
+
+    return other
+
+
 def body_only(node: ast.With) -> ast.If:
     """A ``with`` without what it holds."""
     return ast.If(test=ast.Constant(value=True), body=node.body, orelse=[])
@@ -228,6 +236,15 @@ def digests(test: str) -> str:
     return f"{DIGESTS}::{test}"
 
 
+def slices(test: str) -> str:
+    return f"test_slices.py::{test}"
+
+
+EVERY_SLICE = slices("test_the_slice_of_a_wrong_column_is_named[{}-masked]")
+SUM_DIFFERS = (
+    "verdict == OK and _dot(reply[row], vectors[k]) != "
+    "sum(int(expected[row, n * len(vectors) + k]) for n in range(len(bounds) - 1)) % P"
+)
 WRONG_LAST = core("test_one_wrong_element_is_found_in_every_row[36-masked]")
 AFTERWARDS = core("test_after_a_failure_nothing_is_checked_with_the_same_vectors[masked]")
 PADS_DIFFER = core("test_equal_inputs_reach_the_worker_under_different_pads")
@@ -260,7 +277,7 @@ MUTANTS = [
     mutant(
         "a verdict on what is sent is ignored",
         ERASED_PAD,
-        (LINEARS, "refuse", asking("worst"), never),
+        (LINEARS, "refuse", call_of("divmod"), expression("(0, kernels.OK)")),
     ),
     mutant(
         "x' is read back",
@@ -287,7 +304,7 @@ MUTANTS = [
             KERNELS,
             "verify_and_unmask",
             CHECK,
-            only_if("(_dot(reply[row], vectors[k]) ^ expected[row, k]) & 0xFFFF"),
+            only_if("(_dot(own, vectors[k, begin:stop]) ^ expected[row, part * vectors.shape[0] + k]) & 0xFFFF"),
         ),
     ),
     mutant(
@@ -296,8 +313,8 @@ MUTANTS = [
         (
             WEIGHTS,
             "check_products",
-            lambda node: isinstance(node, ast.Compare) and names(node) == {"sums"},
-            expression("(sums[0] & 0xFFFF) == (sums[1] & 0xFFFF)"),
+            lambda node: isinstance(node, ast.Compare) and {"expected", "found"} <= names(node),
+            expression("(expected & 0xFFFF) == (found & 0xFFFF)"),  # of one slice
         ),
     ),
     mutant(
@@ -306,7 +323,7 @@ MUTANTS = [
         (LINEARS, "_judge", calling("fill"), lambda _: ast.parse("verdicts.fill(kernels.OK)").body[0]),
         (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
-    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "refuse", asking("worst"), never)),
+    mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "refuse", asking("OK"), never)),
     mutant(
         "a row has the verdict of the last product",
         desks("test_the_verdict_on_one_product_is_none_on_the_next[masked]"),
@@ -330,12 +347,42 @@ MUTANTS = [
     mutant(
         "no range check",
         core("test_another_way_to_write_the_right_number_is_out_of_range[masked]"),
-        (KERNELS, "verify_and_unmask", storing("largest"), value("np.uint32(0)")),
+        (
+            KERNELS,
+            "verify_and_unmask",
+            lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "largest",
+            value("np.uint32(0)"),
+        ),
     ),
     mutant(
         "a reply is checked where the worker can change it",
         core("test_a_reply_is_read_once[masked]"),
         (LINEARS, "_verify_and_unmask", calling("copyto"), lambda _: ast.parse("unchecked_y = own").body[0]),
+    ),
+    # slices
+    mutant(
+        "no check of the first slice", EVERY_SLICE.format(0), (KERNELS, "verify_and_unmask", CHECK, only_if("part"))
+    ),
+    mutant(
+        "no check of the last slice",
+        EVERY_SLICE.format(23),
+        (KERNELS, "verify_and_unmask", CHECK, only_if("part + 2 < len(bounds)")),
+    ),
+    mutant(
+        "the first column of a slice is not checked",
+        EVERY_SLICE.format(20),
+        (KERNELS, "verify_and_unmask", call_of("_dot"), expression("_dot(own[1:], vectors[k, begin + 1:stop])")),
+        (KERNELS, "project_weights", storing("element"), value("OLD * (j > bounds[part])")),
+    ),
+    mutant(
+        "slices are checked as one",
+        slices("test_errors_that_cancel_over_all_slices_are_found[columns0-masked]"),
+        (KERNELS, "verify_and_unmask", CHECK, condition(SUM_DIFFERS)),
+    ),
+    mutant(
+        "another slice is named",
+        EVERY_SLICE.format(7),
+        (LINEARS, "refuse", call_of("divmod"), expression("(0, int(verdicts[row]) % kernels.KINDS)")),
     ),
     # entropy
     mutant("vectors are not secret", ENTROPY, (WEIGHTS, "of", call_of("urandom"), expression("bytes(KEY_BYTES)"))),
@@ -347,7 +394,7 @@ MUTANTS = [
     mutant(
         "vectors of 15 bits",
         ENTROPY,
-        (WEIGHTS, "of", storing("projections"), Before("check_vectors &= np.uint32(0x7FFF)")),
+        (WEIGHTS, "of", storing("projections"), Before("vectors &= np.uint32(0x7FFF)")),
     ),
     mutant(
         "forgotten vectors are known",
@@ -427,7 +474,7 @@ MUTANTS = [
     mutant(
         "a source that failed is asked again",
         lives("test_a_source_that_failed_is_not_asked_again"),
-        (POOL, "_make", calling("_raise_failure"), nothing),
+        (POOL, "_make", asking("failures"), never),
     ),
     # the dealer
     mutant(
@@ -470,8 +517,8 @@ MUTANTS = [
         "a dealer's digests are not compared",
         digests("test_neither_a_worker_nor_a_dealer_may_have_other_weights"),
         (
-            "api/private_links.py",
-            "PrivateLinks._session",
+            "api/private_sessions.py",
+            "PrivateSessions.open",
             lambda node: isinstance(node, ast.keyword) and node.arg == "digests",
             value("OLD if role == 'worker' else None"),
         ),

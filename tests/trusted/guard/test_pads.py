@@ -138,9 +138,9 @@ def test_a_call_that_is_closed_under_way_writes_nothing() -> None:
 
 def test_closing_destroys_what_was_ready_and_what_is_used_in_part() -> None:
     linears, _ = masked(WEIGHTS)
-    linears.pool.make(KEY, 2)
+    linears.pads.make(KEY, 2)
     linears.start(KEY, activations(3)).wait()
-    blocks = list(linears.pool._stocks[KEY])
+    blocks = list(linears.pads._stocks[KEY])
     arrays = [part for block in blocks for part in (block._pads, block._products) if part is not None]
     assert [block.left for block in blocks] == [13, 16]
     linears.close()
@@ -149,7 +149,7 @@ def test_closing_destroys_what_was_ready_and_what_is_used_in_part() -> None:
     with pytest.raises(ChannelClosed):
         linears.start(KEY, activations(1))
     with pytest.raises(PadReused):
-        linears.pool.take(KEY, 1)
+        linears.pads.take(KEY, 1)
 
 
 def test_seeds_do_not_reach_pads() -> None:
@@ -276,12 +276,12 @@ def test_a_call_that_fails_before_it_is_sent(where: str, monkeypatch: pytest.Mon
         with pytest.raises(RuntimeError, match=where):
             linears.start(KEY, activations(4))
     if where == "slot":
-        (block,) = linears.pool._stocks[KEY]
+        (block,) = linears.pads._stocks[KEY]
         assert block.left == BLOCK_ROWS - 1
         linears.start(KEY, activations(2)).wait()
         return
     assert isinstance(line.dead, ChannelClosed)
-    assert not linears.pool._stocks[KEY]
+    assert not linears.pads._stocks[KEY]
     with pytest.raises(ChannelClosed):
         linears.start(KEY, activations(2))
 
@@ -292,7 +292,7 @@ def test_pads_run_out_in_one_of_several_products_under_way() -> None:
     linears = MaskedLinears(line, groups, PadPool(groups, LocalPadSource(), wait=False))
     with pytest.raises(PadsExhausted):
         linears.start(KEY, activations(1))
-    linears.pool.make(KEY, 1)
+    linears.pads.make(KEY, 1)
     linears.start(KEY, activations(1)).wait()  # nothing was under way: it went on
     under_way = linears.start(KEY, activations(1))
     with pytest.raises(PadsExhausted):

@@ -30,6 +30,7 @@ from tsqp.model.local import LocalEmbedding
 from tsqp.model.pending import Deferred, Pending
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.engine.micro_batches import Fixed
 from tsqp.trusted.stats import Stats
 
 P = 2**31 - 1
@@ -96,7 +97,7 @@ def integer_engine(
         dtype=torch.float32,
         cache_dtype=cache_dtype(kept),
         max_rows=prefill_chunk,
-        micro_batches=micro_batches,
+        micro_batches=Fixed(micro_batches),
         stats=stats,
     )
     return Engine(decoder, (), stats)

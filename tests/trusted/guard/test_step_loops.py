@@ -88,6 +88,7 @@ class Call:
             step_loops.BIAS: self.group.bias.ctypes.data,
             step_loops.VECTORS: self.group.check_vectors.ctypes.data,
             step_loops.PROJECTIONS: self.group.projections.ctypes.data,
+            step_loops.BOUNDS: self.group.bounds.ctypes.data,
             step_loops.LIMIT: self.group.limit,
             step_loops.SENT: self.sent.ctypes.data,
             step_loops.REPLY: self.reply.ctypes.data,

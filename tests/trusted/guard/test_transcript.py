@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
+from tests.adapters import write_adapter
 from tests.dialling import dialling
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.hostile import serve
 from tests.trusted.guard.recorder import Recorder
-from tsqp import LLM, SamplingParams
+from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.api.llm import Prompt
+from tsqp.arith.modulus import P
+from tsqp.audit.uniformity import uniformity_p
+from tsqp.audit.view import WordRows
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import group_keys
 from tsqp.wire.channel import Channel
@@ -23,9 +30,15 @@ STEPS = 6
 
 
 def record(
-    prompt: Prompt, params: SamplingParams | None = None, *, mode: ProtectionName = "masked", ahead: int = 64
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    mode: ProtectionName = "masked",
+    ahead: int = 64,
+    adapters: Sequence[str] = (),
+    lora: str | None = None,
 ) -> Recorder:
-    """One answer, and all that it sent."""
+    """One answer, and all that it sent. ``adapters``: of the run; ``lora``: the one that answers."""
     recorders: list[Recorder] = []
 
     def wrap(channel: Channel) -> Recorder:
@@ -35,9 +48,16 @@ def record(
     guard = GuardConfig(pads_ahead=ahead) if mode == "masked" else None
     with (
         serve(MODEL) as (_, address),
-        LLM(MODEL, protection=mode, worker=address, guard=guard, connect=dialling(wrap)) as llm,
+        LLM(
+            MODEL,
+            protection=mode,
+            worker=address,
+            guard=guard,
+            compute=ComputeConfig(lora=tuple(adapters)),
+            connect=dialling(wrap),
+        ) as llm,
     ):
-        completion = llm.generate([prompt], params or SamplingParams(max_tokens=STEPS), raw=True)[0]
+        completion = llm.generate([prompt], params or SamplingParams(max_tokens=STEPS), raw=True, lora=lora)[0]
     assert len(completion.token_ids) == STEPS
     return recorders[0]
 
@@ -67,6 +87,30 @@ def test_other_text_of_as_many_tokens_sends_the_same_messages() -> None:
     short, long = "éééé", "abcdefgh"  # a token is a byte
     assert len(short) != len(long)
     assert record(short).sent == record(long).sent
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_adapter(tmp_path_factory.mktemp("private") / "adapter", tiny_model("llama-biases"), rank=16))
+
+
+@pytest.mark.parametrize("lora", [None, "adapter"], ids=["loaded", "used"])
+def test_an_adapter_changes_nothing_that_is_sent(adapter: str, lora: str | None) -> None:
+    """Calls, their order, their sizes and every control frame; what is in the payloads is noise as before."""
+    bare, own = record(PROMPT), record(PROMPT, adapters=[adapter], lora=lora)
+    assert own.sent == bare.sent
+    assert [sizes for _, sizes in own.received] == [sizes for _, sizes in bare.received]
+    words = np.frombuffer(b"".join(own.payloads), np.uint32).reshape(-1, 32)
+    assert uniformity_p(WordRows([words], P)) > 1e-6
+
+
+def test_where_rows_are_in_clear_an_adapter_shows_in_them(adapter: str) -> None:
+    """So that the test above could fail: in ``verified`` later rows are of other activations. Sizes are the same."""
+    bare, own = record(PROMPT, mode="verified"), record(PROMPT, mode="verified", adapters=[adapter], lora="adapter")
+    assert own.sent == bare.sent
+    assert own.payloads[0] == bare.payloads[0]  # the first product has the input of the plain model
+    assert all(ours != theirs for ours, theirs in zip(own.payloads[1:], bare.payloads[1:], strict=True))
+    assert record(PROMPT, mode="verified", adapters=[adapter]).payloads == bare.payloads
 
 
 def test_more_tokens_do_send_other_messages() -> None:

@@ -19,7 +19,6 @@ from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.field import MAX_SMALL, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel
-from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.config.groups import GroupKey
@@ -133,8 +132,7 @@ def projections(check_vectors: list[int], wq: list[list[int]]) -> list[int]:
 
 
 def group_of(wq: torch.Tensor, checks: int = 2) -> GuardedGroup:
-    kernel = pick_kernel(torch.device("cpu"))
-    return GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, kernel, checks=checks, keep_weights=False)
+    return GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, None, checks=checks)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (70, 33), (65_536, 2), (65_537, 3), (140_000, 2)], ids=str)

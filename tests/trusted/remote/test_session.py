@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import linear_groups
+from tsqp.config.shard import Shard, said
 from tsqp.errors import (
     ChannelError,
     ModelMismatch,
@@ -23,7 +26,7 @@ from tsqp.trusted.stats import Stats
 from tsqp.trusted.trace import Trace
 from tsqp.wire.channel import Frames, SlotsByReserve
 from tsqp.wire.codec import decode_to_worker, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, GroupShape, Hello, Linear, Refused, Welcome
+from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, GroupShape, Hello, Linear, Product, Refused, Welcome
 
 CHECKPOINT = open_checkpoint("synthetic:tiny")
 CONFIG = CHECKPOINT.config
@@ -56,6 +59,9 @@ class ScriptedChannel(SlotsByReserve):
         elif self._answer is not None and isinstance(message, Linear):
             self._replies.append(self._answer(message))
 
+    def arrived(self, within_s: float) -> bool:
+        return bool(self._replies)
+
     def receive(self, deadline_s: float) -> Frames:
         return self._replies.popleft()
 
@@ -63,9 +69,9 @@ class ScriptedChannel(SlotsByReserve):
         self.closed = True
 
 
-def open_session(channel: ScriptedChannel) -> WorkerSession:
+def open_session(channel: ScriptedChannel, **options: Any) -> WorkerSession:
     return WorkerSession(
-        channel, CONFIG, FINGERPRINT, wire_dtype="float32", dtype="float32", stats=Stats(), deadline_s=1.0
+        channel, CONFIG, FINGERPRINT, wire_dtype="float32", dtype="float32", stats=Stats(), deadline_s=1.0, **options
     )
 
 
@@ -166,6 +172,16 @@ BAD_GREETINGS: dict[str, tuple[Frames, type[ChannelError], str]] = {
         ProtocolError,
         "protocol",
     ),
+    "a shard": (
+        Frames(encode(Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "float32", "0..2"))),
+        ModelMismatch,
+        r"holds shard 0\.\.2, not the whole model",
+    ),
+    "all of the model in other words": (
+        Frames(encode(Welcome(PROTOCOL_VERSION, FINGERPRINT, GROUPS, "cpu", "float32", "0..3"))),
+        ModelMismatch,
+        r"holds shard 0\.\.3, not the whole model",
+    ),
     "payloads": (Frames(encode(WELCOME), payload(1)), ProtocolError, "payloads"),
     "garbage": (Frames(b"hello"), ProtocolError, "valid message"),
     "a reply": (Frames(encode(Done(1))), ProtocolError, "valid message"),
@@ -179,3 +195,72 @@ def test_a_bad_greeting_is_refused_and_the_channel_closed(name: str) -> None:
     with pytest.raises(expected, match=words):
         open_session(channel)
     assert channel.closed
+
+
+HALF = Shard(1, 3, 0, 1, 2)  # of the second of two layers, and of the LM head
+SLICES = tuple(msgspec.structs.replace(g, out_features=g.out_features // 2, digest="ab" * 32) for g in GROUPS)
+OF_HALF = Welcome(PROTOCOL_VERSION, FINGERPRINT, SLICES, "cpu", "field", str(HALF))
+DIGESTS = {group.name: "ab" * 32 for group in SLICES}
+
+
+def test_a_worker_of_the_shard_that_was_asked_for_is_taken() -> None:
+    session = open_session(ScriptedChannel(Frames(encode(OF_HALF))), path="field", digests=DIGESTS, shard=HALF)
+    assert session.shard == HALF
+    assert open_session(ScriptedChannel(Frames(encode(WELCOME)))).shard == Shard(0, 3)
+
+
+BAD_SHARDS: dict[str, tuple[Welcome, str]] = {
+    "the other half": (
+        msgspec.structs.replace(OF_HALF, shard="1..3/1..2of2"),
+        r"holds shard 1\.\.3/1\.\.2of2, not shard",
+    ),
+    "other layers": (msgspec.structs.replace(OF_HALF, shard="0..2/0..1of2"), r"holds shard 0\.\.2/0\.\.1of2, not"),
+    "no shard": (msgspec.structs.replace(OF_HALF, shard=None), "holds the whole model, not shard"),
+    "not in lowest terms": (msgspec.structs.replace(OF_HALF, shard="1..3/0..2of4"), "not shard"),
+    "one that cannot be": (msgspec.structs.replace(OF_HALF, shard="3..1/9..1of2"), "not shard"),
+    "whole groups": (msgspec.structs.replace(OF_HALF, groups=GROUPS), "another model"),
+    "a group too few": (msgspec.structs.replace(OF_HALF, groups=SLICES[:-1]), "another model"),
+    "other weights": (
+        msgspec.structs.replace(OF_HALF, groups=(*SLICES[:-1], msgspec.structs.replace(SLICES[-1], digest="ac" * 32))),
+        "another model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_a_worker_of_another_shard_is_refused(name: str) -> None:
+    welcome, words = BAD_SHARDS[name]
+    channel = ScriptedChannel(Frames(encode(welcome)))
+    with pytest.raises(ModelMismatch, match=words):
+        open_session(channel, path="field", digests=DIGESTS, shard=HALF)
+    assert channel.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "layer", "width"),
+    [
+        ("0..3", "o", 0, CONFIG.hidden_size),
+        ("1..3/0..1of2", "o", 1, CONFIG.hidden_size // 2),
+        ("2..3/0..1of4", "lm_head", None, CONFIG.vocab_size // 4),
+    ],
+)
+def test_a_ping_is_a_product_that_the_worker_has(text: str, group: str, layer: int | None, width: int) -> None:
+    asked: list[tuple[Product, int]] = []
+
+    class Pinged(ScriptedChannel):
+        def send(self, frames: Frames, reply_bytes: int = 0) -> None:
+            call = decode_to_worker(frames.control)
+            if isinstance(call, Product):
+                asked.append((call, reply_bytes))
+                assert bytes(frames.tensors[0]) == bytes(4 * linear_groups(CONFIG)[call.group].in_features)
+                self._replies.append(Frames(encode(Done(call.id)), payload(width)))
+            else:
+                super().send(frames, reply_bytes)
+
+    shard = Shard.parse(text)
+    shapes = tuple(GroupShape(g.name, g.in_features, shard.width(g)) for g in shard.groups(CONFIG))
+    welcome = Welcome(PROTOCOL_VERSION, FINGERPRINT, shapes, "cpu", "field", said(shard, CONFIG))
+    session = open_session(Pinged(Frames(encode(welcome))), path="field", shard=shard)
+    session.ping()
+    session.ping()
+    assert [(call.group, call.layer, call.rows, size) for call, size in asked] == [(group, layer, 1, 4 * width)] * 2

@@ -182,6 +182,19 @@ def test_a_failure_names_the_line_and_what_is_missing(template: str, words: str)
     assert words in failure(template)
 
 
+def test_a_system_prompt_that_the_template_refuses() -> None:
+    """As Gemma's does: its own words are the error, and the user's are not in it."""
+    chat = tokenizer(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    user = {"role": "user", "content": "hi"}
+    assert chat.decode(chat.encode_chat([user])) == "hi"
+    with pytest.raises(PromptError) as caught:
+        chat.encode_chat([{"role": "system", "content": "secret"}, user])
+    assert str(caught.value) == "the chat template refuses this conversation (line 1): System role not supported"
+
+
 def test_an_argument_is_named_only_by_its_name() -> None:
     assert "a dict has no element 'x'" in failure("{{ options.x.y }}", options={"y": "secret"})
 

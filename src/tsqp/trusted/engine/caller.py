@@ -32,10 +32,13 @@ class Caller:
         salt: str | None = None,
         patient: bool = False,
         sampler: ChoosesTokens | None = None,
+        adapter: str | None = None,
     ) -> None:
         """One more request. Raises as ``Engine.add_request``."""
         deliver = self._arrived.append
-        number = self._engine.add_request(prompt, params, salt=salt, patient=patient, sampler=sampler, deliver=deliver)
+        number = self._engine.add_request(
+            prompt, params, salt=salt, patient=patient, sampler=sampler, deliver=deliver, adapter=adapter
+        )
         self._places[number] = self._added
         self._added += 1
 

@@ -6,6 +6,7 @@ prefill, decode, chunks, micro-batches and batches: flat rows, each with a posit
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,9 +17,11 @@ from tsqp.arith.large_memory import large_memory
 from tsqp.model.batch import Batch, Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
+from tsqp.model.norms import soft_capped
 from tsqp.model.operators import Embedding
 from tsqp.model.pending import Steps, interleaved
 from tsqp.model.rotary import Rotary
+from tsqp.trusted.engine.micro_batches import MicroBatches
 from tsqp.trusted.stats import Stats
 
 
@@ -37,7 +40,9 @@ class Step(Protocol):
 
 
 class Decoder:
-    """The forward pass. ``max_rows`` bounds the rows of a chunk; each chunk crosses the layers as ``micro_batches``."""
+    """The forward pass. ``max_rows`` bounds the rows of a chunk; ``micro_batches`` says in how many parts each crosses
+    the layers.
+    """
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class Decoder:
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
         max_rows: int,
-        micro_batches: int,
+        micro_batches: MicroBatches,
         stats: Stats,
         step: Step | None = None,
     ) -> None:
@@ -71,7 +76,7 @@ class Decoder:
         Appends to the caches. After an exception the caches are not advanced, so the pass can be asked for again.
         """
         hidden = self._layers.embedded((yield self._embedding.start(batch.flat_tokens())))  # (T, hidden)
-        step = None if batch.call_by_call or self._micro_batches > 1 else self._step
+        step = None if batch.call_by_call or self._micro_batches.parts(len(hidden)) > 1 else self._step
         if step is not None and len(hidden) <= min(step.most_rows, self._max_rows):
             (chunk,) = batch.chunks(self._max_rows)
             rows = _wanted(chunk, batch)
@@ -83,8 +88,10 @@ class Decoder:
                 return logits
         wanted: list[torch.Tensor] = []
         for chunk in batch.chunks(self._max_rows):
-            parts = chunk.split(self._micro_batches)
+            parts = chunk.split(self._micro_batches.parts(chunk.rows))
+            began = time.perf_counter()
             yield from interleaved([self._through_layers(hidden[part.slice], part) for part in parts])
+            self._micro_batches.took(chunk.rows, len(parts), time.perf_counter() - began)
             rows = _wanted(chunk, batch)
             own = hidden[chunk.slice]
             wanted.append(own if len(rows) == chunk.rows else own[rows])
@@ -96,8 +103,7 @@ class Decoder:
             self._stats.forward_passes += 1
             return last.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         final = self._layers.linears.input(("lm_head", None), len(last))
-        with self._stats.operator("rms_norm"):
-            self._layers.kernels.rms_norm(last, self._layers.norms.final, self.config.rms_norm_eps, final)
+        self._layers.norm(last, self._layers.norms.final, final)
         asked = self._layers.linears.start(("lm_head", None), final)
         product = yield asked
         logits = torch.empty(product.shape, dtype=torch.float32)  # the caller's own: what was handed out is used again
@@ -107,7 +113,7 @@ class Decoder:
         batch.advance()
         large_memory().give_back()  # the next pass is likely to be one of few rows
         self._stats.forward_passes += 1
-        return logits
+        return soft_capped(logits, self.config.logits_cap)
 
     def _through_layers(self, hidden: torch.Tensor, chunk: Chunk[KVCache]) -> Steps[None]:
         with self._stats.operator("rotary"):

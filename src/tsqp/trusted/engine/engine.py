@@ -21,13 +21,14 @@ from typing import Any, Protocol
 import torch
 
 from tsqp.config.model import ModelConfig
-from tsqp.errors import ChannelError, InputError, NumericError, PromptError, TsqpError
+from tsqp.errors import ChannelError, InputError, NumericError, OptionError, PromptError, TsqpError
 from tsqp.model.batch import Batch
 from tsqp.model.pending import run
 from tsqp.trusted.engine.counts import Counts
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.line import Line, PassDecoder
-from tsqp.trusted.engine.logprobs import read_prompt
+from tsqp.trusted.engine.logprobs import read_prompt, token_logprobs
+from tsqp.trusted.engine.oblivious import ObliviousSampler, oblivious_logprobs
 from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -54,6 +55,7 @@ class Engine:
     ``same_bits``: rows of prompts and rows of answers are told apart, so that logits do not depend on how they were
     computed. ``pads``: where a request reserves them, in a run that does not make missing ones. ``line``: where further
     decoders come from, should the worker of this one be lost. ``clock``: seconds, for how long steps take.
+    ``adapters``: the names of those that requests may have.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Engine:
         pads: ReservesPads | None = None,
         line: Line | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        adapters: Iterable[str] = (),
+        oblivious: bool = False,
     ) -> None:
         limits = limits or Limits()
         most = getattr(decoder, "max_sequences", limits.running)
@@ -79,6 +83,8 @@ class Engine:
         self._pads = pads
         self._line = line
         self._clock = clock
+        self._adapters = tuple(adapters)
+        self._oblivious = oblivious  # whether tokens are chosen by looks at the whole vocabulary
         self._scheduler = Scheduler(
             lambda: self.decoder.new_cache(),
             self.limits,
@@ -124,6 +130,13 @@ class Engine:
         if not all(0 <= token < self.config.vocab_size for token in prompt):
             raise PromptError(f"a token id is outside of the vocabulary of {self.config.vocab_size}")
 
+    def check_adapter(self, name: str | None) -> None:
+        """Raises OptionError for an adapter that this run has not."""
+        if name is not None and name not in self._adapters:
+            known = ", ".join(self._adapters) or "none, as compute.lora was not given"
+            fields = () if self._adapters else ("compute.lora",)
+            raise OptionError(f"there is no such adapter; this run has {known}", fields=fields)
+
     def add_request(
         self,
         prompt: Tokens,
@@ -135,6 +148,7 @@ class Engine:
         sampler: ChoosesTokens | None = None,
         deliver: Callable[[Output], None] | None = None,
         tap: Tap | None = None,
+        adapter: str | None = None,
     ) -> int:
         """Put a request into the queue; its number. It is computed by ``step``.
 
@@ -144,23 +158,26 @@ class Engine:
         others may hold it up. ``sampler``: one of its own, for this request alone; made of
         ``params`` when not given. ``deliver`` is called with each of its outputs, by whoever steps. ``tap``: listens to
         the passes of the request, which have no row of another; all of it is computed and nothing of it is left.
+        ``adapter``: the name of the one that the request has.
 
-        Raises PromptError; InputError for a request that can never fit into the memory for caches; QueueFull;
-        PadsExhausted.
+        Raises PromptError; OptionError for an adapter that this run has not; InputError for a request that can never
+        fit into the memory for caches; QueueFull; PadsExhausted.
         """
         self._refuse_fork()
         self.check_prompt(prompt)
+        self.check_adapter(adapter)
         request = Request(
             0,
             prompt,
             params,
-            sampler or Sampler(params),
+            sampler or (ObliviousSampler if self._oblivious else Sampler)(params),
             max_positions=self.config.max_positions,
             tenant=tenant,
             scope=None if salt is None or tap is not None or params.prompt_logprobs is not None else (tenant, salt),
             patient=patient,
             deliver=deliver,
             tap=tap,
+            adapter=adapter,
         )
         with self._books():
             self._refused += 1  # unless nothing is raised
@@ -230,7 +247,9 @@ class Engine:
         with self._books():
             self._scheduler.forget()
 
-    def generate(self, prompts: Iterable[Tokens], params: SamplingParams) -> Iterator[tuple[int, Output]]:
+    def generate(
+        self, prompts: Iterable[Tokens], params: SamplingParams, adapter: str | None = None
+    ) -> Iterator[tuple[int, Output]]:
         """Answer prompts together: the index of a prompt and an output of it, in the order they come.
 
         Raises before the first one as ``add_request``, later as ``step``; and the error of a request of its own.
@@ -239,12 +258,13 @@ class Engine:
 
         with Caller(self) as caller:
             for prompt in prompts:
-                caller.add(prompt, params, patient=True)
+                caller.add(prompt, params, patient=True, adapter=adapter)
             yield from caller
 
-    def logits(self, prompt: Tokens) -> torch.Tensor:
+    def logits(self, prompt: Tokens, adapter: str | None = None) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
         self.check_prompt(prompt)
+        self.check_adapter(adapter)
         if self._pads is not None:
             self._pads.reserve(len(prompt))
         try:
@@ -252,7 +272,8 @@ class Engine:
                 while True:
                     self._have_decoder()
                     try:
-                        return self._forward(Batch([prompt], [self.decoder.new_cache()], every_row=True))
+                        caches = [self.decoder.new_cache()]
+                        return self._forward(Batch([prompt], caches, every_row=True, adapters=[adapter]))
                     except ChannelError as error:
                         if not self._mends(error):
                             raise
@@ -339,6 +360,7 @@ class Engine:
             first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
             whole=[request.reads_prompt for request in shares],
             call_by_call=any(request.tap is not None for request in shares),
+            adapters=[request.adapter for request in shares],
         )
         reading = {request: request.computed for request in shares if request.reads_prompt}
         start = self._clock()
@@ -371,7 +393,8 @@ class Engine:
                     fields=("compute.dtype",),
                 )
             if first is not None and entries is not None and count is not None:
-                read_prompt(entries, logits, request.tokens, first, count)
+                look = oblivious_logprobs if self._oblivious else token_logprobs
+                read_prompt(entries, logits, request.tokens, first, count, look)
             if request.rest:
                 return None
             begins = len(request.tokens) == request.prompt_length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,17 @@ def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprob
     The logits are the model's: no bias, penalty, temperature or grammar has changed them.
     """
     given = logits.numpy()
-    scores = given.astype(np.float64)
+    scores = log_softmax(given)
+    top = tuple((int(one), bounded(scores[one])) for one in likeliest(given, count))
+    return TokenLogprobs(token, bounded(scores[token]), top)
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """The log-probability of each token."""
+    scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= np.log(np.exp(scores).sum())
-    top = tuple((int(one), _bounded(scores[one])) for one in likeliest(given, count))
-    return TokenLogprobs(token, _bounded(scores[token]), top)
+    return scores
 
 
 def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs | None]:
@@ -45,7 +51,12 @@ def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> 
 
 
 def read_prompt(
-    entries: list[TokenLogprobs | None], logits: torch.Tensor, prompt: Sequence[int], first: int, count: int
+    entries: list[TokenLogprobs | None],
+    logits: torch.Tensor,
+    prompt: Sequence[int],
+    first: int,
+    count: int,
+    look: Callable[[torch.Tensor, int, int], TokenLogprobs] = token_logprobs,
 ) -> None:
     """Add to the entries of a prompt what its logits (T, vocab_size), after the tokens from ``first`` on, give them.
 
@@ -53,7 +64,7 @@ def read_prompt(
     """
     for at, row in enumerate(logits, start=first + 1):
         if at == len(entries) < len(prompt):
-            entries.append(token_logprobs(row, prompt[at], count))
+            entries.append(look(row, prompt[at], count))
 
 
 def likeliest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
@@ -70,5 +81,6 @@ def kth_largest(scores: NDArray[Any], k: int) -> Any:
     return np.partition(scores, len(scores) - k)[len(scores) - k]
 
 
-def _bounded(logprob: float) -> float:
+def bounded(logprob: float) -> float:
+    """At least ``FLOOR``."""
     return max(float(logprob), FLOOR)

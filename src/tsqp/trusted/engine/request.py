@@ -63,8 +63,9 @@ class Request:
     ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
     there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
     budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``patient``: nobody follows the
-    answer as it grows. ``tap``: listens while it is computed, and then nobody else is. ``prompt_logprobs``: of the
-    prompt's tokens so far, None for the first, where they are asked for.
+    answer as it grows. ``tap``: listens while it is computed, and then nobody else is. ``adapter``: the name of the one
+    that it has, None for none. ``prompt_logprobs``: of the prompt's tokens so far, None for the first, where they are
+    asked for.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Request:
         patient: bool = False,
         deliver: Callable[[Output], None] | None = None,
         tap: Tap | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.id = number
         self.tenant = tenant
@@ -93,6 +95,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.deliver = deliver
         self.tap = tap
+        self.adapter = adapter
         self.cache: Cache | None = None
         self.charge = 0
         self.pads = 0

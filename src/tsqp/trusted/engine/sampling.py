@@ -67,9 +67,9 @@ class Sampler:
         self._prompt_tokens = prompt_tokens
         self._matcher = matcher
         self._key = secrets.token_bytes(16) if params.seed is None else params.seed.to_bytes(8, "little", signed=True)
-        self._history: _History | None = None
+        self._history: History | None = None
         self.logprobs: list[TokenLogprobs] = []  # of the tokens so far, where they are asked for
-        self._bias = _Bias.of(params)
+        self._bias: tuple[NDArray[np.intp], NDArray[np.float64]] | None = None
 
     def choose(self, logits: torch.Tensor, text: Sequence[int]) -> int:
         """The next token from logits (vocab_size,), float32; ``text`` holds every token so far.
@@ -81,15 +81,13 @@ class Sampler:
             self._prompt_tokens = len(text)
         scores = self._changed(logits.numpy(), text)
         if params.temperature == 0.0:
-            token = int(scores.argmax())
+            token = self._largest(scores)
         else:
-            ids, weights = narrowed(scores, params)
-            at = pick(weights, uniform(self._key, len(text) - self._prompt_tokens))
-            token = at if ids is None else int(ids[at])
+            token = self._drawn(scores, uniform(self._key, len(text) - self._prompt_tokens))
         if self._matcher is not None:
             self._matcher.accept(token)
         if params.logprobs is not None:
-            self.logprobs.append(token_logprobs(logits, token, params.logprobs))
+            self.logprobs.append(self._logprobs_of(logits, token, params.logprobs))
         return token
 
     def sample(self, logits: torch.Tensor, text: Sequence[int]) -> SampledToken:
@@ -100,37 +98,49 @@ class Sampler:
     def _changed(self, scores: Scores, text: Sequence[int]) -> Scores:
         """Logits after bias, grammar and penalties; the same array where there are none."""
         params = self._params
-        if self._bias is None and self._matcher is None and not _penalises(params):
+        if not params.logit_bias and self._matcher is None and not _penalises(params):
             return scores
         scores = scores.astype(np.float64)
-        if self._bias is not None:
-            scores[self._bias.ids] += self._bias.values
+        if params.logit_bias:
+            self._biased(scores)
         if self._matcher is not None:
-            scores[~self._matcher.allowed()] = -np.inf
+            scores[...] = np.where(self._matcher.allowed(), scores, -np.inf)
         if _penalises(params):
             if self._history is None:
-                self._history = _History(len(scores), self._prompt_tokens or 0)
+                self._history = self._new_history(len(scores))
             self._history.follow(text)
             self._history.penalise(scores, params)
         return scores
 
+    # What follows looks at some tokens alone. ``ObliviousSampler`` does the same by looks at all.
 
-@dataclass(frozen=True)
-class _Bias:
-    ids: NDArray[np.intp]
-    values: NDArray[np.float64]
+    def _biased(self, scores: NDArray[np.float64]) -> None:
+        if self._bias is None:
+            biases = self._params.logit_bias or {}
+            self._bias = np.array(list(biases)), np.array(list(biases.values()))
+        ids, values = self._bias
+        scores[ids] += values
 
-    @classmethod
-    def of(cls, params: SamplingParams) -> _Bias | None:
-        biases = params.logit_bias
-        return cls(np.array(list(biases)), np.array(list(biases.values()))) if biases else None
+    def _new_history(self, vocab_size: int) -> History:
+        return History(vocab_size, self._prompt_tokens or 0)
+
+    def _largest(self, scores: Scores) -> int:
+        return int(scores.argmax())
+
+    def _drawn(self, scores: Scores, share: float) -> int:
+        ids, weights = narrowed(scores, self._params)
+        at = pick(weights, share)
+        return at if ids is None else int(ids[at])
+
+    def _logprobs_of(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+        return token_logprobs(logits, token, count)
 
 
 def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
-class _History:
+class History:
     """Which tokens were in the text so far, and how often in the answer."""
 
     def __init__(self, vocab_size: int, prompt_tokens: int) -> None:
@@ -162,13 +172,13 @@ def narrowed(scores: Scores, params: SamplingParams) -> tuple[NDArray[np.intp] |
 
     A weight is a probability but for one common factor. Weights are of logits divided by the temperature.
     """
-    ids = None
+    ids, vocab_size = None, len(scores)
     if 0 < params.top_k < len(scores):
         ids = np.flatnonzero(scores >= kth_largest(scores, params.top_k))  # all that are as likely as the k-th
         scores = scores[ids]
     weights = tempered(scores, params.temperature)
     if params.top_p < 1.0:
-        inside = nucleus(weights, params.top_p)
+        inside = nucleus(weights, params.top_p, vocab_size)
         ids, weights = inside if ids is None else ids[inside], weights[inside]
     if params.min_p > 0.0:
         inside = np.flatnonzero(weights >= params.min_p)
@@ -186,25 +196,33 @@ def tempered(scores: Scores, temperature: float) -> NDArray[np.float64]:
     return weights
 
 
-def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+def mass_scale(vocab_size: int) -> float:
+    """What weights are multiplied by, to be cut to whole numbers: sums of them all are exact, in whatever order."""
+    return 2.0 ** (53 - vocab_size.bit_length())
+
+
+def nucleus(weights: NDArray[np.float64], top_p: float, vocab_size: int | None = None) -> NDArray[np.intp]:
     """Ids, in order, of the likeliest tokens: each stays while the mass before it is below ``top_p`` of the whole.
 
-    The likeliest comes first, of equal ones the smaller id; so one always stays.
+    The likeliest comes first, of equal ones the smaller id; so one always stays. ``vocab_size``: when weights are of a
+    part of the tokens.
     """
-    whole = float(weights.sum())
-    # Tokens below this weight together have less than what may be left out: the others are candidates.
-    candidates = np.flatnonzero(weights >= (1.0 - top_p) / len(weights) * whole)
-    found = weights[candidates]
+    scale = mass_scale(vocab_size or len(weights))
+    masses = np.floor(weights * scale)
+    whole = float(masses.sum())
+    # Tokens below this weight together have less than what may be left out, by half: the others are candidates.
+    candidates = np.flatnonzero(masses >= 0.5 * (1.0 - top_p) / len(weights) * whole)
+    found, masses = weights[candidates], masses[candidates]
     # To sort them all would take the most time. So they go into bins by size, which the first bits of a positive
     # float tell, and only the bin is sorted in which the mass is reached.
     bins = found.view(np.int64) >> _BITS_WITHIN_A_BIN
     bins -= bins.min()
-    sums = np.cumsum(np.bincount(bins, weights=found)[::-1])  # the largest weights first
+    sums = np.cumsum(np.bincount(bins, weights=masses)[::-1])  # the largest weights first
     last = min(int(np.searchsorted(sums, top_p * whole)), len(sums) - 1)
     before = sums[last - 1] if last else 0.0
     last = len(sums) - 1 - last
     ordered = np.sort(found[bins == last])[::-1]
-    count = min(int(np.searchsorted(before + np.cumsum(ordered), top_p * whole)), len(ordered) - 1)
+    count = min(int(np.searchsorted(before + np.cumsum(np.floor(ordered * scale)), top_p * whole)), len(ordered) - 1)
     stays = found > ordered[count]
     equal = np.flatnonzero(found == ordered[count])
     stays[equal[: count + 1 - int((ordered > ordered[count]).sum())]] = True

@@ -292,8 +292,8 @@ class Scheduler:
         return self._prefixes.copy(found)
 
     def _scope_of(self, request: Request) -> Hashable:
-        """Among whose caches a request may find its beginning."""
-        return request.scope, self._tables_of(request.prompt_length)
+        """Among whose caches a request may find its beginning: keys and values depend on its adapter."""
+        return request.scope, request.adapter, self._tables_of(request.prompt_length)
 
     def _make_room(self, request: Request) -> bool:
         """Room for the next position of a running request; False where the request itself had to give way."""

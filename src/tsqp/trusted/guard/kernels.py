@@ -19,11 +19,10 @@ from tsqp.arith.loops import quantise_row
 from tsqp.arith.modulus import MAX_CENTRED, P
 
 OK, NOT_FINITE, ERASED_PAD, OUT_OF_RANGE, MISMATCH, UNSEEN = range(6)  # verdicts on a row, UNSEEN before there is one
+KINDS = 8  # what is wrong with slice s of a row has the verdict kind + 8·s
 ERASED = np.uint32(0xFFFFFFFF)  # what used pads are overwritten with: no number mod p, so it cannot pass for one
 
-_P, _P64 = np.uint32(P), np.uint64(P)
-_HALF = np.uint32(MAX_CENTRED)
-_SHIFT = np.uint64(31)
+_P, _P64, _HALF, _SHIFT = np.uint32(P), np.uint64(P), np.uint32(MAX_CENTRED), np.uint64(31)
 
 
 @inline
@@ -57,7 +56,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @kernel
 def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
-    """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, k).
+    """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, s·k).
 
     ``masked``: out uint32 (T, K) is x + pads mod p, pads uint32 (T, K), which are erased. Otherwise out int16 is x.
     """
@@ -88,16 +87,19 @@ def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected
 
 
 @kernel
-def project_weights(wq, vectors, out, first, end):  # type: ignore[no-untyped-def]
-    """vectors uint32 (k, N) times wq int8 (N, K) mod p: out uint32 (k, K). (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)"""
-    for k in range(first, end):
+def project_weights(wq, vectors, bounds, out, first, end):  # type: ignore[no-untyped-def]
+    """vectors uint32 (k, N) times wq int8 (N, K) mod p, of each slice by itself: out uint32 (s·k, K), slice by slice.
+
+    ``bounds`` int64 (s + 1,): where slices of N begin, and where the last one ends. (127 · 2³¹ · N < 2⁶³ for N ≤ 2²⁴.)
+    """
+    for row in range(first, end):
+        part, k = divmod(row, vectors.shape[0])
         total = np.zeros(wq.shape[1], np.int64)
-        for j in range(wq.shape[0]):
+        for j in range(bounds[part], bounds[part + 1]):
             element = np.int64(vectors[k, j])
             for i in range(wq.shape[1]):
                 total[i] += np.int64(wq[j, i]) * element
-        for i in range(wq.shape[1]):
-            out[k, i] = np.uint32(total[i] % np.int64(_P))
+        out[row] = total % np.int64(_P)
 
 
 @kernel
@@ -109,19 +111,27 @@ def project(values, vectors, out, first, end):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def verify_and_unmask(reply, vectors, expected, masked, products, scales, w_scales, bias, out, verdicts, first, end):  # type: ignore[no-untyped-def]
-    """Check a private copy of a reply, uint32 (T, N), unmask and rescale it: out float32 (T, N).
+def verify_and_unmask(reply, vectors, expected, bounds, masked, products, scaling, out, verdicts, first, end):  # type: ignore[no-untyped-def]
+    """Check a private copy of a reply, uint32 (T, N), each slice by itself, unmask and rescale it: out float32 (T, N).
+
+    ``expected`` uint32 (T, s·k) and ``bounds`` int64 (s + 1,): as ``project_weights`` has them. ``scaling``: scales
+    float32 (T,) of x, and scales and bias float32 (N,) of the weights.
 
     ``masked``: with the pads' ``products``, uint32 (T, N), which are erased. A row of out counts if its verdict is OK.
     """
+    scales, w_scales, bias = scaling
     for row in range(first, end):
-        largest = np.uint32(0)
-        for j in range(reply.shape[1]):
-            largest = max(largest, reply[row, j])
-        verdict = OUT_OF_RANGE if largest >= _P else OK
-        for k in range(vectors.shape[0]):
-            if verdict == OK and _dot(reply[row], vectors[k]) != expected[row, k]:
-                verdict = MISMATCH
+        verdict = OK
+        for part in range(bounds.shape[0] - 1):
+            begin, stop = bounds[part], bounds[part + 1]
+            own, largest = reply[row, begin:stop], np.uint32(0)
+            for j in range(own.shape[0]):  # from 0: a loop of vectors needs an index that cannot be negative
+                largest = max(largest, own[j])
+            if verdict == OK and largest >= _P:
+                verdict = OUT_OF_RANGE + KINDS * part
+            for k in range(vectors.shape[0]):
+                if verdict == OK and _dot(own, vectors[k, begin:stop]) != expected[row, part * vectors.shape[0] + k]:
+                    verdict = MISMATCH + KINDS * part
         if verdict == OK and masked and products.shape[1] != reply.shape[1]:
             verdict = ERASED_PAD
         if verdict == OK:

@@ -31,7 +31,6 @@ from tsqp.errors import (
     PadsExhausted,
     ProductMismatch,
     ReplyRangeError,
-    TsqpError,
 )
 from tsqp.trusted.guard import kernels
 from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice
@@ -150,9 +149,8 @@ class CheckedLinears:
 
         def mask(begin: int, stop: int) -> None:
             for one in slices[begin:stop]:
-                own, *part = one.of(x, desk.sent, desk.scales, desk.expected, desk.verdicts)
-                pads = one.pads(group)
-                kernels.quantise_and_mask(own, limit, group.projections, self.masked, pads, *part, 0, one.rows)
+                own, *to = one.of(x, desk.sent, desk.scales, desk.expected, desk.verdicts)
+                kernels.quantise_and_mask(own, limit, group.projections, self.masked, one.pads(group), *to, 0, one.rows)
 
         _judge(mask, slices, desk.verdicts, group.in_features)
         call = Product(self._connection.next_id(), *key, len(x), self.digits)
@@ -171,8 +169,9 @@ class CheckedLinears:
                 own, out, scales, expected, verdicts = one.of(reply, y, desk.scales, desk.expected, desk.verdicts)
                 unchecked_y = private[: one.rows]
                 np.copyto(unchecked_y, own)  # the one time that a reply is read: the worker can still change it
-                check = (group.check_vectors, expected, self.masked, one.products(), scales, group.scales, group.bias)
-                kernels.verify_and_unmask(unchecked_y, *check, out, verdicts, 0, one.rows)
+                check = group.check_vectors, expected, group.bounds, self.masked, one.products()
+                scaling = scales, group.scales, group.bias
+                kernels.verify_and_unmask(unchecked_y, *check, scaling, out, verdicts, 0, one.rows)
 
         _judge(unmask, pending.slices, desk.verdicts, group.out_features)
         self.products_checked, pending.done = self.products_checked + 1, True
@@ -188,21 +187,10 @@ class VerifiedLinears(CheckedLinears):
 
 
 class MaskedLinears(CheckedLinears):
-    """The worker sees uniform noise: every row it gets has a pad of ``pool`` added. Every product is checked."""
+    """The worker sees uniform noise: every row it gets has a pad of ``pads`` added. Every product is checked."""
 
     masked, digits, item = True, 4, np.uint32
-
-    def __init__(self, connection: WorkerConnection, groups: Groups, pool: PadPool) -> None:
-        super().__init__(connection, groups, pool)
-        self.pool = pool
-
-
-_REFUSALS: Sequence[tuple[type[TsqpError], str]] = (  # by verdict, those but OK
-    (NumericError, "the activations are not numbers: the weights are broken"),
-    (PadReused, "a pad was about to be used again"),
-    (ReplyRangeError, "the worker's product has numbers out of range: it cheats, or it is broken"),
-    (ProductMismatch, "the worker's product is wrong: it cheats, or its machine is broken"),
-)
+    pads: PadPool  # without one every call would raise PadReused
 
 
 def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array, width: int) -> None:
@@ -213,11 +201,17 @@ def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdict
 
 
 def refuse(verdicts: Array) -> None:
-    """Raise what the worst verdict means, if it is not OK."""
-    worst = max(verdicts.tolist())
-    if worst != kernels.OK:
-        error, text = _REFUSALS[min(worst, kernels.MISMATCH) - 1]
-        raise error(text)
+    """Raise what the worst verdict means, if it is not OK. A wrong slice of a row is worse than all else."""
+    row = int(verdicts.argmax())
+    part, kind = divmod(int(verdicts[row]), kernels.KINDS)
+    if kind == kernels.NOT_FINITE:
+        raise NumericError("the activations are not numbers: the weights are broken")
+    if kind == kernels.ERASED_PAD:
+        raise PadReused("a pad was about to be used again")
+    if kind == kernels.OUT_OF_RANGE:
+        raise ReplyRangeError("the worker's product has numbers out of range: it cheats, or is broken", row, part)
+    if kind != kernels.OK:
+        raise ProductMismatch("the worker's product is wrong: it cheats, or its machine is broken", row, part)
 
 
 def lose(slices: Sequence[PadSlice]) -> None:

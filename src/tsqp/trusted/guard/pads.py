@@ -2,18 +2,18 @@
 
 Covers: a key is used for one block and overwritten, a row is handed out once (test_pads.py); what was used
 is overwritten with a value that is no number mod p, so that it cannot be used by mistake either (same file). A forked
-process, which has a copy of everything, gets no rows (same file). Does not cover: copies that libraries or the kernel
-made; a virtual machine that is cloned while it runs. Assumes: ``os.urandom``, AES-256.
+process gets no rows (same file), and zeros in place of keys and pads, which are in no core dump: ``secret_memory``.
+Does not cover: copies that libraries or the kernel made; a virtual machine that is cloned while it runs. Assumes:
+``os.urandom``, AES-256.
 """
 
 from __future__ import annotations
 
 import os
 
-import numpy as np
-
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
+from tsqp.arith.secret_memory import secret_array, secret_bytes
 from tsqp.errors import PadReused
 from tsqp.trusted.guard.kernels import ERASED
 
@@ -22,16 +22,16 @@ class Ratchet:
     """A chain of block keys. No state leads back to an earlier one, or to a key that was made before it."""
 
     def __init__(self, root: bytes) -> None:
-        self._state = bytearray(root)
+        self._state = secret_bytes(root)
         self.process = os.getpid()
         self.destroyed = False
 
-    def next_key(self) -> bytearray:
+    def next_key(self) -> memoryview:
         """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
         self.refuse()
         stream = bytearray(2 * KEY_BYTES)
         AesKeyStream(self._state).fill(memoryview(stream))
-        key = stream[KEY_BYTES:]
+        key = secret_bytes(memoryview(stream)[KEY_BYTES:])
         self._state[:] = memoryview(stream)[:KEY_BYTES]
         wipe(stream)
         return key
@@ -56,7 +56,7 @@ class PadBlock:
     are there: nothing but the rows is left of it then, and nothing of a row that was used.
     """
 
-    def __init__(self, key: bytearray) -> None:
+    def __init__(self, key: bytearray | memoryview) -> None:
         self._key = key
         self._used = 0
         self._pads: Array | None = None
@@ -90,7 +90,7 @@ class PadBlock:
     def pads(self, first: int, rows: int, width: int) -> Array:
         """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
         if self._pads is None:
-            pads, key = np.empty((BLOCK_ROWS, width), np.uint32), self.key()
+            pads, key = secret_array((BLOCK_ROWS, width)), self.key()
             stream = AesKeyStream(key)
             wipe(key)  # before anything can fail: the stream does not need it any more
             expand(stream, pads)
@@ -127,6 +127,6 @@ class PadBlock:
             wipe(self._key)
 
 
-def wipe(secret: bytearray) -> None:
+def wipe(secret: bytearray | memoryview) -> None:
     """Overwrite with zeros."""
     secret[:] = bytes(len(secret))

@@ -20,6 +20,7 @@ import numpy as np
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
+from tsqp.arith.secret_memory import secret_array, secret_copy
 from tsqp.config.groups import GroupKey
 from tsqp.errors import MORE_PADS, PadsExhausted, TsqpError
 from tsqp.trusted.guard.kernels import ERASED
@@ -69,10 +70,9 @@ class PadPool:
     """Pads of one connection. ``wait``: a call may make what is missing; otherwise it raises PadsExhausted."""
 
     def __init__(self, groups: Groups, source: PadSource, *, wait: bool) -> None:
-        self.used = 0  # rows handed out, of all groups
-        self.missed = 0  # those whose products had to be made on the spot
+        self.used = self.missed = 0  # rows handed out, of all groups; those whose products had to be made on the spot
         self.recent: dict[GroupKey, tuple[float, int]] = {}  # of each group's last call: when, and its rows
-        self.failure: TsqpError | None = None  # what has ended the making of pads ahead of time
+        self.failures: list[TsqpError] = []  # to make pads, in any thread: the first has ended it
         self.keys = tuple(groups)
         self._groups = groups
         self._source = source
@@ -85,9 +85,10 @@ class PadPool:
     def take(self, key: GroupKey, rows: int) -> list[PadSlice]:
         """Pads for ``rows`` rows of one call, which are then the caller's, to use once or lose.
 
-        Raises PadsExhausted; PadReused in a forked process and after ``close``; ``failure``.
+        Raises PadsExhausted; PadReused in a forked process and after ``close``; the first of ``failures``.
         """
-        self._raise_failure()
+        if self.failures:
+            raise self.failures[0]
         self._ratchet.refuse()  # before the lock: in a forked process nobody may be left to release it
         with self._lock:
             stock = self._stocks[key]
@@ -142,10 +143,6 @@ class PadPool:
             for stock in self._stocks.values():
                 stock.clear()
 
-    def _raise_failure(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
     def _new_block(self) -> PadBlock:
         block = PadBlock(self._ratchet.next_key())
         self._blocks.add(block)
@@ -153,9 +150,10 @@ class PadPool:
 
     def _make(self, group: GuardedGroup, blocks: Sequence[PadBlock]) -> None:
         """Give blocks their products, checked; or destroy them. After a failure nobody is asked again."""
-        self._raise_failure()
+        if self.failures:
+            raise self.failures[0]
         keys, parts = list[bytearray](), [slice(i * BLOCK_ROWS, (i + 1) * BLOCK_ROWS) for i in range(len(blocks))]
-        unchecked = pads = np.empty((len(blocks) * BLOCK_ROWS, group.in_features), np.uint32)
+        unchecked = pads = secret_array((len(blocks) * BLOCK_ROWS, group.in_features))
         try:
             keys.extend(block.key() for block in blocks)  # those before one that is gone are wiped too
             for key, part in zip(keys, parts, strict=True):
@@ -163,9 +161,10 @@ class PadPool:
             unchecked = self._source.products(group, keys, pads)
             group.check_products(pads, unchecked)
             for block, part in zip(blocks, parts, strict=True):
-                block.supply(unchecked[part].copy())  # so that each block's memory is its own
+                block.supply(secret_copy(unchecked[part]))  # so that each block's memory is its own
         except BaseException as error:
-            self.failure = error if isinstance(error, TsqpError) else PadsExhausted("no pads could be made")
+            # Each is kept: the session may end with that of either thread, and then it is not about the worker.
+            self.failures.append(error if isinstance(error, TsqpError) else PadsExhausted("no pads could be made"))
             for block in blocks:
                 block.destroy()
             raise

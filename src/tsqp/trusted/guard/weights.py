@@ -8,7 +8,7 @@ the weights the user meant; ``--model-digest`` does. Assumes: weights come from 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from tsqp.arith.loops import row_sums
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.row_threads import row_threads
+from tsqp.arith.secret_memory import secret_array
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ProductMismatch, ReplyRangeError, UnsupportedModel
 from tsqp.trusted.guard import kernels
@@ -31,8 +32,10 @@ LEAST_LIMIT = 127  # 8 bits
 class GuardedGroup:
     """One group with N = out_features, K = in_features.
 
-    ``limit``: activations are integers within ±limit. ``scales``, ``bias`` float32 (N,). ``check_vectors`` uint32
-    (k, N), ``projections`` uint32 (k, K): check_vectors · Wq mod p. ``weights``: Wq, None where a dealer multiplies.
+    ``limit``: activations are integers within ±limit. ``scales``, ``bias`` float32 (N,). ``bounds`` int64 (s + 1,):
+    the s slices of the N features that workers send, each checked by itself. ``check_vectors`` uint32 (k, N), and
+    ``projections`` uint32 (s·k, K): of each slice, check_vectors · Wq mod p over its features alone. ``weights``: Wq,
+    None where a dealer multiplies.
     """
 
     key: GroupKey
@@ -40,6 +43,7 @@ class GuardedGroup:
     scales: Array
     bias: Array
     check_vectors: Array
+    bounds: Array
     projections: Array
     weights: FieldWeights | None
 
@@ -50,22 +54,23 @@ class GuardedGroup:
         wq: torch.Tensor,
         scales: torch.Tensor,
         bias: torch.Tensor | None,
-        kernel: DigitKernel,
+        kernel: DigitKernel | None,
         *,
         checks: int,
-        keep_weights: bool,
+        slices: Sequence[int] = (),
     ) -> GuardedGroup:
         """From Wq int8 (N, K), scales and bias float32 (N,). Raises UnsupportedModel.
 
-        ``checks``: check vectors; ``keep_weights``: whether this side is to multiply by Wq.
+        ``kernel``: multiplies pads by Wq, None where a dealer does; ``checks``: check vectors; ``slices``: where each
+        slice ends, but for the last one, which ends at N.
         """
-        check_vectors = np.empty((checks, len(wq)), np.uint32)
-        expand(AesKeyStream(os.urandom(KEY_BYTES)), check_vectors)
-        projections = np.empty((checks, wq.shape[1]), np.uint32)
-        row_threads().run(kernels.project_weights, checks, wq.numpy(), check_vectors, projections, least=2)
+        vectors, bounds = secret_array((checks, len(wq))), np.array([0, *slices, len(wq)], np.int64)
+        expand(AesKeyStream(os.urandom(KEY_BYTES)), vectors)
+        projections = secret_array(((len(slices) + 1) * checks, wq.shape[1]))
+        row_threads().run(kernels.project_weights, len(projections), wq.numpy(), vectors, bounds, projections, least=2)
         limit, bias = activation_limit(key, wq), torch.zeros(len(wq)) if bias is None else bias
-        weights = FieldWeights.of(wq, kernel) if keep_weights else None
-        return cls(key, limit, scales.numpy(), bias.numpy(), check_vectors, projections, weights)
+        weights = None if kernel is None else FieldWeights.of(wq, kernel)
+        return cls(key, limit, scales.numpy(), bias.numpy(), vectors, bounds, projections, weights)
 
     @property
     def in_features(self) -> int:
@@ -82,10 +87,11 @@ class GuardedGroup:
         """
         if not (y < P).all():
             raise ReplyRangeError("products of pads are out of range: whoever made them cheats, or is broken")
-        sums = [np.empty((len(x), len(self.check_vectors)), np.uint32) for _ in range(2)]
-        for values, vectors, out in ((x, self.projections, sums[0]), (y, self.check_vectors, sums[1])):
-            row_threads().run(kernels.project, len(x), values, vectors, out, least=2)
-        if not (sums[0] == sums[1]).all():
+        expected, found = (np.empty((len(x), len(one)), np.uint32) for one in (self.projections, self.check_vectors))
+        row_threads().run(kernels.project, len(x), x, self.projections, expected, least=2)
+        row_threads().run(kernels.project, len(x), y, self.check_vectors, found, least=2)
+        # One party has made all of y: the sum over its slices is what there is to be found.
+        if not (expected.reshape(len(x), -1, found.shape[1]).sum(1) % P == found).all():
             raise ProductMismatch("products of pads are wrong: whoever made them cheats, or is broken")
 
     def forget(self) -> None:

@@ -47,7 +47,7 @@ class OpenChunkAttention:
         scores = yield session.start("matmul", call, [scaled, k], (config.num_heads, rows, keys))
         with session.stats.operator("softmax"):
             mask = causal_mask(span.position, rows, first, keys, window)
-            probabilities = masked_softmax(scores, mask)
+            probabilities = masked_softmax(scores, mask, config.score_cap)
         mix = AttentionValues(session.next_id(), rows, keys)
         mixed = yield session.start("matmul", mix, [probabilities, v], (config.num_heads, rows, config.head_dim))
         out.copy_(mixed.transpose(0, 1))

@@ -12,6 +12,7 @@ import torch
 from tsqp.errors import InputError
 from tsqp.model.batch import Batch
 from tsqp.model.cache import Positions
+from tsqp.model.norms import soft_capped
 from tsqp.model.pending import Steps
 from tsqp.trusted.remote.session import PendingReply, WorkerSession
 from tsqp.wire.messages import Begin, Finish, Layer, Place
@@ -70,7 +71,7 @@ class LayerDecoder:
         logits = session.start("lm_head", finish, [], (rows, config.vocab_size))
         for under_way in calls:  # noqa: UP028  (resumed with each result, which a list would not take)
             yield under_way
-        result = (yield logits).float()
+        result = soft_capped((yield logits).float(), config.logits_cap)
         if every_row and not batch.every_row:
             result = result[[chunk.offset + row for chunk in chunks for row in chunk.wanted_rows()]]
         elif batch.sampled is not None and not batch.every_row:

@@ -11,8 +11,9 @@ import torch
 from msgspec.structs import asdict
 
 from tsqp.config.dtype import DtypeName, NumericPath, WireDtype, numeric_path
-from tsqp.config.groups import GroupName, linear_groups
+from tsqp.config.groups import GroupKey, GroupName, linear_groups
 from tsqp.config.model import ModelConfig
+from tsqp.config.shard import Shard, said, whole
 from tsqp.errors import ChannelClosed, ChannelError, ModelMismatch, ProtocolError, ReplyShapeError, WorkerFailed
 from tsqp.model.meter import CallKind
 from tsqp.model.pending import NotKept
@@ -30,6 +31,8 @@ from tsqp.wire.messages import (
     MultiplyPads,
     Product,
     Reply,
+    Stage,
+    StagedDone,
     Welcome,
 )
 from tsqp.wire.payload import TORCH_DTYPES, PlainFormat, bytes_tensor, tensor_bytes, wire_format
@@ -44,7 +47,8 @@ class WorkerSession:
 
     ``wire_dtype`` is the format of float payloads, ``dtype`` the one results are handed out in. ``deadline_s`` bounds
     the wait for each reply, ``handshake_s`` that for the first, where it is another. ``role``: what errors call the
-    other side.
+    other side. ``shard``: what the worker has to hold, all of the model for None; ``digests`` are those of its slices,
+    and so are the sizes of products.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class WorkerSession:
         path: NumericPath = "float",
         digests: Mapping[GroupName, str] | None = None,
         role: Literal["worker", "dealer"] = "worker",
+        shard: Shard | None = None,
     ) -> None:
         self.channel = channel
         self.config = config
+        self.shard = shard or whole(config)
         self.stats = stats
         self._digests = digests
         self._role = role
@@ -77,11 +83,27 @@ class WorkerSession:
         self._idle_slot: Slot | None = None
         try:
             self.welcome = self._handshake(
-                Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path), handshake_s or deadline_s
+                Hello(PROTOCOL_VERSION, fingerprint, wire_dtype, path),
+                deadline_s if handshake_s is None else handshake_s,
             )
         except ChannelError:
             channel.close()
             raise
+
+    @property
+    def address(self) -> str:
+        """The address really in use, as a user would type it."""
+        return self.channel.address
+
+    @property
+    def transport(self) -> str:
+        """The transport really in use; see ``Channel``."""
+        return self.channel.transport
+
+    @property
+    def under_way(self) -> int:
+        """Calls whose replies are not here."""
+        return len(self._under_way)
 
     @property
     def ended(self) -> ChannelError | None:
@@ -167,6 +189,23 @@ class WorkerSession:
         began = time.perf_counter()
         return self._send(PendingReply(self, kind, call, slot.reply_bytes, _as_it_is, began), slot)
 
+    def arrived(self, reply: PendingReply[Any], within_s: float) -> bool:
+        """Whether a reply is here, after at most so many seconds; the session outlives a no.
+
+        Raises any ChannelError, and ends the session with it.
+        """
+        self._raise_if_dead()
+        end = time.monotonic() + within_s
+        try:
+            while reply.payload is None:
+                if not self.channel.arrived(max(0.0, end - time.monotonic())):
+                    return False
+                self._receive(self.deadline_s)
+        except ChannelError as error:
+            self._die(error)
+            raise
+        return True
+
     def ping(self) -> None:
         """A call that has nothing to do with any text, and its reply, of which nothing is made.
 
@@ -177,11 +216,16 @@ class WorkerSession:
             call, shape = Embed(self.next_id(), 1), (1, self.config.hidden_size)
             self.start("embedding", call, [torch.zeros(1, dtype=torch.int32)], shape).wait()
             return
-        group = linear_groups(self.config)["o"]
+        self.send_ping()[0].wait()
+
+    def send_ping(self) -> tuple[PendingReply[memoryview], Slot]:
+        """``ping`` of the field path, of which the reply is to come, into the slot. There is one at a time."""
+        name, layer = _of_a_ping(self.shard.keys(self.config))
         if self._idle_slot is None:
-            self._idle_slot = self.slot(4 * group.in_features, 4 * group.out_features)
+            group = linear_groups(self.config)[name]
+            self._idle_slot = self.slot(4 * group.in_features, 4 * self.shard.width(group))
             self._idle_slot.tensor[:] = bytes(4 * group.in_features)
-        self.ask("linear", Product(self.next_id(), "o", 0, 1, 4), self._idle_slot).wait()
+        return self.ask("linear", Product(self.next_id(), name, layer, 1, 4), self._idle_slot), self._idle_slot
 
     def fail(self, error: ChannelError) -> None:
         """End the session: every later call raises ``error``, or what has ended it before."""
@@ -252,7 +296,9 @@ class WorkerSession:
         row.worker_s += busy_s
         if self.stats.trace is not None:
             self.stats.traced("line", "wait", waits, arrived)
-            self.stats.traced("call", call_name(reply.call), reply.began, arrived, busy_s=busy_s, **asdict(reply.call))
+            said = {} if reply.stages is None else {"stages_ns": reply.stages}
+            details = {"busy_s": busy_s, **said, **asdict(reply.call)}
+            self.stats.traced("call", call_name(reply.call), reply.began, arrived, **details)
         return payload, arrived
 
     def _payload(self, tensor: torch.Tensor) -> memoryview:
@@ -268,19 +314,24 @@ class WorkerSession:
         """Receive until ``wanted`` is here; replies to other calls wait with those who asked for them."""
         end = time.monotonic() + self.deadline_s
         while wanted.payload is None:
-            control, tensors = self.channel.receive(max(0.0, end - time.monotonic()))
-            reply = decode_reply(control)
-            asked = self._under_way.get(reply.id)
-            if asked is None:
-                raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
-            done = self._done(reply)
-            if len(tensors) > 1:
-                raise ProtocolError(f"a reply with {len(tensors)} payloads")
-            del self._under_way[reply.id]
-            asked.payload = tensors[0] if tensors else memoryview(b"")
-            asked.busy_ns = done.busy_ns
+            self._receive(max(0.0, end - time.monotonic()))
         payload, wanted.payload = wanted.payload, None
         return payload
+
+    def _receive(self, within_s: float) -> None:
+        """The next reply, left with the call that it answers."""
+        control, tensors = self.channel.receive(within_s)
+        reply = decode_reply(control)
+        asked = self._under_way.get(reply.id)
+        if asked is None:
+            raise ProtocolError(f"a reply from {self.channel.address} to call {reply.id}, which is not under way")
+        done = self._done(reply)
+        if len(tensors) > 1:
+            raise ProtocolError(f"a reply with {len(tensors)} payloads")
+        del self._under_way[reply.id]
+        asked.payload = tensors[0] if tensors else memoryview(b"")
+        asked.busy_ns = done.busy_ns
+        asked.stages = done.stages if isinstance(done, StagedDone) else None
 
     def _done(self, reply: Reply) -> Done:
         if not isinstance(reply, Done):
@@ -301,12 +352,14 @@ class WorkerSession:
         if not isinstance(answer, Welcome):
             raise ModelMismatch(f"{where} refused: {printable(answer.reason)}")
         groups = tuple(
-            GroupShape(group.name, group.in_features, group.out_features)
-            for group in linear_groups(self.config).values()
+            GroupShape(group.name, group.in_features, self.shard.width(group))
+            for group in self.shard.groups(self.config)
         )
         shapes = tuple(msgspec.structs.replace(group, digest=None) for group in answer.groups)
         digests = {group.name: group.digest for group in answer.groups}
         same_weights = self._digests is None or digests == self._digests
+        if answer.fingerprint == hello.fingerprint and answer.shard != said(self.shard, self.config):
+            raise ModelMismatch(f"{where} holds {_held(answer.shard)}, not {_held(said(self.shard, self.config))}")
         if answer.fingerprint != hello.fingerprint or shapes != groups or not same_weights:
             raise ModelMismatch(f"{where} holds another model: start it with the model of this side")
         if numeric_path(answer.dtype) != hello.path:  # to be fast, or private, or measured: never another run
@@ -342,11 +395,21 @@ class PendingReply(NotKept, Generic[T]):
         self.began = began
         self.payload: memoryview | None = None  # from its arrival until it is taken
         self.busy_ns = 0
+        self.stages: tuple[Stage, Stage, Stage] | None = None  # as the worker says
         self._session = session
 
     def wait(self) -> T:
         """The product; over shm the worker can still change bytes. Raises any ChannelError. Called once."""
         return self._session.finish(self)
+
+
+def _of_a_ping(keys: Sequence[GroupKey]) -> GroupKey:
+    """A small group of those that a worker has: ``o`` of its first layer, or the LM head where it has no layer."""
+    return next((key for key in keys if key[0] == "o"), keys[0])
+
+
+def _held(shard: str | None) -> str:
+    return "the whole model" if shard is None else f"shard {shard}"
 
 
 def _as_it_is(product: memoryview) -> memoryview:
