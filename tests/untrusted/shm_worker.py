@@ -1,4 +1,7 @@
-"""A worker on a thread that serves real shared memory by a backend over the fake driver, and calls to it from slots."""
+"""A worker on a thread that serves real shared memory by a backend over the fake driver, and calls to it from slots.
+
+With an address of ``cuda`` it serves the device memory of a fake.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 
 from tests.untrusted.calls import CHECKPOINT
 from tests.untrusted.fake_driver import FakeDriver
 from tsqp.config.dtype import NumericPath, WireDtype
+from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.backends.cuda import CudaBackend
 from tsqp.untrusted.backends.host_memory import Arenas
-from tsqp.untrusted.store import WeightStore
+from tsqp.untrusted.backends.many import ManyDevices
+from tsqp.untrusted.store import ManyStore, WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.channel import Channel, Frames, Listener
 from tsqp.wire.codec import decode_handshake, decode_reply, encode
@@ -26,11 +32,28 @@ ARENA_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 14  # so that payloads lie in several
 STORE = WeightStore(CHECKPOINT, "float32", torch.device("cpu"), backend=CudaBackend(FakeDriver()))
 
+CLIENT = """
+import sys
+from tsqp.wire.channel import Frames
+from tsqp.wire.codec import encode
+from tsqp.wire.messages import PROTOCOL_VERSION, Hello, Product
+from tsqp.wire.transport import connect
+address, fingerprint, size, reply = sys.argv[1:]
+channel = connect(address, arena_bytes=1 << 20)
+channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "field"))))
+channel.receive(20)
+slot = channel.slot(int(size), int(reply))
+channel.send_from(slot, encode(Product(1, "qkv", 0, 1, 4)))
+channel.receive(20)
+print("answered", flush=True)
+sys.stdin.read()
+"""
+
 
 class Watched(Worker):
     """Says when a connection has been let go of."""
 
-    def __init__(self, store: WeightStore) -> None:
+    def __init__(self, store: WeightStore | ManyStore) -> None:
         super().__init__(store)
         self.left = threading.Semaphore(0)
         detach = self._backend.detach
@@ -47,9 +70,14 @@ def fake_backend(driver: FakeDriver, *, window_bytes: int = WINDOW_BYTES, locked
 
 
 @contextmanager
-def serving(backend: CudaBackend, address: str | None = None) -> Iterator[tuple[Listener, Watched]]:
-    """A worker in float32, and where it listens."""
-    store = copy.copy(STORE)  # with the same weights
+def serving(
+    backend: Backend | ManyDevices,
+    address: str | None = None,
+    store: WeightStore | ManyStore = STORE,
+    **options: Any,
+) -> Iterator[tuple[Listener, Watched]]:
+    """A worker in float32, and where it listens, with these options."""
+    store = copy.copy(store)  # with the same weights
     store.backend = backend
     worker, failures = Watched(store), list[BaseException]()
 
@@ -60,7 +88,7 @@ def serving(backend: CudaBackend, address: str | None = None) -> Iterator[tuple[
             failures.append(error)
             listener.close()  # nobody waits for what does not come
 
-    with closing(listen(address or new_shm_address())) as listener, closing(backend):
+    with closing(listen(address or new_shm_address(), **options)) as listener, closing(backend):
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:
@@ -74,11 +102,11 @@ def serving(backend: CudaBackend, address: str | None = None) -> Iterator[tuple[
 
 
 @contextmanager
-def connected(listener: Listener, path: NumericPath = "float") -> Iterator[Channel]:
-    """A connection past its handshake, with floats as the path computes in."""
+def connected(listener: Listener, path: NumericPath = "float", **options: Any) -> Iterator[Channel]:
+    """A connection past its handshake, with floats as the path computes in; ``options`` are those of ``connect``."""
     wire: WireDtype = "bfloat16" if path == "int8" else "float32"
     arena_bytes = ARENA_BYTES if listener.address.startswith("shm:") else None
-    with closing(connect(listener.address, arena_bytes=arena_bytes)) as channel:
+    with closing(connect(listener.address, **{"arena_bytes": arena_bytes, **options})) as channel:
         channel.send(Frames(encode(Hello(PROTOCOL_VERSION, CHECKPOINT.fingerprint(), wire, path))))
         assert isinstance(decode_handshake(channel.receive(WAIT_S).control), Welcome)
         yield channel

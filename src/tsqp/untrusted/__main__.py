@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Listen, load, announce, answer, until a signal or the end of standard input. Raises TsqpError."""
     if options.compile:
+        if "," in options.device:
+            raise OptionError("--compile is for a worker on one device: leave it out")
         check_compiler(options.device)
     # These pull in torch; wrong options and --help must not wait for it.
     import torch
@@ -57,21 +60,22 @@ def serve(options: argparse.Namespace) -> None:
     from tsqp.arith.jit import cache_name, enable_cache
     from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
     from tsqp.checkpoint.cache import code_directory
+    from tsqp.checkpoint.contents import read_line
 
     # Its own: what it writes is never loaded by a trusted side. Before the modules with loops are imported.
     kernels = code_directory("worker-kernels", cache_name())
     if kernels is not None:
         enable_cache(kernels)
-    from tsqp.untrusted.backends.device import pick_device
+    from tsqp.untrusted.backends.device import pick_devices
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.compiled_calls import CompiledCalls
-    from tsqp.untrusted.store import WeightStore
+    from tsqp.untrusted.store import store_on
     from tsqp.untrusted.worker import Worker
     from tsqp.wire.transport import listen, new_shm_address
     from tsqp.wire.transport.users import user_id
 
     torch.set_num_threads(options.threads or cores())
-    device = pick_device(options.device)
+    devices = pick_devices(options.device)
     compiler = Compiler() if options.compile else None
     place = locate(options.model)
     checkpoint = open_checkpoint(place)
@@ -83,21 +87,27 @@ def serve(options: argparse.Namespace) -> None:
         security=worker_keys(options),
         insecure_plain_tcp=options.insecure_plain_tcp,
         users=[user_id(name, "allow_user") for name in options.allow_user],
+        device=devices[0].index if (options.listen or "").startswith("cuda:") else None,
         watch_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
     )
     with ExitStack() as stack:
         stack.enter_context(closing(listener))
-        store = WeightStore(checkpoint, floats, device, compiler=compiler)
+        store = store_on(checkpoint, floats, devices, compiler, options.shard)
         calls = None
         stack.enter_context(closing(store.backend))  # before the listener: shared memory is unlocked while it is there
         if listener.address.startswith("shm:") and store.backend.compiled_calls and not options.no_compiled_calls:
             calls = stack.enter_context(closing(CompiledCalls()))
         worker = Worker(store, calls)
+        begun = time.perf_counter()
         worker.prepare(numeric_path(dtype))  # any other path when a client asks for it
+        reading_s = time.perf_counter() - begun
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: _told_to_end(listener))
         print(json.dumps({"address": listener.address}), flush=True)  # noqa: T201
-        log.info("%s on %s in %s, listening on %s", options.model, device, dtype, listener.address)
+        names = ",".join(map(str, devices))
+        what = options.model if options.shard is None else f"shard {options.shard} of {options.model}"
+        log.info("%s on %s in %s, listening on %s", what, names, dtype, listener.address)
+        log.info("%s", read_line(checkpoint, reading_s))
         notify(READY, f"STATUS=listening on {listener.address}")
         worker.serve(listener)
 

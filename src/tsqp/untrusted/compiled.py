@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ import torch.nn.functional as F
 
 from tsqp.checkpoint.cache import cache_directory, code_directory
 from tsqp.config.groups import GroupKey, LinearGroup
+from tsqp.config.model import ModelConfig
 from tsqp.errors import OptionError
 from tsqp.model.int8 import Int8Linear, product_in_one
+from tsqp.model.kernels import Kernels
 from tsqp.model.linear import LinearProduct, LinearWeights
+from tsqp.untrusted.fused_kernels import FusedKernels
 
 Product = Callable[..., None]
 
@@ -41,8 +45,9 @@ class Compiler:
         torch._inductor.config.compile_threads = 1  # no pool of processes beside the worker
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # never uncompiled without saying so
         options: dict[str, Any] = {"dynamic": True, "fullgraph": True}
-        self._float: Product = torch.compile(_float_product, **options)
-        self._int8: Product = torch.compile(product_in_one, **options)
+        self._compile = partial(torch.compile, **options)
+        self._float: Product = self._compile(_float_product)
+        self._int8: Product = self._compile(product_in_one)
 
     def compiled(self, groups: Mapping[GroupKey, LinearProduct], *, one_row: bool) -> dict[GroupKey, LinearProduct]:
         """The same groups with compiled products, each compiled before it is handed out.
@@ -56,6 +61,13 @@ class Compiler:
                     for rows in (1, 2, 3):  # one row is a graph of its own; the third shows that rows are dynamic
                         linear.product(linear.input(rows).zero_())
         return wrapped
+
+    def kernels(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Kernels:
+        """Norms and activations of the layers on a device, compiled before they are handed out."""
+        kernels = FusedKernels(self._compile)
+        with torch.inference_mode():
+            kernels.warm_up(config, dtype, device)
+        return kernels
 
     def _wrap(self, linear: LinearProduct, one_row: bool) -> LinearProduct:
         if isinstance(linear, Int8Linear):

@@ -8,21 +8,40 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 
 import torch
 
 from tsqp.config.dtype import NumericPath
-from tsqp.config.groups import linear_groups
+from tsqp.config.shard import Shard, said, whole
 from tsqp.errors import ProtocolError, TsqpError
-from tsqp.untrusted.backends.base import Backend
+from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.base import NOTHING_QUEUED
 from tsqp.untrusted.compiled_calls import CompiledCalls
-from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
+from tsqp.untrusted.paths.field import FieldOperators
+from tsqp.untrusted.paths.many import ManyOperators
+from tsqp.untrusted.paths.many_weights import ManyWeights
 from tsqp.untrusted.paths.plain import Operators
-from tsqp.untrusted.store import PathWeights, WeightStore
+from tsqp.untrusted.pipeline import Pipeline, UnderWay
+from tsqp.untrusted.store import PathWeights, Store
 from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.codec import decode_to_worker, encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, GroupShape, Hello, Refused, Welcome
-from tsqp.wire.payload import wire_format
+from tsqp.wire.device_memory import Payload
+from tsqp.wire.messages import (
+    PROTOCOL_VERSION,
+    Begin,
+    Call,
+    Done,
+    Failed,
+    Finish,
+    GroupShape,
+    Hello,
+    Layer,
+    Refused,
+    StagedDone,
+    ToWorker,
+    Welcome,
+)
 
 MAX_GREETED = 4096  # connections past the handshake
 MAX_STATEFUL_CONNECTIONS = 8  # with KV caches here; each is bounded too
@@ -36,33 +55,82 @@ class Worker:
     ``calls`` answers those that come again, where the transport lets it; without it this is done like all else.
     """
 
-    def __init__(self, store: WeightStore, calls: CompiledCalls | None = None) -> None:
+    def __init__(self, store: Store, calls: CompiledCalls | None = None) -> None:
         self._store = store
         self._backend = store.backend
         self._calls = calls
+        self._ended_ns = 0  # when the last call ended
         # Those past the handshake, the longest silent first.
-        self._connections: dict[bytes, Operators | FieldOperators] = {}
+        self._connections: dict[bytes, Operators | FieldOperators | ManyOperators] = {}
 
-    def prepare(self, path: NumericPath) -> PathWeights:
+    def prepare(self, path: NumericPath) -> PathWeights | ManyWeights:
         """Read the weights of a path, if it has not been asked for before, and compile. Raises CheckpointError."""
         weights = self._store.prepare(path)
-        if self._calls is not None:
+        if self._calls is not None and not isinstance(weights, ManyWeights):
             self._calls.prepare(weights)
         return weights
 
     def serve(self, listener: Listener) -> None:
         """Answer until the listener is interrupted."""
         with torch.inference_mode(), self._backend.serving():  # once: each call would pay for it
+            if self._backend.depth > 1:
+                self._serve_together(listener)
+                return
             while not listener.interrupted:
-                event = listener.receive(None)
-                if isinstance(event, Departure):
-                    self._connections.pop(event.peer, None)
-                    self._backend.detach(event.peer)
-                elif event is not None and (memory := listener.memory(event.peer)) is not None:
-                    self._backend.attach(event.peer, memory)
+                event = self._received(listener, None)
                 while isinstance(event, Arrival) and (answer := self.answer(event)) is not None:
                     listener.send(event, answer)
                     event = self._repeated(listener, event.peer)
+                if isinstance(event, Departure):
+                    self._let_go(event.peer)
+
+    def _serve_together(self, listener: Listener) -> None:
+        """The same with calls under way together."""
+        pipeline = Pipeline(listener, self._end, self._backend.depth)
+        while not listener.interrupted:
+            event = self._received(listener, 0.0 if len(pipeline) else None)
+            if isinstance(event, Arrival):
+                self._enter(pipeline, listener, event)
+            elif isinstance(event, Departure):
+                pipeline.drain()
+                self._let_go(event.peer)
+            pipeline.look()
+        pipeline.drain()
+
+    def _received(self, listener: Listener, timeout_s: float | None) -> Arrival | Departure | None:
+        event = listener.receive(timeout_s)
+        if isinstance(event, Arrival) and (memory := listener.memory(event.peer)) is not None:
+            self._backend.attach(event.peer, memory)
+        return event
+
+    def _enter(self, pipeline: Pipeline, listener: Listener, arrival: Arrival) -> None:
+        """Begin a call behind those that are under way. What is no call is answered alone."""
+        call = self._decoded(arrival)
+        if call is None:
+            return
+        if isinstance(call, Hello):
+            pipeline.drain()  # weights may be read, which takes the memory that calls hold
+            listener.send(arrival, Frames(encode(self._greet(arrival.peer, call))))
+            return
+        pipeline.make_room()
+        begun = self._begin(call, arrival)
+        alone = not len(pipeline) or isinstance(call, Begin | Layer | Finish)
+        if isinstance(begun, UnderWay) and begun.full and not alone:
+            with suppress(RuntimeError):
+                begun.queued.wait()  # it gets no answer yet: there may be room for it once the others are done
+            pipeline.drain()
+            self._backend.trim()
+            begun = self._begin(call, arrival)
+        pipeline.add(arrival, begun)
+        if arrival.device is not None:
+            pipeline.drain()  # before its connection can end: the listener closes its memory, used or not
+
+    def _let_go(self, peer: bytes) -> None:
+        """A connection has ended, and all its calls."""
+        operators = self._connections.pop(peer, None)
+        self._backend.detach(peer)
+        del operators  # not before the device is done with it
+        self._backend.trim()
 
     def _repeated(self, listener: Listener, peer: bytes) -> Arrival | None:
         """Answer what a connection repeats from here on; what came then that it does not repeat, if anything."""
@@ -73,14 +141,20 @@ class Worker:
 
     def answer(self, arrival: Arrival) -> Frames | None:
         """The answer to one message; None for bytes that are no message, which deserve none."""
-        try:
-            message = decode_to_worker(arrival.frames.control)
-        except ProtocolError as error:
-            log.warning("ignored a message: %s", error)
+        message = self._decoded(arrival)
+        if message is None:
             return None
         if isinstance(message, Hello):
             return Frames(encode(self._greet(arrival.peer, message)))
-        return self._compute(message, arrival)
+        begun = self._begin(message, arrival)
+        return begun if isinstance(begun, Frames) else self._end(begun)
+
+    def _decoded(self, arrival: Arrival) -> ToWorker | None:
+        try:
+            return decode_to_worker(arrival.frames.control)
+        except ProtocolError as error:
+            log.warning("ignored a message: %s", error)
+            return None
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome | Refused:
         if hello.version != PROTOCOL_VERSION:
@@ -104,42 +178,66 @@ class Worker:
             self._backend.trim()  # only here does the error hold nothing of what was read any more
         return self._refused(reason)
 
-    def _welcome(self, peer: bytes, hello: Hello, weights: PathWeights) -> Welcome:
+    def _welcome(self, peer: bytes, hello: Hello, weights: PathWeights | ManyWeights) -> Welcome:
         self._connections.pop(peer, None)
-        self._connections[peer] = operators(weights, hello, self._backend)
+        self._connections[peer] = self._store.operators(hello.path, hello.wire_dtype)
         if len(self._connections) > MAX_GREETED:  # ZeroMQ does not report ended connections
             del self._connections[next(iter(self._connections))]
-        return Welcome(
-            PROTOCOL_VERSION, self._store.fingerprint, group_shapes(weights), str(weights.device), weights.compute
-        )
+        shapes, shard = group_shapes(weights), said(shard_of(weights), weights.config)
+        return Welcome(PROTOCOL_VERSION, self._store.fingerprint, shapes, str(weights.device), weights.compute, shard)
 
     def _refused(self, reason: str) -> Refused:
         return Refused(PROTOCOL_VERSION, self._store.fingerprint, reason)
 
-    def _compute(self, call: Call, arrival: Arrival) -> Frames:
+    def _begin(self, call: Call, arrival: Arrival) -> UnderWay | Frames:
+        """Queue what a call asks for; the answer where nothing is left to wait for."""
+        began = time.perf_counter_ns()
         operators = self._connections.pop(arrival.peer, None)
         if operators is None:
             return Frames(encode(Failed(call.id, "no handshake was made on this connection")))
         self._connections[arrival.peer] = operators
+        product, failure, full = None, None, False
         try:
-            began = time.perf_counter_ns()
-            try:
-                product = operators(call, arrival.frames.tensors, arrival.reply, arrival.place)
-            finally:
-                self._backend.settle()  # the client may use the memory again once it has the answer
+            tensors, reply = arrival.device or (arrival.frames.tensors, arrival.reply)
+            product = operators(call, tensors, reply, arrival.place)
             self._bound_state()
-            done = Done(call.id, time.perf_counter_ns() - began)
-            return Frames(encode(done), () if product is None else (product,))
         except (ProtocolError, RuntimeError, MemoryError) as error:  # torch reports lack of memory as RuntimeError
-            full = self._backend.is_out_of_memory(error)
-            reason = self._no_room(described(call)) if full else reason_of(error)
-            log.warning("call %d failed: %s", call.id, reason)
+            failure, full = self._failed(call, error)
+        try:  # also of a call that has failed: the client may use the memory again once it has the answer
+            queued = self._backend.submit()
+        except RuntimeError as error:  # of a device that has failed, on which nothing is under way any more
+            queued, (failure, full) = NOTHING_QUEUED, self._failed(call, error)
+        if failure is None and queued is NOTHING_QUEUED:
+            done = Done(call.id, time.perf_counter_ns() - began)
+            return Frames(encode(done), _sent(product))
+        return UnderWay(call, product, began, queued, failure, full)
+
+    def _end(self, begun: UnderWay) -> Frames:
+        """Wait for what a call has queued: its answer."""
+        call, product, began, queued, failure, full = begun
+        stages = None
+        try:
+            queued.wait()
+            stages = queued.stages()
+        except (RuntimeError, MemoryError) as error:
+            failure, full = self._failed(call, error)
+        now = time.perf_counter_ns()
+        began, self._ended_ns = max(began, self._ended_ns), now  # a device does one call after another
+        if failure is None:
+            done = Done(call.id, now - began) if stages is None else StagedDone(call.id, now - began, stages)
+            return Frames(encode(done), _sent(product))
+        log.warning("call %d failed: %s", call.id, failure)
         if full:
-            self._backend.trim()  # only here does the error hold nothing of the call any more
-        return Frames(encode(Failed(call.id, reason)))
+            self._backend.trim()  # no error holds anything of the call any more
+        return Frames(encode(Failed(call.id, failure)))
+
+    def _failed(self, call: Call, error: Exception) -> tuple[str, bool]:
+        """Why a call has failed, and whether for lack of memory."""
+        full = self._backend.is_out_of_memory(error)
+        return (self._no_room(described(call)) if full else reason_of(error)), full
 
     def _no_room(self, what: str) -> str:
-        return f"{self._backend.device} is out of memory: there was no room for {what}"
+        return f"{self._backend.failed} is out of memory: there was no room for {what}"
 
     def _bound_state(self) -> None:
         """Forget the longest silent of too many connections with state: ZeroMQ does not say which have ended."""
@@ -148,11 +246,9 @@ class Worker:
             del self._connections[stateful[0]]
 
 
-def operators(weights: PathWeights, hello: Hello, backend: Backend) -> Operators | FieldOperators:
-    """What computes the calls of a connection that said ``hello``."""
-    if isinstance(weights, FieldWorkerWeights):
-        return FieldOperators(weights, backend)
-    return Operators(weights, wire_format(hello.wire_dtype), backend)
+def _sent(product: Payload | None) -> tuple[memoryview, ...]:
+    """What an answer carries of a product; nothing where it is in its place already, in memory of the device."""
+    return (product,) if isinstance(product, memoryview) else ()
 
 
 def described(call: Call) -> str:
@@ -162,12 +258,18 @@ def described(call: Call) -> str:
     return ", ".join(words)
 
 
-def group_shapes(weights: PathWeights) -> tuple[GroupShape, ...]:
-    """The linear groups as a client is told of them, with their digests on the field path."""
-    digests = weights.digests if isinstance(weights, FieldWorkerWeights) else {}
+def shard_of(weights: PathWeights | ManyWeights) -> Shard:
+    """What of the model they are: all of it, except on the field path."""
+    return whole(weights.config) if isinstance(weights, ModelWeights) else weights.shard
+
+
+def group_shapes(weights: PathWeights | ManyWeights) -> tuple[GroupShape, ...]:
+    """The linear groups as a client is told of them, as wide as they are here, with digests on the field path."""
+    digests = {} if isinstance(weights, ModelWeights) else weights.digests
+    shard = shard_of(weights)
     return tuple(
-        GroupShape(group.name, group.in_features, group.out_features, digests.get(group.name))
-        for group in linear_groups(weights.config).values()
+        GroupShape(group.name, group.in_features, shard.width(group), digests.get(group.name))
+        for group in shard.groups(weights.config)
     )
 
 

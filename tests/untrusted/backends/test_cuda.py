@@ -11,65 +11,17 @@ import pytest
 import torch
 
 from tests.arith.kernels import CPU
-from tests.untrusted.calls import CHECKPOINT, CONFIG
+from tests.untrusted.calls import CHECKPOINT
+from tests.untrusted.device_calls import CALLS, HIDDEN, NAMES, QKV, on_the_cpu, payload_of
 from tests.untrusted.fake_driver import FakeDriver
-from tests.untrusted.shm_worker import WAIT_S, connected, failure, fake_backend, product, serving
-from tsqp.arith.modulus import P
+from tests.untrusted.shm_worker import CLIENT, WAIT_S, connected, failure, fake_backend, product, serving
 from tsqp.config.dtype import NumericPath, WireDtype
-from tsqp.config.groups import linear_groups
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.cuda import CudaBackend
-from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.paths.plain import Operators
-from tsqp.untrusted.store import WeightStore
-from tsqp.wire.messages import Call, Embed, Linear, MultiplyPads, Product
-from tsqp.wire.payload import tensor_bytes, wire_format
+from tsqp.wire.messages import Call, Linear, MultiplyPads, Product
+from tsqp.wire.payload import wire_format
 from tsqp.wire.transport import new_ipc_address
-
-QKV = linear_groups(CONFIG)["qkv"]
-HIDDEN = CONFIG.hidden_size
-STORE = WeightStore(CHECKPOINT, "float32", CPU)
-
-
-def on_the_cpu(path: NumericPath, call: Call, payload: bytes) -> bytes:
-    """What a worker without a device answers."""
-    weights = STORE.prepare(path)
-    wire = wire_format("bfloat16" if path == "int8" else "float32")
-    operators = FieldOperators(weights) if isinstance(weights, FieldWorkerWeights) else Operators(weights, wire)
-    found = operators(call, [memoryview(bytearray(payload))])
-    assert found is not None
-    return bytes(found)
-
-
-def payload_of(call: Call, seed: int = 0, dtype: torch.dtype = torch.float32) -> bytes:
-    random = torch.Generator().manual_seed(seed)
-    if isinstance(call, MultiplyPads):
-        x = torch.randint(0, 256, (call.blocks, 32), dtype=torch.uint8, generator=random)
-    elif isinstance(call, Embed):
-        x = torch.randint(0, CONFIG.vocab_size, (call.rows,), dtype=torch.int32, generator=random)
-    elif isinstance(call, Product):
-        most, of = (P, torch.int32) if call.digits == 4 else (30_000, torch.int16)
-        x = torch.randint(0, most, (call.rows, HIDDEN), dtype=of, generator=random)
-    else:
-        assert isinstance(call, Linear)
-        x = torch.randn(call.rows, HIDDEN, generator=random).to(dtype)
-    return bytes(tensor_bytes(x))
-
-
-CALLS: list[tuple[NumericPath, Call]] = [
-    ("float", Linear(1, "qkv", 0, None, 1)),
-    ("float", Linear(1, "qkv", 1, 2, 4)),
-    ("float", Linear(1, "qkv", 0, None, 100)),
-    ("float", Embed(1, 5)),
-    ("int8", Linear(1, "qkv", 0, None, 1)),
-    ("int8", Linear(1, "qkv", 1, 0, 3)),
-    ("int8", Linear(1, "qkv", 0, None, 100)),
-    ("field", Product(1, "qkv", 0, 1, 4)),
-    ("field", Product(1, "qkv", 1, 3, 2)),
-    ("field", Product(1, "qkv", 0, 100, 4)),
-    ("field", MultiplyPads(1, "qkv", 0, 33)),
-]
-NAMES = [f"{path}-{type(call).__name__}-{getattr(call, 'rows', 0)}" for path, call in CALLS]
 
 
 @pytest.mark.parametrize(("path", "call"), CALLS, ids=NAMES)
@@ -104,12 +56,13 @@ def test_floats_in_other_formats_are_converted_on_the_device(wire: WireDtype) ->
     wire_format(wire).write(x, payload)
     call = Linear(1, "qkv", 0, None, 3)
     expected = Operators(weights, wire_format(wire))(call, [payload])
+    assert isinstance(expected, memoryview)
     out = memoryview(bytearray(wire_format(wire).size((3, QKV.out_features))))
     with backend.serving():
         assert Operators(weights, wire_format(wire), backend)(call, [payload], out) is out
-        assert bytes(out) != bytes(expected or b""), "nothing is there before it is waited for"
+        assert bytes(out) != bytes(expected), "nothing is there before it is waited for"
         backend.settle()
-    assert bytes(out) == bytes(expected or b"")
+    assert bytes(out) == bytes(expected)
 
 
 def test_rows_are_rounded_up_and_other_rows_stay_on_the_device() -> None:
@@ -152,24 +105,6 @@ def test_two_connections_have_their_own_memory_and_share_graphs() -> None:
         assert driver.registered == {}
     assert driver.captured == 1
     assert driver.trimmed == 2
-
-
-CLIENT = """
-import sys
-from tsqp.wire.channel import Frames
-from tsqp.wire.codec import encode
-from tsqp.wire.messages import PROTOCOL_VERSION, Hello, Product
-from tsqp.wire.transport import connect
-address, fingerprint, size, reply = sys.argv[1:]
-channel = connect(address, arena_bytes=1 << 20)
-channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "field"))))
-channel.receive(20)
-slot = channel.slot(int(size), int(reply))
-channel.send_from(slot, encode(Product(1, "qkv", 0, 1, 4)))
-channel.receive(20)
-print("answered", flush=True)
-sys.stdin.read()
-"""
 
 
 def test_a_client_that_is_killed_leaves_nothing_locked() -> None:
@@ -274,4 +209,4 @@ def test_payloads_in_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     with serving(fake_backend(driver)) as (listener, _), connected(listener, "field") as channel:
         expected = on_the_cpu("field", call, payload)
         assert product(channel, call, payload, len(expected)) == [expected]
-    assert driver.synchronised == 2
+        assert driver.synchronised == 2

@@ -7,7 +7,8 @@ import torch
 
 from tsqp.errors import OptionError
 from tsqp.untrusted.backends.cpu import CpuBackend
-from tsqp.untrusted.backends.device import backend_for, pick_device
+from tsqp.untrusted.backends.device import backend_for, pick_device, pick_devices
+from tsqp.untrusted.backends.torch_driver import cuda_runtime
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
@@ -16,10 +17,36 @@ def test_unknown_names_are_refused(name: str) -> None:
         pick_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda:0,cuda:1", "cuda:0,1", "cpu,cuda"])
-def test_several_devices_are_refused_as_such(name: str) -> None:
-    with pytest.raises(OptionError, match=r"one device, not on '.*,.*': start a worker for each"):
-        pick_device(name)
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        ("cpu,cuda:0", "the CPU or on CUDA devices, not on 'cpu,cuda:0'"),
+        ("cpu,cpu", "the CPU or on CUDA devices"),
+        ("cuda:0,1", "unknown device '1': use cpu, cuda or cuda:n, or cuda:0,cuda:1"),
+        ("cuda:0,", "unknown device ''"),
+        ("cuda:1,cuda,cuda:0", "device 'cuda:0' is named twice in 'cuda:1,cuda,cuda:0'"),
+        ("cuda:0,cuda:3", "no device 'cuda:3' here: 3 CUDA devices"),
+    ],
+)
+def test_devices_that_cannot_be_together_are_refused(names: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(OptionError, match=why):
+        pick_devices(names)
+
+
+def test_several_devices_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert pick_devices("cuda:2,cuda:0") == [torch.device("cuda", 2), torch.device("cuda", 0)]
+    assert pick_devices("cpu") == [torch.device("cpu")]
+
+
+def test_a_torch_without_the_cuda_runtime_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "7.5")
+    cuda_runtime.cache_clear()
+    with pytest.raises(
+        OptionError, match=r"several devices in one worker need libcudart\.so\.7, and it cannot be used"
+    ):
+        cuda_runtime()
 
 
 def test_a_device_that_is_not_there_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.stats import Stats
 from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.backends.cuda import CudaBackend
-from tsqp.untrusted.paths import field
+from tsqp.untrusted.paths import field, plain
 from tsqp.untrusted.paths.field import FieldWorkerWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
@@ -212,7 +213,7 @@ def test_room_of_another_size_is_refused(worker: Worker, message: Message, size:
 def test_a_product_that_no_reply_can_carry_is_refused_before_it_is_computed(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(field, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(plain, "MAX_FRAME_BYTES", 1000)
     for message, payload in ((GOOD, X4), (MultiplyPads(1, "qkv", 0, 1), ONE_KEY)):
         reply = answer(worker, message, payload)
         assert isinstance(reply, Failed)
@@ -331,16 +332,16 @@ def test_digests_of_layers_out_of_order_are_refused(layers: list[int]) -> None:
 def test_weights_that_are_no_numbers_are_refused_by_group_and_layer(
     tensor: str, label: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = CHECKPOINT.tensor
+    read = CHECKPOINT.row_blocks
 
-    def broken(name: str) -> torch.Tensor:
-        found = read(name)
-        if name == f"{tensor}.weight":
-            found = found.clone()
-            found[1, 2] = value
-        return found
+    def broken(name: str, *which: int) -> Iterator[tuple[int, torch.Tensor]]:
+        for first, rows in read(name, *which):
+            found = rows.clone()
+            if name == f"{tensor}.weight" and first == 0:
+                found[1, 2] = value
+            yield first, found
 
-    monkeypatch.setattr(CHECKPOINT, "tensor", broken)
+    monkeypatch.setattr(CHECKPOINT, "row_blocks", broken)
     with pytest.raises(UnsupportedModel, match=label):
         FieldWorkerWeights.load(CHECKPOINT, CPU)
 

@@ -8,7 +8,8 @@ import torch
 
 from tsqp.arith.field import FieldWeights
 from tsqp.arith.product import DigitKernel
-from tsqp.untrusted.backends.base import Bind, Key, Place, Run
+from tsqp.untrusted.backends.base import NOTHING_QUEUED, Bind, Key, NothingQueued, Place, Run
+from tsqp.wire.device_memory import Payload, on_the_host
 from tsqp.wire.payload import WireFormat, bytes_tensor, lies_in, tensor_bytes
 
 
@@ -17,6 +18,9 @@ class CpuBackend:
 
     device = torch.device("cpu")
     compiled_calls = True
+    failed = "cpu"
+    captures = False
+    depth = 1
     compiles_one_row = False  # too little to fuse: checking a graph's guards takes longer
 
     def serving(self) -> AbstractContextManager[None]:
@@ -29,22 +33,24 @@ class CpuBackend:
     def field_weights(self, wq: torch.Tensor, kernel: DigitKernel) -> FieldWeights:
         return FieldWeights.of(wq, kernel)
 
-    def stage_in(self, payload: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        return bytes_tensor(payload, dtype, shape)
+    def host_copy(self, payload: Payload) -> memoryview:
+        return _host(payload)
 
-    def floats_in(
-        self, payload: memoryview, wire: WireFormat, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        return wire.read(payload, shape, dtype)
+    def stage_in(self, payload: Payload, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        return bytes_tensor(_host(payload), dtype, shape)
 
-    def place(self, out: memoryview | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor | None:
-        return None if out is None else bytes_tensor(out, dtype, shape)
+    def floats_in(self, payload: Payload, wire: WireFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return wire.read(_host(payload), shape, dtype)
 
-    def stage_out(self, product: torch.Tensor, out: memoryview | None) -> memoryview:
+    def place(self, out: Payload | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor | None:
+        return None if out is None else bytes_tensor(_host(out), dtype, shape)
+
+    def stage_out(self, product: torch.Tensor, out: Payload | None) -> Payload:
         return tensor_bytes(product) if out is None else out  # what has a place was computed there
 
-    def floats_out(self, product: torch.Tensor, wire: WireFormat, out: memoryview | None) -> memoryview:
+    def floats_out(self, product: torch.Tensor, wire: WireFormat, out: Payload | None) -> Payload:
         shape = tuple(product.shape)
+        out = None if out is None else _host(out)
         if out is None:
             if product.dtype == wire.dtype:
                 return tensor_bytes(product.contiguous())
@@ -57,10 +63,20 @@ class CpuBackend:
         return out
 
     def prepare(self, key: Key, x: Place, y: Place, bind: Bind) -> Run | None:
-        source, target = bytes_tensor(*x), bytes_tensor(*y)
-        if lies_in(source, x.memory) and lies_in(target, y.memory):
+        here, there = _host(x.memory), _host(y.memory)
+        source, target = bytes_tensor(here, *x[1:]), bytes_tensor(there, *y[1:])
+        if lies_in(source, here) and lies_in(target, there):
             return bind(source, target)
         return None  # memory at an odd address is copied before it is multiplied
+
+    def stage_into(self, payload: memoryview, memory: torch.Tensor) -> None:
+        memory.copy_(bytes_tensor(payload, memory.dtype, tuple(memory.shape)))
+
+    def captured(self, work: Run) -> Run:
+        return work
+
+    def submit(self) -> NothingQueued:
+        return NOTHING_QUEUED
 
     def settle(self) -> None: ...
 
@@ -70,3 +86,7 @@ class CpuBackend:
     def trim(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _host(payload: Payload) -> memoryview:
+    return on_the_host(payload, "the CPU")

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from tsqp.wire.device_memory import DeviceMemory
+
 
 class Stream(Enum):
     """Queues of work: one for each direction of copies, and one that computes."""
@@ -54,17 +56,32 @@ class Driver(Protocol):
     def empty(self, size: int, stream: Stream) -> torch.Tensor:
         """Fresh device memory, to be written on ``stream`` first. Raises torch.OutOfMemoryError."""
 
+    def alias(self, memory: DeviceMemory) -> torch.Tensor:
+        """Memory of this device that is not torch's, as device memory that is never freed here; read on COMPUTE."""
+
     def uses(self, memory: torch.Tensor, stream: Stream) -> None:
         """Work on a further stream uses this device memory: it is not given away before that work is done."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Queue a copy between device memory and a piece of locked memory, one registration of it, either way."""
+        """Queue a copy between device memory and a piece of locked memory, one registration of it, either way.
 
-    def record(self, stream: Stream) -> Event:
-        """The point that a stream's work has come to once all that was queued so far is done."""
+        On COMPUTE also between device memory and memory of ``alias``.
+        """
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Queue a copy of device memory (rows, width) to locked memory of that shape, whose rows may lie apart."""
+
+    def record(self, stream: Stream, *, timed: bool = False) -> Event:
+        """The point that a stream's work has come to once all that was queued so far is done; ``timed``: and when."""
+
+    def elapsed_ns(self, begin: Event, end: Event) -> int:
+        """The time between two timed events that were waited for, of any streams. Raises RuntimeError."""
 
     def wait_on(self, stream: Stream, event: Event) -> None:
         """What is queued on a stream from here on is done after the event."""
+
+    def done(self, event: Event) -> bool:
+        """Whether ``synchronise`` has nothing to wait for. Raises RuntimeError for what has failed on the device."""
 
     def synchronise(self, event: Event) -> None:
         """Wait for an event. Raises RuntimeError for what has failed on the device."""

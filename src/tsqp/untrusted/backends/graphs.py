@@ -8,6 +8,7 @@ them gets out: row i of a product depends on row i of its input alone, and a cal
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,18 +52,28 @@ class Graphs:
         whole = (*key, rows, x, y)
         found = self._captured.get(whole)
         if found is None and not self._refused and len(self._captured) < MOST_GRAPHS:
-            try:
-                found = self._captured[whole] = self._capture(rows, x, y, bind)
-            except RuntimeError as error:
-                self._refused = True
-                why = str(error).splitlines() or [type(error).__name__]
-                log.warning("CUDA graphs are not used (%s): products of few rows are slower", why[0][:200])
+            source, target = self._kept("x", rows, *x), self._kept("y", rows, *y)
+            graph = self.capture(bind(source.view(x[0]).view(rows, -1), target.view(y[0]).view(rows, -1)))
+            if graph is not None:
+                found = self._captured[whole] = Captured(graph, source, target)
         return found
 
-    def _capture(self, rows: int, x: tuple[torch.dtype, int], y: tuple[torch.dtype, int], bind: Bind) -> Captured:
-        source, target = self._kept("x", rows, *x), self._kept("y", rows, *y)
-        work = bind(source.view(x[0]).view(rows, -1), target.view(y[0]).view(rows, -1))
-        return Captured(self._driver.capture(work), source, target)
+    def capture(self, work: Callable[[], object]) -> Graph | None:
+        """Work on memory that stays, captured; None where that was refused once, which is said then.
+
+        Raises torch.OutOfMemoryError: that is no reason to do without.
+        """
+        if self._refused:
+            return None
+        try:
+            return self._driver.capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._refused = True
+            why = str(error).splitlines() or [type(error).__name__]
+            log.warning("CUDA graphs are not used (%s): products of few rows are slower", why[0][:200])
+            return None
 
     def _kept(self, name: str, rows: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
         size = rows * columns * dtype.itemsize

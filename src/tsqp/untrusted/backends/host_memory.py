@@ -8,6 +8,7 @@ what it names.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -104,7 +105,7 @@ class Arenas:
 
 
 class Buffers:
-    """Locked memory of the worker's own, for bytes that lie elsewhere. What is taken is free again all at once."""
+    """Locked memory of the worker's own, for bytes that lie elsewhere. What a call takes is free again all at once."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -129,6 +130,14 @@ class Buffers:
         return buffer[:size]
 
     def release(self) -> None:
-        """All of it is free again: no copy is under way in it."""
-        self._free += self._taken
-        self._taken.clear()
+        """All that is taken is free again: no copy is under way in it."""
+        self.put_back(self.hand_over())
+
+    def hand_over(self) -> list[torch.Tensor]:
+        """All that is taken, for ``put_back`` once no copy is under way in it; nothing is taken after this."""
+        taken, self._taken = self._taken, []
+        return taken
+
+    def put_back(self, buffers: Sequence[torch.Tensor]) -> None:
+        """These are free again."""
+        self._free += buffers

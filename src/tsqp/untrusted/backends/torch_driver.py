@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
+from tsqp.errors import OptionError
 from tsqp.untrusted.backends.driver import Event, Graph, Stream
+from tsqp.wire.device_memory import DeviceMemory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of this process
+_DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
+
+
+@cache
+def cuda_runtime() -> ctypes.CDLL:
+    """The CUDA runtime that torch has loaded, for the copies that torch has no call for. Raises OptionError."""
+    name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
+    try:
+        library = ctypes.CDLL(name)
+        copy = library.cudaMemcpy2DAsync
+    except (OSError, AttributeError) as error:
+        raise OptionError(f"several devices in one worker need {name}, and it cannot be used: {error}") from error
+    size = ctypes.c_size_t
+    copy.argtypes = [ctypes.c_void_p, size, ctypes.c_void_p, size, size, size, ctypes.c_int, ctypes.c_void_p]
+    copy.restype = ctypes.c_int
+    return library
 
 
 class TorchDriver:
@@ -46,6 +66,9 @@ class TorchDriver:
         with torch.cuda.stream(self._streams[stream]):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
+    def alias(self, memory: DeviceMemory) -> torch.Tensor:
+        return torch.as_tensor(_Foreign(memory), device=self.device)
+
     def uses(self, memory: torch.Tensor, stream: Stream) -> None:
         memory.record_stream(self._streams[stream])
 
@@ -53,13 +76,29 @@ class TorchDriver:
         with torch.cuda.stream(self._streams[stream]):
             target.copy_(source, non_blocking=True)
 
-    def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        rows, width = source.shape
+        with torch.cuda.device(self.device):
+            result = cuda_runtime().cudaMemcpy2DAsync(
+                *(target.data_ptr(), target.stride(0), source.data_ptr(), source.stride(0)),
+                *(width, rows, _DEVICE_TO_HOST, self._streams[stream].cuda_stream),
+            )
+        if result:
+            raise RuntimeError(f"CUDA error {result} from cudaMemcpy2DAsync")
+
+    def record(self, stream: Stream, *, timed: bool = False) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=timed)
         event.record(self._streams[stream])
         return event
 
+    def elapsed_ns(self, begin: Event, end: Event) -> int:
+        return int(begin.elapsed_time(end) * 1e6)  # type: ignore[attr-defined]
+
     def wait_on(self, stream: Stream, event: Event) -> None:
         self._streams[stream].wait_event(event)  # type: ignore[arg-type]
+
+    def done(self, event: Event) -> bool:
+        return bool(event.query())  # type: ignore[attr-defined]
 
     def synchronise(self, event: Event) -> None:
         event.synchronize()  # type: ignore[attr-defined]
@@ -78,6 +117,18 @@ class TorchDriver:
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
+
+
+class _Foreign:
+    """Device memory as torch takes it from other libraries, without a copy."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (memory.nbytes,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "version": 3,
+        }
 
 
 class _ComputeGraph:

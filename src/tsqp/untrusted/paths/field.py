@@ -6,7 +6,7 @@ that are not canonical give products that mean nothing, to that client alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,15 +20,16 @@ from tsqp.arith.product import BlockedKernel, DigitKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import ComputeDtype
-from tsqp.config.groups import GroupKey, GroupName, group_keys
+from tsqp.config.groups import GroupKey, GroupName
 from tsqp.config.model import ModelConfig
+from tsqp.config.shard import Shard, whole
 from tsqp.errors import ProtocolError
 from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.untrusted.backends.base import Backend, Place, Run
 from tsqp.untrusted.backends.cpu import CpuBackend
-from tsqp.untrusted.paths.plain import exactly
+from tsqp.untrusted.paths.plain import check_frame, exactly
 from tsqp.untrusted.paths.prepared import Prepared
-from tsqp.wire.channel import MAX_FRAME_BYTES
+from tsqp.wire.device_memory import Payload
 from tsqp.wire.messages import Call, MultiplyPads, Product
 from tsqp.wire.payload import bytes_tensor, tensor_bytes
 
@@ -39,12 +40,13 @@ BOTH_DIGITS: tuple[Digits, ...] = (2, 4)
 
 @dataclass(frozen=True)
 class FieldWorkerWeights:
-    """8-bit weights of every group on one device, and the digests that a client compares with its own."""
+    """8-bit weights of every group of a shard on one device, and the digests that a client compares with its own."""
 
     config: ModelConfig
     device: torch.device
     groups: Mapping[GroupKey, FieldWeights]
     digests: Mapping[GroupName, str]
+    shard: Shard
 
     compute: ComputeDtype = "field"
 
@@ -56,21 +58,23 @@ class FieldWorkerWeights:
         *,
         kernel: DigitKernel | None = None,
         backend: Backend | None = None,
+        shard: Shard | None = None,
     ) -> FieldWorkerWeights:
-        """Read and quantise every group; ``kernel`` is chosen by a self-test unless given.
+        """Read and quantise every group, or a shard's slices; ``kernel`` is chosen by a self-test unless given.
 
         Compiles the loops, so that no call waits for it. Raises CheckpointError.
         """
         kernel = kernel or pick_kernel(device)
         backend = backend or CpuBackend()
-        digests = GroupDigests()
+        shard = shard or whole(checkpoint.config)
+        digests = GroupDigests(shard.first)
         groups = {}
-        for key in group_keys(checkpoint.config):
-            wq = load_quantised_group(checkpoint, key).wq
+        for key in shard.keys(checkpoint.config):
+            wq = load_quantised_group(checkpoint, key, shard).wq
             digests.add(key, wq)
             groups[key] = backend.field_weights(wq, kernel)
         compile_loops(kernel if backend.compiled_calls else BlockedKernel())  # a device's kernel has none
-        return cls(checkpoint.config, device, groups, digests.hexdigests())
+        return cls(checkpoint.config, device, groups, digests.hexdigests(), shard)
 
 
 def compile_loops(kernel: DigitKernel) -> None:
@@ -102,8 +106,8 @@ class FieldOperators:
         self.prepared = Prepared()
 
     def __call__(
-        self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None, place: bytes = b""
-    ) -> memoryview:
+        self, call: Call, payloads: Sequence[Payload], out: Payload | None = None, place: bytes = b""
+    ) -> Payload:
         """The product of one call, in ``out`` where that is given. ``place`` is that of ``Arrival``.
 
         Raises ProtocolError for a call of another path, or one that does not fit the model, its payload or the room
@@ -119,7 +123,7 @@ class FieldOperators:
         if weights is None:
             raise ProtocolError(f"there is no group {call.group} in layer {call.layer}")
         if isinstance(call, MultiplyPads):
-            return self._multiply_pads(call, weights, payload, out)
+            return self._multiply_pads(call, weights, self._backend.host_copy(payload), out)
         columns, inner = weights.wq.shape
         source = Place(payload, _input_dtype(call.digits), (call.rows, inner))
         x = self._backend.stage_in(*source)
@@ -136,26 +140,21 @@ class FieldOperators:
         return self._backend.stage_out(y, out)
 
     def _multiply_pads(
-        self, call: MultiplyPads, weights: FieldWeights, payload: memoryview, out: memoryview | None
-    ) -> memoryview:
+        self, call: MultiplyPads, weights: FieldWeights, payload: memoryview, out: Payload | None
+    ) -> Payload:
         bytes_tensor(payload, torch.uint8, (call.blocks, KEY_BYTES))  # its size, first
         place = self._place(out, call.blocks * BLOCK_ROWS, weights)
-        for block in range(0, call.blocks, DEALT_BLOCKS):
-            pads = expand_blocks(payload[block * KEY_BYTES : (block + DEALT_BLOCKS) * KEY_BYTES], weights.wq.shape[1])
-            rows = slice(block * BLOCK_ROWS, block * BLOCK_ROWS + len(pads))
-            staged = self._backend.stage_in(tensor_bytes(pads), torch.int32, tuple(pads.shape))
-            weights.product(staged, 4, out=place[rows])
+        for rows, pads in expanded(payload, weights.wq.shape[1]):
+            multiply_pads(self._backend, weights, pads, place[rows])
         return self._backend.stage_out(place, out)
 
-    def _place(self, out: memoryview | None, rows: int, weights: FieldWeights) -> torch.Tensor:
+    def _place(self, out: Payload | None, rows: int, weights: FieldWeights) -> torch.Tensor:
         """Where a product (rows, out_features) is computed: in ``out`` if the device computes there.
 
         Raises ProtocolError for a product that no reply can carry, or for which ``out`` is not the room.
         """
         shape = (rows, len(weights.wq))
-        size = rows * len(weights.wq) * torch.int32.itemsize
-        if size > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")
+        check_frame(rows * len(weights.wq) * torch.int32.itemsize)
         place = self._backend.place(out, torch.int32, shape)
         return torch.empty(shape, dtype=torch.int32, device=self._weights.device) if place is None else place
 
@@ -166,6 +165,18 @@ def prepared(weights: FieldWeights, x: torch.Tensor, digits: Digits, y: torch.Te
     if isinstance(weights.kernel, FewRowsKernel):
         run = weights.kernel.prepared(x, digits, weights.wq, weights.offsets, y)
     return run or partial(weights.product, x, digits, out=y)
+
+
+def expanded(keys: memoryview, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The pads of a dealer's keys, some blocks at a time: which rows they are, and ``expand_blocks`` of them."""
+    for first in range(0, keys.nbytes // KEY_BYTES, DEALT_BLOCKS):
+        pads = expand_blocks(keys[first * KEY_BYTES : (first + DEALT_BLOCKS) * KEY_BYTES], columns)
+        yield slice(first * BLOCK_ROWS, first * BLOCK_ROWS + len(pads)), pads
+
+
+def multiply_pads(backend: Backend, weights: FieldWeights, pads: torch.Tensor, out: torch.Tensor) -> None:
+    """The products of pads in this process's memory, on a device."""
+    weights.product(backend.stage_in(tensor_bytes(pads), torch.int32, tuple(pads.shape)), 4, out=out)
 
 
 def expand_blocks(keys: memoryview, columns: int) -> torch.Tensor:

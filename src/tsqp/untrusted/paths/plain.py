@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.layers import LayerState
 from tsqp.untrusted.paths.prepared import Prepared
 from tsqp.wire.channel import MAX_FRAME_BYTES
+from tsqp.wire.device_memory import Payload
 from tsqp.wire.messages import (
     AttentionScores,
     AttentionValues,
@@ -34,6 +36,8 @@ from tsqp.wire.messages import (
     Product,
 )
 from tsqp.wire.payload import WireFormat, bytes_tensor, tensor_bytes
+
+AnyPayload = TypeVar("AnyPayload", bound=Payload)
 
 
 class Operators:
@@ -59,8 +63,8 @@ class Operators:
         return "_layers" in self.__dict__
 
     def __call__(
-        self, call: Call, payloads: Sequence[memoryview], out: memoryview | None = None, place: bytes = b""
-    ) -> memoryview | None:
+        self, call: Call, payloads: Sequence[Payload], out: Payload | None = None, place: bytes = b""
+    ) -> Payload | None:
         """The product of one call, in ``out`` where that is given; None for a call without a product.
 
         ``place`` is that of ``Arrival``. Raises ProtocolError for a call that does not fit the model, its payloads or
@@ -92,9 +96,7 @@ class Operators:
                 raise ProtocolError("products mod p are of the field path, and this connection asked for another")
         return self._backend.floats_out(product, self._wire, out)
 
-    def _linear(
-        self, call: Linear, payloads: Sequence[memoryview], out: memoryview | None, place: bytes
-    ) -> torch.Tensor:
+    def _linear(self, call: Linear, payloads: Sequence[Payload], out: Payload | None, place: bytes) -> torch.Tensor:
         (payload,) = exactly(1, payloads)
         weights = self._weights.groups.get((call.group, call.layer))
         if weights is None:
@@ -115,23 +117,23 @@ class Operators:
             self.prepared.keep(call, place, self._backend.prepare(key, source, target, bind))
         return weights.product(x, call.part, out=y)
 
-    def _embed(self, call: Embed, payloads: Sequence[memoryview]) -> torch.Tensor:
+    def _embed(self, call: Embed, payloads: Sequence[Payload]) -> torch.Tensor:
         (payload,) = exactly(1, payloads)
         tokens = tensor_bytes(self._tokens(payload, call.rows))
         return F.embedding(self._backend.stage_in(tokens, torch.int32, (call.rows,)), self._weights.embedding)
 
-    def _tokens(self, payload: memoryview, rows: int) -> torch.Tensor:
+    def _tokens(self, payload: Payload, rows: int) -> torch.Tensor:
         """int32 token ids (rows,), all of the vocabulary: a copy, since a client can change what was looked at.
 
         On a GPU an index that is out of bounds would end the whole process's use of the device.
         """
-        tokens = bytes_tensor(payload, torch.int32, (rows,)).clone()
+        tokens = bytes_tensor(self._backend.host_copy(payload), torch.int32, (rows,)).clone()
         numbers = tokens.numpy()
         if numbers.min() < 0 or numbers.max() >= self._weights.config.vocab_size:
             raise ProtocolError("a token id is outside of the vocabulary")
         return tokens
 
-    def _scores(self, call: AttentionScores, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
+    def _scores(self, call: AttentionScores, payloads: Sequence[Payload], out: Payload | None) -> torch.Tensor:
         q, k = exactly(2, payloads)
         config = self._weights.config
         return score_product(
@@ -140,7 +142,7 @@ class Operators:
             out=self._place(out, (config.num_heads, call.rows, call.keys)),
         )
 
-    def _mix(self, call: AttentionValues, payloads: Sequence[memoryview], out: memoryview | None) -> torch.Tensor:
+    def _mix(self, call: AttentionValues, payloads: Sequence[Payload], out: Payload | None) -> torch.Tensor:
         p, v = exactly(2, payloads)
         config = self._weights.config
         return value_product(
@@ -149,24 +151,28 @@ class Operators:
             out=self._place(out, (config.num_heads, call.rows, config.head_dim)),
         )
 
-    def _floats(self, payload: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
+    def _floats(self, payload: Payload, shape: tuple[int, ...]) -> torch.Tensor:
         return self._backend.floats_in(payload, self._wire, shape, self._weights.dtype)
 
-    def _place(self, out: memoryview | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    def _place(self, out: Payload | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Where a product can be computed in place; None where it must be computed elsewhere and copied.
 
         Raises ProtocolError for a product that no reply can carry, before it is computed.
         """
-        size = self._wire.size(shape)
-        if size > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")
+        check_frame(self._wire.size(shape))
         if self._weights.dtype != self._wire.dtype:
             return None
         return self._backend.place(out, self._weights.dtype, shape)
 
 
-def exactly(count: int, payloads: Sequence[memoryview]) -> Sequence[memoryview]:
+def exactly(count: int, payloads: Sequence[AnyPayload]) -> Sequence[AnyPayload]:
     """The payloads, of which there are ``count``. Raises ProtocolError."""
     if len(payloads) != count:
         raise ProtocolError(f"{len(payloads)} payloads where {count} were expected")
     return payloads
+
+
+def check_frame(size: int) -> None:
+    """Raises ProtocolError for a product of more bytes than a reply can carry."""
+    if size > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a product of {size} bytes; the limit is {MAX_FRAME_BYTES}: use smaller chunks")

@@ -1,0 +1,78 @@
+"""The driver's calls by torch, as far as they can be looked at without a GPU: what the CUDA runtime is told."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tsqp.untrusted.backends import torch_driver
+from tsqp.untrusted.backends.driver import Stream
+from tsqp.untrusted.backends.torch_driver import TorchDriver
+
+
+class Runtime:
+    """``cudaMemcpy2DAsync`` as the CUDA runtime's reference has it, at once and on the host."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.result = result
+        self.asked: list[tuple[int, int]] = []  # kind and stream
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: int, stream: int
+    ) -> int:
+        self.asked.append((kind, stream))
+        for row in range(0 if self.result else height):
+            ctypes.memmove(dst + row * dpitch, src + row * spitch, width)
+        return self.result
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> TorchDriver:
+    """One whose device is this host."""
+    made = object.__new__(TorchDriver)
+    made.device = torch.device("cpu")
+    made._streams = {stream: SimpleNamespace(cuda_stream=7 + n) for n, stream in enumerate(Stream)}  # type: ignore[misc]
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    return made
+
+
+def test_rows_go_to_where_they_lie_apart(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    monkeypatch.setattr(torch_driver, "cuda_runtime", lambda: runtime)
+    whole = torch.zeros(5, 40, dtype=torch.uint8)
+    product = torch.randint(1, 256, (4, 12), dtype=torch.uint8)
+    driver.copy_rows(whole[:4, 8:18], product[:, :10], Stream.OUT)
+    expected = torch.zeros(5, 40, dtype=torch.uint8)
+    expected[:4, 8:18] = product[:, :10]
+    assert torch.equal(whole, expected)
+    assert runtime.asked == [(2, 7 + list(Stream).index(Stream.OUT))]  # device to host, in its stream
+
+
+def test_what_the_runtime_refuses_is_an_error(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_driver, "cuda_runtime", lambda: Runtime(result=700))
+    with pytest.raises(RuntimeError, match="CUDA error 700 from cudaMemcpy2DAsync"):
+        driver.copy_rows(torch.zeros(2, 8, dtype=torch.uint8)[:, :4], torch.zeros(2, 4, dtype=torch.uint8), Stream.OUT)
+
+
+def test_sizes_of_the_runtimes_call_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them, ctypes would cut addresses to 32 bits."""
+    library = SimpleNamespace(cudaMemcpy2DAsync=SimpleNamespace())
+    asked = list[str]()
+
+    def load(name: str) -> SimpleNamespace:
+        asked.append(name)
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    torch_driver.cuda_runtime.cache_clear()
+    try:
+        torch_driver.cuda_runtime()
+    finally:
+        torch_driver.cuda_runtime.cache_clear()
+    assert asked == ["libcudart.so.13"]
+    assert [ctypes.sizeof(kind) for kind in library.cudaMemcpy2DAsync.argtypes] == [8, 8, 8, 8, 8, 8, 4, 8]
