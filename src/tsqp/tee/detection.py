@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-GUEST_DEVICES = {"tdx_guest": "Intel TDX", "tdx-guest": "Intel TDX", "sev-guest": "AMD SEV-SNP"}
+SEV_SNP = "AMD SEV-SNP"
+GUEST_DEVICES = {"tdx_guest": "Intel TDX", "tdx-guest": "Intel TDX", "sev-guest": SEV_SNP}
 
 
 def detect_tee(root: Path = Path("/")) -> str | None:

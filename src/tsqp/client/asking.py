@@ -1,0 +1,62 @@
+"""One question to a server: what it shows of itself, over a TLS connection whose certificate is kept.
+
+Nobody vouches for the certificate but the evidence: so the connection is not to be believed before that is verified,
+and nothing is sent over it but a nonce.
+"""
+
+from __future__ import annotations
+
+import http.client
+import secrets
+import ssl
+from dataclasses import dataclass
+
+from tsqp.client.address import ServerAddress
+from tsqp.errors import EvidenceRefused, TsqpError
+from tsqp.tee.evidence import MAX_EVIDENCE_BYTES, Evidence, read_evidence
+from tsqp.tee.statement import NONCE_BYTES
+
+PATH = "/v1/attestation"
+TIMEOUT_S = 30.0  # a quote takes a TEE milliseconds, or seconds when many ask
+SHOWN_BYTES = 200  # of an answer that is none
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a server has shown. ``certificate``: the leaf of the connection, DER."""
+
+    evidence: Evidence
+    nonce: bytes
+    certificate: bytes
+
+
+def unverified_tls() -> ssl.SSLContext:
+    """TLS 1.3 to whoever answers. The caller compares the certificate before anything is sent that is worth keeping."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S) -> Shown:
+    """Ask with a fresh nonce. Raises EvidenceRefused for what is no evidence, TsqpError where nobody answers."""
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=unverified_tls())
+    try:
+        connection.connect()
+        certificate = connection.sock.getpeercert(binary_form=True)
+        connection.request("GET", f"{PATH}?nonce={nonce.hex()}", headers={"accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(MAX_EVIDENCE_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and TimeoutError are OSErrors
+        why = str(error) or type(error).__name__
+        raise TsqpError(f"no evidence from {server}: {why[:SHOWN_BYTES]!a}") from None
+    finally:
+        connection.close()
+    if certificate is None:
+        raise EvidenceRefused("certificate", "missing", "one of TLS")
+    if answer.status != http.client.OK:
+        found = f"an answer with status {answer.status} ({body[:SHOWN_BYTES].decode('utf-8', 'replace')})"
+        raise EvidenceRefused("evidence", found, f"what {server}{PATH} should give")
+    return Shown(read_evidence(body), nonce, certificate)

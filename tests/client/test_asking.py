@@ -1,0 +1,109 @@
+"""A question to a server: what comes back is evidence with the certificate of that connection, or one clear line."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.client.evidence_server import evidence_server, honest
+from tests.tee.certificates import key_pair
+from tests.tee.policies import policy
+from tsqp.client.address import ServerAddress, parse_server
+from tsqp.client.asking import ask
+from tsqp.errors import EvidenceRefused, InputError, TsqpError
+from tsqp.tee.collateral import Without
+from tsqp.tee.evidence import MAX_EVIDENCE_BYTES
+from tsqp.tee.verification import verify_connection
+
+PAIR = key_pair()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://host", "https://host:443"),
+        ("https://host:8443/v1/", "https://host:8443"),
+        ("https://[::1]:1", "https://[::1]:1"),
+    ],
+)
+def test_addresses(text: str, shown: str) -> None:
+    assert str(parse_server(text)) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://host", "host:443", "https://", "https://host/v2", "https://host?x=1", "https://a@host", "https://h:99999"],
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="https://host:port"):
+        parse_server(text)
+
+
+def test_evidence_is_of_the_connection_it_came_over(tmp_path: Path) -> None:
+    with evidence_server(PAIR, honest(PAIR), tmp_path) as address:
+        shown, again = ask(parse_server(address)), ask(parse_server(address))
+    assert shown.certificate == PAIR.der
+    assert shown.nonce != again.nonce
+    now = shown.evidence.made_at
+    given = {"nonce": shown.nonce, "certificate": shown.certificate, "now": now}
+    verify_connection(shown.evidence, policy(["none"]), Without(), **given)  # type: ignore[arg-type]
+
+
+def test_evidence_that_is_relayed_is_refused(tmp_path: Path) -> None:
+    """A server in the middle, with its own certificate and the honest one's answers."""
+    between = key_pair()
+    with evidence_server(between, honest(PAIR), tmp_path) as address:
+        shown = ask(parse_server(address))
+    given = {"nonce": shown.nonce, "certificate": shown.certificate, "now": shown.evidence.made_at}
+    with pytest.raises(EvidenceRefused, match="certificate-sha256"):
+        verify_connection(shown.evidence, policy(["none"]), Without(), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ((404, b"no such page"), "status 404 .no such page."),
+        ((503, b"\x1b[2J"), r"status 503 .\\x1b"),
+        ((302, b""), "status 302"),
+        ((200, b""), "cannot be read"),
+        ((200, b"{}"), "cannot be read"),
+        ((200, b"x" * (MAX_EVIDENCE_BYTES + 1)), "65537 bytes"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused(answer: tuple[int, bytes], told: str, tmp_path: Path) -> None:
+    with (
+        evidence_server(PAIR, lambda _nonce: answer, tmp_path) as address,
+        pytest.raises(EvidenceRefused, match=told),
+    ):
+        ask(parse_server(address))
+
+
+def test_nobody_there_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(TsqpError, match=rf"no evidence from https://127\.0\.0\.1:{port}: "):
+        ask(ServerAddress("127.0.0.1", port))
+
+
+def test_a_server_that_never_answers_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TsqpError, match="timed out"):
+        ask(ServerAddress("127.0.0.1", silent.getsockname()[1]), timeout_s=0.2)
+
+
+def test_a_server_without_tls_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        import threading
+
+        def speak() -> None:
+            connection, _ = plain.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.recv(4096)
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        with pytest.raises(TsqpError, match="no evidence from"):
+            ask(ServerAddress("127.0.0.1", plain.getsockname()[1]))
+        thread.join()
