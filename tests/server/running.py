@@ -35,6 +35,7 @@ class Server:
         settings: ServerSettings | None = None,
         api_keys: Path | None = None,
         names: Sequence[str] = ("tiny",),
+        evidence: str | None = None,
     ) -> None:
         """Serve in this thread until ``client``, in another, has returned. Raises what it has raised."""
         with ThreadPoolExecutor(1) as pool:
@@ -53,6 +54,7 @@ class Server:
                 settings or ServerSettings(),
                 names=names,
                 api_keys=api_keys,
+                evidence=evidence,
                 announce=lambda ready: results.append(pool.submit(asking, ready)),
             )
             results[0].result(LIMIT_S)

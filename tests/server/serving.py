@@ -102,10 +102,11 @@ class Script:
         tenant: str = "",
         salt: str | None = None,
         tap: Tap | None = None,
+        lora: str | None = None,
     ) -> ScriptedAnswer:
         """The next answer, or an exception where that is its script."""
         number = len(self.opened)
-        self.opened.append(Opened(list(prompt), params, tenant, salt, tap))
+        self.opened.append(Opened(list(prompt), params, tenant, salt, tap, lora))
         script = self.answers[number % len(self.answers)]
         if isinstance(script, Exception):
             raise script
@@ -122,6 +123,7 @@ class Opened:
     tenant: str
     salt: str | None
     tap: Tap | None = None
+    lora: str | None = None
 
 
 @dataclass

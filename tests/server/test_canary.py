@@ -15,6 +15,7 @@ from tests.commands import LIMIT_S, Home
 from tests.families import tiny_model
 from tests.server.process import serving
 from tsqp.server.api_keys import add_line, line_for, new_key
+from tsqp.server.guards.affinity import HEADER as AFFINITY
 from tsqp.server.json_log import Line
 
 CANARY = "xylophone7f3a"
@@ -51,8 +52,9 @@ def test_the_canary_is_in_no_log_metric_or_error(home: Home, tmp_path: Path, for
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         with httpx.Client(base_url=server.address, headers=headers, timeout=LIMIT_S) as client:
             for body in GOOD:
-                answer = client.post("/v1/completions", json=body, headers={"x-request-id": CANARY})
+                answer = client.post("/v1/completions", json=body, headers={"x-request-id": CANARY, AFFINITY: CANARY})
                 assert answer.status_code == 200, answer.text
+                assert answer.headers[AFFINITY] == CANARY
             for path, wrong in BAD:
                 content = wrong.encode("latin-1") if isinstance(wrong, str) else json.dumps(wrong).encode()
                 answer = client.post(path, content=content)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import socket
 from contextlib import closing
 
 import httpx
 import pytest
-from benchmarks.soak import COUNTED, HELD, Look, growth, idle, inconsistent, look_at, miscounted, soak, unbalanced
+from benchmarks.soak import (
+    COUNTED,
+    HELD,
+    Look,
+    connections,
+    growth,
+    idle,
+    inconsistent,
+    left_alone,
+    look_at,
+    miscounted,
+    soak,
+    unbalanced,
+)
 
 from tests.commands import Home
 from tests.server.chat_model import chat_model
@@ -49,6 +64,33 @@ def test_an_arena_is_seen(kind: ArenaKind) -> None:
     assert look_at(os.getpid()).segments == before
 
 
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "::1"])
+def test_connections_that_are_kept_are_seen(loopback: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that the client has closed and the server has not; not the listening socket, nor the client's end."""
+    pid = os.getpid()
+    try:
+        listener = socket.create_server((loopback, 0), family=socket.AF_INET6 if ":" in loopback else socket.AF_INET)
+    except OSError:
+        pytest.skip(f"this machine has no {loopback}")
+    with listener:
+        port = listener.getsockname()[1]
+        assert connections(pid, port) == 0
+        with socket.create_connection(listener.getsockname()[:2]):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert connections(pid, port) == 1
+        assert connections(pid, port) == 0
+        with socket.create_connection(listener.getsockname()[:2]):
+            kept, _ = listener.accept()
+        with kept:
+            assert kept.recv(1) == b""  # the client has gone
+            assert connections(pid, port) == 1
+            monkeypatch.setattr("benchmarks.soak.IDLE_LIMIT_S", 0.0)
+            (told,) = asyncio.run(left_alone(pid, port))
+            assert told.startswith("1 connections are held")
+        assert asyncio.run(left_alone(pid, port)) == []
+
+
 def test_what_grows_is_told() -> None:
     flat = [Look(100 << 20, 20, 9, 0)] * 8
     assert growth(flat) == []
@@ -57,6 +99,19 @@ def test_what_grows_is_told() -> None:
         (told,) = growth(grown)
         assert told.startswith(name)
     assert growth(flat[:3])
+
+
+def noisy(count: int, growth_bytes: int, seed: int) -> list[Look]:
+    dice = random.Random(seed)
+    return [Look(round(dice.gauss(900e6, 37e6)) + number * growth_bytes, 14, 13, 1) for number in range(count)]
+
+
+def test_noise_is_no_growth_and_hides_little() -> None:
+    """As much noise as kills make. A leak of some megabytes a look is found in it, and a small one in a longer run."""
+    flat = sum(bool(growth(noisy(20, 0, seed))) for seed in range(200))
+    assert flat <= 14  # of 200; the tolerance has two standard errors
+    assert sum(bool(growth(noisy(20, 12_000_000, seed))) for seed in range(200)) >= 180
+    assert sum(bool(growth(noisy(80, 2_000_000, seed))) for seed in range(200)) >= 180
 
 
 def test_what_does_not_add_up_is_told() -> None:

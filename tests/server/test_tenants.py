@@ -35,6 +35,7 @@ from tests.server.chat_model import CONTEXT, chat_model
 from tests.server.process import serving
 from tests.server.reading import metrics
 from tsqp.server.api_keys import add_line, line_for, new_key
+from tsqp.server.guards.affinity import HEADER as AFFINITY
 
 PAIRS = 40
 PROMPT = CONTEXT - 100  # tokens
@@ -142,3 +143,7 @@ def test_a_salt_narrows_what_is_found_and_widens_it_for_nobody(tenants: list[Cli
     assert alice.ask(prompt)[1:] == nothing
     assert alice.ask(prompt, cache_salt="")[1:] == all_of_it
     assert alice.ask(prompt, cache_salt="y")[1:] == nothing
+    for client in tenants:  # what a balancer goes by is none
+        client.http.headers[AFFINITY] = "one"
+    assert alice.ask(prompt, cache_salt="y")[1:] == all_of_it
+    assert bob.ask(prompt, cache_salt="y")[1:] == nothing

@@ -27,11 +27,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and how it is to be answered. ``tap``: for what is sent to the worker meanwhile."""
+    """A prompt and how it is to be answered.
+
+    ``tap``: for what is sent to the worker meanwhile. ``lora``: the adapter that answers.
+    """
 
     prompt: list[int]
     params: SamplingParams
     tap: Tap | None = None
+    lora: str | None = None
 
 
 class Answers:
@@ -52,7 +56,9 @@ class Answers:
         answers = cls()
         try:
             for one in asked:
-                answer = await service.model.open(one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap)
+                answer = await service.model.open(
+                    one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap, lora=one.lora
+                )
                 answers._under_way.append(_UnderWay(answer, service.metrics, endpoint))
         except BaseException:
             answers.close()
@@ -77,6 +83,10 @@ class Answers:
             for task in tasks:
                 task.cancel()
 
+    def token_ids(self) -> list[tuple[int, ...]]:
+        """The tokens of each answer, once all of them are complete. Raises ChannelClosed where one is not."""
+        return [one.token_ids() for one in self._under_way]
+
     def close(self) -> None:
         """Abort what has not ended. Closing twice is allowed."""
         for one in self._under_way:
@@ -100,6 +110,7 @@ class _UnderWay:
         self._start = self._last = time.perf_counter()
         self._tokens = 0
         self._ended = False
+        self._token_ids: tuple[int, ...] | None = None
         meters.began(endpoint)
 
     async def read(self, index: int, arrived: asyncio.Queue[tuple[int, Delta] | Exception | None]) -> None:
@@ -108,7 +119,8 @@ class _UnderWay:
             async for delta in self._answer:
                 self._count()
                 if delta.completion is not None:
-                    self._tokens = len(delta.completion.token_ids)
+                    self._token_ids = delta.completion.token_ids
+                    self._tokens = len(self._token_ids)
                     self.end("stop" if delta.completion.finish_reason == "stop" else "length")
                 arrived.put_nowait((index, delta))
             if not self._ended:
@@ -117,6 +129,12 @@ class _UnderWay:
         except Exception as error:
             self.end("error")
             arrived.put_nowait(error)
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Of a complete answer."""
+        if self._token_ids is None:
+            raise ChannelClosed("the answer is not complete")
+        return self._token_ids
 
     def end(self, reason: Reason) -> None:
         """Once: the answer holds nothing any more."""

@@ -8,6 +8,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from tsqp.server.api_keys import KeyFile
+from tsqp.server.attestation import PATH
 from tsqp.server.guards.chain import guarded
 from tsqp.server.guards.faults import exception_handlers
 from tsqp.server.health import Probe, WorkerProbe, health_routes
@@ -34,5 +35,5 @@ def create_app(
     every = [*routes(service), *health_routes(probe, lifecycle)]
     app = Starlette(routes=every, exception_handlers=exception_handlers)
     always = {"x-tsqp-protection": service.protection}
-    pages = () if service.console is None else service.console.pages
+    pages = (PATH,) if service.console is None else (PATH, *service.console.pages)
     return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered, pages=pages)

@@ -27,6 +27,7 @@ from tsqp.server.params import (
     salt_of,
     sampling_params,
 )
+from tsqp.server.receipts import draft_of, repeatable, with_header, with_receipt
 from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
@@ -45,7 +46,7 @@ async def create(service: Service, request: Request) -> Response:
 class Prepared:
     """What is to be asked, once all of a body was found to be right.
 
-    ``tools``: what the template is told of. ``either``: the answer has a form, or is a call.
+    ``tools``: what the template is told of. ``either``: the answer has a form, or is a call. ``lora``: the adapter.
     """
 
     prompt: list[int]
@@ -53,18 +54,21 @@ class Prepared:
     tools: ToolUse | None
     either: bool
     reply: Reply
+    lora: str | None
 
 
 async def prepared(service: Service, body: ChatBody) -> Prepared:
     """Check a body and encode its conversation. Raises ApiError, OptionError and PromptError."""
-    service.check_name(body.model)
+    lora = service.adapter_of(body.model)
     check_choices(service, body.choices)
     check_stream_options(body)
     with form_errors("response_format"):
         form = _form(body)
     with form_errors("response_format", both=form is not None):
         tools = _tools(service, body, form)
-    params = sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
+    params = repeatable(
+        service, sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
+    )
     prompt = await encoded(service, body.messages, tools, body.chat_template_kwargs)
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
@@ -73,18 +77,20 @@ async def prepared(service: Service, body: ChatBody) -> Prepared:
         service, len(prompt), asked, service.settings.max_answer_tokens, param=param, prompt="messages"
     )
     either, reply = form is not None and tools is not None, Reply(service, body, tools, len(prompt))
-    return Prepared(prompt, replace(params, max_tokens=most), tools, either, reply)
+    return Prepared(prompt, replace(params, max_tokens=most), tools, either, reply, lora)
 
 
 async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
     asked = await prepared(service, body)
-    every = [Asked(asked.prompt, of_choice(asked.params, index)) for index in range(body.choices)]
+    every = [Asked(asked.prompt, of_choice(asked.params, index), lora=asked.lora) for index in range(body.choices)]
+    draft = await draft_of(service, request, "/v1/chat/completions", body, every, body.choices)
     with form_errors("response_format", both=asked.either):
         answers = await Answers.open(service, request, "chat", every, salt_of(body))
     if body.stream:
-        return EventStream(service, answers, asked.reply.events(answers), padding=padding_of(service, body))
+        events = with_receipt(asked.reply.events(answers), draft, answers)
+        return EventStream(service, answers, events, padding=padding_of(service, body))
     async with answers:
-        return json_reply(await asked.reply.whole(answers))
+        return with_header(json_reply(await asked.reply.whole(answers)), draft, answers)
 
 
 async def encoded(

@@ -58,6 +58,7 @@ class Reply:
 
     def __init__(self, service: Service, body: ChatBody, tools: ToolUse | None, prompt_tokens: int) -> None:
         self._service = service
+        self._model = service.name_in_answers(body.model)
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._choices = [_Choice(service, body, tools) for _ in range(body.choices)]
@@ -93,8 +94,7 @@ class Reply:
             )
             for index, choice in enumerate(self._choices)
         ]
-        service = self._service
-        return Completion(self._id, self._created, service.name, service.fingerprint, choices, self._usage())
+        return Completion(self._id, self._created, self._model, self._service.fingerprint, choices, self._usage())
 
     async def events(self, answers: Answers) -> AsyncGenerator[Event, None]:
         """The chunks: a role for each answer, its pieces, its end, and the usage where it was asked for."""
@@ -149,8 +149,7 @@ class Reply:
         if piece is None:
             usage = self._usage()
         choices = [] if piece is None else [piece]
-        service = self._service
-        return Event(Chunk(self._id, self._created, service.name, service.fingerprint, choices, usage))
+        return Event(Chunk(self._id, self._created, self._model, self._service.fingerprint, choices, usage))
 
     def _usage(self) -> Usage:
         return Usage.of(self._prompt_tokens, self._answer_tokens)

@@ -14,6 +14,7 @@ from tsqp.server.ranges import documented
 from tsqp.server.response_format import ResponseFormat
 from tsqp.server.tools import MAX_TOOLS, Function
 from tsqp.server.usage import Usage
+from tsqp.tee.receipts import SignedReceipt
 
 
 class Tool(msgspec.Struct, kw_only=True, frozen=True):
@@ -121,7 +122,7 @@ class ChoicePiece(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """An event. ``usage``: null in each but the last, where it was asked for."""
+    """An event. ``usage``: null in each but one, where it was asked for; ``receipt``: in the last, likewise."""
 
     id: str
     created: int
@@ -129,4 +130,5 @@ class Chunk(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChoicePiece]
     usage: Usage | UnsetType | None = UNSET
+    receipt: SignedReceipt | UnsetType = UNSET
     object: str = "chat.completion.chunk"

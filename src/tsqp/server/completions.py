@@ -24,6 +24,7 @@ from tsqp.server.params import (
     salt_of,
     sampling_params,
 )
+from tsqp.server.receipts import draft_of, repeatable, with_header, with_receipt
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
 
@@ -45,12 +46,12 @@ async def create(service: Service, request: Request) -> Response:
 
 
 async def _answered(service: Service, request: Request, body: CompletionBody) -> Response:
-    service.check_name(body.model)
+    lora = service.adapter_of(body.model)
     given = listed(body.prompt)
     check_choices(service, body.choices, len(given))
     check_stream_options(body)
     _check(body)
-    params = sampling_params(body, logprobs=body.logprobs)
+    params = repeatable(service, sampling_params(body, logprobs=body.logprobs))
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     asked = 1 if body.max_tokens == 0 and body.echo else body.max_tokens
@@ -60,13 +61,15 @@ async def _answered(service: Service, request: Request, body: CompletionBody) ->
     for prompt in prompts:
         most = answer_tokens(service, len(prompt.tokens), asked, DEFAULT_TOKENS, param="max_tokens", prompt="prompt")
         bounded = replace(params, max_tokens=most)
-        every += [Asked(prompt.tokens, of_choice(bounded, index)) for index in range(body.choices)]
+        every += [Asked(prompt.tokens, of_choice(bounded, index), lora=lora) for index in range(body.choices)]
+    draft = await draft_of(service, request, "/v1/completions", body, every, body.choices)
     reply = Reply(service, body, [(prompt.tokens, prompt.text) for prompt in prompts])
     answers = await Answers.open(service, request, "completions", every, salt_of(body))
     if body.stream:
-        return EventStream(service, answers, reply.events(answers), padding=padding_of(service, body))
+        events = with_receipt(reply.events(answers), draft, answers)
+        return EventStream(service, answers, events, padding=padding_of(service, body))
     async with answers:
-        return json_reply(await reply.whole(answers))
+        return with_header(json_reply(await reply.whole(answers)), draft, answers)
 
 
 def listed(prompt: object) -> Sequence[str | list[int]]:

@@ -62,6 +62,7 @@ class Reply:
 
     def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[tuple[list[int], str | None]]) -> None:
         self._service = service
+        self._model = service.name_in_answers(body.model)
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -97,8 +98,7 @@ class Reply:
             yield Event(self._completion([], self._usage()))
 
     def _completion(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
-        service = self._service
-        return Completion(self._id, self._created, service.name, service.fingerprint, choices, usage)
+        return Completion(self._id, self._created, self._model, self._service.fingerprint, choices, usage)
 
     def _usage(self) -> Usage:
         return Usage.of(self._prompt_tokens, sum(choice.tokens for choice in self._choices))

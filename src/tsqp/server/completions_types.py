@@ -11,6 +11,7 @@ from tsqp.server.logprobs import CompletionLogprobs
 from tsqp.server.params import ChoicesBody
 from tsqp.server.ranges import documented
 from tsqp.server.usage import Usage
+from tsqp.tee.receipts import SignedReceipt
 
 MAX_LOGPROBS = 5
 _TEXT = {"type": "string", "minLength": 1}
@@ -44,7 +45,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """All answers, or an event with a piece of one."""
+    """All answers, or an event with a piece of one; ``receipt``: in the last event, where it was asked for."""
 
     id: str
     created: int
@@ -52,4 +53,5 @@ class Completion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage | UnsetType | None = UNSET
+    receipt: SignedReceipt | UnsetType = UNSET
     object: str = "text_completion"

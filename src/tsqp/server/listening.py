@@ -39,8 +39,14 @@ class Listening:
     metrics_port: int | None = None
     insecure_exposed: bool = False
 
-    def check(self, *, has_keys: bool) -> None:
-        """Raises OptionError for what would be unsafe, or cannot be."""
+    def check(self, *, has_keys: bool, own_tls: bool = False) -> None:
+        """Raises OptionError for what would be unsafe, or cannot be. ``own_tls``: with a key made for this run."""
+        if own_tls and (self.tls_cert is not None or self.tls_key is not None or self.unix_socket is not None):
+            given = "unix_socket" if self.unix_socket is not None else "tls_cert"
+            why = "it is bound to TLS" if given == "unix_socket" else "its key is made in memory, and is in no file"
+            raise OptionError(
+                f"server.evidence goes without server.{given}: {why}", fields=("server.evidence", f"server.{given}")
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             fields = ("server.tls_cert", "server.tls_key")
             raise OptionError("server.tls_cert and server.tls_key belong together: give both or none", fields=fields)
@@ -51,7 +57,7 @@ class Listening:
             )
         if self.unix_socket is not None or is_loopback(self.host) or self.insecure_exposed:
             return
-        missing = {"server.api_keys": has_keys, "server.tls_cert": self.tls_cert is not None}
+        missing = {"server.api_keys": has_keys, "server.tls_cert": self.tls_cert is not None or own_tls}
         names = [name for name, there in missing.items() if not there]
         if names:
             raise OptionError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -26,7 +26,10 @@ _OPENAPI = "3.1.0"
 
 @dataclass(frozen=True)
 class Operation:
-    """What can be asked at one path. ``body`` and ``reply`` are types; ``event``: of a stream, where there is one."""
+    """What can be asked at one path. ``body`` and ``reply`` are types; ``event``: of a stream, where there is one.
+
+    ``query``: what has to be in the query of the path, and its pattern.
+    """
 
     method: str
     path: str
@@ -35,6 +38,7 @@ class Operation:
     reply: type[msgspec.Struct]
     body: type[msgspec.Struct] | None = None
     event: type[msgspec.Struct] | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def types(self) -> list[type[msgspec.Struct]]:
@@ -99,6 +103,11 @@ def _described(operation: Operation, by_type: dict[type[msgspec.Struct], dict[st
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
+    if operation.query:
+        described.setdefault("parameters", []).extend(
+            {"name": name, "in": "query", "required": True, "schema": {"type": "string", "pattern": pattern}}
+            for name, pattern in operation.query.items()
+        )
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": _content(by_type[operation.body])}
     return described

@@ -35,10 +35,14 @@ TokenId = Annotated[int, documented(minimum=0)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, frozen=True):
-    """``include_obfuscation``: whether events are padded; None for what the server does."""
+    """``include_obfuscation``: whether events are padded; None for what the server does.
+
+    ``include_receipt`` is not OpenAI's: whether a receipt comes last.
+    """
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    include_receipt: bool | None = None
 
 
 class SamplingBody(Body, kw_only=True, frozen=True):

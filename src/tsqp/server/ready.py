@@ -23,13 +23,16 @@ class Ready(NamedTuple):
 
 
 def fingerprint_of(llm: LLM) -> str:
-    """The mode and the weights, for ``system_fingerprint``: equal for answers that were computed alike."""
+    """The mode, the weights and the adapters, for ``system_fingerprint``: equal for answers that were computed alike.
+
+    Which adapter has answered is in the model's name.
+    """
     if llm.guard is not None:
         digest = llm.guard.model_digest
     elif llm.session is not None:
-        digest = llm.session.welcome.fingerprint
+        digest = llm.run_digest(llm.session.welcome.fingerprint)
     else:
-        digest = hashlib.sha256(repr(llm.config).encode()).hexdigest()
+        digest = llm.run_digest(hashlib.sha256(repr(llm.config).encode()).hexdigest())
     return f"tsqp-{llm.plan.protection.name}-{digest[:16]}"
 
 

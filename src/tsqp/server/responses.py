@@ -16,6 +16,7 @@ from tsqp.server.chat_messages import Call, CalledFunction, Message, text_of
 from tsqp.server.errors import ApiError
 from tsqp.server.json_reply import json_reply
 from tsqp.server.params import answer_tokens, check_stream_options, check_top_logprobs, salt_of, sampling_params
+from tsqp.server.receipts import draft_of, repeatable, with_header, with_receipt
 from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.responses_reply import Reply
 from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
@@ -35,25 +36,28 @@ async def create(service: Service, request: Request) -> Response:
 
 
 async def _answered(service: Service, request: Request, body: ResponsesBody) -> Response:
-    service.check_name(body.model)
+    lora = service.adapter_of(body.model)
     check_stream_options(body)
     with form_errors("text.format"):
         form = _form(body)
     with form_errors("text.format", both=form is not None):
         tools = _tools(service, body, form)
-    params = sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
+    params = repeatable(
+        service, sampling_params(body, logprobs=_logprobs(body), form=form if tools is None else tools.form)
+    )
     prompt = await encoded(service, messages_of(body), tools, body.chat_template_kwargs, param="input")
     default, param = service.settings.max_answer_tokens, "max_output_tokens"
     most = answer_tokens(service, len(prompt), body.max_output_tokens, default, param=param, prompt="input")
     reply = Reply(service, body, tools, len(prompt))
-    asked = [Asked(prompt, replace(params, max_tokens=most))]
+    asked = [Asked(prompt, replace(params, max_tokens=most), lora=lora)]
+    draft = await draft_of(service, request, "/v1/responses", body, asked)
     with form_errors("text.format", both=form is not None and tools is not None):
         answers = await Answers.open(service, request, "responses", asked, salt_of(body))
     if body.stream:
-        padding = padding_of(service, body)
-        return EventStream(service, answers, reply.events(answers), padding=padding, end=b"")
+        events = with_receipt(reply.events(answers), draft, answers)
+        return EventStream(service, answers, events, padding=padding_of(service, body), end=b"")
     async with answers:
-        return json_reply(await reply.whole(answers))
+        return with_header(json_reply(await reply.whole(answers)), draft, answers)
 
 
 def messages_of(body: ResponsesBody) -> list[Message]:

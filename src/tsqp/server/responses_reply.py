@@ -49,7 +49,7 @@ class Reply:
             id=f"resp_{secrets.token_hex(16)}",
             created_at=int(time.time()),
             status="in_progress",
-            model=service.name,
+            model=service.name_in_answers(body.model),
             system_fingerprint=service.fingerprint,
             output=[],
             instructions=body.instructions,

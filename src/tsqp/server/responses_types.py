@@ -13,6 +13,7 @@ from tsqp.server.errors import ErrorBody
 from tsqp.server.logprobs import TopLogprobs
 from tsqp.server.params import SamplingBody, TokenCount, TopCount
 from tsqp.server.ranges import documented
+from tsqp.tee.receipts import SignedReceipt
 
 
 class TextFormat(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
@@ -200,7 +201,7 @@ class Response(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class ResponseEvent(msgspec.Struct, kw_only=True, frozen=True):
-    """An event; which fields it has depends on its type."""
+    """An event; which fields it has depends on its type. ``receipt``: in the last, where it was asked for."""
 
     type: str
     sequence_number: int
@@ -219,3 +220,4 @@ class ResponseEvent(msgspec.Struct, kw_only=True, frozen=True):
     code: str | UnsetType | None = UNSET
     param: str | UnsetType | None = UNSET
     error: ErrorBody | UnsetType = UNSET
+    receipt: SignedReceipt | UnsetType = UNSET

@@ -9,12 +9,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tsqp.server import chat, chat_types, completions, completions_types, models, responses, responses_types, tokens
+from tsqp.server import (
+    attestation,
+    chat,
+    chat_types,
+    completions,
+    completions_types,
+    models,
+    responses,
+    responses_types,
+    tokens,
+)
 from tsqp.server.console import about, answer
 from tsqp.server.console.pages import show
 from tsqp.server.openapi import Operation, documented_by
 from tsqp.server.service import Service
 from tsqp.server.under_way import found_endpoint
+from tsqp.tee.evidence import Evidence
+from tsqp.tee.statement import NONCE_BYTES
 
 OPERATIONS = (
     Operation(
@@ -50,6 +62,14 @@ OPERATIONS = (
     Operation("POST", "/detokenize", tokens.detokenize, "The text of tokens.", tokens.Text, tokens.DetokenizeBody),
     Operation(
         "GET", "/tokenizer_info", tokens.tokenizer_info, "Control tokens and chat template.", tokens.TokenizerInfo
+    ),
+    Operation(
+        "GET",
+        attestation.PATH,
+        attestation.show,
+        "Evidence of what this server is, over a fresh nonce.",
+        Evidence,
+        query={"nonce": f"^[0-9a-f]{{{2 * NONCE_BYTES}}}$"},
     ),
 )
 

@@ -22,9 +22,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from tsqp.errors import TsqpError
+from tsqp.errors import OptionError, TsqpError
 from tsqp.server.api_keys import KeyFile
 from tsqp.server.app import create_app
+from tsqp.server.attestation import Attester, attester_of
+from tsqp.server.attested_keys import AttestedKeys
 from tsqp.server.connection import Bounds, bounded
 from tsqp.server.console.console import open_console
 from tsqp.server.discreet import about, log_of_loop, told, write_logs
@@ -36,9 +38,11 @@ from tsqp.server.lifecycle import Lifecycle
 from tsqp.server.listening import Listening, bind, bind_unix, port_of
 from tsqp.server.metrics import PrometheusMeters, metrics_route
 from tsqp.server.ready import Ready, fingerprint_of, since_start_s, url
+from tsqp.server.receipts import receipts_of
 from tsqp.server.service import Service
 from tsqp.server.settings import ServerSettings
 from tsqp.service_manager import READY, STOPPING, notify
+from tsqp.tee.providers import Gramine, provider_of
 
 if TYPE_CHECKING:
     from tsqp.api.async_llm import AsyncLLM
@@ -48,6 +52,7 @@ KEPT_S = 20  # a connection without a request; clients end theirs after 5 s (htt
 GRACE_S = 5.0  # for the last bytes of answers, once they were ended
 STUCK_S = 10.0  # for the model to be closed, once nothing is computed; then a worker does not answer
 METRICS_CONNECTIONS = 32
+ENCLAVE_MEMORY = Path("/tmp")  # under Gramine: the manifest, which is measured, says so  # noqa: S108
 EXIT_STUCK = 1
 
 log = logging.getLogger("tsqp.server")
@@ -61,17 +66,26 @@ def serve(
     names: Sequence[str],
     api_keys: Path | None = None,
     log_format: LogFormat = "text",
+    evidence: str | None = None,
+    evidence_entry: Path | None = None,
     announce: Callable[[Ready], None],
 ) -> None:
     """Serve a model until the process is told to end; returns when everything has ended.
 
-    ``open_llm`` is called once the sockets are taken. ``names``: what clients may call the model. Raises TsqpError for
-    what cannot be served, and all that ``open_llm`` raises. Signals and logs are this function's: run it once, in the
+    ``open_llm`` is called once the sockets are taken. ``names``: what clients may call the model. ``evidence``: where
+    quotes come from (tsqp.tee.providers), ``evidence_entry`` a directory that is theirs; the server makes its own key
+    for TLS then. Raises TsqpError for what cannot
+    be served, and all that ``open_llm`` raises. Signals and logs are this function's: run it once, in the
     main thread of a process of its own.
     """
     keys = None if api_keys is None else KeyFile(api_keys)
-    listening.check(has_keys=keys is not None)
-    tls = listening.tls()
+    attested = None if evidence is None else AttestedKeys()
+    listening.check(has_keys=keys is not None, own_tls=attested is not None)
+    if evidence_entry is not None and evidence is None:
+        fields = ("server.evidence_entry", "server.evidence")
+        raise OptionError("server.evidence_entry needs server.evidence", fields=fields)
+    provider = None if evidence is None else provider_of(evidence, evidence_entry)
+    tls = listening.tls() if attested is None else attested.tls(ENCLAVE_MEMORY if evidence == Gramine.name else None)
     with ExitStack() as held:
         sockets = [held.enter_context(one) for one in _sockets(listening, held)]
         metrics_sockets = (
@@ -84,7 +98,11 @@ def serve(
         write_logs(formatter_of(log_format))
         llm = open_llm()
         held.callback(llm.close)
-        running = Running(llm, listening, settings, tuple(names), keys)
+        attester = None
+        if provider is not None and attested is not None:
+            attester = attester_of(llm, provider, attested)
+            attester.check()
+        running = Running(llm, listening, settings, tuple(names), keys, attester)
         asyncio.run(running.run(sockets, metrics_sockets, tls, announce))
 
 
@@ -107,13 +125,20 @@ class Running:
     """The model and what answers for it, from the moment on at which it is loaded."""
 
     def __init__(
-        self, llm: LLM, listening: Listening, settings: ServerSettings, names: tuple[str, ...], keys: KeyFile | None
+        self,
+        llm: LLM,
+        listening: Listening,
+        settings: ServerSettings,
+        names: tuple[str, ...],
+        keys: KeyFile | None,
+        attester: Attester | None = None,
     ) -> None:
         self._llm = llm
         self._listening = listening
         self._settings = settings
         self._names = names
         self._keys = keys
+        self._attester = attester
         self._lifecycle = Lifecycle()
         self._servers: list[uvicorn.Server] = []
         self._tls: ssl.SSLContext | None = None
@@ -136,7 +161,18 @@ class Running:
         protection = self._llm.plan.protection.name
         console = open_console(self._llm) if self._settings.console else None
         fingerprint = fingerprint_of(self._llm)
-        service = Service(model, self._names, self._settings, protection, fingerprint, meters, console)
+        service = Service(
+            model,
+            self._names,
+            self._settings,
+            protection,
+            fingerprint,
+            meters,
+            console,
+            self._attester,
+            None if self._attester is None else receipts_of(self._llm, self._attester),
+            adapters=tuple(self._llm.adapters),
+        )
         app = create_app(service, keys=self._keys, lifecycle=self._lifecycle, answered=meters.answered)
         limits = self._settings
         tasks = [self._start(app, sockets, tls, limits.max_connections)]
@@ -185,7 +221,7 @@ class Running:
         if at.unix_socket is not None:
             address = f"unix:{at.unix_socket}"
         else:
-            address = url(at.host, port_of(sockets), tls=at.tls_cert is not None)
+            address = url(at.host, port_of(sockets), tls=self._tls is not None)
         metrics = f"{url(at.metrics_host, port_of(metrics_sockets))}/metrics" if metrics_sockets else None
         return Ready(address, metrics, self._names[0], protection, since_start_s())
 

@@ -51,7 +51,7 @@ def padding_of(service: Service, body: SamplingBody) -> Padding | None:
     """As the client wants it, or else the server."""
     asked = None if body.stream_options is None else body.stream_options.include_obfuscation
     wanted = service.settings.obfuscation if asked is None else asked
-    return Padding(UNIT + len(service.name.encode())) if wanted else None
+    return Padding(UNIT + len(service.name_in_answers(body.model).encode())) if wanted else None
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -102,4 +102,4 @@ async def tokenizer_info(service: Service, _request: Request) -> Response:
 
 def _check_name(service: Service, name: str | None) -> None:
     if name is not None:
-        service.check_name(name)
+        service.adapter_of(name)

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.server.asgi import ask, echo, error_of
 from tsqp.server.api_keys import KeyFile, add_line, line_for, new_key
+from tsqp.server.guards.affinity import HEADER as AFFINITY
 from tsqp.server.guards.chain import guarded
 from tsqp.server.lifecycle import Lifecycle
 from tsqp.server.settings import ServerSettings
@@ -74,6 +75,12 @@ def test_a_page_that_is_allowed_is_asked_and_answered_without_credentials(keys: 
     assert "access-control-allow-credentials" not in asked.headers
     refused = ask(chain(keys=keys), method="POST", headers={"origin": ORIGIN})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
+def test_a_page_that_is_allowed_may_read_what_keeps_a_conversation_together() -> None:
+    answer = ask(chain(), "/v1/completions", method="POST", headers={"origin": ORIGIN, AFFINITY: "mine"})
+    assert answer.headers[AFFINITY] == "mine"
+    assert AFFINITY in answer.headers["access-control-expose-headers"]
 
 
 def test_by_default_no_page_of_another_origin_is_answered() -> None:

@@ -22,6 +22,7 @@ from tsqp.server.console.console import Watch
 from tsqp.server.console.states import with_states
 from tsqp.server.errors import ApiError
 from tsqp.server.params import salt_of
+from tsqp.server.receipts import refuse_receipt
 from tsqp.server.response_format import form_errors
 from tsqp.server.streams import Event, EventStream, padding_of
 
@@ -62,6 +63,8 @@ async def create(service: Service, request: Request) -> Response:
         raise ApiError(400, "the console shows streams: ask with stream: true", param="stream", code="invalid_value")
     if body.choices != 1:
         raise ApiError(400, "the console shows one answer: n must be 1", param="n", code="invalid_value")
+    if body.stream_options is not None and body.stream_options.include_receipt:
+        refuse_receipt("the console gives no receipts")
     return await unless_left(request, _answered(service, request, body))
 
 
@@ -72,7 +75,7 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     watch = service.console.watch(asked.prompt, await _users_tokens(service, body, asked))
     try:
         with form_errors("response_format", both=asked.either):
-            one = Asked(asked.prompt, asked.params, watch.tap)
+            one = Asked(asked.prompt, asked.params, watch.tap, asked.lora)
             answers = await Answers.open(service, request, "console", [one], salt_of(body))
     except BaseException:
         watch.close()

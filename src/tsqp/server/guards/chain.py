@@ -8,6 +8,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tsqp.server.api_keys import KeyFile
+from tsqp.server.guards.affinity import HEADER as AFFINITY
+from tsqp.server.guards.affinity import Affinity
 from tsqp.server.guards.faults import Faults
 from tsqp.server.guards.headers import AnswerHeaders
 from tsqp.server.guards.hosts import Hosts, Origins, is_wildcard, names_for
@@ -18,7 +20,16 @@ from tsqp.server.lifecycle import Lifecycle
 from tsqp.server.settings import ServerSettings
 
 # What pages may read of an answer, beside its body.
-SHOWN = ("x-request-id", "x-tsqp-request-id", "x-tsqp-protection", "x-tsqp-ignored", "retry-after", "x-should-retry")
+SHOWN = (
+    "x-request-id",
+    "x-tsqp-request-id",
+    "x-tsqp-protection",
+    "x-tsqp-ignored",
+    "x-tsqp-receipt",
+    AFFINITY,
+    "retry-after",
+    "x-should-retry",
+)
 
 
 def guarded(
@@ -38,6 +49,7 @@ def guarded(
     A request passes them from the last line of this function to the first. Cheap refusals come first: who has no key
     gets no body read, and a page of a stranger is not told whether its key is right.
     """
+    app = Affinity(app)
     app = Bodies(app, settings.max_body_bytes, settings.body_s)
     app = AtOnce(app, settings.max_requests_per_key, {*OPEN_PATHS, *pages})
     app = Keys(app, keys, {*OPEN_PATHS, *pages})
