@@ -1,0 +1,213 @@
+"""A real Ray of three nodes on this machine.
+
+A node is killed, and workers come and go, in the middle of eight answers: these are what one worker gives. A worker
+that ends is started again. All of it listens on loopback, its control port asks for the token, and a second cluster
+comes and goes beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cluster.nodes import alone_on_this_machine, listening, lose, processes, raylets, shared_memory
+from tests.commands import Home, wait_until
+from tests.families import random_tokens, tiny_model
+from tests.trusted.guard.hostile import serve
+from tests.trusted.guard.scan import shared_pads
+from tsqp import LLM, AsyncLLM, SamplingParams
+from tsqp.audit.capture import Capture
+from tsqp.cluster.own_ray import _probe, access
+from tsqp.cluster.processes import processes_of
+from tsqp.cluster.state import ClusterDirectory
+from tsqp.wire.channel import Channel
+from tsqp.wire.messages import Product
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+MODEL = str(tiny_model("llama").directory)  # two layers
+PROMPTS = [random_tokens(5 + number, seed=number) for number in range(8)]
+LONG = SamplingParams(max_tokens=60, ignore_eos=True)
+PATIENCE_S = 250.0  # four workers load torch at once, on a machine that may be busy
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+
+
+class Cluster:
+    """The one of these tests: 2 shards with 2 workers each, on 3 nodes."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    @property
+    def directory(self) -> ClusterDirectory:
+        return ClusterDirectory("three", self.home.runtime / "tsqp" / "clusters" / "three")
+
+    def run(self, command: str, *options: object) -> dict[str, Any]:
+        words = ("cluster", command, "--name", "three", *map(str, options), "--json")
+        with self.home.started(*words) as process:
+            out, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0 or command == "status", err.decode()
+        return dict(json.loads(out))
+
+    def whole(self) -> bool:
+        """Whether all workers listen."""
+        return all(worker["state"] == "listening" for worker in self.run("status")["workers"])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    home = Home()
+    made = Cluster(home)
+    options = ("--model", MODEL, "--columns", 2, "--replicas", 2, "--nodes", 3, "--threads", 1)
+    with alone_on_this_machine():
+        try:
+            made.run("up", *options)
+            yield made
+        finally:
+            home.run("cluster", "down", "--name", "three")
+            home.remove()
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[int, ...]]:
+    """What a run with one worker answers."""
+    with serve(MODEL) as (_, address), LLM(MODEL, protection="masked", worker=address) as llm:
+        return asyncio.run(streams(llm))
+
+
+async def streams(llm: LLM, halfway: Callable[[], object] | None = None) -> list[tuple[int, ...]]:
+    """The tokens of eight answers at once; ``halfway`` is called once, when one of them is under way."""
+    begun = asyncio.Event()
+
+    async def one(model: AsyncLLM, prompt: list[int]) -> tuple[int, ...]:
+        tokens: tuple[int, ...] = ()
+        async for delta in model.stream(prompt, LONG):
+            begun.set()
+            tokens = delta.completion.token_ids if delta.completion is not None else tokens
+        return tuple(tokens)
+
+    async with AsyncLLM(llm) as model:
+        answers = asyncio.gather(*(one(model, prompt) for prompt in PROMPTS))
+        if halfway is not None:
+            await begun.wait()
+            await asyncio.to_thread(halfway)
+        return await answers
+
+
+class Seen:
+    """What each worker was sent."""
+
+    def __init__(self) -> None:
+        self.captures: defaultdict[str, Capture] = defaultdict(lambda: Capture(1 << 30))
+
+    def connect(self, address: str, **options: Any) -> Channel:
+        return self.captures[address].connect(address, **options)
+
+    def rows(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The different rows of each group: those that went to several workers, for their slices, count once."""
+        found: defaultdict[str, set[bytes]] = defaultdict(set)
+        for capture in self.captures.values():
+            for sent in capture.messages:
+                if isinstance(sent.message, Product) and sent.payloads is not None:
+                    rows = np.frombuffer(sent.payloads[0], np.uint32).reshape(sent.message.rows, -1)
+                    found[sent.message.group] |= {row.tobytes() for row in rows}
+        return {group: np.array([np.frombuffer(row, np.uint32) for row in rows]) for group, rows in found.items()}
+
+
+def test_a_node_that_is_killed_in_the_middle_costs_no_token_and_no_pad(
+    cluster: Cluster, alone: list[tuple[int, ...]]
+) -> None:
+    wait_until(cluster.whole)
+    before = cluster.run("status")
+    nodes = raylets(cluster.directory)
+    head = _head(nodes)
+    lost = next(worker["node"] for worker in before["workers"] if worker["node"] != head)
+    victims = [worker["pid"] for worker in before["workers"] if worker["node"] == lost]
+    seen = Seen()
+    with LLM(MODEL, protection="masked", worker=before["front"], connect=seen.connect) as llm:
+        answers = asyncio.run(streams(llm, lambda: lose(nodes[lost], victims)))
+        state = llm.worker_state
+        assert state is not None
+        assert (state.failed_checks, state.expelled) == (0, {})
+    assert answers == alone
+    rows = seen.rows()
+    assert set(rows) == {"qkv", "o", "gate_up", "down", "lm_head"}
+    assert not any(shared_pads([part]) for part in rows.values())
+    wait_until(lambda: cluster.whole() and all(one["node"] != lost for one in cluster.run("status")["workers"]))
+    after = cluster.run("status")
+    assert after["epoch"] > before["epoch"]
+    for old, new in zip(before["workers"], after["workers"], strict=True):
+        moved = old["node"] == lost
+        assert (new["restarts"] > old["restarts"], new["pid"] != old["pid"]) == (moved, moved)
+
+
+def test_workers_that_come_and_go_cost_no_token(cluster: Cluster, alone: list[tuple[int, ...]]) -> None:
+    wait_until(cluster.whole)
+    before = cluster.run("status")
+    with LLM(MODEL, protection="masked", worker=before["front"]) as llm:
+        assert asyncio.run(streams(llm, lambda: cluster.run("scale", "--replicas", 1))) == alone
+    with LLM(MODEL, protection="masked", worker=before["front"]) as llm:
+        assert asyncio.run(streams(llm, lambda: cluster.run("scale", "--workers", 4))) == alone
+    after = cluster.run("status")
+    assert after["epoch"] > before["epoch"]
+    assert [worker["shard"] for worker in after["workers"]] == [worker["shard"] for worker in before["workers"]]
+    stayed = [worker["pid"] for worker in before["workers"][:2]]
+    assert [worker["pid"] for worker in after["workers"][:2]] == stayed
+
+
+def test_a_worker_that_ends_is_started_again(cluster: Cluster) -> None:
+    wait_until(cluster.whole)
+    before = cluster.run("status")["workers"][1]
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_until(lambda: cluster.run("status")["workers"][1]["restarts"] > before["restarts"])
+    after = cluster.run("status")["workers"][1]
+    assert (after["state"], after["shard"]) == ("listening", before["shard"])
+    assert after["pid"] != before["pid"]
+
+
+def test_everything_listens_on_loopback_and_ray_wants_its_token(cluster: Cluster, tmp_path: Path) -> None:
+    sockets = list(listening(processes(cluster.directory)))
+    assert len(sockets) > 8
+    assert {address for address, _ in sockets} <= set(LOOPBACK)
+    ray = cluster.run("status")["ray"]
+    own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    assert _probe(ray, access(cluster.directory.token, own=True)) == ""
+    assert "uthentication" in _probe(ray, {**own, "RAY_AUTH_MODE": "disabled"})
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    assert "uthentication" in _probe(ray, access(wrong, own=True))
+    assert cluster.directory.token.stat().st_mode & 0o077 == 0
+
+
+def test_a_second_cluster_is_apart_and_down_leaves_nothing_of_it(cluster: Cluster) -> None:
+    home = cluster.home
+    other = home.run("cluster", "up", "--name", "other", "--model", MODEL, "--threads", "1", "--json")
+    assert other.code == 0, other.err
+    directory = ClusterDirectory("other", home.runtime / "tsqp" / "clusters" / "other")
+    pids, ray_path = processes(directory), directory.ray_path(directory.read())
+    ports, shared = [port for _, port in listening(pids)], shared_memory(pids)
+    assert shared
+    assert len(pids) > 5
+    assert home.run("cluster", "down", "--name", "other").code == 0
+    assert processes_of(directory.path, ray_path) == []
+    assert not ray_path.exists()
+    assert not any(name.startswith("other") for name in (path.name for path in directory.path.parent.iterdir()))
+    assert not any(path.exists() for path in shared)
+    for port in ports:
+        with socket.socket() as one:
+            assert one.connect_ex(("127.0.0.1", port)) != 0
+    wait_until(cluster.whole)  # the first one was left alone
+
+
+def _head(nodes: dict[str, int]) -> str:
+    """The node that was started first has Ray's own processes beside it, and the registry."""
+    return min(nodes, key=nodes.__getitem__)
