@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tsqp.api.arena import LEAST_BYTES, fitting_arena
+from tsqp.api.arena import LEAST_BYTES, arena_for, fitting_arena
 from tsqp.errors import AddressError
 
 MIB = 1 << 20
@@ -24,6 +24,20 @@ def test_half_of_what_is_left_to_this_process(limits: dict[str, str]) -> None:
 def test_half_of_what_is_left_to_the_worker(limits: dict[str, str]) -> None:
     limits |= {"limit": str(3072 * MIB), "/proc/7/status": f"Name:\tx\nVmSize:\t{2 * MIB} kB"}
     assert fitting_arena(7) == 512 * MIB
+
+
+def test_several_workers_have_together_what_one_would_have(limits: dict[str, str]) -> None:
+    limits["/sys/fs/cgroup/a/memory.max"] = str(1000 * MIB)
+    assert [fitting_arena(None, sharing) for sharing in (1, 2, 5)] == [500 * MIB, 250 * MIB, 100 * MIB]
+    with pytest.raises(AddressError, match=r"leave \d+ bytes to share with each of 50 workers: .*worker\.arena_bytes"):
+        fitting_arena(None, 50)
+
+
+def test_what_was_asked_for_is_for_each_worker(limits: dict[str, str]) -> None:
+    limits["/sys/fs/cgroup/a/memory.max"] = str(1000 * MIB)
+    assert arena_for("shm:///run/x.sock", 900 * MIB, sharing=4) == 900 * MIB
+    assert arena_for("shm:///run/x.sock", sharing=4) == 125 * MIB
+    assert arena_for("tcp://127.0.0.1:1", sharing=4) is None
 
 
 @pytest.mark.parametrize("place", ["/sys/fs/cgroup/a/b", "/sys/fs/cgroup/a", "/sys/fs/cgroup"])

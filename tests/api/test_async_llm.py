@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from tests.conftest import StartWorker
 from tests.families import tiny_model
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, StructuredOutputsParams
+from tsqp.api import async_llm
 from tsqp.api.config import PartitionName, ProtectionName
 from tsqp.config.dtype import ComputeDtype
 from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, UnsupportedModel, WorkerLost
@@ -206,6 +208,32 @@ def test_a_failed_pass_is_told_to_all_and_the_next_request_is_served(monkeypatch
         assert llm.counts().ended["error"] == 2
 
     with_llm(test)
+
+
+@pytest.mark.parametrize("error", [WorkerLost("secret"), ValueError("secret"), RecursionError("secret")])
+def test_whatever_fails_in_idle_time_requests_are_served_afterwards(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody but this thread steps: if it ended, every later request would wait for ever."""
+    monkeypatch.setattr(async_llm, "LOOK_S", 0.001)
+
+    async def test(llm: AsyncLLM) -> None:
+        mended: list[None] = []
+
+        def failing() -> None:
+            mended.append(None)
+            raise error
+
+        monkeypatch.setattr(llm.llm.engine, "mend", failing)
+        while len(mended) < 3:
+            await asyncio.sleep(0.001)
+        assert (await llm.generate(TEXTS[0], SamplingParams(max_tokens=3, ignore_eos=True))).finish_reason == "length"
+
+    with caplog.at_level(logging.DEBUG, "tsqp.workers"):
+        with_llm(test)
+    expected = [] if isinstance(error, WorkerLost) else [f"while a worker was waited for: {type(error).__name__}"]
+    assert [record.getMessage() for record in caplog.records if record.name == "tsqp.workers"] == expected
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_a_loop_that_is_gone_leaves_no_request_behind() -> None:

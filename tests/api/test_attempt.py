@@ -10,6 +10,7 @@ import pytest
 
 from tests.api.workers import FakeLink, scene
 from tsqp.api.attempt import Attempt
+from tsqp.api.until import ENDLESS, Until
 from tsqp.errors import ChannelClosed, WorkerUnreachable
 
 LIMIT_S = 20.0
@@ -110,9 +111,9 @@ def test_the_next_attempt_waits_for_one_that_an_interrupt_has_left(monkeypatch: 
             again.set()
             super().wait(stop)
 
-    def slow(dial: Any, handshake_s: float | None = None) -> Any:
+    def slow(dial: Any, until: Until = ENDLESS) -> Any:
         assert answers.wait(LIMIT_S)
-        return connect(dial, handshake_s)
+        return connect(dial, until)
 
     monkeypatch.setattr("tsqp.api.supervisor.Attempt", Watched)
     monkeypatch.setattr(seen.links, "connect", slow)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tsqp.api.freed_memory import give_back_freed_memory
+from tsqp.api.freed_memory import HEAPS, few_heaps, give_back_freed_memory
 
 PIECE_BYTES = 40_000  # as much as the pads of a layer
 PIECES = 1000
@@ -40,6 +42,43 @@ def test_freed_pieces_below_one_in_use_are_given_back() -> None:
     assert all(piece.all() for piece in in_use)
 
 
+COUNT_HEAPS = """
+import ctypes, os, re, sys, tempfile, threading
+from tsqp.api.freed_memory import few_heaps
+
+if sys.argv[1] == "few":
+    few_heaps()
+library, all_there = ctypes.CDLL(None), threading.Barrier(8)
+library.malloc.restype = ctypes.c_void_p
+
+def allocate():
+    all_there.wait()
+    for _ in range(100):
+        library.malloc(5000)
+    all_there.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+library.fopen.restype = ctypes.c_void_p
+with tempfile.NamedTemporaryFile("r") as found:
+    stream = ctypes.c_void_p(library.fopen(found.name.encode(), b"w"))
+    library.malloc_info(0, stream)
+    library.fclose(stream)
+    print(len(re.findall("<heap nr=", found.read())))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc here: another C library has other rules")
+def test_threads_share_few_heaps() -> None:
+    heaps = {
+        asked: int(subprocess.run([sys.executable, "-c", COUNT_HEAPS, asked], capture_output=True, check=True).stdout)
+        for asked in ("few", "any")
+    }
+    assert heaps["few"] <= HEAPS < heaps["any"]
+
+
 def test_another_c_library_has_nothing_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     give_back_freed_memory()
+    few_heaps()

@@ -17,6 +17,7 @@ OPEN = ("--protection", "open")
 TINY = ("--model", "synthetic:tiny", *OPEN, "--max-tokens", "6", "--json")
 
 
+@pytest.mark.slow
 def test_int8_end_to_end_over_a_worker_that_is_started(home: Home) -> None:
     done = home.run("generate", "hello", *TINY, "--dtype", "int8", "--wire-dtype", "int8")
     assert done.code == 0, done.err

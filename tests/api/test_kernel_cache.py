@@ -89,11 +89,13 @@ def test_no_side_loads_code_of_another_user(home: Home, tmp_path: Path, command:
     assert f"{foreign} belongs to another user; set TSQP_CACHE to another directory" in done.error
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_place_for_a_cache_works_without_one(home: Home) -> None:
     with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE="/proc/nowhere") as process:
         assert b"address" in read_until(process, b"\n")
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_its_loops_where_nobody_else_can_enter(home: Home, tmp_path: Path) -> None:
     with home.started("worker", "--model", "synthetic:tiny", TSQP_CACHE=str(tmp_path / "cache")) as process:
         read_until(process, b"\n")

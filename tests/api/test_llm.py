@@ -20,6 +20,7 @@ from tests.families import byte_tokenizer, random_tokens, tiny_model
 from tsqp import LLM, Completion, ComputeConfig, SamplingParams
 from tsqp.api.config import PartitionName, ProtectionName, RunConfig
 from tsqp.api.links import SplitLinks
+from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.dtype import DtypeName, KVDtype, PrivateKVDtype
@@ -217,10 +218,18 @@ def test_the_trusted_side_reads_only_what_it_needs(
             self.read.add(name)
             return self._checkpoint.tensor(name)
 
+        def copy(self, name: str, *arguments: Any, **options: Any) -> torch.Tensor:
+            self.read.add(name)
+            return self._checkpoint.copy(name, *arguments, **options)
+
+        def row_blocks(self, name: str, *rows: int) -> Any:
+            self.read.add(name)
+            return self._checkpoint.row_blocks(name, *rows)
+
     checkpoint: Any = Recording()
     address = start_worker(MODEL)
     plan = Plan.of(RunConfig(MODEL, "open", compute=ComputeConfig(partition, dtype="float32", prefill_chunk=8)))
-    SplitLinks(checkpoint, plan, PARTITIONS[partition], Stats()).connect(lambda: connect(address)).close()
+    SplitLinks(checkpoint, plan, PARTITIONS[partition], Stats()).connect(lambda _: [Dialled(connect(address))]).close()
     kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
     assert kinds == {"input_layernorm", "post_attention_layernorm", "norm"} | needed
 

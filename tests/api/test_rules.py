@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from tests.refusals import AWAY, BAD_VALUES, Refused, changed, conflicts, unused
+from tests.refusals import AWAY, BAD_VALUES, ROSTER, Refused, changed, conflicts, unused
 from tsqp import LLM
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.rules import CONFLICTS, VALUES, Conflict, Unused, check, check_heads
@@ -75,6 +75,19 @@ def test_two_options_without_a_part_are_named_together() -> None:
         ),
         RunConfig(guard=GuardConfig(pad_source="dealer=ipc:///x", dealer_no_separation=True)),
         RunConfig(guard=GuardConfig(pads_ahead=0, pad_memory=0)),
+        changed(OPEN, "worker", WorkerConfig("cuda:///x", user="root", arena_bytes=1 << 28)),
+        RunConfig(worker=WorkerConfig(key=Path("x")), guard=GuardConfig(pad_source="dealer=roster:///x")),
+        RunConfig(worker=WorkerConfig("roster:///y"), guard=GuardConfig(pad_source="dealer=roster:///x")),
+        RunConfig(
+            worker=WorkerConfig(key=Path("x")), guard=GuardConfig(pad_source=f"dealer={ROSTER}", dealer_key=Path("x"))
+        ),
+        RunConfig(
+            guard=GuardConfig(pad_source="dealer=roster+tcp://127.0.0.1:1", dealer_no_separation=True),
+        ),
+        RunConfig(worker=WorkerConfig(ROSTER, key=Path("x"), user="root", arena_bytes=1 << 28)),
+        RunConfig(protection="verified", worker=WorkerConfig("roster:///x", key=Path("x"))),
+        RunConfig(protection="verified", worker=WorkerConfig("roster+tcp://127.0.0.1:1")),
+        RunConfig(protection="verified", worker=WorkerConfig(ROSTER, insecure_plain_tcp=True)),
     ],
 )
 def test_what_is_asked_for_with_reason_is_not_refused(run: RunConfig) -> None:
@@ -113,6 +126,9 @@ DEALT = GuardConfig(dealer_no_separation=True)
         ("tcp://127.0.0.1:7000", "tcp://localhost:7000"),
         ("tcp://127.0.0.1:7000", "tcp://[::1]:7000"),
         ("ipc://LINK", "ipc://REAL"),
+        ("roster:///x/roster.json", "roster:///x/./roster.json"),
+        ("roster+tcp://127.0.0.1:7000", "roster+tcp://localhost:7000"),
+        ("tcp://127.0.0.1:7000", "roster+tcp://127.0.0.1:7000"),
     ],
 )
 def test_the_workers_address_is_no_dealers(dealer: str, worker: str, tmp_path: Path) -> None:
@@ -121,6 +137,29 @@ def test_the_workers_address_is_no_dealers(dealer: str, worker: str, tmp_path: P
     guard = GuardConfig(pad_source=f"dealer={dealer}", dealer_no_separation=True)
     with pytest.raises(OptionError, match="is the worker itself"):
         check(RunConfig(worker=WorkerConfig(worker.replace("REAL", f"{tmp_path}/a.sock")), guard=guard))
+
+
+@pytest.mark.parametrize(
+    ("front", "says"),
+    [
+        (ROSTER, "is not on this host: give its public key"),
+        ("roster+tcp://127.0.0.1:1", "may read the line to the dealer"),
+    ],
+)
+def test_a_roster_of_dealers_comes_from_a_front_that_proves_who_it_is(front: str, says: str, tmp_path: Path) -> None:
+    """Whoever could change it on its way would be the dealer."""
+    guard = GuardConfig(pad_source=f"dealer={front}")
+    with pytest.raises(OptionError, match=says):
+        check(RunConfig(guard=guard))
+    key = create_keys(tmp_path, "front").public
+    check(RunConfig(worker=WorkerConfig(key=key), guard=replace(guard, dealer_key=key)))
+
+
+def test_a_file_names_the_keys_of_dealers(tmp_path: Path) -> None:
+    key = create_keys(tmp_path, "front").public
+    guard = GuardConfig(pad_source="dealer=roster:///x", dealer_key=key)
+    with pytest.raises(OptionError, match="in a file of several dealers: leave out"):
+        check(RunConfig(worker=WorkerConfig(key=key), guard=guard))
 
 
 def test_hosts_are_compared_without_regard_to_case(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from tests.api.workers import FakeLinks, FakePlace, Scene, scene
 from tsqp.api.supervisor import FIRST_WAIT_S, LONGEST_WAIT_S
+from tsqp.api.until import ENDLESS, Until
 from tsqp.errors import (
     ArenaFull,
     ChannelClosed,
@@ -26,6 +28,7 @@ from tsqp.errors import (
     ProtocolError,
     ReplyRangeError,
     ReplyShapeError,
+    RosterError,
     WorkerFailed,
     WorkerLost,
     WorkerUnreachable,
@@ -95,8 +98,48 @@ def test_waits_between_rounds_grow_to_a_bound_and_are_no_longer_than_patience() 
     assert waits[:4] == [2 * FIRST_WAIT_S] * 2 + [4 * FIRST_WAIT_S] * 2  # two places in each round
     assert max(waits) == LONGEST_WAIT_S
     assert sum(waits) == pytest.approx(60.0)
-    assert all(within is None or 0 < within <= 60.0 for within in seen.links.within)
+    assert seen.links.within[0] == math.inf  # at the start, where the handshakes are bounded as calls are
+    assert all(0 < within <= 60.0 for within in seen.links.within[1:])
     assert abs(dialled(seen)[0] - dialled(seen)[1]) <= 1
+
+
+def test_an_attempt_may_take_no_longer_than_patience_and_is_told_of_the_end() -> None:
+    """A team of which nobody answers would otherwise be dialled on and on while every request waits."""
+    seen = scene("a", "b", patience_s=10.0)
+    connect: Any = seen.links.connect
+
+    def slow(dial: Any, until: Until = ENDLESS) -> Any:
+        seen.clock.now += 4.0
+        return connect(dial, until)
+
+    seen.links.connect = slow  # type: ignore[method-assign]
+    for place in seen.places:
+        place.down = WorkerUnreachable("nobody answered")
+    seen.lose()
+    with pytest.raises(WorkerLost, match="no worker within 10 s"):
+        seen.decoder()
+    waited = sum(seen.clock.waits)
+    assert waited < 2.0
+    left = [10.0, 6.0, 2.0 - waited]
+    assert all(most - 1.0 < given <= most for given, most in zip(seen.links.within[1:], left, strict=True))
+    assert not seen.links.untils[-1].stopped()
+    seen.supervisor.stop()
+    assert [until.stopped() for until in seen.links.untils] == [True] * 4  # the one at the start too
+
+
+def test_an_error_that_nobody_expected_ends_an_attempt_and_not_the_run() -> None:
+    seen = scene("a", "b")
+    seen.places[1].down = ZeroDivisionError()
+    seen.lose()
+    with pytest.raises(ZeroDivisionError):
+        seen.decoder()
+    state = seen.supervisor.state()
+    assert (state.state, state.expelled, seen.places[1].left) == ("reconnecting", {}, 0)
+    seen.places[1].down = None
+    assert seen.supervisor.look()
+    assert seen.decoder() == "decoder 1"
+    assert dialled(seen) == [1, 2]
+    assert seen.supervisor.state().state == "ready"
 
 
 def test_dice_make_waits_shorter_by_half_at_most() -> None:
@@ -192,6 +235,40 @@ def test_a_cheat_is_never_asked_again(cheat: ChannelError) -> None:
     state = seen.supervisor.state()
     assert state.expelled == {"a": str(cheat)}
     assert state.failed_checks == isinstance(cheat, ProductMismatch | ReplyRangeError)
+
+
+def cheat_of(worker: str) -> ProductMismatch:
+    error = ProductMismatch("wrong")
+    error.worker = worker
+    return error
+
+
+def test_a_team_goes_on_without_the_one_that_an_error_names() -> None:
+    seen = scene("team", patience_s=5.0)
+    for number, worker in enumerate(("x", "y"), 1):
+        assert seen.lose(cheat_of(worker))
+        assert seen.decoder() == f"decoder {number}"
+        seen.supervisor.passed()
+    assert dialled(seen) == [3]
+    assert not seen.clock.waits  # the others are asked at once
+    assert seen.places[0].without == ["x", "y"]
+    state = seen.supervisor.state()
+    assert (state.state, list(state.expelled), state.failed_checks) == ("ready", ["x", "y"], 2)
+    seen.supervisor.readmit("x")
+    assert seen.places[0].without == ["y"]
+    assert list(seen.supervisor.state().expelled) == ["y"]
+
+
+def test_where_no_team_is_left_others_are_waited_for_and_then_every_request_hears_why() -> None:
+    seen = scene("team", patience_s=5.0)
+    seen.lose(cheat_of("x"))
+    seen.places[0].down = RosterError("the workers do not make one model; expelled: x")
+    with pytest.raises(WorkerLost, match="no worker within 5 s: the workers do not make one model; expelled: x"):
+        seen.decoder()
+    assert seen.supervisor.state().state == "failed"
+    seen.places[0].down = None  # another one was started in its place
+    assert seen.decoder() == "decoder 1"
+    assert list(seen.supervisor.state().expelled) == ["x"]
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda error: type(error).__name__)
@@ -338,7 +415,7 @@ def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
     dials, answers, interrupted = threading.Event(), threading.Event(), threading.Event()
     late: list[Any] = []
 
-    def connect(dial: Any, handshake_s: float | None = None) -> Any:
+    def connect(dial: Any, until: Until = ENDLESS) -> Any:
         dials.set()
         answers.wait(20)
         late.append(FakeLinks().connect(dial))
@@ -414,10 +491,10 @@ def test_a_lost_link_is_gone_once_the_next_one_is_there() -> None:
     refusals = iter([WorkerUnreachable("nobody answered"), WorkerLost("went away")])
     connect: Any = seen.links.connect
 
-    def refused_at_first(dial: Any, handshake_s: float | None = None) -> Any:
+    def refused_at_first(dial: Any, until: Until = ENDLESS) -> Any:
         for error in refusals:
             raise error
-        return connect(dial, handshake_s)
+        return connect(dial, until)
 
     def a_pass(link: Any) -> None:
         try:
@@ -453,7 +530,7 @@ def test_at_the_start_each_place_is_tried_once() -> None:
     seen = scene("a")
     seen.supervisor._places = places = [FakePlace("x", WorkerUnreachable("no x")), FakePlace("y")]
     told: list[str] = []
-    assert seen.supervisor.open(lambda what, done=0, total=0: told.append(what)).session.channel.address == "y"
+    assert seen.supervisor.open(lambda what, done=0, total=0: told.append(what)).session.address == "y"
     assert told == ["waiting for x", "waiting for y"]
     places[1].down = WorkerUnreachable("no y")
     with pytest.raises(WorkerUnreachable, match="no y"):

@@ -204,3 +204,10 @@ def test_without_a_worker_a_tap_stays_empty() -> None:
         while llm.engine.has_work():
             llm.engine.step()
         assert (tap.messages, tap.calls, tap.bytes_seen, tap.checks) == ([], 0, 0, 0)
+
+
+@pytest.mark.parametrize("roster", ["roster:///nowhere/roster.json", "roster+tcp://127.0.0.1:1"])
+def test_a_tap_shows_one_worker_and_no_roster_of_several(roster: str) -> None:
+    with pytest.raises(OptionError, match=r"names several: give one worker\.address") as caught:
+        LLM(MODEL, worker=roster, taps=True)
+    assert caught.value.fields == ("worker.address",)

@@ -61,6 +61,39 @@ def test_a_lie_about_the_workers_time_stays_within_its_call() -> None:
     assert communication_share(trace) == pytest.approx(0.5 / 3.0)
 
 
+def test_stages_of_a_device_have_lanes_of_their_own_and_end_with_the_call() -> None:
+    trace = Trace()
+    stages = (0, 1_000_000_000), (1_000_000_000, 4_000_000_000), (4_000_000_000, 5_000_000_000)
+    for number in range(2):
+        trace.add("call", "qkv", number * 3.0, 6.0 + number * 3.0, id=number, busy_s=3.0, stages_ns=stages)
+    trace.add("line", "wait", 0.0, 9.0)
+    trace.add("pass", "prefill", 0.0, 10.0)
+    drawn = {
+        lane.title: [(span.start_s, span.end_s) for span in lane.spans]
+        for lane in lanes(trace)
+        if lane.title.endswith("as it says")
+    }
+    assert drawn == {
+        "copying in, as it says": [(1.0, 2.0), (4.0, 5.0)],
+        "computing, as it says": [(2.0, 5.0), (5.0, 8.0)],
+        "copying out, as it says": [(5.0, 6.0), (8.0, 9.0)],
+    }
+    assert communication_share(trace) == pytest.approx((9.0 - 6.0) / 10.0), "copies are communication"
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [((0, 1 << 61),) * 3, ((5, 0), (1 << 61, 7), (0, 0)), ((0, 0), (0, 0), (0, 0))],
+    ids=["longer than the call", "ends before it begins", "nothing"],
+)
+def test_a_lie_about_stages_stays_within_its_call(stages: tuple[tuple[int, int], ...]) -> None:
+    trace = Trace()
+    trace.add("call", "o", 1.0, 2.0, id=1, busy_s=0.5, stages_ns=stages)
+    found = [span for lane in lanes(trace) if lane.title.endswith("as it says") for span in lane.spans]
+    assert len(found) == 3
+    assert all(1.0 <= span.start_s <= span.end_s <= 2.0 for span in found)
+
+
 def test_a_trace_with_nothing_in_it() -> None:
     assert communication_share(Trace()) is None
     assert all(event["ph"] == "M" for event in events(Trace()))

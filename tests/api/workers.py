@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tsqp.api.supervisor import Supervisor
+from tsqp.api.until import ENDLESS, Until
 from tsqp.errors import ChannelError, WorkerLost
 
 
@@ -29,7 +31,6 @@ class Clock:
 
 class FakeSession:
     def __init__(self, address: str) -> None:
-        self.channel = self
         self.address = address
         self.ended: ChannelError | None = None
 
@@ -75,8 +76,9 @@ class FakePlace:
     prepare: Callable[[], None] = lambda: None
     interrupt: Callable[[], None] = lambda: None
     sessions: int = 0
+    without: list[str] = field(default_factory=list)  # workers that were expelled by a name of their own
 
-    def dial(self) -> Any:
+    def dial(self, until: Until = ENDLESS) -> Any:
         self.dialled += 1
         if self.down is not None:
             raise self.down
@@ -94,6 +96,15 @@ class FakePlace:
     def leave(self) -> None:
         self.left += 1
 
+    def expel(self, worker: str | None) -> str:
+        if worker is None:
+            return self.name
+        self.without.append(worker)
+        return worker
+
+    def readmit(self, name: str) -> None:
+        self.without = [one for one in self.without if one != name]
+
     def close(self) -> None:
         self.closed += 1
 
@@ -104,7 +115,8 @@ class FakeLinks:
 
     made: list[FakeLink] = field(default_factory=list)
     renewed: int = 0
-    within: list[float | None] = field(default_factory=list)
+    within: list[float] = field(default_factory=list)  # seconds that each attempt was given
+    untils: list[Until] = field(default_factory=list)
     renews: Callable[[Callable[[], bool]], None] = lambda stopped: None
     resumes: Callable[[Any], None] = lambda link: None
 
@@ -112,9 +124,10 @@ class FakeLinks:
         self.renewed += 1
         self.renews(stopped)
 
-    def connect(self, dial: Callable[[], Any], handshake_s: float | None = None) -> Any:
-        self.within.append(handshake_s)
-        self.made.append(FakeLink(dial(), len(self.made)))
+    def connect(self, dial: Callable[[Until], Any], until: Until = ENDLESS) -> Any:
+        self.within.append(until.left_s(math.inf))
+        self.untils.append(until)
+        self.made.append(FakeLink(dial(until), len(self.made)))
         return self.made[-1]
 
     def resume(self, link: Any, stopped: Callable[[], bool]) -> None:

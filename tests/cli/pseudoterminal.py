@@ -19,8 +19,10 @@ CTRL_C, CTRL_D = b"\x03", b"\x04"
 class Screen:
     """Keys for a process, and what it shows."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, pid: int, descriptor: int) -> None:
+        self._pid = pid
         self._descriptor = descriptor
+        self._status: int | None = None  # once the process has ended and is no more
         self.shown = b""
         self._read = 0
 
@@ -35,34 +37,53 @@ class Screen:
             if found is not None:
                 self._read = found.end()
                 return found
-            if select.select([self._descriptor], [], [], 1.0)[0]:
-                with contextlib.suppress(OSError):  # the process has ended
-                    self.shown += os.read(self._descriptor, 1 << 16)
+            self._look()
         raise AssertionError(f"{pattern!r} was not shown: {self.shown[-2000:]!r}")
 
     def rest(self) -> bytes:
         """All that is shown until the process ends, after what was waited for before."""
-        with contextlib.suppress(OSError):
-            while piece := os.read(self._descriptor, 1 << 16):
-                self.shown += piece
+        end = time.monotonic() + LIMIT_S
+        while self._look():
+            assert time.monotonic() < end, f"it goes on: {self.shown[-2000:]!r}"
         return self.shown[self._read :]
+
+    def ended(self) -> int:
+        """Wait for the process to end. Returns its exit code."""
+        if self._status is None:
+            self._status = os.waitpid(self._pid, 0)[1]
+        return os.waitstatus_to_exitcode(self._status)
+
+    def kill(self) -> None:
+        """End the process, unless it has ended: its number may be another's by now."""
+        if self._status is None:
+            os.kill(self._pid, signal.SIGKILL)
+            self.ended()
+
+    def _look(self) -> bool:
+        """Take what is shown within a second. Returns whether more can come."""
+        if not select.select([self._descriptor], [], [], 1.0)[0]:
+            return True
+        try:
+            piece = os.read(self._descriptor, 1 << 16)
+        except OSError:  # the process has ended
+            return False
+        self.shown += piece
+        return bool(piece)
 
 
 @contextlib.contextmanager
 def behind_terminal(
     command: Sequence[str], environment: Mapping[str, str], *, output: int | None = None
-) -> Iterator[tuple[Screen, int]]:
-    """A process and its id; ``output``: where its standard output goes in place of the terminal."""
+) -> Iterator[Screen]:
+    """A process; ``output``: where its standard output goes in place of the terminal."""
     pid, descriptor = pty.fork()
     if pid == 0:
         if output is not None:
             os.dup2(output, 1)
         os.execve(command[0], list(command), {**environment, "TERM": "xterm"})
+    screen = Screen(pid, descriptor)
     try:
-        yield Screen(descriptor), pid
+        yield screen
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        screen.kill()
         os.close(descriptor)

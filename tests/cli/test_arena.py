@@ -40,6 +40,7 @@ def test_what_does_not_fit_is_named_by_its_option(home: Home, limit: list[str]) 
     assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_a_limit_of_another_worker_is_not_known_here(home: Home, limit: list[str]) -> None:
     home.before = limit
     with home.worker("--model", RUN[3]) as (_, address):

@@ -115,12 +115,12 @@ def test_an_error_about_the_command_line_repeats_no_prompt(tsqp: Command, argume
     [
         (
             ["generat", "my secret"],
-            "no command generat: use one of api-key, audit, bench, chat, doctor, eval, generate, ",
+            "no command generat: use one of api-key, audit, bench, chat, cluster, doctor, eval, generate, ",
         ),
-        (["bench", "decod"], "no command decod: use one of all, decode, guard, "),
+        (["bench", "decod"], "no command decod: use one of all, constants, decode, guard, "),
         (
             ["my secret"],
-            "no such command: use one of api-key, audit, bench, chat, doctor, eval, generate, keys, model, ",
+            "no such command: use one of api-key, audit, bench, chat, cluster, doctor, eval, generate, keys, model, ",
         ),
     ],
 )
@@ -259,6 +259,7 @@ def test_a_truncated_gguf(tsqp: Command, tmp_path: Path) -> None:
     assert "model.gguf" in result.error
 
 
+@pytest.mark.slow
 def test_an_address_in_use(home: Home) -> None:
     with home.worker(*MODEL) as (_, address):
         result = home.run("worker", *MODEL, "--listen", address)
@@ -292,6 +293,7 @@ def test_a_prompt_that_is_not_text(tsqp: Command, tmp_path: Path) -> None:
     assert "UTF-8" in result.error
 
 
+@pytest.mark.slow
 def test_a_line_of_chat_that_is_not_text(home: Home) -> None:
     command = [*TSQP, "chat", "--model", "default", *LOCAL]
     for locale in ("C.UTF-8", "POSIX"):  # refused when read, or handed on

@@ -113,8 +113,9 @@ def test_reset_forgets_all_but_the_system_message(llm: LLM) -> None:
     assert "the conversation is forgotten" in terminal.notes
 
 
-def test_exit_ends_and_nothing_is_read_after_it(llm: LLM) -> None:
-    terminal = Played("/exit", "never")
+@pytest.mark.parametrize("typed", ["/exit", "/quit", " /quit \n"])
+def test_exit_ends_and_nothing_is_read_after_it(typed: str, llm: LLM) -> None:
+    terminal = Played(typed, "never")
     assert texts(held(llm, terminal)) == []
     assert terminal.typed == ["never"]
 

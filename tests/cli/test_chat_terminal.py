@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +18,7 @@ OPTIONS = ("--protection", "local", "--dtype", "float32", "--threads", "1", "--i
 
 
 @contextlib.contextmanager
-def chat(home: Home) -> Iterator[tuple[Screen, int]]:
+def chat(home: Home) -> Iterator[Screen]:
     command = [*TSQP, "chat", "--model", str(chat_model()), *OPTIONS]
     with behind_terminal(command, {**home.environment, "PROMPT_TOOLKIT_NO_CPR": "1"}) as screen:
         yield screen
@@ -27,7 +26,7 @@ def chat(home: Home) -> Iterator[tuple[Screen, int]]:
 
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(home: Home) -> None:
     chat_model()  # made here and not in the child
-    with chat(home) as (screen, pid):
+    with chat(home) as screen:
         screen.until(rb"/help says")
         screen.until(READS)
         screen.type(b"hello\r")
@@ -45,5 +44,4 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(home: Home) -> None:
         screen.until(READS)
         screen.type(CTRL_D)
         screen.until(HAS_READ)
-        _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+        assert screen.ended() == 0

@@ -30,6 +30,7 @@ def test_doctor_reports_what_it_tried(tsqp: Command, home: Home) -> None:
         assert found[f"transport {transport}"]["state"] == "ok"
     assert str(home.runtime) in found["runtime directory"]["detail"]
     assert "same user id" in found["isolation"]["detail"]
+    assert "--lock-memory is" in found["swapped memory"]["detail"]
     assert {"TEE", "accelerator", "versions", "default model"} <= found.keys()
     assert home.leftovers() == []
 

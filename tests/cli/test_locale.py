@@ -68,6 +68,7 @@ def test_a_prompt_is_the_same_wherever_it_comes_from(home: Home, model: Path, tm
         assert json.loads(output)["token_ids"] == expected
 
 
+@pytest.mark.slow
 def test_an_answer_is_the_same_bytes(home: Home, model: Path) -> None:
     asked = ("generate", TEXT.encode(), "--model", model, *SAMPLED)
     outputs = [answer(home, locale, *asked) for locale in LOCALES]

@@ -153,6 +153,7 @@ def test_the_process_is_hardened_in_private_modes_only(start_worker: StartWorker
             assert len(hardened) == count
 
 
+@pytest.mark.slow
 def test_hardening_is_real(home: Home) -> None:
     code = f"""
 from tsqp import LLM, ComputeConfig

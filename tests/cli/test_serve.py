@@ -107,6 +107,16 @@ def test_flags_win_over_variables_and_the_mode_is_masked(monkeypatch: pytest.Mon
     assert serve_options("--console")[1].console
 
 
+def test_a_server_has_few_heaps_before_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread's own heap keeps what that thread freed: a server that loses workers would seem to grow."""
+    done = list[str]()
+    monkeypatch.setattr("tsqp.cli.serve.few_heaps", lambda: done.append("heaps"))
+    monkeypatch.setattr("tsqp.server.run.serve", lambda *arguments, **options: done.append("served"))
+    command, bound, _ = app.parse_args(["serve"], exit_on_error=False, print_error=False)
+    command(*bound.args, **bound.kwargs)
+    assert done == ["heaps", "served"]
+
+
 def test_a_fresh_key_is_shown_once_and_lets_its_owner_in(tsqp: Command, tmp_path: Path) -> None:
     shown = tsqp("api-key", "alice").out
     key, line = (text.split(": ")[-1] for text in shown.splitlines())
@@ -169,6 +179,7 @@ def test_killed_and_started_again_at_once_on_the_same_addresses(
             assert second.ended() == 0
     assert home.leftovers() == []
     assert any(line.startswith("ready in ") and second.address in line for line in second.log)
+    assert any(re.match(r"read (no file|1 file of \d+\.\d\d GB) in \d", line) for line in second.log)
     assert not any("Traceback" in line for line in second.log)
 
 

@@ -7,14 +7,18 @@ from typing import cast
 
 import torch
 
+from tsqp.api.adapters import NO_ADAPTERS, LoadedAdapters
 from tsqp.api.kv_memory import fitting_kv_memory
+from tsqp.api.memory_limits import available_bytes
 from tsqp.api.plan import Plan
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import PlainDtype
+from tsqp.model.adapters import Adapters
 from tsqp.model.cache import cache_dtype
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
-from tsqp.model.local import LocalEmbedding, LocalLinears, pick_attention
+from tsqp.model.local import LocalLinears, pick_attention
+from tsqp.model.oblivious_embedding import embedding_here
 from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.model.weights import ModelWeights
 from tsqp.progress import Progress, unseen
@@ -22,6 +26,7 @@ from tsqp.trusted.decode_step import DecodeStep
 from tsqp.trusted.engine.decoder import Decoder
 from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.engine.limits import Limits
+from tsqp.trusted.engine.micro_batches import micro_batches
 from tsqp.trusted.stats import Stats
 from tsqp.wire.payload import TORCH_DTYPES
 
@@ -42,15 +47,27 @@ def build_local_engine(
     stats: Stats,
     limits: Limits | None = None,
     progress: Progress = unseen,
+    adapters: LoadedAdapters = NO_ADAPTERS,
 ) -> Engine:
     """Everything on the trusted side."""
     dtype = cast(PlainDtype, plan.linear_dtype)
     weights = ModelWeights.load(checkpoint, dtype, torch.device("cpu"), progress=progress)
     progress("compiling loops")
-    embedding, linears = LocalEmbedding(weights.embedding, stats), LocalLinears(weights.groups, stats)
+    way = plan.oblivious_embedding
+    embedding = embedding_here(weights.embedding, stats, oblivious=plan.oblivious, way=way, room=available_bytes())
+    linears = LocalLinears(weights.groups, stats)
     placement = Placement(embedding, linears, attention_here(checkpoint, plan, stats))
-    decoder = build_decoder(checkpoint, plan, placement, stats, weights.norms)
-    return Engine(decoder, eos_token_ids, stats, limits=limits, kv_memory=kv_memory(plan))
+    laid_out = adapters.for_layers(checkpoint.config, stats, own_products=True)
+    decoder = build_decoder(checkpoint, plan, placement, stats, weights.norms, adapters=laid_out)
+    return Engine(
+        decoder,
+        eos_token_ids,
+        stats,
+        limits=limits,
+        kv_memory=kv_memory(plan),
+        adapters=adapters.digests,
+        oblivious=plan.oblivious,
+    )
 
 
 def attention_here(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Attention:
@@ -58,7 +75,12 @@ def attention_here(checkpoint: Checkpoint, plan: Plan, stats: Stats) -> Attentio
     compiled = plan.run.compute.compiled_kernels
     config = checkpoint.config
     return pick_attention(
-        config.windows, cache_dtype(plan.kv_dtype), stats, compiled=compiled, scale=config.score_scale
+        config.windows,
+        cache_dtype(plan.kv_dtype),
+        stats,
+        compiled=compiled,
+        scale=config.score_scale,
+        cap=config.score_cap,
     )
 
 
@@ -69,8 +91,13 @@ def build_decoder(
     stats: Stats,
     norms: Norms,
     step: DecodeStep | None = None,
+    adapters: Adapters | None = None,
+    device: str = "cpu",
 ) -> Decoder:
-    """A decoder whose layers are on this side, and whose products are where ``placement`` says."""
+    """A decoder whose layers are on this side, and whose products are where ``placement`` says.
+
+    ``device``: what the worker computes on.
+    """
     dtype, kept = TORCH_DTYPES[plan.dtype], cache_dtype(plan.kv_dtype)
     layers = DecoderLayers(
         checkpoint.config,
@@ -82,8 +109,10 @@ def build_decoder(
             compiled=plan.run.compute.compiled_kernels,
             cache_dtype=kept,
             activation=checkpoint.config.activation,
+            layer_norm=checkpoint.config.layer_norm,
         ),
         stats,
+        adapters,
     )
     return Decoder(
         layers,
@@ -91,7 +120,7 @@ def build_decoder(
         dtype=dtype,
         cache_dtype=kept,
         max_rows=plan.run.compute.prefill_chunk,
-        micro_batches=plan.run.compute.micro_batches,
+        micro_batches=micro_batches(plan.run.compute.micro_batches, device),
         stats=stats,
         step=step,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 LOOK_S = 1.0  # without requests, how often to look whether the worker has gone
+
+log = logging.getLogger("tsqp.workers")
 
 
 class AsyncAnswer:
@@ -57,6 +60,7 @@ class AsyncAnswer:
         salt: str | None,
         patient: bool,
         tap: Tap | None = None,
+        lora: str | None = None,
     ) -> None:
         """Put the request into the queue. Raises as ``Engine.add_request``."""
         self._number = self._engine.add_request(
@@ -68,6 +72,7 @@ class AsyncAnswer:
             sampler=sampler,
             deliver=self._deliver,
             tap=tap,
+            adapter=lora,
         )
 
     def abort(self) -> None:
@@ -145,6 +150,7 @@ class AsyncLLM:
         self._open: set[AsyncAnswer] = set()
         self._closed = False
         self._pings = deque[Future[None]]()
+        self._fault: str | None = None  # the kind of the last error in idle time that was none of ours
         self._wake = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tsqp-engine", daemon=True)
@@ -159,16 +165,18 @@ class AsyncLLM:
         tenant: str = "",
         salt: str | None = None,
         tap: Tap | None = None,
+        lora: str | None = None,
         **template_args: object,
     ) -> AsyncAnswer:
         """Ask for one answer; returns once the request is in the queue. For the prompt see ``LLM.generate``.
 
-        ``tap``: one of ``LLM.taps``, which then has what is sent to the worker for this request.
+        ``tap``: one of ``LLM.taps``, which then has what is sent to the worker for this request. ``lora``: see
+        ``LLM.generate``.
 
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap, lora=lora)
 
     async def open_chat(
         self,
@@ -177,11 +185,12 @@ class AsyncLLM:
         *,
         tenant: str = "",
         salt: str | None = "",
+        lora: str | None = None,
         **template_args: object,
     ) -> AsyncAnswer:
         """The same for a conversation, see ``LLM.chat``; one that goes on is not computed again from its beginning."""
         tokens = await on_text_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt, lora=lora)
 
     async def stream(
         self,
@@ -191,10 +200,11 @@ class AsyncLLM:
         raw: bool = False,
         tenant: str = "",
         salt: str | None = None,
+        lora: str | None = None,
         **template_args: object,
     ) -> AsyncIterator[Delta]:
         """Answer one prompt piece by piece. A task that is cancelled ends its request within a step."""
-        asked = self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, **template_args)
+        asked = self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, lora=lora, **template_args)
         async with await asked as answer:
             async for delta in answer:
                 yield delta
@@ -206,10 +216,12 @@ class AsyncLLM:
         *,
         tenant: str = "",
         salt: str | None = "",
+        lora: str | None = None,
         **template_args: object,
     ) -> AsyncIterator[Delta]:
         """Answer a conversation piece by piece."""
-        async with await self.open_chat(messages, params, tenant=tenant, salt=salt, **template_args) as answer:
+        asked = self.open_chat(messages, params, tenant=tenant, salt=salt, lora=lora, **template_args)
+        async with await asked as answer:
             async for delta in answer:
                 yield delta
 
@@ -221,11 +233,13 @@ class AsyncLLM:
         raw: bool = False,
         tenant: str = "",
         salt: str | None = None,
+        lora: str | None = None,
         **template_args: object,
     ) -> Completion:
         """Answer one prompt; several by ``asyncio.gather``. Nobody sees it grow, so other prompts may hold it up."""
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        async with await self._begin(tokens, params or SamplingParams(), tenant, salt, patient=True) as answer:
+        asked = self._begin(tokens, params or SamplingParams(), tenant, salt, patient=True, lora=lora)
+        async with await asked as answer:
             async for delta in answer:
                 if delta.completion is not None:
                     return delta.completion
@@ -292,12 +306,13 @@ class AsyncLLM:
         *,
         patient: bool = False,
         tap: Tap | None = None,
+        lora: str | None = None,
     ) -> AsyncAnswer:
         ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)
-        answer.begin(params, sampler, tenant, salt, patient, tap)
+        answer.begin(params, sampler, tenant, salt, patient, tap, lora)
         self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
         self._wake.set()
         return answer
@@ -312,9 +327,23 @@ class AsyncLLM:
             elif self._wake.wait(LOOK_S):
                 self._wake.clear()
             else:
-                with suppress(TsqpError):  # the next request hears of it
-                    self._engine.mend()
+                self._mend()
         self._answer_pings(_refuse)
+
+    def _mend(self) -> None:
+        """Wait for a worker in idle time. Whatever fails, this thread goes on, since nobody else steps.
+
+        The next request hears of it.
+        """
+        try:
+            self._engine.mend()
+        except TsqpError:
+            pass
+        except Exception as error:
+            kind, before = type(error).__name__, self._fault
+            self._fault = kind
+            if kind != before:  # its text may be a worker's, or of what was computed
+                log.error("while a worker was waited for: %s", kind, extra={"event": "wait_failed"})
 
     def _step(self) -> None:
         """One step. Raises what it raises, once each request has been told."""

@@ -7,6 +7,7 @@ combinations are refused: ``rules.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 DEALER = "dealer="
+ObliviousWay = Literal["auto", "scan", "oram"]
 
 
 def _option(
@@ -57,11 +59,17 @@ class WorkerConfig:
 
     address: str | tuple[str, ...] | None = _connection(
         None,
-        "A running worker: shm:///path, ipc:///path or tcp://host:port; without one, one is started. Each further one "
-        "is a standby, for when those before it are lost or cheat.",
+        "A running worker: shm:///path, ipc:///path, tcp://host:port, or cuda:///path for tensors in device memory (no "
+        "isolation: open only); without one, one is started. Each further one is a standby, for when those before it "
+        "are lost or cheat. Or all workers of a roster, in masked and verified: roster:///path for a file, "
+        "roster+tcp://host:port for a front.",
         former="LLAMA_IPC_PATH",
     )
-    device: str = _model("cpu", "Where the worker computes: cpu or cuda[:n].", former="LLAMA_GPU_DEVICE")
+    device: str = _model(
+        "cpu",
+        "Where the worker computes: cpu, cuda[:n], or several CUDA devices with commas between.",
+        former="LLAMA_GPU_DEVICE",
+    )
     compiled: bool = _model(
         False, "The worker compiles its products by torch.compile; needs a C++ compiler.", variable=False
     )
@@ -79,14 +87,14 @@ class WorkerConfig:
     arena_bytes: int | None = _connection(
         None,
         "The most memory shared with a worker or dealer over shm: bytes, or such as 512M or 2G; half of what limits "
-        "leave, at most 4GiB, when not given.",
+        "leave, at most 4GiB, when not given. Over cuda: device memory, 256MiB when not given.",
         size=True,
     )
     user: str | None = _connection(
-        None, "The user that a worker at an shm address runs as, by name or number; this one when not given."
+        None, "The user that a worker at an shm or cuda address runs as, by name or number; this one when not given."
     )
     key: Path | None = _connection(None, "This side's secret key file, for a worker or a dealer by tcp.")
-    server_key: Path | None = _connection(None, "The worker's public key file, for tcp.")
+    server_key: Path | None = _connection(None, "The worker's public key file, for tcp; a roster names the keys.")
     insecure_plain_tcp: bool = _connection(
         False, "Allow tcp off loopback without keys: anyone on the path can read it.", variable=False
     )
@@ -122,9 +130,11 @@ class GuardConfig:
     pad_source: str = _pads(
         "tee",
         "Who multiplies pads by the weights: tee (this process) or dealer=ADDR (a second worker, of a party that does "
-        "not collude with the first one's); masked only, like all about pads.",
+        "not collude with the first one's, or a roster of several); masked only, like all about pads.",
     )
-    dealer_key: Path | None = _pads(None, "The dealer's public key file, for tcp (masked only).")
+    dealer_key: Path | None = _pads(
+        None, "The public key file of the dealer, or of the front of a roster of dealers, for tcp (masked only)."
+    )
     dealer_no_separation: bool = _pads(
         False,
         "Allow a dealer over shm, ipc or plain loopback: for tests, whoever runs the worker may read it (masked only).",
@@ -172,8 +182,11 @@ class ComputeConfig:
         size=True,
     )
     prefill_chunk: int = _model(2048, "The most prompt tokens that cross the layers together.", variable=False)
-    micro_batches: int = _model(
-        1, "Parts of a chunk that cross the layers in turn: one is computed here, the others there.", variable=False
+    micro_batches: int | None = _model(
+        None,
+        "Parts of a chunk that cross the layers in turn: one is computed here, the others there. When not given, 1 "
+        "beside a worker on the CPU; beside one on a GPU what the first long prompts show to be fastest.",
+        variable=False,
     )
     compiled_kernels: bool = _model(
         True, "Element-wise operators and attention compiled by numba, for bfloat16 and float32."
@@ -181,7 +194,30 @@ class ComputeConfig:
     kernel_cache: str = _model(
         "auto", "Where compiled kernels are kept: a directory, off, or auto (the user's cache, none in a TEE)."
     )
+    oblivious: bool | None = _privacy(
+        None,
+        "Look tokens up and choose them so that whoever watches which memory is touched learns no token; when not "
+        "given, where a TEE is detected. Tokenizer and grammars are as ever. Not for open, whose worker sees more.",
+    )
+    oblivious_embedding: ObliviousWay = _privacy(
+        "auto",
+        "How an oblivious look-up finds its row: scan goes over the whole table; oram over paths of a random tree, far "
+        "faster, but it takes minutes to build and the memory of two tables; auto is scan until a tree is built beside "
+        "the work, where there is memory for one; on SEV-SNP it stays scan.",
+    )
+    lock_memory: bool = _privacy(
+        False, "Keep the memory of this process out of swap (mlockall); refused where the system does not allow it."
+    )
     threads: int | None = _model(None, "CPU threads of each side; all cores when not given.")
+    lora: tuple[str, ...] = _model(
+        (),
+        "A LoRA adapter, [NAME=]PATH: a directory as PEFT saves it, which stays on this side; NAME is that of the "
+        "directory when not given. May be given again.",
+    )
+
+    def __post_init__(self) -> None:
+        given: str | Iterable[str] = self.lora
+        object.__setattr__(self, "lora", (given,) if isinstance(given, str) else tuple(given))
 
 
 @_documented
@@ -202,6 +238,11 @@ class RunConfig:
     worker: WorkerConfig = WorkerConfig()
     guard: GuardConfig = GuardConfig()
     compute: ComputeConfig = ComputeConfig()
+
+
+def is_roster(address: str) -> bool:
+    """Whether a worker's address as it is typed is that of a roster, or was to be one."""
+    return address.startswith(("roster:", "roster+"))
 
 
 def dealer_address(pad_source: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tsqp.api.config import GuardConfig
+from tsqp.api.config import GuardConfig, is_roster
 from tsqp.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -16,14 +16,22 @@ WARNING, PLAIN = "yellow", "dim"  # the styles of lines
 
 
 def mode_lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What the worker may learn, and its style; one more line where a dealer could collude with the worker."""
+    """What the worker may learn, and its style; one more line over cuda, and where a dealer could collude."""
     protection, guard = plan.protection, plan.run.guard
     line = f"protection {protection.name}: the worker sees {protection.worker_sees}"
     warn = protection.uses_worker and not protection.checked
     yield (f"warning: {line}", WARNING) if warn else (line, PLAIN)
+    if any(address.startswith("cuda://") for address in plan.run.worker.addresses):
+        yield "warning: no isolation: over cuda:// the worker can read and write this side's arena at any time", WARNING
     if guard.dealer is not None and guard.dealer_no_separation:
         line = f"no separation: whoever runs the worker may read the line to the dealer {guard.dealer}"
         yield f"warning: {line}", WARNING
+
+
+def adapter_lines(llm: LLM) -> Iterator[str]:
+    """Each adapter that requests may have, and its SHA-256."""
+    for name, digest in llm.adapters.items():
+        yield f"adapter {name}: sha256 {digest}"
 
 
 def handshake_line(llm: LLM) -> str | None:
@@ -33,7 +41,7 @@ def handshake_line(llm: LLM) -> str | None:
         return None
     return (
         f"partition {plan.partition.name}, {plan.dtype}, wire {plan.crossing}; worker on {session.welcome.device} in "
-        f"{session.welcome.dtype} over {session.channel.transport}, {session.channel.address}{_of_the_guard(llm)}"
+        f"{session.welcome.dtype} over {session.transport}, {session.address}{_of_the_guard(llm)}"
     )
 
 
@@ -45,7 +53,9 @@ def _of_the_guard(llm: LLM) -> str:
     checks = f"; a wrong product passes with probability 2^-{found['soundness_bits']:.0f}"
     if llm.guard.filler is None:
         return checks
-    source = "this process" if llm.dealer is None else f"the dealer {llm.dealer.address}"
+    source = "this process"
+    if llm.dealer is not None:
+        source = f"the dealer{'s of' if is_roster(str(llm.dealer.address)) else ''} {llm.dealer.address}"
     ahead = ahead_text(llm.session.config, llm.plan.run.guard, llm.guard.filler.ahead)
     return f"{checks}; pads by {source} for {ahead}"
 

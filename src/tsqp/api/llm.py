@@ -12,21 +12,26 @@ from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tsqp.api.adapters import NO_ADAPTERS, load_adapters
 from tsqp.api.answer import Answer, Completion, Delta
 from tsqp.api.arena import arena_for
-from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
-from tsqp.api.dealer import Connect, Dealer, client_keys
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, is_roster
+from tsqp.api.dealer import Connect, Dealer, DealerRoster, client_keys
 from tsqp.api.kernel_cache import kernel_cache_directory
 from tsqp.api.places import Place, Standing, StartedHere
 from tsqp.api.plan import Plan
+from tsqp.api.roster_place import RosterPlace
+from tsqp.api.rosters import dialling_dealers, worker_roster
 from tsqp.api.worker_state import WorkerState
 from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
+from tsqp.checkpoint.contents import read_line
 from tsqp.config.protection import ProtectionName
 from tsqp.cores import cores
 from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
 from tsqp.launch.local import LocalWorker
-from tsqp.progress import Progress, unseen
+from tsqp.progress import Progress, Timings, unseen
 from tsqp.tee.hardening import harden_process
+from tsqp.tee.memory import lock_memory, swap_bytes
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tap import Taps
@@ -34,6 +39,7 @@ from tsqp.trusted.text.conversation import Messages
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect as connect_to
+from tsqp.wire.transport.keys import ClientKeys
 from tsqp.wire.transport.users import user_id
 
 if TYPE_CHECKING:
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
     from tsqp.trusted.engine.limits import Limits
     from tsqp.trusted.engine.sampling import Sampler
     from tsqp.trusted.private import Guard
-    from tsqp.trusted.remote.session import WorkerSession
+    from tsqp.trusted.remote.connection import Connection
 
 Prompt = str | Sequence[int]
 
@@ -94,7 +100,7 @@ class LLM:
             worker = WorkerConfig(worker)
         run = RunConfig(model, protection, worker or WorkerConfig(), guard or GuardConfig(), compute or ComputeConfig())
         self.plan = Plan.of(run)
-        self._dealer = Dealer.of(run)
+        self._dealer = Dealer.of(run) or DealerRoster.of(run)
         self._connect = connect
         self._limits = limits
         self.taps = self._new_taps() if taps else None
@@ -106,15 +112,28 @@ class LLM:
             warnings.warn(
                 "the memory of this process can be read by its user: PR_SET_DUMPABLE failed", TsqpWarning, stacklevel=2
             )
+        if run.compute.lock_memory:
+            lock_memory()  # before there is anything to keep
+        elif self.plan.protection.checked and swap_bytes():
+            warnings.warn(
+                "swap is on, and the memory of this process may be written there: add compute.lock_memory, or encrypt "
+                "the swap",
+                TsqpWarning,
+                stacklevel=2,
+            )
         self.stats = Stats()
         self._workers: Supervisor | None = None
         self._started: StartedHere | None = None
+        self._adapters = NO_ADAPTERS
         with ExitStack() as stack:
             self.place = place = locate(model)  # where the checkpoint is, on this machine
             self.plan = Plan.of(run, stored_dtype(place))
             if run.guard.pads_empty == "refuse":
                 self._prepare_torch()
                 self._check_pool(open_checkpoint(place))
+            if run.compute.lora:
+                self._prepare_torch()
+                self._adapters = load_adapters(run.compute.lora, open_checkpoint(place).config)
             places = self._places(place)
             for one in places:
                 stack.callback(one.close)
@@ -122,8 +141,15 @@ class LLM:
                 self._started.prepare()
             progress("loading libraries")
             self._prepare_torch()
-            checkpoint = open_checkpoint(place)
-            self._engine = self._build_engine(checkpoint, places, stack, progress)
+            checkpoint, timings = open_checkpoint(place), Timings(progress)
+            if checkpoint.left_out:
+                parts = ", ".join(checkpoint.left_out)
+                warnings.warn(f"{model}: only what is for text is read, not {parts}", TsqpWarning, stacklevel=2)
+            self._engine = self._build_engine(checkpoint, places, stack, timings)
+            timings.end()
+            reading_s = sum(seconds for what, seconds in timings.seconds.items() if what.startswith("reading"))
+            self.read_line = read_line(checkpoint, reading_s)  # what was read here, for a person
+            self._adapters = self._adapters.without_numbers()
             if self.guard is not None and self.guard.filler is not None:
                 if run.guard.warm_pads:
                     from tsqp.api.pads import fill
@@ -145,6 +171,9 @@ class LLM:
         run = self.plan.run
         if self.plan.partition is None:
             return []
+        if run.worker.addresses and is_roster(run.worker.addresses[0]):
+            dial = partial(self._dial, pid=None)
+            return [worker_roster(run, dial, lambda: open_checkpoint(model).config)]
         if run.worker.addresses:
             return [Standing(address, self._dial) for address in run.worker.addresses]
         self._started = StartedHere(
@@ -160,21 +189,29 @@ class LLM:
         )
         return [self._started]
 
-    def _dial(self, address: str, pid: int | None) -> Channel:
-        """A channel to a worker, which may still be loading over shm. Raises ChannelError."""
+    def _dial(self, address: str, pid: int | None, security: ClientKeys | None = None, sharing: int = 1) -> Channel:
+        """A channel to a worker, which may still be loading over shm and cuda. Raises ChannelError.
+
+        ``sharing``: see ``fitting_arena``.
+        """
         worker, tcp = self.plan.run.worker, address.startswith("tcp://")
         channel = self._connect(
             address,
-            security=self._security if tcp else None,
-            insecure_plain_tcp=worker.insecure_plain_tcp and tcp,
-            arena_bytes=arena_for(address, worker.arena_bytes, pid),
-            user=self._worker_user if address.startswith("shm://") else None,
+            security=security or (self._security if tcp else None),
+            insecure_plain_tcp=worker.insecure_plain_tcp and tcp and security is None,
+            arena_bytes=arena_for(address, worker.arena_bytes, pid, sharing),
+            user=self._worker_user if address.startswith(("shm://", "cuda://")) else None,
         )
         return channel if self.taps is None else self.taps.wrap(channel)
 
     def _new_taps(self) -> Taps:
         """Raises OptionError where the worker is sent more than rows, and in other ways."""
         partition = self.plan.partition
+        if any(map(is_roster, self.plan.run.worker.addresses)):
+            raise OptionError(
+                "a tap shows the rows of one worker, and a roster names several: give one worker.address",
+                fields=("worker.address",),
+            )
         if partition is not None and partition.name != "linear":
             raise OptionError(
                 f"a tap shows rows of linear layers: it needs compute.partition linear, not {partition.name}",
@@ -212,19 +249,24 @@ class LLM:
         from tsqp.api.private_links import PrivateLinks
         from tsqp.api.supervisor import Supervisor
 
+        progress("reading the tokenizer")
         self.tokenizer = Tokenizer(checkpoint.text_format())
         ends = self.tokenizer.eos_token_ids
         links: PrivateLinks | SplitLinks
+        dealers: RosterPlace | None = None
         if self.plan.partition is None:
-            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits, progress)
+            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits, progress, self._adapters)
         if self.plan.protection.checked:
-            arena = self.plan.run.worker.arena_bytes
-            dial_dealer = None if self._dealer is None else partial(self._dealer.dial, self._connect, arena)
-            links = PrivateLinks(checkpoint, self.plan, dial_dealer, self.stats, progress)
+            dial = None
+            if self._dealer is not None:
+                run, config = self.plan.run, checkpoint.config
+                dial, dealers = dialling_dealers(self._dealer, run, self._connect, config, places)
+            shards = places[0].shards() if isinstance(places[0], RosterPlace) else ()
+            links = PrivateLinks(checkpoint, self.plan, dial, self.stats, progress, self._adapters, shards)
             stack.callback(links.close)
         else:
-            links = SplitLinks(checkpoint, self.plan, self.plan.partition, self.stats)
-        self._workers = Supervisor(places, links, self.plan.run.worker.patience_s)
+            links = SplitLinks(checkpoint, self.plan, self.plan.partition, self.stats, progress, self._adapters)
+        self._workers = Supervisor(places, links, self.plan.run.worker.patience_s, dealers=dealers)
         stack.callback(self._workers.close)
         return links.engine(self._workers.open(progress).decoder, ends, self._limits, self._workers)
 
@@ -239,8 +281,17 @@ class LLM:
         return self._engine.config
 
     @property
-    def session(self) -> WorkerSession | None:
-        """The connection to the worker; None at ``local``, and while there is no worker."""
+    def adapters(self) -> Mapping[str, str]:
+        """The SHA-256 of each adapter that requests may have, by its name."""
+        return self._adapters.digests
+
+    def run_digest(self, model_digest: str) -> str:
+        """A digest of the model and of the adapters that requests may have: the model's own where there are none."""
+        return self._adapters.run_digest(model_digest)
+
+    @property
+    def session(self) -> Connection | None:
+        """The connection to the worker, or to several; None at ``local``, and while there is no worker."""
         link = self._link
         return None if link is None else link.session
 
@@ -270,7 +321,7 @@ class LLM:
             self._workers.stop()
 
     @property
-    def dealer(self) -> Dealer | None:
+    def dealer(self) -> Dealer | DealerRoster | None:
         """Who makes the pads' products; None where this process does, or there are none."""
         return self._dealer
 
@@ -285,6 +336,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
+        lora: str | None = None,
         **template_args: object,
     ) -> list[Completion]:
         """Answer all prompts together.
@@ -292,41 +344,54 @@ class LLM:
         A prompt of text becomes the user's turn of the checkpoint's chat template when it has one; ``template_args``
         are variables of that template, such as ``enable_thinking=False``. No part of the prompt becomes a control
         token, unless ``raw``: then the text is taken as it is, and so are the control tokens written in it. Token ids
-        are taken as they are. Raises PromptError, OptionError and PadsExhausted before anything is sent, NumericError,
+        are taken as they are. ``lora``: the name of the adapter that answers, one of ``compute.lora``; None: the model
+        as it is. Raises PromptError, OptionError and PadsExhausted before anything is sent, NumericError,
         ChannelError.
         """
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         completions: dict[int, Completion] = {}
-        for index, delta in self._run(batch, params or SamplingParams(), raw, template_args, patient=True):
+        for index, delta in self._run(batch, params or SamplingParams(), raw, template_args, lora=lora, patient=True):
             if delta.completion is not None:
                 completions[index] = delta.completion
         return [completions[index] for index in range(len(batch))]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, **template_args: object
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        lora: str | None = None,
+        **template_args: object,
     ) -> Iterator[Delta]:
         """Answer one prompt piece by piece; see ``generate``."""
-        for _, delta in self._run([prompt], params or SamplingParams(), raw, template_args):
+        for _, delta in self._run([prompt], params or SamplingParams(), raw, template_args, lora=lora):
             yield delta
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, **template_args: object
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
+        **template_args: object,
     ) -> Iterator[Delta]:
         """Answer a conversation piece by piece. Nothing in a message becomes a control token.
 
         A conversation that goes on is not computed again from its beginning, while memory allows.
 
-        ``template_args`` are variables of the chat template: ``tools`` and ``documents``, lists of mappings, and what
-        else it knows. Raises PromptError when the checkpoint has no chat template, or when it refuses the conversation.
+        ``lora``: see ``generate``. ``template_args`` are variables of the chat template: ``tools`` and ``documents``,
+        lists of mappings, and what else it knows. Raises PromptError when the checkpoint has no chat template, or when
+        it refuses the conversation.
         """
         tokens = self.tokenizer.encode_chat(messages, **template_args)
-        for _, delta in self._run([tokens], params or SamplingParams(), False, {}, salt=""):
+        for _, delta in self._run([tokens], params or SamplingParams(), False, {}, lora=lora, salt=""):
             yield delta
 
-    def logits(self, prompt: Prompt) -> torch.Tensor:
+    def logits(self, prompt: Prompt, *, lora: str | None = None) -> torch.Tensor:
         """Logits after every token of a raw prompt, float32 (T, vocab_size)."""
-        return self._engine.logits(self.encode(prompt, raw=True))
+        return self._engine.logits(self.encode(prompt, raw=True), lora)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, **template_args: object) -> list[int]:
         """The tokens of a prompt, as ``generate`` takes it. Raises PromptError, OptionError."""
@@ -377,12 +442,14 @@ class LLM:
 
         Raises OptionError for parameters that name tokens which the model has not, InputError for a form that is none.
         """
+        from tsqp.trusted.engine.oblivious import ObliviousSampler
         from tsqp.trusted.engine.sampling import Sampler
 
+        kind = ObliviousSampler if self.plan.oblivious else Sampler
         vocab_size, form = self.config.vocab_size, params.structured_outputs
         params.check_vocabulary(vocab_size)
         grammar = None if form is None else self.tokenizer.grammar(form, vocab_size)
-        samplers = [Sampler(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
+        samplers = [kind(params, matcher=None if grammar is None else grammar.matcher()) for _ in prompts]
         return [
             (
                 Answer(
@@ -402,12 +469,13 @@ class LLM:
         raw: bool,
         template_args: Mapping[str, object],
         *,
+        lora: str | None,
         salt: str | None = None,
         patient: bool = False,
     ) -> Iterator[tuple[int, Delta]]:
         """The pieces of every answer, each with the index of its prompt.
 
-        ``salt``, ``patient``: see ``Engine.add_request``.
+        ``lora``, ``salt``, ``patient``: see ``Engine.add_request``.
         """
         from tsqp.trusted.engine.caller import Caller
 
@@ -417,7 +485,7 @@ class LLM:
         try:
             with Caller(self._engine) as caller:
                 for answer, sampler in begun:
-                    caller.add(answer.prompt, params, salt=salt, patient=patient, sampler=sampler)
+                    caller.add(answer.prompt, params, salt=salt, patient=patient, sampler=sampler, adapter=lora)
                 for index, output in caller:
                     delta = begun[index][0].extend(output)
                     if delta.completion is not None:

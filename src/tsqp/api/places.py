@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from tsqp.api.until import ENDLESS, Until
+from tsqp.config.shard import Shard
 from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable
 from tsqp.launch.local import LocalWorker
 from tsqp.wire.channel import Channel
@@ -14,16 +16,27 @@ from tsqp.wire.channel import Channel
 Dial = Callable[[str, int | None], Channel]  # an address, and the process there if it was started here
 
 
+class Dialled(NamedTuple):
+    """A worker that was reached. ``shard``: what it holds, where several hold a model together; ``name``: its own."""
+
+    channel: Channel
+    shard: Shard | None = None
+    name: str = ""
+
+
 class Place(Protocol):
-    """One worker, or one after another that count as the same. ``name`` is what an operator knows it by."""
+    """One worker, or one after another that count as the same; or a team. ``name``: what an operator knows it by."""
 
     name: str
 
     def prepare(self) -> None:
         """Begin what takes long, and do not wait for it. Raises OSError."""
 
-    def dial(self) -> Channel:
-        """A channel to the worker. Raises ChannelError."""
+    def dial(self, until: Until) -> Sequence[Dialled]:
+        """A channel to the worker, or to each of a team's workers. Raises ChannelError.
+
+        ``until`` bounds how long a team is dialled; a worker alone has bounds of its own.
+        """
 
     def settled(self) -> None:
         """There is a session with the worker. Raises OSError."""
@@ -37,6 +50,15 @@ class Place(Protocol):
     def leave(self) -> None:
         """Its session is over: whatever is left of the worker there is of no use."""
 
+    def expel(self, worker: str | None) -> str:
+        """The worker of this name has cheated, or an unknown one of this place for None.
+
+        Returns the name of what nothing is asked of any more: that worker, or the whole place.
+        """
+
+    def readmit(self, name: str) -> None:
+        """Whoever was expelled by this name may be asked again."""
+
     def interrupt(self) -> None:
         """Whoever waits in ``dial`` waits no longer, as far as that can be had. Another thread may call it."""
 
@@ -44,19 +66,11 @@ class Place(Protocol):
         """Leave for good. Closing twice is allowed."""
 
 
-class Standing:
-    """A worker that somebody else runs, at an address."""
-
-    def __init__(self, address: str, dial: Dial) -> None:
-        self.name = address
-        self._dial = dial
+class RunElsewhere:
+    """What a place need not do where somebody else runs the workers: see Place."""
 
     def prepare(self) -> None:
         """See Place."""
-
-    def dial(self) -> Channel:
-        """See Place."""
-        return self._dial(self.name, None)
 
     def settled(self) -> None:
         """See Place."""
@@ -73,9 +87,28 @@ class Standing:
         """See Place."""
 
     def interrupt(self) -> None:
-        """See Place."""
+        """See Place: what is waited for is bounded."""
 
     def close(self) -> None:
+        """See Place."""
+
+
+class Standing(RunElsewhere):
+    """A worker that somebody else runs, at an address."""
+
+    def __init__(self, address: str, dial: Dial) -> None:
+        self.name = address
+        self._dial = dial
+
+    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+        """See Place."""
+        return [Dialled(self._dial(self.name, None))]
+
+    def expel(self, worker: str | None) -> str:
+        """See Place: there is one worker, whoever it is."""
+        return self.name
+
+    def readmit(self, name: str) -> None:
         """See Place."""
 
 
@@ -106,12 +139,12 @@ class StartedHere:
         """See Place: a process. Raises WorkerUnreachable after ``close``."""
         self._started()
 
-    def dial(self) -> Channel:
+    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
         """See Place; the worker may still be loading."""
         worker = self._started()
         address = worker.wait_ready()
         try:
-            return self._dial(address, worker.pid)
+            return [Dialled(self._dial(address, worker.pid))]
         except WorkerUnreachable as error:
             raise self.explained(error) from None
 
@@ -144,6 +177,13 @@ class StartedHere:
         if worker is not None:
             worker.kill()
             worker.close()
+
+    def expel(self, worker: str | None) -> str:
+        """See Place: there is one worker, whoever it is."""
+        return self.name
+
+    def readmit(self, name: str) -> None:
+        """See Place."""
 
     def interrupt(self) -> None:
         """See Place: what is being waited for ends."""

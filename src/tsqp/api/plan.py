@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tsqp.api.config import RunConfig
+from tsqp.api.config import ObliviousWay, RunConfig
 from tsqp.api.rules import check
 from tsqp.config.dtype import ComputeDtype, DtypeName, KVDtype, WireDtype, float_dtype
 from tsqp.config.partition import PARTITIONS, Partition
 from tsqp.config.protection import PROTECTIONS, Protection
+from tsqp.tee.detection import SEV_SNP, detect_tee
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Plan:
 
     ``run``: as it was asked for. ``partition`` is None at ``local``, where nothing is split. ``dtype`` is what this
     side computes in, ``linear_dtype`` what linear layers are computed in, on whichever side has them, ``wire_dtype``
-    what floats cross the line as, ``kv_dtype`` what this side keeps keys and values as.
+    what floats cross the line as, ``kv_dtype`` what this side keeps keys and values as. ``oblivious``: whether the
+    memory that is touched tells of no token; ``oblivious_embedding``: by which way of the embedding.
     """
 
     run: RunConfig
@@ -27,6 +29,8 @@ class Plan:
     linear_dtype: ComputeDtype
     wire_dtype: WireDtype
     kv_dtype: KVDtype
+    oblivious: bool
+    oblivious_embedding: ObliviousWay
 
     @property
     def crossing(self) -> str | None:
@@ -58,7 +62,22 @@ class Plan:
             linear_dtype=compute,
             wire_dtype=run.compute.wire_dtype or here,
             kv_dtype=run.compute.kv_dtype or (_kept(stored) if protection.checked else here),
+            oblivious=_oblivious(run, protection),
+            oblivious_embedding=_way(run),
         )
+
+
+def _oblivious(run: RunConfig, protection: Protection) -> bool:
+    """As was asked for; else in a TEE, whose host may watch, unless the worker is shown more than that."""
+    if run.compute.oblivious is not None:
+        return run.compute.oblivious
+    return (protection.checked or not protection.uses_worker) and detect_tee() is not None
+
+
+def _way(run: RunConfig) -> ObliviousWay:
+    """As was asked for; ``auto`` is no tree for a host that can compare ciphertexts, and so see what was not moved."""
+    asked = run.compute.oblivious_embedding
+    return "scan" if asked == "auto" and detect_tee() == SEV_SNP else asked
 
 
 def _kept(stored: DtypeName) -> DtypeName:

@@ -5,7 +5,8 @@ therefore refused by name; ``CONFLICTS``, options that cannot be what they are t
 refused where the model is known: ``pads.py`` and ``private_links.py``.
 
 Covers: a dealer with the worker's address or key, and a line to a dealer that the worker's host can read, are refused
-before anything is started (tests/api/test_rules.py); no option that is refused is ignored instead, and no flag weakens
+before anything is started (tests/api/test_rules.py); so are a private mode and a dealer over cuda, where nothing is
+isolated; no option that is refused is ignored instead, and no flag weakens
 the protection (tests/cli/test_rules.py, tests/cli/test_options.py). Does not cover: two addresses and two keys of one
 party. Assumes: the dealer's public key came from the party that runs it.
 """
@@ -16,9 +17,11 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, dealer_address
+from tsqp.api.adapters import named_paths
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, dealer_address, is_roster
 from tsqp.config.dtype import INT8_HEAD_DIMS, PRIVATE_KV_DTYPES, WIRE_DTYPES, AskedDtype, KVDtype
 from tsqp.config.partition import PARTITIONS
 from tsqp.config.protection import PROTECTIONS, Protection
@@ -83,12 +86,23 @@ class Choices(NamedTuple):
         return self.protection.uses_worker
 
     def worker_over(self, scheme: str) -> bool:
-        """Whether a worker has an address of this scheme."""
-        return any(address.startswith(scheme) for address in self.workers)
+        """Whether a worker has an address of this scheme, or may have one."""
+        return any(address.startswith(scheme) or is_roster(address) for address in self.workers)
+
+    @property
+    def roster(self) -> bool:
+        """Whether workers are those of a roster."""
+        return any(map(is_roster, self.workers))
+
+    @property
+    def plain_front(self) -> bool:
+        """Whether who changes a roster on its way decides who sees more than noise."""
+        return not self.protection.masked and any(one.startswith("roster+") for one in self.workers)
 
     def over(self, scheme: str) -> bool:
         """Whether a worker or the dealer has an address of this scheme."""
-        return self.worker_over(scheme) or (self.dealer or "").startswith(scheme)
+        dealer = self.dealer or ""
+        return self.worker_over(scheme) or dealer.startswith(scheme) or is_roster(dealer)
 
 
 def one_of(names: Collection[str]) -> Value:
@@ -123,8 +137,9 @@ VALUES = {
     "compute.wire_dtype": Value(", ".join(WIRE_DTYPES), lambda dtype: dtype is None or dtype in WIRE_DTYPES),
     "compute.kv_dtype": Value(", ".join(PRIVATE_KV_DTYPES), lambda dtype: dtype is None or dtype in PRIVATE_KV_DTYPES),
     "compute.kv_memory": Value("1 or more bytes", lambda size: size is None or size >= 1),
+    "compute.oblivious_embedding": one_of(("auto", "scan", "oram")),
     "compute.prefill_chunk": at_least(1, "tokens"),
-    "compute.micro_batches": at_least(1, "parts"),
+    "compute.micro_batches": Value("1 or more parts", lambda parts: parts is None or parts >= 1),
     "compute.threads": Value("1 or more", lambda threads: threads is None or threads >= 1),
 }
 
@@ -162,6 +177,12 @@ UNUSED = (
         ("compute.kv_memory",),
         lambda of: of.partition == "layer",
     ),
+    Unused(
+        "the worker of protection {mode} sees more than an oblivious look-up hides",
+        ("compute.oblivious",),
+        lambda of: of.split and not _checked(of),
+        (False,),
+    ),
     Unused("protection {mode} checks no products", names_of("guard"), lambda of: of.split and not _checked(of)),
     Unused("protection {mode} uses partition linear", ("compute.partition",), _checked, ("linear",), private=True),
     Unused(OWN_NUMBERS, ("compute.dtype",), _checked, ("auto", "float32"), private=True),
@@ -181,6 +202,12 @@ UNUSED = (
         ("worker.device", "worker.compiled", "worker.spare"),
         lambda of: of.split and bool(of.workers),
     ),
+    Unused("a roster names the workers' keys", ("worker.server_key",), lambda of: of.split and of.roster),
+    Unused(
+        "each worker of a roster has a key, or is on this machine",
+        ("worker.insecure_plain_tcp",),
+        lambda of: of.split and of.roster and not of.plain_front,
+    ),
     Unused(
         "there is no worker with a tcp address",
         ("worker.server_key", "worker.insecure_plain_tcp"),
@@ -192,28 +219,68 @@ UNUSED = (
         lambda of: of.split and not of.over("tcp://"),
     ),
     Unused(
-        "there is no worker with an shm address",
+        "there is no worker with an shm or cuda address",
         ("worker.user",),
-        lambda of: of.split and not of.worker_over("shm://"),
+        lambda of: of.split and not (of.worker_over("shm://") or of.worker_over("cuda://")),
     ),
     Unused(
-        "neither worker nor dealer is reached by shm",
+        "neither worker nor dealer is reached by shm or cuda",
         ("worker.arena_bytes",),
-        lambda of: of.split and bool(of.workers) and not of.over("shm://"),
+        lambda of: of.split and bool(of.workers) and not (of.over("shm://") or of.over("cuda://")),
     ),
 )
 
 
 CONFLICTS = (
     Conflict(
+        "cuda:// gives no isolation: the worker can read and write device memory of this process at any time, so a "
+        "worker.address may have it at protection open alone",
+        ("worker.address", "protection"),
+        lambda run: (
+            PROTECTIONS[run.protection].checked and any(one.startswith("cuda://") for one in run.worker.addresses)
+        ),
+    ),
+    Conflict(
+        "cuda:// gives no isolation: guard.pad_source may not have it",
+        ("guard.pad_source",),
+        lambda run: (run.guard.dealer or "").startswith("cuda://"),
+    ),
+    Conflict(
         "at a worker.patience_s of 0 nothing takes over from a lost worker: leave out worker.spare",
         ("worker.patience_s", "worker.spare"),
         lambda run: run.worker.spare and not run.worker.patience_s,
     ),
     Conflict(
+        "at compute.partition layer the worker runs the layers, and nothing can be added there on this side: leave out "
+        "compute.lora, or use another compute.partition",
+        ("compute.partition", "compute.lora"),
+        lambda run: bool(run.compute.lora) and run.protection == "open" and run.compute.partition == "layer",
+    ),
+    Conflict(
+        "compute.oblivious_embedding is a way to be oblivious: say compute.oblivious too",
+        ("compute.oblivious_embedding", "compute.oblivious"),
+        lambda run: run.compute.oblivious_embedding != "auto" and not run.compute.oblivious,
+    ),
+    Conflict(
         "worker.address names a worker twice: each further one is a standby for the others",
         ("worker.address",),
         lambda run: len(set(run.worker.addresses)) < len(run.worker.addresses),
+    ),
+    Conflict(
+        "a roster names all workers: let it be the only worker.address",
+        ("worker.address",),
+        lambda run: len(run.worker.addresses) > 1 and any(map(is_roster, run.worker.addresses)),
+    ),
+    Conflict(
+        "a roster is for masked and verified, where no worker is believed: at protection open give one worker.address",
+        ("protection", "worker.address"),
+        lambda run: run.protection == "open" and any(map(is_roster, run.worker.addresses)),
+    ),
+    Conflict(
+        "whoever changes a roster on its way to this machine decides who sees what is computed at protection verified: "
+        "give a file as worker.address, or a front on this machine, or allow it by worker.insecure_plain_tcp",
+        ("protection", "worker.address", "worker.insecure_plain_tcp"),
+        lambda run: run.protection == "verified" and not run.worker.insecure_plain_tcp and _front_away(run),
     ),
     Conflict(
         "guard.warm_pads fills a pool that 0 of guard.pads_ahead keeps empty: leave out one of them",
@@ -228,7 +295,12 @@ CONFLICTS = (
     Conflict(
         "worker.key is this side's secret key: give the worker's public one too, by worker.server_key",
         ("worker.key", "worker.server_key"),
-        lambda run: run.worker.key is not None and run.worker.server_key is None and run.guard.dealer_key is None,
+        lambda run: (
+            run.worker.key is not None
+            and run.worker.server_key is None
+            and run.guard.dealer_key is None
+            and not any(map(is_roster, (*run.worker.addresses, run.guard.dealer or "")))
+        ),
     ),
     Conflict(
         "guard.dealer_key is the dealer's public key: give this side's secret one too, by worker.key",
@@ -236,9 +308,9 @@ CONFLICTS = (
         lambda run: run.guard.dealer_key is not None and run.worker.key is None,
     ),
     Conflict(
-        "the dealer is not reached by tcp: leave out guard.dealer_key",
+        "the dealer is not reached by tcp, or its key is in a file of several dealers: leave out guard.dealer_key",
         ("guard.dealer_key",),
-        lambda run: run.guard.dealer_key is not None and _dealer(run).transport != "tcp",
+        lambda run: run.guard.dealer_key is not None and not _dealer_by_tcp(run),
     ),
     Conflict(
         "the dealer is reached by tcp with keys: leave out guard.dealer_no_separation",
@@ -248,7 +320,7 @@ CONFLICTS = (
     Conflict(
         "the dealer is not on this host: give its public key by guard.dealer_key",
         ("guard.dealer_key",),
-        lambda run: _open_line(run) and _dealer(run).transport == "tcp" and not _dealer(run).is_loopback,
+        lambda run: _open_line(run) and _dealer_by_tcp(run) and not _dealer_here(run),
     ),
     Conflict(
         "whoever runs the worker may read the line to the dealer, and then everything: use tcp with guard.dealer_key, "
@@ -261,13 +333,23 @@ CONFLICTS = (
         ("guard.pad_source",),
         lambda run: (
             run.guard.dealer is not None
-            and any(_same_place(_dealer(run), _address(one)) for one in run.worker.addresses)
+            and any(_same(_where(run.guard.dealer), _where(one)) for one in run.worker.addresses)
         ),
     ),
     Conflict(
         "guard.dealer_key is the worker's key: a dealer must be another party's",
         ("guard.dealer_key",),
         lambda run: run.guard.dealer_key is not None and _same_key(run),
+    ),
+    Conflict(
+        "compute.partition layer is of one device: name one in worker.device, or use another partition",
+        ("compute.partition", "worker.device"),
+        lambda run: "," in run.worker.device and _layers_there(run),
+    ),
+    Conflict(
+        "worker.compiled is for one device: leave it out, or name one in worker.device",
+        ("worker.compiled", "worker.device"),
+        lambda run: "," in run.worker.device and run.worker.compiled,
     ),
 )
 
@@ -286,6 +368,7 @@ def check(run: RunConfig) -> None:
     for conflict in CONFLICTS:
         if conflict.broken(run):
             raise OptionError(conflict.says, fields=conflict.fields)
+    named_paths(run.compute.lora)
 
 
 def check_heads(kept: KVDtype, head_dim: int) -> None:
@@ -326,16 +409,53 @@ def _address(text: str) -> Address:
     return parse_address(text)
 
 
-def _dealer(run: RunConfig) -> Address:
-    return _address(str(run.guard.dealer))
+def _front_away(run: RunConfig) -> bool:
+    """Whether a roster of workers comes from another machine."""
+    places = [_where(one) for one in run.worker.addresses if is_roster(one)]
+    return any(not isinstance(where, Path) and not where.is_loopback for where in places)
+
+
+def _layers_there(run: RunConfig) -> bool:
+    """Whether whole layers are on the worker."""
+    return PROTECTIONS[run.protection].uses_worker and PARTITIONS[run.compute.partition].whole_layers
+
+
+def _where(address: str) -> Address | Path:
+    """What is connected to first: a worker or a dealer, or the front of several; or the file that names several."""
+    if not is_roster(address):
+        return _address(address)
+    from tsqp.wire.transport.front import parse_roster_address
+
+    found = parse_roster_address(address)
+    return found.front or Path(str(found.file))
+
+
+def _dealer_by_tcp(run: RunConfig) -> bool:
+    """Whether the dealer, or the front of several, is reached by tcp."""
+    where = _where(str(run.guard.dealer))
+    return not isinstance(where, Path) and where.transport == "tcp"
+
+
+def _dealer_here(run: RunConfig) -> bool:
+    """Whether it has a tcp address of this machine."""
+    where = _where(str(run.guard.dealer))
+    return not isinstance(where, Path) and where.is_loopback
 
 
 def _open_line(run: RunConfig) -> bool:
-    """Whether there is a dealer that is reached without keys."""
-    return run.guard.dealer is not None and run.guard.dealer_key is None
+    """Whether there is a dealer, or a front of several, that is reached without keys; a file names keys."""
+    where = None if run.guard.dealer is None else _where(run.guard.dealer)
+    return where is not None and not isinstance(where, Path) and run.guard.dealer_key is None
 
 
-def _same_place(one: Address, other: Address) -> bool:
+def _same(one: Address | Path, other: Address | Path) -> bool:
+    """Whether two lead to the same socket or file, as far as they tell."""
+    if isinstance(one, Path) or isinstance(other, Path):
+        return isinstance(one, Path) and isinstance(other, Path) and one.resolve() == other.resolve()
+    return same_place(one, other)
+
+
+def same_place(one: Address, other: Address) -> bool:
     """Whether two addresses lead to the same socket, as far as they tell."""
     if "mem" in (one.transport, other.transport):
         return one == other

@@ -2,7 +2,8 @@
 
 A lost worker costs a pause: the next link is made at the next place in turn, with growing waits between the rounds, for
 as long as patience lasts. A worker whose product has failed its check, or that breaks the protocol, is expelled:
-nothing is asked of it again until ``readmit``. ``docs/serving.md`` §9 says what counts as what, and why.
+nothing is asked of it again until ``readmit``. Of several workers that hold a model together it is the one that an
+error names, and the others go on where somebody holds its part. ``docs/serving.md`` §9 says what counts as what.
 
 Covers: a place that was expelled is never dialled again (tests/api/test_supervisor.py); no link outlives its end (same
 file). Does not cover: one party with two addresses. Assumes: errors name what happened.
@@ -21,6 +22,7 @@ from tsqp.api.attempt import Attempt
 from tsqp.api.freed_memory import give_back_freed_memory
 from tsqp.api.links import Link, Links
 from tsqp.api.places import Place
+from tsqp.api.until import Until
 from tsqp.api.worker_state import WorkerState
 from tsqp.errors import (
     ChannelClosed,
@@ -49,6 +51,7 @@ log = logging.getLogger("tsqp.workers")
 
 class Supervisor:
     """See Line. ``places`` are asked in turn; with a patience of 0 only the first link there is to be had is used.
+    ``dealers``: where several dealers are to be had, which the links dial; None where there is one, or none.
 
     ``clock`` in seconds; ``dice`` gives 0 to 1; ``wait`` waits so many seconds, and says whether ``stop`` was called.
     """
@@ -59,11 +62,13 @@ class Supervisor:
         links: Links,
         patience_s: float,
         *,
+        dealers: Place | None = None,
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
         wait: Callable[[float], bool] | None = None,
     ) -> None:
         self._places = places
+        self._dealers = dealers
         self._links = links
         self._patience_s = patience_s
         self._clock = clock
@@ -97,7 +102,7 @@ class Supervisor:
             self._turn = number
             progress(f"waiting for {place.name}")
             try:
-                link = self._adopt(self._links.connect(place.dial))
+                link = self._adopt(self._links.connect(place.dial, Until(None, self._stop.is_set)))
                 place.settled()
                 return link
             except ChannelError as error:
@@ -178,8 +183,10 @@ class Supervisor:
         )
 
     def readmit(self, name: str) -> None:
-        """An operator says that a place may be asked again: a new guess at new secrets for whoever is there."""
+        """An operator says that a worker may be asked again: a new guess at new secrets for whoever is there."""
         if self._expelled.pop(name, None) is not None:
+            for place in [*self._places, *([] if self._dealers is None else [self._dealers])]:
+                place.readmit(name)
             log.warning("worker %s is admitted again", name, extra={"event": "worker_readmitted"})
 
     def stop(self) -> None:
@@ -205,7 +212,7 @@ class Supervisor:
         return self._places[self._turn]
 
     def _address(self, link: Link) -> str:
-        return link.session.channel.address
+        return link.session.address
 
     def _judge(self, link: Link, error: ChannelError) -> None:
         """Once for each link: what its end means for whoever was at the other end."""
@@ -217,13 +224,12 @@ class Supervisor:
         self._since, self._given_up = self._clock(), False
         self._failed_checks += isinstance(error, CheckFailed)
         if of_pads and isinstance(error, CHEATS):
-            self._broken_pads = error  # the dealer, or this machine: nobody else makes pads
-            text = "no more pads are made, and nothing more is asked: %s"
-            log.error(text, error, extra={"event": "pads_broken"})
+            self._judge_pads(error)
         elif isinstance(error, CHEATS):
-            self._expelled[place.name] = error
+            name = place.expel(error.worker)
+            self._expelled[name] = error
             self._left.append(place)
-            log.error("worker %s is expelled: %s", place.name, error, extra={"event": "worker_expelled"})
+            log.error("worker %s is expelled: %s", name, error, extra={"event": "worker_expelled"})
         else:
             self._losses += 1
             self._lost_at = self._clock() if self._lost_at is None else self._lost_at
@@ -234,6 +240,18 @@ class Supervisor:
             text = "%s; another worker is waited for, at most %g s"
             log.warning(text, error, self._patience_s, extra={"event": "worker_lost"})
         self._error = str(error)
+
+    def _judge_pads(self, error: ChannelError) -> None:
+        """A dealer has cheated, or this machine is broken."""
+        dealers = self._dealers
+        name = None if dealers is None else dealers.expel(error.worker)
+        if dealers is None or name is None or name == dealers.name:
+            self._broken_pads = error  # nobody else makes pads
+            text = "no more pads are made, and nothing more is asked: %s"
+            log.error(text, error, extra={"event": "pads_broken"})
+        else:
+            self._expelled[name] = error
+            log.error("dealer %s is expelled: %s", name, error, extra={"event": "dealer_expelled"})
 
     def _begin_pause(self) -> None:
         """Somebody waits for a worker."""
@@ -251,8 +269,10 @@ class Supervisor:
         """Why nobody is left to ask; None where somebody is."""
         if self._broken_pads is not None:
             return self._broken_pads
-        left = [place for place in self._places if place.name not in self._expelled]
-        return None if left else next(reversed(self._expelled.values()))
+        names = [place.name for place in self._places]
+        if any(name not in self._expelled for name in names):
+            return None
+        return [error for name, error in self._expelled.items() if name in names][-1]
 
     def _next_turn(self) -> None:
         """The next place that was not expelled, if there is one."""
@@ -275,14 +295,15 @@ class Supervisor:
             self._begin_pause()
             if self._lost_at is None:  # after a failed check, or after giving up
                 self._lost_at = self._clock()
-            left = self._lost_at + self._patience_s - self._clock()
-            if left <= 0:
+            left_s = self._lost_at + self._patience_s - self._clock()
+            if left_s <= 0:
                 raise self._gave_up()
-            if self._wait(min(left, self._wait_s())):
+            wait_s = min(left_s, self._wait_s())
+            if self._wait(wait_s) or wait_s == left_s:
                 continue
             self._tried += 1
             try:
-                return self._connected(left)
+                return self._connected(left_s - wait_s)
             except TRIED_AGAIN as error:
                 self._failed(error)
 
@@ -304,13 +325,13 @@ class Supervisor:
         return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**rounds) * (0.5 + self._dice() / 2) if rounds else 0.0
 
     def _connected(self, within_s: float) -> Link:
-        """One attempt, at the place whose turn it is."""
+        """One attempt, at the place whose turn it is; see ``Links.connect`` for what ``within_s`` bounds."""
         if self._attempt is not None:
             self._attempt.wait(self._stop)  # an interrupt may have left it, and two would share what links are made of
         place = self._place
         place.prepare()
         self._links.renew(self._stop.is_set)  # while a worker that was started loads
-        self._attempt = Attempt(lambda: self._links.connect(place.dial, within_s))
+        self._attempt = Attempt(lambda: self._links.connect(place.dial, Until(within_s, self._stop.is_set)))
         link = self._adopt(self._attempt.link(self._stop))
         self._links.resume(link, self._stop.is_set)
         with suppress(OSError):  # the session is there; a spare may come another time

@@ -1,7 +1,9 @@
 """A run's trace as a file for Perfetto or chrome://tracing, and the share of the time that communication took.
 
-The worker's lane rests on what the worker says about itself: how long it computed each call. When exactly it did so is
-not known here; each stretch is drawn as early as it can have been, one after the other.
+The worker's lanes rest on what the worker says about itself: how long it computed each call. When exactly it did so is
+not known here; each stretch is drawn as early as it can have been, one after the other. A device that copies and
+computes at the same time says of each call when its stages began and ended; they are drawn as late as they can have
+been, because an answer is sent as soon as the last of them is over.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from tsqp.trusted.trace import Trace, TraceSpan, Track
 Interval = tuple[float, float]  # start and end, seconds
 
 TRUSTED, WIRE, WORKER = 1, 2, 3  # process ids of the file, one for each group of lanes
+STAGES = "copying in", "computing", "copying out"
+COMPUTING = 1
 GROUPS = {TRUSTED: "trusted side", WIRE: "wire", WORKER: "worker"}
 
 
@@ -51,6 +55,10 @@ def worker_spans(trace: Trace) -> list[TraceSpan]:
     spans: list[TraceSpan] = []
     free_s = 0.0
     for call in sorted(_of(trace, "call"), key=lambda span: span.details["id"]):
+        if "stages_ns" in call.details:
+            spans.append(stage_span(call, COMPUTING))
+            free_s = max(free_s, spans[-1].end_s)
+            continue
         busy_s = call.details["busy_s"]
         # Sending may return after the worker has begun: never later than what leaves room for its own figure.
         latest_s = min(sent_s.get(call.details["id"], call.start_s), call.end_s - busy_s)
@@ -62,6 +70,16 @@ def worker_spans(trace: Trace) -> list[TraceSpan]:
     return spans
 
 
+def stage_span(call: TraceSpan, stage: int) -> TraceSpan:
+    """One of ``STAGES`` of a call whose worker told of them, within the call whatever the worker says."""
+    told = call.details["stages_ns"]
+    last_s = max(end for _, end in told) * 1e-9
+    begin_s, end_s = (
+        min(max(call.end_s - last_s + told_ns * 1e-9, call.start_s), call.end_s) for told_ns in told[stage]
+    )
+    return TraceSpan("call", call.name, begin_s, max(begin_s, end_s), call.details)
+
+
 def lanes(trace: Trace) -> list[Lane]:
     """Every lane of the picture, top to bottom. Calls under way together take a lane each."""
     return [
@@ -69,7 +87,21 @@ def lanes(trace: Trace) -> list[Lane]:
         Lane(TRUSTED, "operators", _of(trace, "operator")),
         Lane(TRUSTED, "send, wait, take in", _of(trace, "line")),
         *(Lane(WIRE, f"calls under way {i + 1}", spans) for i, spans in enumerate(_side_by_side(_of(trace, "call")))),
-        Lane(WORKER, "computing, as it says", worker_spans(trace)),
+        *_worker_lanes(trace),
+    ]
+
+
+def _worker_lanes(trace: Trace) -> list[Lane]:
+    """One lane for each stage, where the worker told of them; else one alone."""
+    staged = [call for call in _of(trace, "call") if "stages_ns" in call.details]
+    if not staged:
+        return [Lane(WORKER, "computing, as it says", worker_spans(trace))]
+    of_stages = [[stage_span(call, stage) for call in staged] for stage in range(len(STAGES))]
+    of_stages[COMPUTING] = worker_spans(trace)  # of calls that are one stretch, too
+    return [
+        Lane(WORKER, f"{name}, as it says", lane)
+        for name, spans in zip(STAGES, of_stages, strict=True)
+        for lane in _side_by_side(spans)
     ]
 
 

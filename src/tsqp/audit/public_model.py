@@ -12,13 +12,13 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.config.groups import LAYER_GROUPS
 from tsqp.config.model import ModelConfig
+from tsqp.model.attention import masked_softmax, score_product, value_product
 from tsqp.model.batch import Chunk, SequenceRows
 from tsqp.model.cache import KVCache
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.linear import load_group
 from tsqp.model.local import LocalLinears
-from tsqp.model.norms import rms_norm
 from tsqp.model.pending import Steps, run
 from tsqp.model.rotary import Rotary
 from tsqp.trusted.stats import Stats
@@ -95,7 +95,10 @@ class PublicModel:
     def _normed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """As layer ``layer`` hands it to its first product, of length 1."""
         weight = self._norms.layers[layer].attention
-        return F.normalize(hidden if weight is None else rms_norm(hidden, weight, self.config.rms_norm_eps), dim=1)
+        normed = hidden if weight is None else torch.empty_like(hidden)
+        if weight is not None:
+            self._block.norm(hidden, weight, normed)
+        return F.normalize(normed, dim=1)
 
     def _vocabulary(self) -> Iterator[torch.Tensor]:
         for first in range(0, self.config.vocab_size, BLOCK_TOKENS):
@@ -108,7 +111,7 @@ class _Visible:
     def __init__(self, visible: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, config: ModelConfig) -> None:
         self._visible = visible.bool()
         self._distance = queries.unsqueeze(1) - keys.unsqueeze(0)
-        self._windows, self._scale = config.windows, config.score_scale
+        self._windows, self._scale, self._cap = config.windows, config.attention_scale, config.score_cap
 
     def of(self, chunk: Chunk[KVCache]) -> _Visible:
         (self._span,) = chunk.spans
@@ -118,10 +121,12 @@ class _Visible:
         k, v = self._span.cache.view(layer, 0, self._span.end)
         window = self._windows[layer]
         mask = self._visible if window is None else self._visible & (self._distance < window)
-        grouped = len(q) != len(k)
-        mixed = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, enable_gqa=grouped, scale=self._scale
-        )
-        out.view(len(out), len(q), -1).copy_(mixed[0].transpose(0, 1))
+        if self._cap is not None:
+            mixed = value_product(masked_softmax(score_product(q * self._scale, k), mask, self._cap), v)
+        else:
+            (mixed,) = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, enable_gqa=len(q) != len(k), scale=self._scale
+            )
+        out.view(len(out), len(q), -1).copy_(mixed.transpose(0, 1))
         return
         yield  # a generator that hands out no products

@@ -47,6 +47,9 @@ def audit(
         AskedDtype, Parameter(help="What open computes in; verified and masked compute in integers of their own.")
     ] = "auto",
     threads: Threads = None,
+    lora: Annotated[
+        str | None, Parameter(help="A LoRA adapter that answers, [NAME=]PATH; attacks know the model without it.")
+    ] = None,
     json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Run a prompt in each protection mode and attack what reached the worker.
@@ -74,7 +77,15 @@ def audit(
     warn_of_argument(prompt, modes[-1], notes)
     with progress_bar(notes, silent=json_output) as progress:
         reports = run_audit(
-            text, modes, model=model, device=device, dtype=dtype, threads=count, notes=notes, progress=progress
+            text,
+            modes,
+            model=model,
+            device=device,
+            dtype=dtype,
+            threads=count,
+            lora=lora,
+            notes=notes,
+            progress=progress,
         )
     if json_output:
         found = [report.as_dict() for report in reports]
@@ -94,9 +105,13 @@ def run_audit(
     dtype: AskedDtype,
     threads: int,
     notes: Console,
+    lora: str | None = None,
     progress: Progress = unseen,
 ) -> list[ModeReport]:
-    """Capture every mode, then attack every capture. Raises PromptError before anything is started."""
+    """Capture every mode, then attack every capture. ``lora``: the adapter that answers, [NAME=]PATH.
+
+    Raises PromptError before anything is started.
+    """
     from tsqp.audit.prompt import audit_prompt
     from tsqp.checkpoint import locate, open_checkpoint
     from tsqp.trusted.text.tokenizer import Tokenizer
@@ -108,7 +123,14 @@ def run_audit(
     notes.print("running " + ", ".join(modes), style="dim")
     captured = [
         capture_run(
-            prompt.ids, mode, model=model, device=device, dtype=dtype, threads=threads, progress=_of(mode, progress)
+            prompt.ids,
+            mode,
+            model=model,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            lora=lora,
+            progress=_of(mode, progress),
         )
         for mode in modes
     ]
@@ -135,9 +157,11 @@ def capture_run(
     device: str,
     dtype: AskedDtype,
     threads: int,
+    lora: str | None = None,
     progress: Progress = unseen,
 ) -> Captured:
     """All that was sent while a prompt was answered; ``masked`` takes its pads from a dealer that is started here."""
+    from tsqp.api.adapters import named_paths
     from tsqp.api.config import DEALER, ComputeConfig, GuardConfig, WorkerConfig
     from tsqp.api.llm import LLM
     from tsqp.audit.capture import Capture, Captured
@@ -158,11 +182,14 @@ def capture_run(
                 protection=mode,
                 worker=WorkerConfig(device=device),
                 guard=guard,
-                compute=ComputeConfig(dtype="auto" if protection.checked else dtype, threads=threads),
+                compute=ComputeConfig(
+                    dtype="auto" if protection.checked else dtype, threads=threads, lora=() if lora is None else (lora,)
+                ),
                 connect=captured.connect,
                 progress=progress,
             )
         )
         progress("answering")
-        llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS))
+        adapter = None if lora is None else next(iter(named_paths((lora,))))
+        llm.generate(list(ids), SamplingParams(max_tokens=ANSWER_TOKENS), lora=adapter)
     return captured

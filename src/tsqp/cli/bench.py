@@ -14,6 +14,7 @@ from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.names import PeerName, TransportName
 from tsqp.cli.bench_options import BenchOptions
+from tsqp.cli.one_adapter import no_adapter
 from tsqp.cli.options import BenchRunOptions, Device, Model, Threads
 from tsqp.config.dtype import DtypeName
 from tsqp.errors import OptionError
@@ -49,7 +50,7 @@ TraceFile = Annotated[Path | None, Parameter(help="Write the last run to this fi
 @bench_app.command
 def rpc(
     *,
-    transport: Annotated[TransportName, Parameter(help="mem (one process), ipc, tcp or shm.")] = "shm",
+    transport: Annotated[TransportName, Parameter(help="mem (one process), ipc, tcp, shm, or cuda on a GPU.")] = "shm",
     nbytes: Annotated[int, Parameter(name="--bytes", help="The size of the tensor, each way.")] = 8 * MIB,
     calls: Annotated[int, Parameter(help="Null calls in one run.")] = 2000,
     options: BenchOptions = BenchOptions(),
@@ -72,12 +73,14 @@ def prefill(
 ) -> None:
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
+    no_adapter(run)
     console = _prepare(options)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
     work = Workload(tokens, 0, options.runs)
-    _finish(bench_split(run, work, peer, trace, console)["prefill"], options, console)
+    result = bench_split(run, work, peer, trace, console)["prefill"]
+    _finish(result, options, console, device=_device_here(run))
 
 
 @bench_app.command
@@ -92,6 +95,7 @@ def decode(
 ) -> None:
     """Measure one token after a prompt against the same model unsplit."""
     check_output("--trace", trace)
+    no_adapter(run)
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
     console = _prepare(options)
@@ -99,7 +103,8 @@ def decode(
     from tsqp.bench.workload import Workload
 
     work = Workload(tokens, steps, options.runs)
-    _finish(bench_split(run, work, peer, trace, console)["decode"], options, console)
+    result = bench_split(run, work, peer, trace, console)["decode"]
+    _finish(result, options, console, device=_device_here(run))
 
 
 @bench_app.command
@@ -166,7 +171,7 @@ def private(
     asked = WorkerConfig(device=device), GuardConfig(checks), ComputeConfig(threads=threads)
     run = RunConfig(model, "masked", *asked)
     result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
-    _finish(result, options, console, results)
+    _finish(result, options, console, results, device)
 
 
 @bench_app.command
@@ -191,6 +196,22 @@ def guard(
 
 
 @bench_app.command
+def constants(
+    *,
+    results: Results = None,
+    dirty_ok: DirtyOk = False,
+    options: BenchOptions = BenchOptions(),
+) -> None:
+    """Measure what tsqp plan computes from, on this machine: the least of several times, not the median."""
+    if options.plot is not None:
+        raise OptionError("bench constants draws no plot")
+    console = _prepare(options, results, dirty_ok=dirty_ok)
+    from tsqp.bench.constants import bench_constants
+
+    _finish(bench_constants(options.runs, console), options, console, results)
+
+
+@bench_app.command
 def offload(
     *,
     case: Annotated[
@@ -200,6 +221,7 @@ def offload(
         ),
     ] = (),
     steps: Annotated[int, Parameter(help="Decode steps of one run.")] = 8,
+    device: Device = "cpu",
     threads: Threads = None,
     results: Results = None,
     dirty_ok: DirtyOk = False,
@@ -207,24 +229,26 @@ def offload(
 ) -> None:
     """Measure whether the split pays: the whole model on the trusted side over what masked leaves there."""
     console = _prepare(options, results, dirty_ok=dirty_ok)
+    from tsqp.bench.device import prefix
     from tsqp.bench.earlier import check_same_machine, with_earlier
     from tsqp.bench.machine import machine
     from tsqp.bench.offload import CASES, Effort, bench_offload, chosen
 
     cases = chosen(case)
-    earlier = results / "offload.json" if results is not None and case else None
+    earlier = results / f"{prefix(device)}offload.json" if results is not None and case else None
     if earlier is not None:
         check_same_machine(earlier, str(machine()["cpu"]))
-    result = bench_offload(cases, Effort(options.runs, steps, threads), console)
+    result = bench_offload(cases, Effort(options.runs, steps, threads, device), console)
     if earlier is not None:
         result = with_earlier(result, earlier, [one.name for one in CASES])
-    _finish(result, options, console, results)
+    _finish(result, options, console, results, device)
 
 
 @bench_app.command
 def serve(
     *,
     model: Model = "default",
+    device: Device = "cpu",
     streams: Annotated[int, Parameter(help="Answers at once.")] = 16,
     tokens: Annotated[int, Parameter(help="The length of their prompts.")] = 64,
     steps: Annotated[int, Parameter(help="New tokens of each after its first.")] = 32,
@@ -245,7 +269,7 @@ def serve(
     from tsqp.bench.serve import Traffic, bench_serve
 
     traffic = Traffic(streams, tokens, steps, beside, long, turn, options.runs)
-    run = RunConfig(model, "open", compute=ComputeConfig(threads=threads))
+    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
     if http:
         from tsqp.bench.load import bench_load, check_client
         from tsqp.bench.load_setup import Load
@@ -253,13 +277,14 @@ def serve(
         check_client()
     result = bench_serve(run, traffic, console, mode)
     server = bench_load(run, Load(runs=options.runs), console, mode) if http else None
-    _finish({**result, "server": server}, options, console, results)
+    _finish({**result, "server": server}, options, console, results, device)
 
 
 @bench_app.command
 def load(
     *,
     model: Model = "default",
+    device: Device = "cpu",
     streams: Annotated[
         tuple[int, ...], Parameter(help="Clients at once, each waiting for its answers; may be given again.")
     ] = (1, 2, 4, 8, 16),
@@ -286,8 +311,8 @@ def load(
     from tsqp.bench.load_setup import Load
 
     asked = Load(streams, share, tokens, steps, seconds, pads, options.runs, seed)
-    run = RunConfig(model, "open", compute=ComputeConfig(threads=threads))
-    _finish(bench_load(run, asked, console, mode), options, console, results)
+    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
+    _finish(bench_load(run, asked, console, mode), options, console, results, device)
 
 
 @bench_app.command(name="all")
@@ -300,7 +325,9 @@ def everything(
         "benchmarks/results"
     ),
     dirty_ok: DirtyOk = False,
-    prefix: Annotated[str, Parameter(help="The beginning of each file's name, such as gpu-.")] = "",
+    prefix: Annotated[
+        str | None, Parameter(help="The beginning of each file's name; on a GPU gpu- when not given.")
+    ] = None,
     tokens: Tokens = 1024,
     steps: Annotated[int, Parameter(help="Decode steps after the prompt.")] = 16,
     nbytes: Annotated[int, Parameter(name="--bytes", help="The size of the tensor of bench rpc.")] = 8 * MIB,
@@ -309,14 +336,17 @@ def everything(
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure everything and write one file per result. Takes some minutes at the 1B shape."""
+    no_adapter(run)
     if options.plot is not None:
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
     console = _prepare(options)
+    from tsqp.bench.device import prefix as of_device
     from tsqp.bench.everything import Everything, bench_all
     from tsqp.bench.workload import Workload
 
     work = Workload(tokens, steps, options.runs)
-    found = bench_all(Everything(models, run, work, nbytes, calls, results, prefix, dirty_ok), console)
+    begin = of_device(run.worker.device) if prefix is None else prefix
+    found = bench_all(Everything(models, run, work, nbytes, calls, results, begin, dirty_ok), console)
     if options.json:
         sys.stdout.write(json.dumps({"benchmark": "all", "results": found}) + "\n")
 
@@ -339,14 +369,23 @@ def _prepare(options: BenchOptions, results: Path | None = None, *, dirty_ok: bo
     return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 
-def _finish(result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None) -> None:
-    """The table, the plot, the JSON line, and the file under ``results``."""
+def _device_here(run: RunConfig) -> str:
+    """What a worker that is started here computes on; another's device may be on another host."""
+    return run.worker.device if run.worker.address is None else "cpu"
+
+
+def _finish(
+    result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None, device: str = "cpu"
+) -> None:
+    """The table, the plot, the JSON line, and the file under ``results``. ``device`` is that of a worker here."""
     from rich.console import Console
 
+    from tsqp.bench.device import device_figures, prefix
     from tsqp.bench.plot import draw
     from tsqp.bench.private import MODES
     from tsqp.bench.show import chart, table
 
+    result = {**result, **device_figures(device)}
     (console if options.json else Console()).print(table(result))
     if options.plot is not None:
         draw(chart(result), options.plot)
@@ -354,7 +393,7 @@ def _finish(result: dict[str, Any], options: BenchOptions, console: Console, res
     if results is not None:
         part = f"-{'-'.join(result['modes'])}" if len(result.get("modes", MODES)) < len(MODES) else ""
         model = f"-{file_name(result['model'])}" if "model" in result else ""
-        save(result, results, f"{result['benchmark']}{model}{part}", console)
+        save(result, results, f"{prefix(device)}{result['benchmark']}{model}{part}", console)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

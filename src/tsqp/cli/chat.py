@@ -24,8 +24,9 @@ COMMANDS = {
     "/help": "what can be typed here",
     "/reset": "forget the conversation",
     "/stats": "the last answer in numbers, and the guard's",
-    "/exit": "end; so does Ctrl-D",
+    "/exit": "end; so do /quit and Ctrl-D",
 }
+ENDS = ("/exit", "/quit")
 LOOK_S = 0.25  # how often the status of an answer is looked at
 
 
@@ -61,7 +62,7 @@ class _Answer:
 
 
 class Chat:
-    """One conversation. ``system``: a message that it begins with, also after ``/reset``."""
+    """One conversation. ``system``: a message that it begins with, also after ``/reset``. ``lora``: who answers."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Chat:
         system: str | None,
         template_args: Mapping[str, Any],
         terminal: Lines,
+        lora: str | None = None,
     ) -> None:
         self._model = model
         self._params = params
@@ -77,6 +79,7 @@ class Chat:
         self._messages = self._opening[:]
         self._template_args = template_args
         self._terminal = terminal
+        self._lora = lora
         self._last: str | None = None
 
     async def hold(self) -> None:
@@ -85,13 +88,13 @@ class Chat:
             await self.run()
 
     async def run(self) -> None:
-        """Until the end of input or /exit. Raises PromptError without a chat template, ChannelError, NumericError."""
+        """Until input or talk ends. Raises PromptError without a chat template, ChannelError, NumericError."""
         question: ChatMessage = {"role": "user", "content": "?"}  # refused before the user types
         self._model.llm.tokenizer.encode_chat([*self._opening, question], **self._template_args)
         self._terminal.welcome(tuple(COMMANDS))
         while (typed := await self._terminal.read()) is not None:
             text = typed.strip()
-            if text == "/exit":
+            if text in ENDS:
                 return
             if _is_command(text):
                 self._obey(text)
@@ -149,7 +152,8 @@ class Chat:
     async def _stream(self, messages: list[ChatMessage], answer: _Answer) -> None:
         """Show an answer as it comes."""
         found = self._model.counts().found_tokens
-        async with await self._model.open_chat(messages, self._params, **self._template_args) as stream:
+        asked = self._model.open_chat(messages, self._params, lora=self._lora, **self._template_args)
+        async with await asked as stream:
             answer.prompt = len(stream.prompt_token_ids)
             try:
                 async for delta in stream:

@@ -16,11 +16,14 @@ from tsqp import __version__
 from tsqp.api.trace_file import check_output
 from tsqp.cli.audit import audit_app
 from tsqp.cli.bench import bench_app
+from tsqp.cli.cluster import cluster_app
 from tsqp.cli.evaluate import eval_app
 from tsqp.cli.form import FormOptions, with_form
 from tsqp.cli.help_groups import OUTPUT, TEXT
+from tsqp.cli.one_adapter import one_adapter
 from tsqp.cli.open_llm import open_llm
 from tsqp.cli.options import OutputOptions, RunOptions, SamplingOptions, settle
+from tsqp.cli.plan import plan
 from tsqp.cli.prompt_text import (
     AfterDashes,
     PromptArgument,
@@ -33,7 +36,10 @@ from tsqp.cli.prompt_text import (
     template_args,
     warn_of_argument,
 )
+from tsqp.cli.proxy import proxy
 from tsqp.cli.serve import api_key, serve
+from tsqp.cli.verify import verify
+from tsqp.cli.verify_receipt import verify_receipt
 from tsqp.config.worker_options import arguments_of, parse_worker_options
 from tsqp.errors import TsqpError
 
@@ -56,8 +62,13 @@ app.command(model_app)
 app.command(bench_app)
 app.command(eval_app)
 app.command(audit_app)
+app.command(cluster_app)
 app.command(serve)
 app.command(api_key)
+app.command(verify)
+app.command(verify_receipt)
+app.command(proxy)
+app.command(plan)
 
 
 @app.command
@@ -83,6 +94,7 @@ def generate(
     """
     text = prompt_text(prompt, prompt_file, after_dashes)
     arguments, sampling = template_args(template_arg, raw=raw), with_form(readable(sampling), form)
+    lora = one_adapter(run)
     check_output("--trace", output.trace)
     with open_llm(run, silent=output.json) as llm:
         from tsqp.api.trace_file import write_trace
@@ -97,7 +109,7 @@ def generate(
             llm.stats.trace = Trace()
         prompt_ids = llm.encode(text, raw=raw, **arguments)
         deltas = shown_until_first(
-            llm.stream(prompt_ids, sampling),
+            llm.stream(prompt_ids, sampling, lora=lora),
             lambda: llm.engine.counts().prompt_tokens,
             len(prompt_ids),
             console,
@@ -109,7 +121,7 @@ def generate(
         if output.trace is not None and llm.stats.trace is not None:
             write_trace(llm.stats.trace, output.trace)
         if output.json and completion is not None:
-            _write(json.dumps(as_json(llm, completion)) + "\n")
+            _write(json.dumps(as_json(llm, completion, lora)) + "\n")
 
 
 def _answered(deltas: Iterator[Delta], *, silent: bool) -> Completion | None:
@@ -140,7 +152,7 @@ def chat(
 ) -> None:
     """Talk to the model. /help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit ends the chat."""
     arguments, sampling = template_args(template_arg), with_form(readable(sampling), form)
-    opening = None if system is None else argument_text(system, "--system")
+    opening, lora = None if system is None else argument_text(system, "--system"), one_adapter(run)
     with open_llm(run) as llm:
         from tsqp.api.async_llm import AsyncLLM
         from tsqp.cli.chat import Chat
@@ -149,7 +161,7 @@ def chat(
 
         console = _stderr()
         announce(llm, console)
-        asyncio.run(Chat(AsyncLLM(llm), sampling, opening, arguments, terminal_for(console)).hold())
+        asyncio.run(Chat(AsyncLLM(llm), sampling, opening, arguments, terminal_for(console), lora).hold())
         if stats:
             print_stats(llm, console)
 
@@ -241,25 +253,51 @@ def info(
     digest: Annotated[
         bool, Parameter(help="Also the digest that --model-digest pins; every weight is read and quantised for it.")
     ] = False,
+    lora: Annotated[
+        tuple[str, ...], Parameter(help="With --digest: an adapter, [NAME=]PATH, of the run; may be given again.")
+    ] = (),
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes.
+    """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes; or a LoRA adapter.
 
     Parameters
     ----------
     model
-        As for --model.
+        As for --model, or the directory of an adapter.
     """
     from tsqp.cli.models import describe
     from tsqp.progress_bar import progress_bar
 
     with progress_bar(_stderr(), silent=json_output) as progress:
-        description = describe(model, digest=digest, progress=progress)
+        description = describe(model, digest=digest, lora=lora, progress=progress)
     if json_output:
         _write(json.dumps(description) + "\n")
         return
     for key, value in description.items():
         _write(f"{key:20} {value}\n")
+
+
+@model_app.command
+def check(
+    model: str = "default",
+    /,
+    *,
+    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Say what would run of a checkpoint and how, the memory on each side, and what is refused: from headers alone.
+
+    Nothing is downloaded and no weight is read. Exit code 1 when the checkpoint does not run.
+
+    Parameters
+    ----------
+    model
+        As for --model; a Hub id only if it is in the local cache.
+    """
+    from tsqp.cli.model_check import check_lines, check_model
+
+    found = check_model(model)
+    _write(json.dumps(found) + "\n" if json_output else "".join(f"{line}\n" for line in check_lines(found)))
+    return 0 if found["runs"] else 1
 
 
 def _stderr() -> Console:

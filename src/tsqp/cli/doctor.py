@@ -23,11 +23,15 @@ from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.default import default_directory
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.cores import cores
+from tsqp.errors import DeviceError
 from tsqp.model.accelerator import TorchCuda, described, why_none
 from tsqp.tee.detection import detect_tee
 from tsqp.tee.hardening import hardening_state
+from tsqp.tee.memory import swap_state
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
+from tsqp.wire.transport.cuda.driver import uuid_text
+from tsqp.wire.transport.cuda.libcuda import LibCuda
 from tsqp.wire.transport.runtime_dir import runtime_directory
 
 State = Literal["ok", "note", "broken"]
@@ -66,12 +70,14 @@ def examine() -> Diagnosis:
     looks: dict[str, Callable[[], tuple[State, str]]] = {
         "TEE": _tee,
         "isolation": lambda: ("note", hardening_state()),
+        "swapped memory": _swap,
         "accelerator": _accelerator,
         "runtime directory": lambda: ("ok", f"{runtime_directory()}, for this user alone"),
         "transport mem": lambda: _transport("mem:doctor"),
         "transport shm": lambda: _transport(new_shm_address()),
         "transport ipc": lambda: _transport(new_ipc_address()),
         "transport tcp": lambda: _transport("tcp://127.0.0.1:0"),
+        "transport cuda": _device_memory,
         "default model": _default_model,
         "processor": _processor,
         "exact int8 products": _exact_products,
@@ -105,6 +111,11 @@ def _tee() -> tuple[State, str]:
     return "ok", tee
 
 
+def _swap() -> tuple[State, str]:
+    safe, line = swap_state()
+    return "ok" if safe else "note", line
+
+
 def _accelerator() -> tuple[State, str]:
     cuda = TorchCuda()
     reason = why_none(cuda)
@@ -122,6 +133,16 @@ def _transport(address: str) -> tuple[State, str]:
         if not isinstance(arrival, Arrival) or bytes(arrival.frames.tensors[0]) != b"probe":
             return "broken", "a message did not arrive"
         return "ok", "a message arrived"
+
+
+def _device_memory() -> tuple[State, str]:
+    """Nothing is moved: no process can open the handle of its own memory."""
+    label = "no isolation, so for --protection open alone"
+    try:
+        with closing(LibCuda(0)) as driver:
+            return "note", f"{label}; clients would use {uuid_text(driver.uuid)}; no message was tried"
+    except DeviceError as error:
+        return "note", f"{label}; not here: {error}"
 
 
 def _default_model() -> tuple[State, str]:

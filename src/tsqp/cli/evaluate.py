@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
+from tsqp.cli.one_adapter import one_adapter
 from tsqp.cli.options import RunOptions
 from tsqp.errors import InputError, NumericError, OptionError, PromptError
 from tsqp.progress import Progress, counted, unseen
@@ -55,13 +57,13 @@ def perplexity(
     from tsqp.cli.report import announce
     from tsqp.progress_bar import progress_bar
 
-    words = _read(text)
+    words, lora = _read(text), one_adapter(run)
     check_windows(window, stride)
     console = Console(stderr=True)
     with open_llm(run, silent=json_output) as llm:
         announce(llm, console)
         with progress_bar(console, silent=json_output) as progress:
-            result = measure(llm, words, tokens=tokens, window=window, stride=stride, progress=progress)
+            result = measure(llm, words, tokens=tokens, window=window, stride=stride, lora=lora, progress=progress)
     if json_output:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -71,7 +73,14 @@ def perplexity(
 
 
 def measure(
-    llm: LLM, text: str, *, tokens: int | None, window: int, stride: int, progress: Progress = unseen
+    llm: LLM,
+    text: str,
+    *,
+    tokens: int | None,
+    window: int,
+    stride: int,
+    lora: str | None = None,
+    progress: Progress = unseen,
 ) -> dict[str, object]:
     """The perplexity of a text, and the mode it was measured in. Raises OptionError, PromptError, ChannelError."""
     check_windows(window, stride)
@@ -79,7 +88,7 @@ def measure(
     if len(ids) < 2:
         raise PromptError("a perplexity needs a text of two tokens or more")
     start = time.perf_counter()
-    value = text_perplexity(llm.logits, ids, window, stride, progress)
+    value = text_perplexity(partial(llm.logits, lora=lora), ids, window, stride, progress)
     plan, session = llm.plan, llm.session
     return {
         "perplexity": value,
@@ -89,10 +98,11 @@ def measure(
         "stride": stride,
         "protection": plan.protection.name,
         "partition": None if plan.partition is None else plan.partition.name,
-        "transport": None if session is None else session.channel.transport,
+        "transport": None if session is None else session.transport,
         "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
+        "lora": lora,
     }
 
 

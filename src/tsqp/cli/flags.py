@@ -89,7 +89,7 @@ def _parameter(one: Field[Any]) -> Parameter:
         more = {"converter": _size, "show_default": (lambda size: f"{size >> 20}MiB") if one.default else None}
     elif one.name == "device":
         more = {"converter": _device}
-    elif one.default is True:
+    elif one.default is True or one.name == "oblivious":  # on where nothing is said, at least in some places
         more = {"negative": f"--no-{flag[2:]}"}
     return Parameter(
         name=[flag, *([SHORT[one.name]] if one.name in SHORT else [])],

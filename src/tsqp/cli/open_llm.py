@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tsqp.api.config import RunConfig
-from tsqp.api.describe import PLAIN, mode_lines
+from tsqp.api.describe import PLAIN, adapter_lines, mode_lines
 from tsqp.api.kernel_cache import keeps_none
 
 if TYPE_CHECKING:
@@ -38,10 +38,13 @@ def open_llm(
     from tsqp.progress_bar import progress_bar
 
     if tell is not None:
-        return LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits, taps=taps)
+        llm = LLM.of(run, announce=partial(_tell_mode, tell), pads_progress=pads_lines(tell), limits=limits, taps=taps)
+        for line in adapter_lines(llm):
+            tell(line)
+        return llm
     console = Console(stderr=True)
     with progress_bar(console, silent=silent) as progress:
-        return LLM.of(
+        llm = LLM.of(
             run,
             announce=partial(_state_mode, console),
             progress=progress,
@@ -49,6 +52,9 @@ def open_llm(
             limits=limits,
             taps=taps,
         )
+    for line in adapter_lines(llm):
+        console.print(line, style=PLAIN, soft_wrap=True, markup=False)
+    return llm
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ OPERATOR_TITLES: dict[OperatorKind, str] = {
     "rotary": "rotary",
     "softmax": "softmax",
     "silu": "SiLU",
+    "lora": "LoRA",
     "mask": "mask",
     "pads": "pads",  # made on the spot
     "check": "check",
@@ -38,8 +39,8 @@ def announce(llm: LLM, console: Console) -> None:
         console.print(line, style="dim", soft_wrap=True, markup=False)
 
 
-def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
-    """The object of ``--json``."""
+def as_json(llm: LLM, completion: Completion, lora: str | None = None) -> dict[str, object]:
+    """The object of ``--json``. ``lora``: the adapter that has answered."""
     plan, session = llm.plan, llm.session
     return {
         "text": completion.text,
@@ -47,12 +48,13 @@ def as_json(llm: LLM, completion: Completion) -> dict[str, object]:
         "finish_reason": completion.finish_reason,
         "protection": plan.protection.name,
         "partition": None if plan.partition is None else plan.partition.name,
-        "transport": None if session is None else session.channel.transport,
-        "address": None if session is None else session.channel.address,
+        "transport": None if session is None else session.transport,
+        "address": None if session is None else session.address,
         "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,
         "device": "cpu" if session is None else session.welcome.device,
         **_pad_maker(llm),
+        "lora": None if lora is None else {"name": lora, "sha256": llm.adapters[lora]},
         "stats": llm.stats.as_dict(),
     }
 
@@ -67,8 +69,9 @@ def _pad_maker(llm: LLM) -> dict[str, object]:
 
 
 def print_stats(llm: LLM, console: Console) -> None:
-    """Two tables, calls to the worker if any and where the time of the passes went; then the guard's figures."""
+    """What was read; the calls to the worker, if any, and where the time went, as tables; the guard's figures."""
     stats = llm.stats
+    console.print(llm.read_line, highlight=False, soft_wrap=True)
     if stats.rpc_calls:
         console.print(_call_table(stats))
     console.print(_operator_table(stats))

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 
+from tsqp.api.adapters import named_paths
+from tsqp.api.config import RunConfig
+from tsqp.api.freed_memory import few_heaps
 from tsqp.cli.flags import parse_size
 from tsqp.cli.help_groups import LIMITS, SERVER
 from tsqp.cli.options import RunOptions
@@ -69,6 +72,14 @@ class ServeOptions:
     ] = None
     tls_cert: Annotated[Path | None, _server("tls-cert", "The certificate, with its chain, as PEM.")] = None
     tls_key: Annotated[Path | None, _server("tls-key", "The certificate's secret key, as PEM.")] = None
+    evidence: Annotated[
+        Literal["configfs-tsm", "gramine", "none"] | None,
+        _server("evidence", "Show what this server is: where quotes come from. It makes its own certificate then."),
+    ] = None
+    evidence_entry: Annotated[
+        Path | None,
+        _server("evidence-entry", "For configfs-tsm: a directory of its reports that root made for this user."),
+    ] = None
     insecure_exposed: Annotated[
         bool,
         Parameter(group=SERVER, help="Allow a host that others can reach without keys, or without TLS."),
@@ -130,9 +141,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the model to OpenAI clients, until Ctrl-C. A second Ctrl-C does not wait for answers under way."""
+    few_heaps()
     from tsqp.server.run import serve as serve_until_told
 
-    listening, settings, names = _listening(server), _settings(server), _names(server, run.model)
+    listening, settings, names = _listening(server), _settings(server), _names(server, run)
     log = logging.getLogger("tsqp.server")
     logged = server.log_format == "json"  # then nothing else may be written among the lines
 
@@ -145,7 +157,9 @@ def serve(
             tell = partial(log.info, "%s", extra={"event": "starting"})
         elif not sys.stderr.isatty():
             tell = _log_line  # standard error is a log: what is only shown would be lost
-        return open_llm(run, limits, tell, taps=server.console, silent=json_output)
+        llm = open_llm(run, limits, tell, taps=server.console, silent=json_output)
+        (tell or _log_line)(llm.read_line)
+        return llm
 
     def announce(ready: Ready) -> None:
         told = f"ready in {ready.ready_s:.1f} s: {ready.address}/v1, model {ready.model}, protection {ready.protection}"
@@ -166,6 +180,8 @@ def serve(
         names=names,
         api_keys=server.api_keys,
         log_format=server.log_format,
+        evidence=server.evidence,
+        evidence_entry=server.evidence_entry,
         announce=announce,
     )
 
@@ -243,9 +259,15 @@ def _settings(options: ServeOptions) -> ServerSettings:
     )
 
 
-def _names(options: ServeOptions, model: str) -> tuple[str, ...]:
+def _names(options: ServeOptions, run: RunConfig) -> tuple[str, ...]:
     """What clients may call the model. A path shows no directory to them."""
-    names = options.served_model_name or (model.rstrip("/").rpartition("/")[2] or model,)
+    names = options.served_model_name or (run.model.rstrip("/").rpartition("/")[2] or run.model,)
+    for adapter in named_paths(run.compute.lora):
+        taken = [name for name in names if name in {f"{one}:{adapter}" for one in names}]
+        if taken:
+            raise OptionError(
+                f"--served-model-name {taken[0]} is the name of the adapter {adapter}: change one of them"
+            )
     for name in names:
         if not name or len(name) > MAX_NAME or not name.isprintable():
             raise OptionError(f"--served-model-name takes a name of 1 to {MAX_NAME} printable characters")

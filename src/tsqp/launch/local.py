@@ -10,6 +10,7 @@ installed package are what they were.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,20 +18,23 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 import msgspec
 
 from tsqp.config.dtype import ComputeDtype
-from tsqp.errors import ChannelError, PathRefused, WorkerUnreachable
+from tsqp.errors import ChannelError, OptionError, PathRefused, WorkerUnreachable
 from tsqp.wire.printable import printable
 from tsqp.wire.transport import new_shm_address
 from tsqp.wire.transport.runtime_dir import reclaim_stale, runtime_directory
 
 # -P: the directory a user happens to be in must not be one that modules are loaded from.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "tsqp.untrusted")
+WORKER_MODULE = "tsqp.untrusted"
+WORKER_COMMAND = (sys.executable, "-P", "-m", WORKER_MODULE)
 
 # What a worker needs to find its interpreter, its model and its device. Nothing else of this side's environment.
 PASSED_ON = (
@@ -56,30 +60,28 @@ MAX_LINE_BYTES = 4096
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The one line a worker writes to its standard output, when it listens."""
+    """The one line a process writes to its standard output, when it listens."""
 
     address: str
 
 
-class LocalWorker:
-    """A worker process that lives as long as this object. Start it, do other work, then ``wait_ready``."""
+class ListeningProcess:
+    """A process that lives as long as this object. Start it, do other work, then ``wait_ready``.
 
-    def __init__(
-        self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False
-    ) -> None:
-        self.address = new_shm_address()
-        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", self.address]
-        if compiled:
-            command.append("--compile")
-        if threads is not None:
-            command += ["--threads", str(threads)]
+    ``command``: takes ``--exit-with-stdin``, and says where it listens. ``address``: where it has to; where that ends
+    with ``:0``, at any port. ``what``: its name in errors.
+    """
+
+    def __init__(self, command: Sequence[str], address: str, *, environment: dict[str, str], what: str) -> None:
+        self.address = address
+        self._what = what
         self._process = subprocess.Popen(
             [*command, "--exit-with-stdin"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=worker_environment(),
-            start_new_session=True,  # Ctrl-C is for this side; it ends the worker in good order
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this side; it ends the process in good order
         )
         self._listens = False
         self._errors: deque[str] = deque(maxlen=50)
@@ -100,7 +102,7 @@ class LocalWorker:
         return self._process.poll() is not None
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> str:
-        """Wait until the worker listens; returns its address. Raises WorkerUnreachable with the worker's last words.
+        """Wait until it listens; returns its address. Raises WorkerUnreachable with the process's last words.
 
         Once it has said that it listens, there is nothing to wait for.
         """
@@ -108,27 +110,28 @@ class LocalWorker:
         if self._listens:
             return self.address
         if output is None:
-            raise WorkerUnreachable("the worker was started without a pipe")
+            raise WorkerUnreachable(f"the {self._what} was started without a pipe")
         deadline = time.monotonic() + timeout_s
         line = b""
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([output], [], [], left)[0]:
                 self.close()
-                raise WorkerUnreachable(f"the worker was not ready within {timeout_s:.0f} s")
+                raise WorkerUnreachable(f"the {self._what} was not ready within {timeout_s:.0f} s")
             piece = os.read(output.fileno(), 4096)
             line += piece
             if not piece or len(line) > MAX_LINE_BYTES:
                 self.close()
-                raise WorkerUnreachable(f"the worker did not start: {self.last_words()}")
+                raise WorkerUnreachable(f"the {self._what} did not start: {self.last_words()}")
         output.close()  # it has nothing more to say
         try:
             ready = msgspec.json.decode(line, type=Ready)
         except (msgspec.MsgspecError, ValueError):
             ready = None
-        if ready is None or ready.address != self.address:
+        if ready is None or not listens_there(ready.address, self.address):
             self.close()
-            raise WorkerUnreachable("the worker does not listen where it was told to")
+            raise WorkerUnreachable(f"the {self._what} does not listen where it was told to")
+        self.address = ready.address
         self._listens = True
         return self.address
 
@@ -142,16 +145,16 @@ class LocalWorker:
             return f"it was ended by {signal_name(-code)}"
         for line in reversed(self._errors):
             if line.strip():
-                return printable(line.strip().removeprefix("tsqp worker: ").removeprefix("error: "))
+                return printable(line.strip().removeprefix(f"tsqp {self._what}: ").removeprefix("error: "))
         return "it said nothing" if code is None else f"it ended with exit code {code}"
 
     def kill(self) -> None:
-        """End the worker at once, whatever it does; ``close`` it too. Another thread may be waiting for it."""
+        """End it at once, whatever it does; ``close`` it too. Another thread may be waiting for it."""
         if self._process.poll() is None:
             self._process.kill()
 
     def close(self) -> None:
-        """End the worker: politely, then not. Closing twice is allowed."""
+        """End it: politely, then not. Closing twice is allowed."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -165,10 +168,8 @@ class LocalWorker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
         self._drain.join(timeout=1.0)
-        with suppress(ChannelError, PathRefused):
-            reclaim_stale(runtime_directory())  # a worker that was killed leaves its socket
 
-    def __enter__(self) -> LocalWorker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -180,6 +181,38 @@ class LocalWorker:
         with stream:
             while line := stream.readline(MAX_LINE_BYTES):
                 self._errors.append(line.decode(errors="replace"))
+
+
+class LocalWorker(ListeningProcess):
+    """A worker at a fresh shm address. Raises OptionError where the worker's code is not installed, as in the image of
+    the trusted side."""
+
+    def __init__(
+        self, model: str, *, device: str, dtype: ComputeDtype, threads: int | None, compiled: bool = False
+    ) -> None:
+        if find_spec(WORKER_MODULE) is None:
+            raise OptionError("this installation is the trusted side alone: name a worker that runs elsewhere")
+        address = new_shm_address()
+        command = [*WORKER_COMMAND, "--model", model, "--device", device, "--dtype", dtype, "--listen", address]
+        if compiled:
+            command.append("--compile")
+        if threads is not None:
+            command += ["--threads", str(threads)]
+        super().__init__(command, address, environment=worker_environment(), what="worker")
+
+    def close(self) -> None:
+        """End the worker: politely, then not. Closing twice is allowed."""
+        super().close()
+        with suppress(ChannelError, PathRefused):
+            reclaim_stale(runtime_directory())  # a worker that was killed leaves its socket
+
+
+def listens_there(said: str, told: str) -> bool:
+    """Whether an address is the one a process was told, where a port of 0 leaves the port to the process."""
+    if not told.endswith(":0"):
+        return said == told
+    host, _, port = said.rpartition(":")
+    return host == told[:-2] and re.fullmatch(r"[1-9][0-9]{0,4}", port) is not None
 
 
 def signal_name(number: int) -> str:

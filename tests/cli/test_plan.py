@@ -1,0 +1,79 @@
+"""``tsqp plan``: a table, an object, and refusals in one line. It loads no library of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.commands import Result
+from tests.fresh_interpreter import loaded, modules_after
+
+Command = Callable[..., Result]
+
+
+def test_a_cluster_is_planned(tsqp: Command) -> None:
+    asked = ("plan", "--model", "70b", "--workers", 8, "--columns", 4, "--layers", 2, "--device", "h200")
+    result = tsqp(
+        *asked, "--link", "100Gbit", "--rtt", "0.2ms", "--cores", 64, "--batch", 16, "--prompt", 2048, "--json"
+    )
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert found["model"] == "70b"
+    assert found["team"] == {"columns": 4, "layers": 2, "replicas": 1, "workers": 8}
+    assert found["link"] == {"transport": "tcp", "bytes_per_s": 12.5e9, "rtt_s": 2e-4, "loss": 0.0, "plain": False}
+    assert (found["batch"], found["prompt"], found["trusted_cores"]) == (16, 2048, 64)
+    assert found["decode"]["parts_s"]["round_trips"] == pytest.approx(321 * 2e-4)
+    assert found["decode"]["tokens_per_s"] > found["decode"]["lasting_tokens_per_s"] > 0
+
+
+def test_a_plan_for_a_person_names_the_bottleneck_and_what_is_held(tsqp: Command) -> None:
+    result = tsqp("plan", "--model", "8b", "--workers", 2, "--link", "shm", "--cores", 4, "--dealers", 1)
+    assert result.code == 0
+    for words in ("masked, 2 workers (cpu)", "link shm", "most of it is", "pads by 1 dealers", "check vectors"):
+        assert words in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--link", "fast"), "'fast' is not a rate such as 100Gbit"),
+        (("--link", "0Gbit"), "--link must be more than 0"),
+        (("--rtt", "1 parsec"), "'1 parsec' is not a time such as 0.1ms"),
+        (("--workers", "7", "--columns", "2"), "7 workers do not make such a team"),
+        (("--worker-memory", "1GB"), "a worker holds"),
+        (("--device", "h100"), "--device h100 was not measured: use cpu, h200"),
+        (("--loss", "1"), "--loss must be at least 0 and below 1, not 1.0"),
+        (("--batch", "0"), "--batch must be at least 1, not 0"),
+        (("--batch", "2000000"), "--batch must be at most 1,048,576, not 2,000,000"),
+        (("--prompt", "2000000"), "--prompt must be at most 1,048,576, not 2,000,000"),
+        (("--loss", "nan"), "--loss must be at least 0 and below 1, not nan"),
+        (("--link", "shm", "--rtt", "5ms"), "--rtt is for a link that is not shm"),
+        (("--link", "shm", "--loss", "0"), "--loss is for a link that is not shm"),
+        (("--link", "shm", "--plain"), "--plain is for a link that is not shm"),
+        (("--device", "h200", "--worker-cores", "64"), "--worker-cores is for workers that are processors"),
+        (("--protection", "verified", "--dealers", "4"), "--dealers make pads, and verified has none"),
+        (("--worker-memory", "0GB"), "--worker-memory must be more than 0"),
+        (("--worker-cores", "0"), "--worker-cores must be at least 1, not 0"),
+        (("--model", "synthetic:none"), "no synthetic model"),
+        (("--constants", "/nowhere.json"), "/nowhere.json"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(arguments: tuple[str, ...], error: str, tsqp: Command) -> None:
+    result = tsqp("plan", *arguments)
+    assert result.code in (1, 2)
+    assert error in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_plan_says_what_link_it_is_for(tsqp: Command) -> None:
+    result = tsqp("plan", "--link", "10Gbit", "--rtt", "5ms", "--loss", "0.01", "--plain")
+    assert "link 10 Gbit/s, 5 ms, 0.01 of packets lost, no keys;" in result.out
+    found = json.loads(tsqp("plan", "--link", "10Gbit", "--loss", "0.01", "--plain", "--json").out)
+    assert found["link"] == {"transport": "tcp", "bytes_per_s": 1.25e9, "rtt_s": 1e-4, "loss": 0.01, "plain": True}
+
+
+@pytest.mark.parametrize("forbidden", ["torch", "numba", "zmq"])
+def test_a_plan_loads_no_library_of_tensors(forbidden: str) -> None:
+    assert not loaded(modules_after("from tsqp.cli.main import run; run(['plan', '--model', '405b'])"), forbidden)
