@@ -2,8 +2,9 @@
 
 Tests and the compilation of loops for the benchmarks run together, since neither is timed; benchmarks follow one after
 the other. Each part has a budget of its own: one that fails or outlasts it is ended with all that it started, and the
-next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device, its ceilings and the
-commit, ``gpu-check.json`` with how each part ended, and ``gpu-check.log`` with all that was written.
+next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the commit (with
+the device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
+``gpu-check.log`` with all that was written.
 
 The exit code is 0 when every part passed, 1 otherwise or without a CUDA device, 2 for wrong options.
 """
@@ -68,14 +69,14 @@ PARTS = (
         170,
         measures=False,
     ),
-    Part("ceilings", (sys.executable, "-m", "benchmarks.gpu_ceilings"), 25),
-    Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 75),
+    Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 70),
     Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 40),
     Part(
         "private",
         (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "3", "--json"),
         80,
     ),
+    Part("use", (sys.executable, "-m", "benchmarks.gpu_use", "--model", MODEL), 30),
     Part("prefill", (*BENCH, "prefill", *OPEN), 45),
     Part("decode", (*BENCH, "decode", *OPEN), 45),
 )
@@ -99,7 +100,6 @@ class Check:
     def __init__(self, output: Path, gpu: dict[str, Any], *, total_s: float = TOTAL_S) -> None:
         self._output = output
         self._gpu = gpu
-        self._ceilings: dict[str, Any] | None = None
         self._total_s = total_s
         self._begun = time.monotonic()
         self._log_lock = threading.Lock()
@@ -143,9 +143,7 @@ class Check:
             return False
         if not isinstance(result, dict):
             return False
-        if part.name == "ceilings":
-            self._ceilings = result["ceilings"]
-        whole = {**result, "gpu": self._gpu, "gpu_ceilings": self._ceilings, "commit": self._gpu["commit"]}
+        whole = {**result, "gpu": self._gpu, "commit": self._gpu["commit"]}
         if isinstance(whole.get("machine"), dict):  # where the tree has travelled without its history
             whole["machine"] = {**whole["machine"], "commit": self._gpu["commit"]}
         _write(self._output / f"gpu-{part.name}.json", whole)
@@ -159,7 +157,7 @@ class Check:
         return ended
 
     def _summary(self, ended: Sequence[Ended]) -> None:
-        about = {"gpu": self._gpu, "gpu_ceilings": self._ceilings, "commit": self._gpu["commit"]}
+        about = {"gpu": self._gpu, "commit": self._gpu["commit"]}
         seconds = time.monotonic() - self._begun
         _write(self._output / "gpu-check.json", {**about, "seconds": seconds, "parts": [asdict(one) for one in ended]})
 

@@ -15,12 +15,14 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_device import Work, described, graph_ms, stream_ms
+from benchmarks.gpu_device import described
 from tsqp.arith.modulus import P
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.self_test import pick_kernel
 from tsqp.arith.tensor_cores import DeviceFieldWeights, TensorCoreKernel
 from tsqp.arith.triton_field import CANDIDATES, Tiles, TritonKernel
+from tsqp.bench.gpu import Work, graph_ms, stream_ms
+from tsqp.bench.gpu_ceilings import ceilings
 
 GROUPS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}  # Llama-3.2-1B
 ROWS = (1, 16, 1024)
@@ -106,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda", 0)
     picked = pick_kernel(device)
-    found: dict[str, object] = {"gpu": described(device), "kernel": type(picked).__name__, "products": []}
+    found = {"gpu": described(device), "gpu_ceilings": ceilings(device), "kernel": type(picked).__name__}
     products, others = [], []
     for name in GROUPS:
         for rows in ROWS:

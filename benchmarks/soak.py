@@ -1,13 +1,13 @@
 """A server under many requests for a while, most of them given up or wrong: nothing that it holds may grow.
 
-    python -m benchmarks.soak [--minutes 30] [--given-up 10000] [--model default] [--protection masked] [--kills 1]
+    python -m benchmarks.soak [--minutes 30] [--given-up 10000] [--model default] [--kills 1] [--burst 200]
 
 Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
 requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
-the server is idle, its pads are ready again, and it is looked at: its own memory (RssAnon), descriptors, threads,
-segments of shared memory, and its metrics, which must add up. With ``--kills`` the worker is killed so many times in
-each burst, under whatever runs: no stream may show it, and losses and reconnects must be as many as the kills. Exit
-code 1, and a line for each, where something grew or does not add up.
+its clients go, the server is idle, its pads are ready again, and it is looked at: its own memory (RssAnon),
+descriptors, threads, segments of shared memory, and its metrics, which must add up. With ``--kills`` the worker is
+killed so many times in each burst, under whatever runs: no stream may show it, and losses and reconnects must be as
+many as the kills. Exit code 1, and a line for each, where something grew or does not add up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -26,17 +27,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-BURST = 200  # requests between two looks
+BURST = 200  # requests between two looks, unless told otherwise
 AT_ONCE = 16
 LEAST_LOOKS = 4  # fewer do not tell what grows
 IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
+LISTENING = "0A"  # a socket's state in /proc/net/tcp
 GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
+ERRORS = 2.0  # standard errors: where nothing grows, one run in forty says that memory does
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
 WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
 
@@ -76,17 +80,31 @@ class Report:
 
 
 def growth(looks: Sequence[Look]) -> list[str]:
-    """What grew between the second quarter of the looks and the last one."""
+    """What grew between the second quarter of the looks and the last one, by more than ``tolerance`` says."""
     if len(looks) < LEAST_LOOKS:
         return [f"{len(looks)} looks are too few to tell: let it run longer"]
     quarter = len(looks) // 4
     early, late = looks[quarter : 2 * quarter], looks[-quarter:]
     found = []
-    for name, allowed in (("anonymous_bytes", GROWTH_BYTES), ("descriptors", 2), ("threads", 2), ("segments", 0)):
+    allowances = (("anonymous_bytes", tolerance(looks)), ("descriptors", 2), ("threads", 2), ("segments", 0))
+    for name, allowed in allowances:
         before, after = (statistics.median(getattr(look, name) for look in part) for part in (early, late))
         if after > before + allowed:
             found.append(f"{name} grew from {before:.0f} to {after:.0f}")
     return found
+
+
+def tolerance(looks: Sequence[Look]) -> float:
+    """Bytes by which memory may differ between two quarters of the looks without having grown.
+
+    After each kill an allocator lays out the same pads anew, and keeps more or less between them. How much is seen in
+    the differences of looks that follow each other (their median is of the noise, also while memory grows). A median of
+    n has an error of 1.25 of the noise by the root of n.
+    """
+    sizes = [look.anonymous_bytes for look in looks[len(looks) // 4 :]]
+    steps = [abs(after - before) for before, after in pairwise(sizes)]
+    noise = statistics.median(steps) * 1.4826 / math.sqrt(2)
+    return max(GROWTH_BYTES, ERRORS * 1.25 * noise * math.sqrt(2 / (len(looks) // 4)))
 
 
 def look_at(pid: int) -> Look:
@@ -98,6 +116,25 @@ def look_at(pid: int) -> Look:
         threads=int(status["Threads"]),
         segments=len(segments_of(Path(f"/proc/{pid}/maps").read_text())),
     )
+
+
+def connections(pid: int, port: int) -> int:
+    """How many connections of clients a process holds at one of its ports, open or not yet closed on its side.
+
+    A server keeps an idle connection of HTTP for some seconds, so that descriptors tell nothing of a burst's requests
+    until its clients have gone.
+    """
+    held = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            held.add(str(descriptor.readlink()))
+    sockets = [line.split() for table in ("tcp", "tcp6") for line in _rows_of(Path(f"/proc/{pid}/net/{table}"))]
+    here = [row for row in sockets if int(row[1].rpartition(":")[2], 16) == port and row[3] != LISTENING]
+    return sum(f"socket:[{row[9]}]" in held for row in here)
+
+
+def _rows_of(table: Path) -> list[str]:
+    return table.read_text().splitlines()[1:] if table.exists() else []  # a host without IPv6 has no tcp6
 
 
 def segments_of(maps: str) -> set[str]:
@@ -271,40 +308,54 @@ async def soak(
     seconds: float = 0.0,
     given_up: int = 0,
     kills: int = 0,
+    burst: int = BURST,
     seed: int = 1,
 ) -> Report:
     """Bursts for ``seconds`` and ``LEAST_LOOKS`` at least, and until ``given_up`` requests were given up.
 
-    ``kills``: of the worker, in each burst.
+    ``kills``: of the worker, in each burst of ``burst`` requests.
     """
     report, dice = Report(), random.Random(seed)
+    port = httpx.URL(address).port or 0
     until = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=AT_ONCE)
-    async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
-        traffic = Traffic(client, model, seed, report.outcomes)
+    async with httpx.AsyncClient(timeout=120.0) as reader:
         while (
             time.monotonic() < until
             or len(report.looks) < LEAST_LOOKS
             or report.outcomes["streams left"] + report.outcomes["requests dropped"] < given_up
         ):
             places, one_kill = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
-            moments = set(dice.sample(range(BURST), kills))  # of a kill: when so many requests have begun
+            moments = set(dice.sample(range(burst), kills))  # of a kill: when so many requests have begun
 
-            async def placed(places: asyncio.Semaphore, one_kill: asyncio.Lock, kill: bool) -> None:
+            async def placed(places: asyncio.Semaphore, one_kill: asyncio.Lock, traffic: Traffic, kill: bool) -> None:
                 async with places:
                     if kill:
                         async with one_kill:
-                            report.faults += await kill_worker(client, metrics_address, pid, report.kills)
+                            report.faults += await kill_worker(reader, metrics_address, pid, report.kills)
                             report.kills += 1
                     await traffic.one()
 
-            await asyncio.gather(*(placed(places, one_kill, number in moments) for number in range(BURST)))
-            report.faults += inconsistent(await metrics_of(client, metrics_address))
-            report.faults += await idle(client, metrics_address, report.kills)
+            limits = httpx.Limits(max_connections=AT_ONCE)
+            async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
+                traffic = Traffic(client, model, dice.randrange(2**31), report.outcomes)
+                await asyncio.gather(*(placed(places, one_kill, traffic, number in moments) for number in range(burst)))
+            report.faults += inconsistent(await metrics_of(reader, metrics_address))
+            report.faults += await idle(reader, metrics_address, report.kills)
+            report.faults += await left_alone(pid, port)
             report.looks.append(look_at(pid))
             if report.faults:
                 break
     return report
+
+
+async def left_alone(pid: int, port: int) -> list[str]:
+    """Wait until the server holds no connection of clients, who have all gone. What was found instead."""
+    until = time.monotonic() + IDLE_LIMIT_S
+    while held := connections(pid, port):
+        if time.monotonic() > until:
+            return [f"{held} connections are held {IDLE_LIMIT_S:.0f} s after their clients"]
+        await asyncio.sleep(0.02)
+    return []
 
 
 async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> list[str]:
@@ -348,6 +399,7 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--protection", default="masked")
     parser.add_argument("--kills", type=int, default=0, help="kills of the worker in each burst")
+    parser.add_argument("--burst", type=int, default=BURST, help="requests between two looks")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with server("--model", options.model, "--protection", options.protection) as (ready, pid):
@@ -359,6 +411,7 @@ def main() -> None:
             seconds=60 * options.minutes,
             kills=options.kills,
             given_up=options.given_up,
+            burst=options.burst,
             seed=options.seed,
         )
         report = asyncio.run(running)
@@ -369,6 +422,8 @@ def main() -> None:
         print(f"{report.kills:8d} kills of the worker")
     for look in report.looks[:: max(1, len(report.looks) // 20)]:
         print(look)
+    if len(report.looks) >= LEAST_LOOKS:
+        print(f"a growth of memory by less than {tolerance(report.looks) / 1e6:.0f} MB in half of the run is not seen")
     if wrong := report.verdict():
         raise SystemExit("\n".join(wrong))
 

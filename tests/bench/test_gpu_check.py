@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu_check
-from benchmarks.gpu_ceilings import Sizes, ceilings
 from benchmarks.gpu_check import PARTS, TOTAL_S, Check, Part, main
-from benchmarks.gpu_device import Work
 from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
 
 from tests.arith import interpreted
@@ -21,6 +19,8 @@ from tsqp.arith.field import MAX_FIELD_TERMS
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.triton_field import Tiles
+from tsqp.bench.gpu import Work
+from tsqp.bench.gpu_ceilings import Sizes, ceilings
 
 GPU = {"device": "a fake", "commit": "0123abc"}
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
 def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
     parts = [
         part("tests", "import sys; print('a test broke'); sys.exit(3)", measures=False),
-        part("ceilings", "print('a table'); print('{\"ceilings\": {\"copy\": 4}}')"),
+        part("field", "print('a table'); print('{\"gpu_ceilings\": {\"copy\": 4}}')"),
         part("talks", "print('no result')"),
         part("list", "print('[1]')"),
         part("rpc", 'print(\'{"p50_us": 9, "machine": {"commit": "unknown", "cpu": "x"}}\')'),
@@ -45,21 +45,21 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
     ended = Check(tmp_path, GPU).run(parts)
     assert [(one.name, one.outcome, one.code) for one in ended] == [
         ("tests", "failed", 3),
-        ("ceilings", "passed", 0),
+        ("field", "passed", 0),
         ("talks", "no result", 0),
         ("list", "no result", 0),
         ("rpc", "passed", 0),
     ]
     result = read(tmp_path / "gpu-rpc.json")
     assert result["gpu"] == GPU
-    assert result["gpu_ceilings"] == {"copy": 4}
+    assert read(tmp_path / "gpu-field.json")["gpu_ceilings"] == {"copy": 4}
     assert result["commit"] == result["machine"]["commit"] == "0123abc"
     assert result["machine"]["cpu"] == "x"
     summary = read(tmp_path / "gpu-check.json")
     assert [one["outcome"] for one in summary["parts"]] == ["failed", "passed", "no result", "no result", "passed"]
     assert "a test broke" in (tmp_path / "gpu-check.log").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("gpu-check.json", "gpu-check.log", "gpu-ceilings.json", "gpu-rpc.json")
+        *("gpu-check.json", "gpu-check.log", "gpu-field.json", "gpu-rpc.json")
     }
 
 

@@ -88,7 +88,7 @@ def test_llama_cpp_gets_short_cases_of_one_sequence(monkeypatch: pytest.MonkeyPa
 def test_the_bound_counts_what_crosses_and_the_products_of_pads(case: Case) -> None:
     """y' and r·Wq have one size; of what is sent, only the messages around x' are not counted."""
     with LLM(TINY, compute=ComputeConfig(threads=1)) as llm:
-        caches = [offload._filled(llm.engine.decoder.new_cache(), CONFIG, case.context) for _ in range(case.sequences)]
+        caches = [offload.filled(llm.engine.decoder.new_cache(), CONFIG, case.context) for _ in range(case.sequences)]
         assert [cache.length for cache in caches] == [case.context] * case.sequences
         llm.engine.run(Batch([[7] * case.rows] * case.sequences, caches))
         sent, received = (llm.stats.as_dict()[name] for name in ("bytes_sent", "bytes_received"))

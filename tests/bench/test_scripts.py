@@ -24,3 +24,19 @@ def test_pauses_after_a_lost_worker_have_their_parts(tmp_path: Path) -> None:
         assert min(row["vectors_s"], row["greeting_s"], row["rest_s"]) > 0
         both = max(row["start_s"], row["vectors_s"])  # the vectors are made while the worker starts
         assert row["pause_s"] == pytest.approx(both + row["greeting_s"] + row["rest_s"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protection", ["masked", "open"])
+def test_an_adapter_is_measured_in_turn(protection: str, tmp_path: Path) -> None:
+    output = tmp_path / "lora.json"
+    options = ["--model", "synthetic:tiny", "--runs", "2", "--steps", "4", "--protection", protection, "--dirty-ok"]
+    command = [sys.executable, "-m", "benchmarks.lora", *options, "--output", str(output)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=240)
+    found = json.loads(output.read_text())
+    bare, own = found["rows"]["without"], found["rows"]["with"]
+    assert (bare["prefill_lora_s"], bare["decode_lora_s"]) == (0, 0)
+    assert 0 < own["decode_lora_s"] < own["decode_s"]
+    assert 0 < own["prefill_lora_s"] < own["prefill_s"]
+    assert len(own["all_decode_s"]) == len(bare["all_decode_s"]) == 2
+    assert found["ratio"] > 0

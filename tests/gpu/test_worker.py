@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
+from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, PEER, answer, arrival, greet
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P
@@ -17,7 +17,21 @@ from tsqp.config.protection import ProtectionName
 from tsqp.launch.local import LocalWorker
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
-from tsqp.wire.messages import PROTOCOL_VERSION, Done, Failed, Hello, Message, MultiplyPads, Product, Welcome
+from tsqp.wire.codec import decode_reply
+from tsqp.wire.messages import (
+    PROTOCOL_VERSION,
+    Begin,
+    Done,
+    Failed,
+    Finish,
+    Hello,
+    Layer,
+    Message,
+    MultiplyPads,
+    Place,
+    Product,
+    Welcome,
+)
 
 MODEL = "synthetic:tiny"
 PROMPT = [5, 17, 250, 3, 99, 42, 7, 8, 9, 1, 2, 30, 31, 32, 33, 34, 35, 36, 37]
@@ -73,6 +87,47 @@ def test_open_answers_over_shm_are_near_those_of_a_worker_on_the_cpu(device: tor
             (completion,) = llm.generate([PROMPT], params)
             found.append(completion)
     assert found[0].token_ids == found[1].token_ids
+
+
+def test_layer_answers_over_shm_are_those_of_a_worker_on_the_cpu(device: torch.device) -> None:
+    """Prompts, decode steps of two sequences as graphs, and one more; tokens, as the last bits may differ."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    compute = ComputeConfig(partition="layer", dtype="float32")
+    found = []
+    for where in ("cpu", str(device)):
+        with LLM(MODEL, protection="open", compute=compute, worker=WorkerConfig(device=where)) as llm:
+            answers = llm.generate([PROMPT, PROMPT[:5]], params) + llm.generate([PROMPT * 8], params)
+            found.append([answer.token_ids for answer in answers])
+    assert found[0] == found[1]
+
+
+def test_decode_steps_are_captured_and_wait_for_nothing(device: torch.device) -> None:
+    """Over torch's own driver: no operator of a pass but the last copy makes the host wait."""
+    store = WeightStore(CHECKPOINT, "float32", device)
+    worker = Worker(store)
+    assert isinstance(greet(worker, HELLO), Welcome)
+    tokens = torch.arange(30, dtype=torch.int32)
+    with torch.inference_mode(), store.backend.serving():
+        for position, rows in ((0, 30), (30, 1), (31, 1)):
+            begin = Begin(100 * rows + position, (Place(1, position, rows),), 64)
+            ask(worker, begin, tokens[:rows])
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for layer in range(CONFIG.num_layers):
+                    ask(worker, Layer(1, begin.id, layer, 0))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            ask(worker, Finish(2, begin.id, False))
+    steps = worker._connections[PEER]._layers._compute.graphs._steps  # type: ignore[union-attr]
+    assert len(steps) == 1
+    assert not store.backend._graphs._refused  # type: ignore[attr-defined]
+
+
+def ask(worker: Worker, message: Message, *payloads: torch.Tensor) -> None:
+    frames = worker.answer(arrival(message, *payloads))
+    assert frames is not None
+    reply = decode_reply(frames.control)
+    assert isinstance(reply, Done), reply
 
 
 def test_out_of_memory_is_an_error_of_one_call(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tsqp.api.config import RunConfig
+from tsqp.bench.device import check_device, device_figures, prefix
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.guard import bench_guard
 from tsqp.bench.names import PeerName, TransportName, benchmarked
@@ -45,6 +46,7 @@ class Everything:
     def check(self) -> None:
         """Raises OptionError."""
         self.work.check()
+        check_device(self.run.worker.device)
         if not self.models:
             raise OptionError("--models names no model")
         check_directory(self.directory)
@@ -54,8 +56,10 @@ class Everything:
 def bench_all(setup: Everything, console: Console) -> list[dict[str, Any]]:
     """Measure, print each table, write each file. Raises OptionError and every error of ``LLM``."""
     setup.check()
+    figures = device_figures(setup.run.worker.device)  # no address is asked for beside a device
     results = []
-    for name, result in _measurements(setup, console):
+    for name, measured in _measurements(setup, console):
+        result = {**measured, **figures}
         console.print(table(result))
         save(result, setup.directory, f"{setup.prefix}{name}", console)
         results.append(result)
@@ -77,6 +81,8 @@ def _measurements(setup: Everything, console: Console) -> Iterator[tuple[str, di
     gc.collect()
     yield f"guard-{file_name(first.model)}", bench_guard(first, work, console)
     gc.collect()
+    if prefix(setup.run.worker.device):
+        return  # what is left computes on the CPU whatever the device: a worker that waits, and the origin's
     threads = setup.run.compute.threads
     dtype = float_dtype(benchmarked(setup.run.compute.dtype))
     pipeline = PipelineSetup(setup.models[0], RPC_TRANSPORTS[-1], dtype, 8, None, threads)
@@ -89,5 +95,6 @@ def _variants(run: RunConfig, *, first: bool) -> Iterator[tuple[str, RunConfig]]
     yield "", run
     if first:
         bare = plain(run)
-        yield "-layer", replace(bare, compute=replace(bare.compute, partition="layer"))
+        if "," not in run.worker.device:  # partition layer is of one device
+            yield "-layer", replace(bare, compute=replace(bare.compute, partition="layer"))
         yield "-int8", replace(bare, compute=replace(bare.compute, dtype="int8"))

@@ -14,7 +14,7 @@ from rich.console import Console
 from tsqp.checkpoint import Checkpoint
 from tsqp.checkpoint.cache import cache_directory
 from tsqp.checkpoint.gguf import gguf_name
-from tsqp.checkpoint.gguf_config import ROPE_FACTORS, llama3_factors
+from tsqp.checkpoint.gguf_rope import ROPE_FACTORS, llama3_factors
 from tsqp.config.dtype import PlainDtype
 from tsqp.config.model import ModelConfig
 from tsqp.errors import UnsupportedModel

@@ -127,8 +127,8 @@ class OpenedPool(PadPool):
 def _masking(config: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Quantise, mask and x'·Ws of (tokens, hidden), with pads that are expanded already and with their expansion."""
     shape = linear_groups(config)["qkv"]
-    wq, kernel = _digits(shape.out_features, shape.in_features), pick_kernel(torch.device("cpu"))
-    group = GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, kernel, checks=vectors, keep_weights=False)
+    wq = digits_of(shape.out_features, shape.in_features)
+    group = GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, None, checks=vectors)
     pool = OpenedPool({KEY: group}, LocalPadSource(), wait=True)
     linears = MaskedLinears(Silence(work.tokens * shape.in_features * 4), {KEY: group}, pool)
     x = torch.randn(work.tokens, shape.in_features)
@@ -145,14 +145,14 @@ def _masking(config: ModelConfig, work: Workload, vectors: int) -> dict[str, flo
 def _checks(config: ModelConfig, work: Workload, vectors: int) -> dict[str, float]:
     """Seconds of one call's dot products, x'·Ws and y'·s, for each group; the LM head has one row."""
     return {
-        name: _dots(work.tokens if name != "lm_head" else 1, group.in_features, vectors, work.runs)
-        + _dots(work.tokens if name != "lm_head" else 1, group.out_features, vectors, work.runs)
+        name: dots_seconds(work.tokens if name != "lm_head" else 1, group.in_features, vectors, work.runs)
+        + dots_seconds(work.tokens if name != "lm_head" else 1, group.out_features, vectors, work.runs)
         for name, group in linear_groups(config).items()
     }
 
 
-def _dots(rows: int, width: int, vectors: int, runs: int) -> float:
-    values, check_vectors = _elements(rows, width), _elements(vectors, width)
+def dots_seconds(rows: int, width: int, vectors: int, runs: int) -> float:
+    values, check_vectors = elements_of(rows, width), elements_of(vectors, width)
     out = np.empty((rows, vectors), np.uint32)
     return median_seconds(lambda: row_threads().run(project, rows, values, check_vectors, out, least=2), runs)
 
@@ -168,9 +168,9 @@ def _products(config: ModelConfig, rows: int, runs: int) -> dict[str, float]:
     size = shape.out_features * shape.in_features
     copies = max(1, WEIGHTS_BYTES // size) if rows == 1 else 1
     kernel = pick_kernel(torch.device("cpu"))
-    exact = [FieldWeights.of(_digits(shape.out_features, shape.in_features), kernel) for _ in range(copies)]
+    exact = [FieldWeights.of(digits_of(shape.out_features, shape.in_features), kernel) for _ in range(copies)]
     floats = [weights.wq.bfloat16() for weights in exact]
-    masked = torch.from_numpy(_elements(rows, shape.in_features).view(np.int32))
+    masked = torch.from_numpy(elements_of(rows, shape.in_features).view(np.int32))
     x, out = masked.bfloat16(), torch.empty(rows, shape.out_features, dtype=torch.int32)
 
     def field_product() -> None:
@@ -194,11 +194,11 @@ def _masked_prefill(run: RunConfig, work: Workload, console: Console) -> float:
     return statistics.median(times[1:])
 
 
-def _digits(rows: int, columns: int) -> torch.Tensor:
+def digits_of(rows: int, columns: int) -> torch.Tensor:
     return torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
 
 
-def _elements(rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+def elements_of(rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Uniform in F_p."""
     out = np.empty((rows, columns), np.uint32)
     expand(AesKeyStream(os.urandom(KEY_BYTES)), out)

@@ -21,6 +21,7 @@ from rich.console import Console
 from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.arrivals import Prompt, prompts
+from tsqp.bench.device import check_device
 from tsqp.bench.load_setup import Load
 from tsqp.bench.machine import machine
 from tsqp.bench.modes import chosen_modes, in_mode
@@ -47,6 +48,7 @@ def bench_load(run: RunConfig, load: Load, console: Console, only: str | None = 
     """Everything, or ``only`` one of the two modes without peers. Raises OptionError and every error of ``LLM``."""
     load.check()
     check_client()
+    check_device(run.worker.device)
     from tsqp.bench.load_targets import OurServer, Target, peers  # with them comes httpx
 
     modes = chosen_modes(only)
@@ -74,6 +76,7 @@ def bench_load(run: RunConfig, load: Load, console: Console, only: str | None = 
     return {
         "benchmark": "load",
         "model": run.model,
+        "device": run.worker.device,
         "threads": run.compute.threads or cores(),
         **asdict(load),
         "http": alone,

@@ -72,6 +72,7 @@ def server_options(run: RunConfig, mode: str, load: Load) -> list[str]:
     """
     asked, model = in_mode(run, mode), locate(run.model)
     options = ["--model", model, "--protection", mode, "--threads", str(run.compute.threads or cores())]
+    options += ["--device", run.worker.device]
     if mode != MASKED:
         return [*options, "--dtype", asked.compute.dtype]
     memory = pool_bytes(open_checkpoint(model).config, load.pads, whole_answers=True)

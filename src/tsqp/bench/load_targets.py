@@ -15,6 +15,7 @@ from rich.console import Console
 from tsqp.api.config import RunConfig
 from tsqp.bench.arrivals import arrival_times, closed_loop, open_loop, prompts
 from tsqp.bench.completions import CompletionsClient
+from tsqp.bench.device import first_device
 from tsqp.bench.latency import SERVED, Answer, figures
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.load_setup import LONGER, Load, server_options
@@ -148,9 +149,12 @@ class Batches:
 
 
 def peers(run: RunConfig, load: Load, stack: ExitStack, console: Console) -> Iterator[Target]:
-    """Those that are installed: llama.cpp's server in bfloat16 and with 8-bit weights, and transformers."""
+    """Those that are installed: llama.cpp's server in bfloat16 and with 8-bit weights, and transformers.
+
+    As in ``bench serve``, llama.cpp is one only where the worker is on the CPU.
+    """
     model, threads = locate(run.model), run.compute.threads or cores()
-    if importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
+    if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
         work = Workload(load.tokens, load.steps, load.runs)
         for dtype in ("bfloat16", "int8"):
             peer = stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=max(load.streams)))
@@ -158,6 +162,6 @@ def peers(run: RunConfig, load: Load, stack: ExitStack, console: Console) -> Ite
             server.one(load.count)  # its first answer takes longer
             yield server
     if importlib.util.find_spec("transformers") is not None:
-        transformers = TransformersPeer(model, torch.bfloat16, "cpu")
+        transformers = TransformersPeer(model, torch.bfloat16, first_device(run.worker.device))
         transformers.run([1] * load.tokens, 1)
         yield Batches(transformers, load)

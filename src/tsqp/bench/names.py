@@ -6,7 +6,7 @@ from typing import Literal
 
 from tsqp.config.dtype import AskedDtype, PlainDtype
 
-TransportName = Literal["mem", "ipc", "tcp", "shm"]
+TransportName = Literal["mem", "ipc", "tcp", "shm", "cuda"]
 # ours: linear in bfloat16, for what claims to be faster than that
 PeerName = Literal["transformers", "llama.cpp", "ours", "none"]
 PEER_PACKAGES: dict[PeerName, str] = {"transformers": "transformers", "llama.cpp": "xllamacpp"}

@@ -4,7 +4,8 @@ A case is one prefill, or decode steps after a context. Each is measured in thre
 model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready; short ones of one sequence also in
 llama.cpp, which many would run in place of a split. Of a masked pass the trusted side's
 own time is what the pass takes but for the worker's kernels, as if the worker were infinitely fast: with the worker
-on the same cores no other part can be told apart. Making pads is measured apart, since it happens ahead of time.
+on the same cores no other part can be told apart. (With ``--device cuda`` it has a device of its own.) Making pads is
+measured apart, since it happens ahead of time.
 
 Decode begins with caches of random keys and values: what a step takes does not depend on them, and the prompts of
 sixteen long sequences would take longer than everything else here.
@@ -24,11 +25,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig
+from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.llm import LLM
 from tsqp.api.pads import pool_bytes
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
+from tsqp.bench.device import check_device
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PEER_PACKAGES
@@ -100,17 +102,22 @@ CASES = (
 
 @dataclass(frozen=True)
 class Effort:
-    """``runs`` passes of a prefill; of decode ``runs`` times ``steps``. One more of each warms up."""
+    """``runs`` passes of a prefill; of decode ``runs`` times ``steps``. One more of each warms up.
+
+    ``device`` is the worker's; the trusted side computes on the CPU.
+    """
 
     runs: int
     steps: int
     threads: int | None = None
+    device: str = "cpu"
 
     def check(self) -> None:
         """Raises OptionError."""
         for name, value in (("runs", self.runs), ("steps", self.steps)):
             if value < 1:
                 raise OptionError(f"--{name} must be at least 1, not {value}")
+        check_device(self.device)
 
 
 def chosen(names: Sequence[str]) -> tuple[Case, ...]:
@@ -145,6 +152,7 @@ def bench_offload(cases: Sequence[Case], effort: Effort, console: Console) -> di
         "runs": effort.runs,
         "decode_steps": effort.steps,
         "threads": threads,
+        "device": effort.device,
         "cases": [{**rows[case.name], "runs": effort.runs, "commit": here["commit"]} for case in cases],
         "ceilings": rates,
         "machine": here,
@@ -196,7 +204,8 @@ def _open(way: str, case: Case, room: int, effort: Effort, console: Console) -> 
     if way == MASKED:
         memory = pool_bytes(open_checkpoint(locate(run.model)).config, room)
         guard = GuardConfig(pads_ahead=room, pad_memory=memory)
-        run = replace(run, protection="masked", guard=guard, compute=ComputeConfig(threads=effort.threads))
+        worker, compute = WorkerConfig(device=effort.device), ComputeConfig(threads=effort.threads)
+        run = replace(run, protection="masked", guard=guard, compute=compute, worker=worker)
     return opened(run, console)
 
 
@@ -218,7 +227,7 @@ def _peer_seconds(peer: Peer, case: Case, steps: int) -> float:
 def _passes(way: str, llm: LLM, case: Case, steps: int) -> Times:
     """The times of ``steps`` passes over new caches; of ``masked`` also what is left without the worker's kernels."""
     engine, stats = llm.engine, llm.stats
-    caches = [_filled(engine.decoder.new_cache(), llm.config, case.context) for _ in range(case.sequences)]
+    caches = [filled(engine.decoder.new_cache(), llm.config, case.context) for _ in range(case.sequences)]
     tokens = [[7] * case.rows for _ in range(case.sequences)]
     times: Times = {way: []} if way != MASKED else {way: [], "trusted": []}
     for _ in range(steps):
@@ -234,7 +243,7 @@ def _passes(way: str, llm: LLM, case: Case, steps: int) -> Times:
     return times
 
 
-def _filled(cache: KVCache, config: ModelConfig, positions: int) -> KVCache:
+def filled(cache: KVCache, config: ModelConfig, positions: int) -> KVCache:
     """A cache that holds so many random keys and values."""
     if positions:
         for layer in range(config.num_layers):

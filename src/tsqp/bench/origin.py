@@ -200,7 +200,7 @@ def _run_ours(model: str, work: Workload, dtype: DtypeName, threads: int, consol
     """Our best for one dtype: ``linear`` over the transport of a worker that is started here."""
     seconds = []
     with LLM(model, protection="open", compute=ComputeConfig(dtype=dtype, threads=threads)) as llm:
-        transport = "none" if llm.session is None else llm.session.channel.transport
+        transport = "none" if llm.session is None else llm.session.transport
         for warm in watched(range(-1, work.runs), console, f"ours, {dtype}"):
             llm.stats.reset()
             llm.generate(work.prompt(), SamplingParams(max_tokens=1, ignore_eos=True))

@@ -76,7 +76,7 @@ def pads_of(llm: LLM) -> tuple[PadPool, PadFiller]:
     guard = llm.guard
     if guard is None or guard.filler is None or not isinstance(guard.linears, MaskedLinears):
         raise OptionError(f"protection {llm.plan.protection.name} has no pads")
-    return guard.linears.pool, guard.filler
+    return guard.linears.pads, guard.filler
 
 
 def fill(pool: PadPool, filler: PadFiller) -> None:

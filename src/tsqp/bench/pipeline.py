@@ -45,8 +45,8 @@ class PipelineSetup:
 
     def check(self, tokens: int) -> None:
         """Raises OptionError."""
-        if self.transport == "mem":
-            raise OptionError("bench pipeline needs a worker in a process of its own: use ipc, tcp or shm")
+        if self.transport in ("mem", "cuda"):
+            raise OptionError("bench pipeline has a worker process of its own, without a GPU: use ipc, tcp or shm")
         if not 2 <= self.micro_batches <= tokens:
             raise OptionError(f"--micro-batches must be between 2 and --tokens, not {self.micro_batches}")
         if self.worker_ms is not None and self.worker_ms <= 0:

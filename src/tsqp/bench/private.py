@@ -13,6 +13,7 @@ from rich.console import Console
 from tsqp.api.config import DEALER, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
+from tsqp.bench.device import check_device, first_device
 from tsqp.bench.machine import machine
 from tsqp.bench.opened import opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, with_pads
@@ -44,7 +45,9 @@ def bench_private(run: RunConfig, work: Workload, console: Console, only: Sequen
         raise OptionError(f"unknown mode '{unknown[0]}': use {', '.join(MODES)}")
     wanted = set(only) | {"open"} if only else set(MODES)
     threads = run.compute.threads or cores()
-    rates = ceilings("bfloat16", run.worker.device, threads)
+    check_device(run.worker.device)
+    device = first_device(run.worker.device)
+    rates = ceilings("bfloat16", device, threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
         modes = _open_modes(run, work, wanted, stack, console)
@@ -55,7 +58,7 @@ def bench_private(run: RunConfig, work: Workload, console: Console, only: Sequen
                 seconds = mode.run(prompt, work.steps)
                 if warm >= 0:
                     found[name].add(*seconds, work.steps)
-        rates = higher(rates, ceilings("bfloat16", run.worker.device, threads))
+        rates = higher(rates, ceilings("bfloat16", device, threads))
     rows = {name: _row(name, measured, found["open"]) for name, measured in found.items()}
     shown = rows.get("masked", rows[next(reversed(rows))])
     return {

@@ -31,11 +31,12 @@ from tsqp.bench.null_steps import null_steps
 from tsqp.bench.progress import watched
 from tsqp.cores import cores
 from tsqp.errors import OptionError, ProtocolError
+from tsqp.model.accelerator import TorchCuda, why_none
 from tsqp.wire import exchange
 from tsqp.wire.channel import Channel, DirectLine, Frames
 from tsqp.wire.codec import encode
 from tsqp.wire.messages import Done, Product
-from tsqp.wire.transport import connect, listen, new_ipc_address, new_shm_address
+from tsqp.wire.transport import connect, listen, new_cuda_address, new_ipc_address, new_shm_address
 
 NULL = b"?"
 DEADLINE_S = 60.0
@@ -50,6 +51,8 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
         raise OptionError(f"--bytes must be a multiple of 8 and at least 8, not {nbytes}")
     if calls < 1:
         raise OptionError(f"--calls must be at least 1, not {calls}")
+    if transport == "cuda" and (why := why_none(TorchCuda())) is not None:
+        raise OptionError(f"--transport cuda needs a GPU: {why}")
     torch.set_num_threads(cores())
     rates = ceilings("float32")
     print_ceilings(rates, console)
@@ -178,7 +181,8 @@ def fresh_address(transport: TransportName) -> str:
     """An address for a server that is started here, which nobody else uses."""
     if transport == "tcp":
         return "tcp://127.0.0.1:0"
-    return new_ipc_address() if transport == "ipc" else new_shm_address()
+    fresh = {"ipc": new_ipc_address, "shm": new_shm_address, "cuda": new_cuda_address}
+    return fresh[transport]()
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
+from tsqp.bench.device import check_device, first_device
 from tsqp.bench.latency import percentile
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
@@ -72,6 +73,7 @@ Samples = dict[str, dict[str, list[float]]]  # by who, and by the number of stre
 def bench_serve(run: RunConfig, traffic: Traffic, console: Console, only: str | None = None) -> dict[str, Any]:
     """Everything, or ``only`` one of the two modes without peers. Raises OptionError and every error of ``LLM``."""
     traffic.check()
+    check_device(run.worker.device)
     chosen = chosen_modes(only)
     rates: Samples = defaultdict(lambda: defaultdict(list))
     found: Samples = defaultdict(lambda: defaultdict(list))
@@ -100,6 +102,7 @@ def bench_serve(run: RunConfig, traffic: Traffic, console: Console, only: str | 
         "benchmark": "serve",
         "model": run.model,
         "transport": "shm",
+        "device": run.worker.device,
         "threads": run.compute.threads or cores(),
         **asdict(traffic),
         "rates": {name: _of_rates(own, traffic.streams) for name, own in rates.items()},
@@ -138,13 +141,16 @@ def _ours(llm: LLM) -> Decode:
 
 
 def _peers(run: RunConfig, traffic: Traffic, stack: ExitStack, console: Console) -> dict[str, Decode]:
-    """Those that are installed, by name: with weights in bfloat16, and llama.cpp also with 8-bit weights."""
+    """Those that are installed, by name: with weights in bfloat16, and llama.cpp also with 8-bit weights.
+
+    transformers is on the worker's device; llama.cpp, whose package is for the CPU, only where that is it.
+    """
     found: dict[str, Decode] = {}
     model, threads = locate(run.model), run.compute.threads or cores()
     if importlib.util.find_spec("transformers") is not None:
-        peer = TransformersPeer(model, torch.bfloat16, "cpu")
+        peer = TransformersPeer(model, torch.bfloat16, first_device(run.worker.device))
         found[peer.name] = lambda prompts, steps: len(prompts) * steps / peer.run_together(prompts, steps)[1]
-    if importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
+    if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
         work = Workload(traffic.tokens, traffic.steps, traffic.runs)
         for dtype in ("bfloat16", "int8"):
             server = stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=traffic.streams))

@@ -27,6 +27,8 @@ def table(result: Result) -> RenderableType:
             return _private_table(result)
         case "guard":
             return _guard_table(result)
+        case "constants":
+            return _constants_table(result)
         case "offload":
             return _offload_table(result)
         case "serve":
@@ -100,6 +102,36 @@ def rpc_chart(results: Sequence[Result]) -> Chart:
             Panel(f"{size:.3g} MiB there and back, every byte read and written", "milliseconds", full),
         ],
     )
+
+
+NUMBERS = {
+    "few": "a number of few rows",
+    "once": "a number of few rows, once a call",
+    "many": "a number of many rows",
+    "row": "a row of many",
+}  # of a plan's constants
+
+
+def _constants_table(result: Result) -> Table:
+    """What a plan is made of, in units that can be read."""
+    found = new_table(f"constants of a plan, {result['machine']['cpu']}", ("nanoseconds",))
+    trusted, workers = result["trusted"], result["devices"]
+    for name, seconds in trusted["call_s"].items():
+        found.add_row(f"call, {name}", f"{seconds * 1e9:,.0f}")
+    for name, seconds in trusted["further_call_s"].items():
+        found.add_row(f"the same to one worker more, {name}", f"{seconds * 1e9:,.0f}")
+    for mode, numbers in trusted["number_s"].items():
+        for name, what in NUMBERS.items():
+            found.add_row(f"{what}, {mode}", f"{numbers[name] * 1e9:.3g}")
+    singles = ("dot", "byte", "plain_byte", "team_byte", "flop", "alone_flop", "cache_byte", "pad_weight", "pad_number")
+    for name in singles:
+        found.add_row(name.replace("_", " "), f"{trusted[f'{name}_s'] * 1e9:.3g}")
+    ways = {"here, int8": trusted["alone"]}
+    ways |= {f"{device}, {mode}": one for device, of in workers.items() for mode, one in of["products"].items()}
+    for title, times in ways.items():
+        for name, seconds in times.items():
+            found.add_row(f"{title}: {name.removesuffix('_s')}", f"{seconds * 1e9:.3g}")
+    return found
 
 
 def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Table:

@@ -14,6 +14,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.api.trace_file import write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
+from tsqp.bench.device import check_device, first_device
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PeerName, benchmarked
@@ -45,7 +46,9 @@ def bench_split(
     peer_name = choose_peer(peer_name)
     threads = run.compute.threads or cores()
     computed = _computed(run)
-    rates = ceilings(computed, run.worker.device if run.worker.address is None else "cpu", threads)
+    device = run.worker.device if protection.uses_worker and run.worker.address is None else "cpu"
+    check_device(device)
+    rates = ceilings(computed, first_device(device), threads)
     print_ceilings(rates, console)
     with ExitStack() as stack:
         llm = stack.enter_context(opened(run, console))
@@ -120,7 +123,7 @@ def _about(run: RunConfig, llm: LLM, work: Workload) -> dict[str, Any]:
         "model": run.model,
         "protection": plan.protection.name,
         "partition": None if plan.partition is None else plan.partition.name,
-        "transport": None if session is None else session.channel.transport,
+        "transport": None if session is None else session.transport,
         "device": "cpu" if session is None else session.welcome.device,
         "dtype": plan.linear_dtype,
         "wire_dtype": plan.crossing,

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_ceilings``: what the GPU and its bus allow. Prints one JSON object as its last line.
+"""What a GPU and its bus allow: no figure of a worker on it can be better. Takes some seconds.
 
 Rates of a copy on the device (bytes read and written), of large bfloat16 and int8 products, of copies over the bus from
 and to pinned and pageable memory, and what starting a kernel costs. Numbers are random: zeros multiply faster.
@@ -6,13 +6,12 @@ and to pinned and pageable memory, and what starting a kernel costs. Numbers are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu_device import Work, described, graph_ms, stream_ms
+from tsqp.bench.gpu import Work, graph_ms, stream_ms
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,3 @@ def ceilings(
 
 def _seconds(timed_ms: Callable[[Work], float], work: Work) -> float:
     return timed_ms(work) / 1e3
-
-
-def main() -> None:
-    device = torch.device("cuda", 0)
-    print(json.dumps({"gpu": described(device), "ceilings": ceilings(device)}))
-
-
-if __name__ == "__main__":
-    main()
