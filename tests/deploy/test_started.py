@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.commands import LIMIT_S
+from tests.commands import LIMIT_S, remove_tree
 from tests.deploy.confined import TOOLS, USERS, make_places, started
 from tests.deploy.unit_files import DEPLOY, environment_of
 from tests.families import tiny_model
@@ -32,7 +32,7 @@ def places() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="tsqp-d", dir="/tmp"))
     make_places(directory)
     yield directory
-    shutil.rmtree(directory)
+    remove_tree(directory)
 
 
 def readable(model: Path, copy: Path) -> Path:
@@ -77,6 +77,7 @@ def test_both_sides_answer_as_their_units_start_them(places: Path) -> None:
         assert worker.stderr is not None
         first = worker.stderr.readline()
         assert first.rstrip().endswith("listening on shm:///run/tsqp-worker/worker.sock"), first + worker.stderr.read()
+        assert worker.stderr.readline().startswith("tsqp worker: read 1 file of ")
         with started(SYSTEMD / "tsqp-server.service", server_environment, places, model) as server:
             address = ready(server)
             body = {"model": "llama", "prompt": "hello", "max_tokens": 4, "temperature": 0}

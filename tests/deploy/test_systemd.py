@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.deploy.systemd import MOST_EXPOSED, analyzed, exposure, needs_systemd
 from tests.deploy.unit_files import COMMAND, DEPLOY, UNITS, arguments_of, environment_of, settings_of
 from tsqp.cli.commands import app
 from tsqp.cli.options import RunOptions
@@ -17,12 +17,8 @@ from tsqp.cli.serve import ServeOptions
 from tsqp.config.worker_options import arguments_of as worker_arguments
 from tsqp.config.worker_options import parse_worker_options
 
-MOST_EXPOSED = 3.0
 SYSTEMD = DEPLOY / "systemd"
 each_unit = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="no systemd-analyze here: install the package systemd"
-)
 
 
 @pytest.fixture
@@ -33,11 +29,6 @@ def installed(unit: Path, tmp_path: Path) -> Path:
     path = tmp_path / unit.name
     path.write_text(unit.read_text().replace(COMMAND, str(command)))
     return path
-
-
-def analyzed(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = ["systemd-analyze", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"})
 
 
 def test_there_is_a_unit_for_each_side() -> None:
@@ -54,9 +45,7 @@ def test_systemd_finds_nothing_wrong(installed: Path) -> None:
 @needs_systemd
 @each_unit
 def test_each_unit_is_little_exposed(installed: Path) -> None:
-    found = analyzed("security", "--offline=true", "--no-pager", installed)
-    (level,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", found.stdout)
-    assert float(level) <= MOST_EXPOSED
+    assert exposure(installed) <= MOST_EXPOSED
 
 
 @needs_systemd
@@ -70,9 +59,7 @@ def test_a_worker_with_a_drop_in_is_understood_and_little_exposed(drop_in: Path,
     unit.write_text(f"{whole}\n{drop_in.read_text()}")
     found = analyzed("verify", "--man=no", unit)
     assert (found.returncode, found.stderr) == (0, "")
-    report = analyzed("security", "--offline=true", "--no-pager", unit)
-    (level,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", report.stdout)
-    assert float(level) <= MOST_EXPOSED
+    assert exposure(unit) <= MOST_EXPOSED
 
 
 @each_unit
@@ -114,6 +101,12 @@ def test_prompts_are_not_swapped() -> None:
         assert settings_of(SYSTEMD / f"tsqp-{side}.service")["MemorySwapMax"] == ["0"]
 
 
+def test_the_server_alone_may_lock_all_of_its_memory() -> None:
+    """A finite limit is refused by ``--lock-memory``, however large it is."""
+    limits = {unit.stem: settings_of(unit).get("LimitMEMLOCK") for unit in UNITS}
+    assert limits == {"tsqp-dealer": None, "tsqp-server": ["infinity"], "tsqp-worker": None}
+
+
 def test_there_is_time_for_answers_under_way() -> None:
     stop_s = int(settings_of(SYSTEMD / "tsqp-server.service")["TimeoutStopSec"][0])
     assert stop_s > ServeOptions().drain_s + 15
@@ -143,6 +136,7 @@ def test_the_server_takes_what_its_environment_says(
     if other_machine:
         assert run.worker.addresses == ("tcp://worker.example:7000",)
         assert (server.host, server.allow_host) == ("0.0.0.0", ("llm.example",))
+        assert run.compute.lock_memory
         assert all((run.worker.key, run.worker.server_key, server.api_keys, server.tls_cert, server.tls_key))
     else:
         assert (run.worker.addresses, run.worker.user) == (("shm:///run/tsqp-worker/worker.sock",), "tsqp-worker")
