@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -52,7 +53,7 @@ class Home:
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("TSQP_", "LLAMA_"))
         }
-        self.environment["XDG_RUNTIME_DIR"] = str(self.runtime)
+        self.environment |= dict.fromkeys(("XDG_RUNTIME_DIR", "XDG_STATE_HOME"), str(self.runtime))
         if "TSQP_CACHE" in os.environ:
             self.environment["TSQP_CACHE"] = os.environ["TSQP_CACHE"]
 
@@ -98,7 +99,19 @@ class Home:
         return sorted(path.name for path in self.runtime.rglob("*") if not path.is_dir())
 
     def remove(self) -> None:
-        shutil.rmtree(self.runtime)
+        remove_tree(self.runtime)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all in it, though a worker whose user was killed may tidy up there at the same time."""
+    until = now() + LIMIT_S
+    while directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            try:
+                shutil.rmtree(directory)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or now() > until:  # something came meanwhile
+                    raise
 
 
 def _heed_ctrl_c() -> None:

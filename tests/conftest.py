@@ -59,6 +59,7 @@ def _own_runtime_directory() -> Iterator[None]:
     directory.mkdir(mode=0o700)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(directory))
+        patch.setenv("XDG_STATE_HOME", str(directory))
         yield
 
 

@@ -12,6 +12,8 @@ from tsqp.wire.transport.keys import create_keys
 
 AWAY = "tcp://192.0.2.1:7000"  # documentation's network: nobody is there
 DEALT = f"dealer={AWAY}"
+ROSTER = f"roster+{AWAY}"
+TWO = "cuda:0,cuda:1"
 
 
 class Refused(NamedTuple):
@@ -42,6 +44,7 @@ BAD_VALUES: list[tuple[str, Any, str | None]] = [
     ("compute.wire_dtype", "int4", None),
     ("compute.kv_dtype", "int4", None),
     ("compute.kv_memory", 0, "0"),
+    ("compute.oblivious_embedding", "hope", None),
     ("compute.prefill_chunk", 0, "0"),
     ("compute.micro_batches", 0, "0"),
     ("compute.threads", 0, "0"),
@@ -77,6 +80,7 @@ SAMPLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "compute.kv_dtype": ("float32", ("float32",)),
     "compute.kv_memory": (1 << 30, ("1GiB",)),
     "compute.compiled_kernels": (False, ()),
+    "compute.oblivious": (True, ()),
 }
 
 # Runs in which each rule of UNUSED applies, by what the rule says.
@@ -89,6 +93,7 @@ OCCASIONS: dict[str, list[tuple[RunConfig, tuple[str, ...]]]] = {
     "at partition layer the worker keeps keys and values": [
         (RunConfig(protection="open", compute=ComputeConfig("layer")), ("--partition", "layer"))
     ],
+    "the worker of protection {mode} sees more than an oblivious look-up hides": [(RunConfig(protection="open"), ())],
     "protection {mode} checks no products": [(RunConfig(protection="open"), ())],
     "protection {mode} has no pads": [(RunConfig(protection="verified"), ())],
     "pads come from this process, not from a dealer": [(RunConfig(), ())],
@@ -99,12 +104,17 @@ OCCASIONS: dict[str, list[tuple[RunConfig, tuple[str, ...]]]] = {
         (RunConfig(protection="open"), ()),
         (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x")),
     ],
-    "there is no worker with an shm address": [
+    "there is no worker with an shm or cuda address": [
         (RunConfig(protection="open"), ()),
         (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x")),
     ],
-    "neither worker nor dealer is reached by shm": [
+    "neither worker nor dealer is reached by shm or cuda": [
         (RunConfig(protection="open", worker=WorkerConfig("ipc:///x")), ("--worker", "ipc:///x"))
+    ],
+    "a roster names the workers' keys": [(RunConfig(worker=WorkerConfig(ROSTER)), ("--worker", ROSTER))],
+    "each worker of a roster has a key, or is on this machine": [
+        (RunConfig(worker=WorkerConfig(ROSTER)), ("--worker", ROSTER)),
+        (RunConfig("default", "verified", WorkerConfig("roster:///x")), ("--worker", "roster:///x")),
     ],
     "there is neither worker nor dealer with a tcp address": [
         (RunConfig(protection="open"), ()),
@@ -148,8 +158,18 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
     key, to_dealer = ("--key", str(mine)), ("--pad-source", DEALT)
     dealt = WorkerConfig(key=mine)
     examples: list[tuple[RunConfig, tuple[str, ...]]] = [
+        (RunConfig(worker=WorkerConfig("cuda:///x")), ("--worker", "cuda:///x")),
+        (RunConfig(guard=GuardConfig(pad_source="dealer=cuda:///x")), ("--pad-source", "dealer=cuda:///x")),
         (RunConfig(worker=WorkerConfig(spare=True, patience_s=0)), ("--spare", "--worker-patience", "0")),
+        (
+            RunConfig(protection="open", compute=ComputeConfig(partition="layer", lora=("/nowhere/adapter",))),
+            ("--partition", "layer", "--lora", "/nowhere/adapter"),
+        ),
+        (RunConfig(compute=ComputeConfig(oblivious_embedding="oram")), ("--oblivious-embedding", "oram")),
         (RunConfig(worker=WorkerConfig(("ipc:///x", "ipc:///x"))), ("--worker", "ipc:///x", "--worker", "ipc:///x")),
+        (RunConfig(worker=WorkerConfig((ROSTER, AWAY))), ("--worker", ROSTER, "--worker", AWAY)),
+        (RunConfig(protection="open", worker=WorkerConfig("roster:///x")), ("--worker", "roster:///x")),
+        (RunConfig(protection="verified", worker=WorkerConfig(ROSTER)), ("--worker", ROSTER)),
         (RunConfig(guard=GuardConfig(warm_pads=True, pads_ahead=0)), ("--warm-pads", "--pads-ahead", "0")),
         (
             RunConfig(protection="open", worker=WorkerConfig(AWAY, server_key=theirs)),
@@ -192,6 +212,14 @@ def conflicts(directory: Path) -> list[tuple[Conflict, Refused]]:
                 *("--worker", "tcp://192.0.2.2:7000", *key, "--worker-key", str(theirs)),
                 *(*to_dealer, "--dealer-key", str(theirs)),
             ),
+        ),
+        (
+            RunConfig(protection="open", worker=WorkerConfig(device=TWO), compute=ComputeConfig(partition="layer")),
+            ("--partition", "layer", "--device", TWO),
+        ),
+        (
+            RunConfig(protection="open", worker=WorkerConfig(device=TWO, compiled=True)),
+            ("--device", TWO, "--compile"),
         ),
     ]
     return [(rule, Refused(run, flags, rule.fields)) for rule, (run, flags) in zip(CONFLICTS, examples, strict=True)]

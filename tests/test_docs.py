@@ -19,6 +19,7 @@ DOCUMENTS = sorted(
 # Where a path may begin: at the root, in the package, among the tests, beside the guard, beside the page.
 BESIDE = (ROOT, PACKAGE, PACKAGE / "trusted" / "guard", ROOT / "tests", ROOT / "tests" / "trusted" / "guard")
 ELSEWHERE = {
+    "adapter_config.json",
     "prompt.txt",
     "FILE.png",
     "compiled-worker/",
@@ -29,7 +30,6 @@ ELSEWHERE = {
     "poetry.lock",
     "gpu-NAME.json",
     "gpu-check.json",
-    "gpu-ceilings.json",
 }  # of users, of other tools, of a machine with a GPU
 SUFFIXES = r"py|md|json|toml|txt|lock|png|svg|yml|yaml"
 

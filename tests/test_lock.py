@@ -39,7 +39,7 @@ def declared(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("tsqp[")]
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("run", ()), ("dev", ("bench", "test", "dev"))])
+@pytest.mark.parametrize(("lock", "extras"), [("run", ()), ("dev", ("verify", "cluster", "bench", "test", "dev"))])
 def test_every_dependency_is_locked_within_its_bounds(lock: str, extras: tuple[str, ...]) -> None:
     found = locked(lock)
     for requirement in declared(*extras):

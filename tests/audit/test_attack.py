@@ -113,7 +113,7 @@ def test_a_dealer_reads_pads() -> None:
     assert not len(view.rows(("qkv", 1)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "cohere2"])
 def test_the_public_model_is_the_model(family: str) -> None:
     model = PublicModel(checkpoint_of(family), 1)
     seen = torch.nn.functional.normalize(open_view(family).rows(("qkv", 1)), dim=1)

@@ -29,6 +29,9 @@ class Line(SlotsByReserve):
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
         self.sent.append((frames, reply_bytes))
 
+    def arrived(self, within_s: float) -> bool:
+        return within_s == 7.0
+
     def receive(self, deadline_s: float) -> Frames:
         return Frames(b"%d" % deadline_s)
 
@@ -43,6 +46,7 @@ def test_everything_is_passed_on() -> None:
     channel.send(frames, 16)
     assert line.sent == [(frames, 16)]
     assert channel.receive(7.0).control == b"7"
+    assert channel.arrived(7.0)
     assert (channel.transport, channel.address) == ("mem", "mem:line")
     channel.close()
     assert line.closed

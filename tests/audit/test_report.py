@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
+from tests.adapters import write_adapter
 from tests.commands import Result
 from tests.families import tiny_model
 from tsqp.audit.report import LEGEND, Exposure, ModeReport, Recovery, print_report
-from tsqp.cli.audit import MODES, run_audit
+from tsqp.cli.audit import MODES, capture_run, run_audit
+from tsqp.wire.messages import Product, ToWorker
 
 FIELDS = {"protection", "attack", "recovered_fraction", "recovered_text", "uniformity_p", "bytes_seen"}
 SECRET = "My patient John Q. Public, born 1961-04-12, was diagnosed with lymphoma; write to his insurer."
@@ -51,6 +54,33 @@ def test_one_mode_is_flat_and_says_nothing_of_the_prompt_elsewhere(tsqp: Callabl
     result = tsqp("audit", "attack at dawn", "--model", directory, "--threads", 1, "--protection", "open", "--json")
     assert result.json["protection"] == "open"
     assert "attack at dawn" not in result.err
+
+
+@pytest.mark.slow
+def test_an_adapter_shows_in_nothing_that_is_sent(directory: str, tmp_path: Path) -> None:
+    """Call by call the same groups, rows and bytes; one of the two answers may end earlier."""
+    adapter = write_adapter(tmp_path / "books", tiny_model("llama"))
+    sent = []
+    for lora in (None, f"a={adapter}"):
+        captured = capture_run((1, 2), "masked", model=directory, device="cpu", dtype="auto", threads=1, lora=lora)
+        calls = [seen for seen in captured.worker.messages if isinstance(seen.message, Product)]
+        sent.append([(told(seen.message), [len(part) for part in seen.payloads or ()]) for seen in calls])
+    assert min(map(len, sent)) >= 9  # one pass of two layers
+    assert all(one == other for one, other in zip(*sent, strict=False))
+
+
+def told(call: ToWorker) -> dict[str, object]:
+    """All of a call but its number."""
+    return {name: value for name, value in msgspec.structs.asdict(call).items() if name != "id"}
+
+
+def test_the_adapter_of_an_audit_answers(tsqp: Callable[..., Result], directory: str, tmp_path: Path) -> None:
+    """In clear the second layer's input differs by what the adapter adds, and an attack knows the model without it."""
+    adapter = write_adapter(tmp_path / "books", tiny_model("llama"), alpha=400.0)
+    run = ("audit", "attack at dawn", "--model", directory, "--threads", 1, "--protection", "open", "--json")
+    found = tsqp(*run, "--lora", adapter).json
+    assert found["recovered_fraction"] == 1  # the first layer's is the same
+    assert found["deeper"][0]["recovered_fraction"] < 0.9
 
 
 def test_options_that_would_play_no_part_are_refused(tsqp: Callable[..., Result]) -> None:

@@ -17,6 +17,7 @@ MODEL = ("--model", str(tiny_model("llama").directory))
 ENDLESS = ("--ignore-eos", "-n", "2000", "--deadline", "600")  # far longer than any wait of a test
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
     with home.started("generate", "hello", *MODEL, *ENDLESS, "--worker-patience", "0") as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
@@ -93,6 +94,7 @@ def test_a_worker_does_not_outlive_a_killed_parent(home: Home) -> None:
     assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_a_standing_worker_stops_on_signals_and_removes_its_socket(home: Home) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with home.worker(*TINY) as (worker, _):
@@ -102,6 +104,7 @@ def test_a_standing_worker_stops_on_signals_and_removes_its_socket(home: Home) -
         assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_two_at_once_never_collide(home: Home) -> None:
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda _: home.run("generate", "hello", *MODEL, "-n", "8", "--json"), range(2)))

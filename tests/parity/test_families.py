@@ -54,7 +54,7 @@ def test_split(family: str, partition: PartitionName, transport: str, start_work
         compute=ComputeConfig(partition=partition, dtype="float32", prefill_chunk=19),
     ) as llm:
         assert llm.session is not None
-        assert (llm.session.channel.transport, llm.session.channel.address) == (transport, address)
+        assert (llm.session.transport, llm.session.address) == (transport, address)
         assert relative_error(llm, family, PROMPT) <= TOLERANCE
         assert list(llm.generate(PROMPT, GREEDY)[0].token_ids) == model.greedy(PROMPT, STEPS)
 

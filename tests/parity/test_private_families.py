@@ -12,16 +12,18 @@ from tsqp.trusted.decode_step import DecodeStep
 
 # Each has something that no other of them has.
 STEPPED = ("yarn", "dynamic-rope", "smollm3", "phi3-longrope", "granite", "helium")  # by the compiled decode step
-PLAIN = ("arcee", "olmo2")  # whose blocks the loop of the decode step does not know
+# Whose blocks the loop of the decode step does not know.
+PLAIN = ("arcee", "olmo2", "gemma2", "gemma3", "cohere", "cohere2")
 PROMPT = random_tokens(38)
+LONG = random_tokens(60, seed=1)  # past the original context, and past every window, from its middle on
 GREEDY = SamplingParams(max_tokens=12)  # past the original context of those that have one
 CLOSE = 0.05  # 8-bit weights and activations
 
-Answer = tuple[torch.Tensor, tuple[int, ...], bool]
+Answer = tuple[list[torch.Tensor], list[tuple[int, ...]], bool]
 
 
 def answer(family: str, protection: str, address: str, *, compiled_step: bool = True) -> Answer:
-    """Logits of the prompt, the tokens after it, and whether a compiled loop took their steps."""
+    """Logits of both prompts, the tokens after each, and whether a compiled loop took their steps."""
     with LLM(
         str(tiny_model(family).directory),
         protection=protection,  # type: ignore[arg-type]
@@ -30,7 +32,9 @@ def answer(family: str, protection: str, address: str, *, compiled_step: bool = 
         compute=ComputeConfig(kv_dtype="float32", prefill_chunk=16),
     ) as llm:
         stepped = isinstance(llm.engine.decoder._step, DecodeStep)  # type: ignore[attr-defined]
-        return llm.logits(PROMPT), llm.generate(PROMPT, GREEDY)[0].token_ids, stepped
+        prompts = (PROMPT, LONG)
+        tokens = [tuple(answer.token_ids) for answer in llm.generate(prompts, GREEDY)]
+        return [llm.logits(prompt) for prompt in prompts], tokens, stepped
 
 
 @pytest.mark.parametrize("family", STEPPED + PLAIN)
@@ -42,7 +46,9 @@ def test_masked_is_verified_bit_for_bit(family: str, start_worker: StartWorker) 
     if family in STEPPED:
         others.append(answer(family, "verified", address, compiled_step=False))
     for logits, tokens, _ in others:
-        assert torch.equal(logits.view(torch.int32), masked[0].view(torch.int32))
+        for ours, theirs in zip(logits, masked[0], strict=True):
+            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
         assert tokens == masked[1]
-    expected = tiny_model(family).logits(PROMPT)
-    assert (masked[0] - expected).norm() <= CLOSE * expected.norm()
+    for prompt, found in zip((PROMPT, LONG), masked[0], strict=True):
+        expected = tiny_model(family).logits(prompt)
+        assert (found - expected).norm() <= CLOSE * expected.norm()

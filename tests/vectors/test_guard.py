@@ -85,7 +85,8 @@ def test_masked_row_there_and_back(given: dict[str, Any], expected: dict[str, An
     reply, undo = np.array(expected["y"], np.uint32), np.array(expected["undo"], np.uint32)
     result = np.empty(reply.shape, np.float32)
     scaling = (floats(given["s_x"]), floats(given["s_w"]), floats(given["b"]))
-    kernels.verify_and_unmask(reply, check_vectors, sums, True, undo, *scaling, result, verdicts, 0, len(x))
+    check = check_vectors, sums, np.array([0, len(wq)]), True, undo
+    kernels.verify_and_unmask(reply, *check, scaling, result, verdicts, 0, len(x))
     assert make.hexes(result) == expected["result"]
     assert set(verdicts) == {kernels.OK}
     assert set(undo.flat) == {kernels.ERASED}
@@ -99,9 +100,8 @@ def test_check(given: dict[str, Any], expected: dict[str, Any]) -> None:
     kernels.project(x, projections, sums, 0, len(x))
     reply = np.array(given["y"]).astype(np.uint32)
     out, scales, per_column = np.empty(reply.shape, np.float32), np.ones(2, np.float32), np.ones(4, np.float32)
-    kernels.verify_and_unmask(
-        reply, check_vectors, sums, False, NO_PADS, scales, per_column, per_column, out, verdicts, 0, len(x)
-    )
+    check, scaling = (check_vectors, sums, np.array([0, 4]), False, NO_PADS), (scales, per_column, per_column)
+    kernels.verify_and_unmask(reply, *check, scaling, out, verdicts, 0, len(x))
     found = {VERDICTS[verdict] for verdict in verdicts.tolist()}
     assert (found - {"accept"} or {"accept"}) == {expected["verdict"]}
 
@@ -117,7 +117,7 @@ def test_the_folded_vectors_of_a_group() -> None:
     wq = torch.tensor(case["in"]["wq"], dtype=torch.int8)
     check_vectors = np.array(case["in"]["s"], np.uint32)
     projections = np.empty((len(check_vectors), wq.shape[1]), np.uint32)
-    kernels.project_weights(wq.numpy(), check_vectors, projections, 0, len(check_vectors))
+    kernels.project_weights(wq.numpy(), check_vectors, np.array([0, len(wq)]), projections, 0, len(check_vectors))
     assert projections.tolist() == case["out"]["w_s"]
 
 
