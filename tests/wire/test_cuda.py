@@ -16,14 +16,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.wire.fake_cuda import OTHER_DEVICE, FakeIpc
 from tests.wire.links import WAIT_S, arrived
 from tsqp.errors import AddressError, ArenaFull, ChannelClosed, DeviceError, OptionError, WorkerLost
 from tsqp.wire.channel import Arrival, Departure, Frames, Listener
 from tsqp.wire.transport import connect, listen, new_cuda_address
-from tsqp.wire.transport.cuda.channel import ARENA_BYTES, PARTING_S
+from tsqp.wire.transport.cuda.channel import ARENA_BYTES, PARTING_S, outside
 from tsqp.wire.transport.cuda.packets import ALLOCATION_BYTES
+from tsqp.wire.transport.shm.packets import Region
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,6 +254,40 @@ def test_tensors_begin_where_any_element_is_aligned(listener: Listener, driver: 
             assert isinstance(arrival, Arrival)
             assert arrival.device is not None
             assert arrival.device.tensors[0].address % 64 == 0
+
+
+def test_what_a_call_under_way_has_there_is_not_copied_again(listener: Listener, driver: FakeIpc) -> None:
+    """The worker's device may be reading it: two parts of a group are two calls with one tensor."""
+    with closing(connect(listener.address, driver=driver)) as channel:
+        place = channel.reserve(1000)
+        place[:] = bytes(range(250)) * 4
+        channel.send(Frames(b"", (place[128:448],)), 4)
+        for first, end, copied in ((128, 448, 0), (192, 256, 0), (0, 192, 128), (0, 640, 192), (64, 1000, 360)):
+            before = driver.copied
+            channel.send(Frames(b"", (place[first:end],)), 4)
+            assert driver.copied == before + copied
+        for _ in range(6):
+            arrival = arrived(listener)
+            listener.send(arrival, Frames(b"", (memoryview(bytes(arrival.frames.tensors[0])[:4]),)))
+            channel.receive(WAIT_S)
+        before, place[:] = driver.copied, bytes(1000)  # none is under way, so it may have changed
+        channel.send(Frames(b"", (place,)), 4)
+        assert driver.copied == before + 1000
+        assert bytes(arrived(listener).frames.tensors[0]) == bytes(1000)
+
+
+@given(
+    at=st.integers(0, 40), size=st.integers(1, 40), others=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 40)))
+)
+def test_what_lies_outside_of_regions_is_every_other_byte_once(
+    at: int, size: int, others: list[tuple[int, int]]
+) -> None:
+    taken = {byte for first, count in others for byte in range(first, first + count)}
+    found = [(part.offset, part.size) for part in outside(Region(at, size), [Region(*one) for one in others])]
+    assert all(count > 0 for _, count in found)
+    assert [byte for first, count in found for byte in range(first, first + count)] == [
+        byte for byte in range(at, at + size) if byte not in taken
+    ]
 
 
 def test_the_arena_is_whole_allocations_and_bounds_what_is_sent(listener: Listener, driver: FakeIpc) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 
 from tsqp.errors import AddressError, DeviceError, WorkerLost
@@ -146,27 +146,45 @@ class CudaChannel(ShmChannel):
         return view, region
 
     def _hand_over(self, under_way: UnderWay) -> None:
-        """The packet is sent when the copies are done, so the worker's device may read as soon as it has it."""
-        self._copy(under_way.tensors, inwards=True)
+        """The packet is sent when the copies are done, so the worker's device may read as soon as it has it.
+
+        What a call under way has there already is not copied again: the device may be reading it, and it is as it was.
+        """
+        there = [region for call in self._under_way.values() for region in self._regions(call.tensors)]
+        self._copy(
+            [part for region in self._regions(under_way.tensors) for part in outside(region, there)], inwards=True
+        )
 
     def _take_over(self, under_way: UnderWay) -> None:
         """The worker's device has written all of the product before the worker sent the answer."""
-        self._copy(under_way.product, inwards=False)
+        self._copy(self._regions(under_way.product), inwards=False)
 
-    def _copy(self, tensors: tuple[memoryview, ...], *, inwards: bool) -> None:
-        queued = False
-        for tensor in tensors:
-            region = self._arena.region_of(tensor)
-            if region is None or not region.size:
-                continue
+    def _regions(self, tensors: tuple[memoryview, ...]) -> list[Region]:
+        """Where tensors lie in the arena, and so in its mirror."""
+        regions = [self._arena.region_of(tensor) for tensor in tensors]
+        return [region for region in regions if region is not None and region.size]
+
+    def _copy(self, regions: Sequence[Region], *, inwards: bool) -> None:
+        for region in regions:
             device, host = self._device + region.offset, self._host + region.offset
             if inwards:
                 self._driver.copy_in(device, host, region.size)
             else:
                 self._driver.copy_out(host, device, region.size)
-            queued = True
-        if queued:
+        if regions:
             self._driver.synchronise()
+
+
+def outside(region: Region, others: Sequence[Region]) -> Iterator[Region]:
+    """The parts of a region that lie in none of the others, in order."""
+    at, end = region.offset, region.offset + region.size
+    for other in sorted(others, key=lambda one: one.offset):
+        if at < other.offset < end:
+            yield Region(at, other.offset - at)
+        if other.offset < end:
+            at = max(at, other.offset + other.size)
+    if at < end:
+        yield Region(at, end - at)
 
 
 def _part(line: socket.socket, seconds: float) -> None:
