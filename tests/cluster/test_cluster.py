@@ -12,6 +12,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,6 +188,32 @@ def test_everything_listens_on_loopback_and_ray_wants_its_token(cluster: Cluster
     wrong.write_text("0" * 64)
     assert "uthentication" in _probe(ray, access(wrong, own=True))
     assert cluster.directory.token.stat().st_mode & 0o077 == 0
+
+
+SPOKEN_TO = """
+import sys, time
+from pathlib import Path
+from tsqp.cluster.connection import connected
+from tsqp.cluster.state import ClusterDirectory
+directory = ClusterDirectory("three", Path(sys.argv[1]))
+with connected(directory, directory.read()):
+    import ray._private.worker as worker
+    from ray._private.utils import publish_error_to_driver
+    printed, original = [], worker.print_worker_logs
+    worker.print_worker_logs = lambda *given: printed.append(given) or original(*given)
+    end = time.monotonic() + 60
+    while not printed and time.monotonic() < end:
+        publish_error_to_driver("node", "a node went", gcs_client=worker.global_worker.gcs_client)
+        time.sleep(0.1)
+print("printed" if printed else "silent")
+"""
+
+
+def test_what_ray_prints_of_its_nodes_is_no_part_of_a_commands_output(cluster: Cluster) -> None:
+    environment = {**os.environ, **cluster.home.environment}
+    command = [sys.executable, "-c", SPOKEN_TO, str(cluster.directory.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == "printed\n", done.stderr
 
 
 def test_a_second_cluster_is_apart_and_down_leaves_nothing_of_it(cluster: Cluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,20 @@ def test_one_that_takes_connections_may_be_there(refused: str) -> None:
     assert not listens(refused)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert listens(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_what_a_ray_prints_is_no_part_of_a_command(
+    directory: ClusterDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its listener prints as long as this process is connected, from a thread of its own."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: print("(raylet) a node came"))
+    monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) the last words"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with connected(directory, record(f"127.0.0.1:{server.getsockname()[1]}", own=True)):
+            thread = threading.Thread(target=print, args=("(raylet) a node went",))
+            thread.start()
+            thread.join()
+    print("done")
+    assert capsys.readouterr().out == "done\n"

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 
 from tsqp.cluster.own_ray import access
@@ -21,7 +21,11 @@ Connect = Callable[[ClusterDirectory, Record], AbstractContextManager[Pool]]
 
 @contextmanager
 def connected(directory: ClusterDirectory, record: Record) -> Iterator[Pool]:
-    """Join the Ray of a cluster for a while. Raises ClusterError where it is not there."""
+    """Join the Ray of a cluster for a while. Raises ClusterError where it is not there.
+
+    Standard output is Ray's meanwhile, and is dropped: it prints there what its nodes have to say, in the middle of a
+    command's own words, whatever its options for logs are.
+    """
     try:
         _look_for(record.ray)
     except (OSError, ValueError) as error:
@@ -30,20 +34,21 @@ def connected(directory: ClusterDirectory, record: Record) -> Iterator[Pool]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address=record.ray,
-            namespace=record.namespace,
-            log_to_driver=False,
-            logging_level="error",
-            configure_logging=False,
-        )
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise _not_joined(record, error) from None
-    try:
-        yield RayPool(directory, record)
-    finally:
-        ray.shutdown()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        try:
+            ray.init(
+                address=record.ray,
+                namespace=record.namespace,
+                log_to_driver=False,
+                logging_level="error",
+                configure_logging=False,
+            )
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise _not_joined(record, error) from None
+        try:
+            yield RayPool(directory, record)
+        finally:
+            ray.shutdown()
 
 
 def listens(address: str) -> bool:
