@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,12 +66,16 @@ def test_what_a_ray_prints_is_no_part_of_a_command(
     """Its listener prints as long as this process is connected, from a thread of its own."""
     import ray
 
-    monkeypatch.setattr(ray, "init", lambda **_: print("(raylet) a node came"))
-    monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) the last words"))
+    def said(words: str) -> None:
+        sys.stdout.write(words)
+
+    monkeypatch.setattr(ray, "init", lambda **_: said("(raylet) a node came"))
+    monkeypatch.setattr(ray, "shutdown", lambda: said("(raylet) the last words"))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with connected(directory, record(f"127.0.0.1:{server.getsockname()[1]}", own=True)):
-            thread = threading.Thread(target=print, args=("(raylet) a node went",))
+        there = record(f"127.0.0.1:{server.getsockname()[1]}", own=True)
+        with connected(directory, there):
+            thread = threading.Thread(target=said, args=("(raylet) a node went",))
             thread.start()
             thread.join()
-    print("done")
-    assert capsys.readouterr().out == "done\n"
+        said("done")
+    assert capsys.readouterr().out == "done"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import pytest
 
-from tests.commands import Home
+from tests.commands import LIMIT_S, Home
+from tests.families import random_tokens
 from tests.server.chat_model import chat_model
 from tests.server.mixed import SHARED, mixed
 from tests.server.process import serving
@@ -18,6 +21,7 @@ from tsqp.api.config import ProtectionName
 REQUESTS = 32
 TOKENS = 100
 KV_MEMORY = "1MiB"  # for eight times 256 positions of this model
+LITTLE_KV_MEMORY = "256KiB"  # for twice
 
 
 def asked(number: int, salt: str) -> Asked:
@@ -30,7 +34,7 @@ def asked(number: int, salt: str) -> Asked:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_thirty_two_at_once_are_answered_as_each_alone(home: Home, mode: ProtectionName) -> None:
-    """Chat and completions, greedy and seeded, log-probabilities, forms, stops; kept beginnings and lost caches."""
+    """Chat and completions, greedy and seeded, log-probabilities, forms, stops; kept beginnings, little memory."""
     options = ("--model", chat_model(), "--served-model-name", "chat", "--port", 0, "--metrics-port", 0)
     memory = ("--protection", mode, "--kv-memory", KV_MEMORY)
     with serving(home, *options, *memory) as server, ThreadPoolExecutor(REQUESTS) as pool:
@@ -51,4 +55,26 @@ def test_thirty_two_at_once_are_answered_as_each_alone(home: Home, mode: Protect
             assert together[number] == expected, asked(number, "")
         found = metrics(server.metrics_address)
         assert found["vllm:prefix_cache_hits_total"] > len(SHARED)
-        assert found["vllm:num_preemptions_total"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_that_loses_its_cache_in_the_middle_is_answered_as_alone(home: Home, mode: ProtectionName) -> None:
+    """Each of two comes to need all the memory there is, so no two are ever done without one having given way."""
+    options = ("--model", chat_model(), "--served-model-name", "chat", "--port", 0, "--metrics-port", 0)
+    memory = ("--protection", mode, "--kv-memory", LITTLE_KV_MEMORY)
+    prompts = [[*random_tokens(20, seed)] for seed in range(2)]
+    common = {"model": "chat", "max_tokens": 300, "ignore_eos": True, "temperature": 1, "seed": 1, "logprobs": 2}
+
+    def answers(address: str, *asked: list[int], salt: str) -> list[dict[str, Any]]:
+        body = {**common, "prompt": [*asked], "cache_salt": salt}
+        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=LIMIT_S)
+        assert answer.status_code == 200, answer.text
+        return [{**choice, "index": 0} for choice in answer.json()["choices"]]
+
+    with serving(home, *options, *memory) as server:
+        alone = [answers(server.address, prompt, salt=str(seed))[0] for seed, prompt in enumerate(prompts)]
+        assert metrics(server.metrics_address)["vllm:num_preemptions_total"] == 0
+        assert answers(server.address, *prompts, salt="together") == alone
+        assert metrics(server.metrics_address)["vllm:num_preemptions_total"] > 0

@@ -34,7 +34,7 @@ def connected(directory: ClusterDirectory, record: Record) -> Iterator[Pool]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         try:
             ray.init(
                 address=record.ray,
