@@ -31,7 +31,13 @@ def test_a_cluster_is_planned(tsqp: Command) -> None:
 def test_a_plan_for_a_person_names_the_bottleneck_and_what_is_held(tsqp: Command) -> None:
     result = tsqp("plan", "--model", "8b", "--workers", 2, "--link", "shm", "--cores", 4, "--dealers", 1)
     assert result.code == 0
-    for words in ("masked, 2 workers (cpu)", "link shm", "most of it is", "pads by 1 dealers", "check vectors"):
+    for words in (
+        "masked, 2 workers (cpu, 2 cores each)",
+        "link shm",
+        "most of it is",
+        "pads by 1 dealer:",
+        "check vectors",
+    ):
         assert words in result.out
 
 
@@ -57,7 +63,11 @@ def test_a_plan_for_a_person_names_the_bottleneck_and_what_is_held(tsqp: Command
         (("--worker-memory", "0GB"), "--worker-memory must be more than 0"),
         (("--worker-cores", "0"), "--worker-cores must be at least 1, not 0"),
         (("--model", "synthetic:none"), "no synthetic model"),
-        (("--constants", "/nowhere.json"), "/nowhere.json"),
+        (
+            ("--constants", "/nowhere.json"),
+            "--constants /nowhere.json: No such file or directory; give a file that tsqp bench constants",
+        ),
+        (("--constants", "/"), "--constants /: Is a directory; give a file that tsqp bench constants"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(arguments: tuple[str, ...], error: str, tsqp: Command) -> None:
@@ -65,6 +75,16 @@ def test_what_cannot_be_planned_is_refused_in_one_line(arguments: tuple[str, ...
     assert result.code in (1, 2)
     assert error in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_a_plan_says_whose_cores_it_counts_and_how_many_of_each_there_are(tsqp: Command) -> None:
+    out = tsqp("plan", "--workers", "1", "--cores", "1", "--worker-cores", "1", "--dealers", "1").out
+    assert out.startswith("masked, 1 worker (cpu, 1 core each): 1 column, 1 set of layers, 1 replica; link")
+    assert "; 1 trusted core\n" in out
+    assert "pads by 1 dealer:" in out
+    out = tsqp("plan", "--workers", "8", "--columns", "2", "--layers", "2", "--device", "h200", "--cores", "2").out
+    assert out.startswith("masked, 8 workers (h200): 2 columns, 2 sets of layers, 2 replicas; link")
+    assert "; 2 trusted cores\n" in out
 
 
 def test_a_plan_says_what_link_it_is_for(tsqp: Command) -> None:

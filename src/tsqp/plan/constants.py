@@ -109,9 +109,14 @@ FEW_ROWS = 16  # up to where products and steps of few rows have loops of their 
 def load(path: Path | None = None) -> Constants:
     """Those of a file that ``tsqp bench constants`` wrote, or those that came with this package.
 
-    Raises OptionError, OSError.
+    Raises OptionError.
     """
-    text = (files("tsqp.plan") / "constants.json").read_bytes() if path is None else path.read_bytes()
+    try:
+        text = (files("tsqp.plan") / "constants.json").read_bytes() if path is None else path.read_bytes()
+    except OSError as error:
+        raise OptionError(
+            f"--constants {path}: {error.strerror}; give a file that tsqp bench constants --results wrote"
+        ) from None
     try:
         return msgspec.json.decode(text, type=Constants)
     except msgspec.MsgspecError as error:

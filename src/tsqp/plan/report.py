@@ -12,7 +12,7 @@ from tsqp.plan.constants import Constants
 from tsqp.plan.memory import memory
 from tsqp.plan.pads import PadTimes, pad_times
 from tsqp.plan.passes import Model, Parts, in_tee, numbers_of
-from tsqp.plan.units import rate_text, seconds_text, size_text
+from tsqp.plan.units import counted, rate_text, seconds_text, size_text
 
 WORDS = {
     "calls": "calls: what each takes however small it is",
@@ -73,6 +73,7 @@ def found(model: Model) -> dict[str, Any]:
         "team": {**asdict(team), "workers": team.workers},
         "device": setting.device,
         "device_source": model.device.source,
+        "worker_cores": setting.worker_cores or model.device.cores,
         "link": {"transport": link.transport, **_link(link)},
         "trusted_cores": setting.cores,
         "batch": setting.batch,
@@ -118,7 +119,7 @@ def _pads(setting: Setting, pad_s: float) -> dict[str, Any] | None:
         "tokens_per_s": 1 / pad_s,
         "bytes_per_token": kept,
         "made_bytes_per_s": kept / pad_s,
-        "makers": f"{setting.dealers} dealers" if setting.dealers else "trusted side",
+        "makers": counted(setting.dealers, "dealer") if setting.dealers else "trusted side",
     }
 
 
@@ -127,9 +128,15 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     team, link, held = plan["team"], plan["link"], plan["memory_bytes"]
     way = "shm" if link["bytes_per_s"] is None else f"{rate_text(link['bytes_per_s'])}, {seconds_text(link['rtt_s'])}"
     way += (f", {link['loss']:.3g} of packets lost" if link["loss"] else "") + (", no keys" if link["plain"] else "")
+    cores = "" if plan["worker_cores"] is None else f", {counted(plan['worker_cores'], 'core')} each"
+    divided = (
+        counted(team["columns"], "column"),
+        counted(team["layers"], "set of layers", "sets of layers"),
+        counted(team["replicas"], "replica"),
+    )
     yield (
-        f"{plan['mode']}, {team['workers']} workers ({plan['device']}): {team['columns']} columns, {team['layers']} "
-        f"sets of layers, {team['replicas']} replicas; link {way}; {plan['trusted_cores']} trusted cores"
+        f"{plan['mode']}, {counted(team['workers'], 'worker')} ({plan['device']}{cores}): {', '.join(divided)}; link "
+        f"{way}; {counted(plan['trusted_cores'], 'trusted core')}"
     )
     yield ""
     yield f"{'tokens a second':34}{'pads ready':>12}{'lasting':>12}{'all in TEE':>12}{'gain':>8}{'lasting':>9}"

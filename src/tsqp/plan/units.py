@@ -34,6 +34,11 @@ def _parse(text: str, units: dict[str, float], meant: str) -> float:
     return float(found[1]) * units[found[2].lower()]
 
 
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """``1 worker``, ``2 workers``. ``more`` where that is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
 def size_text(count: float) -> str:
     """``1.5 GB``."""
     return _text(count, _SIZE_NAMES)
