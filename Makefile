@@ -101,7 +101,7 @@ sbom-lock: .venv-lock/bin/uv  ## move the maker of that to its newest release
 		--only-binary :all: --generate-hashes --upgrade --quiet --no-annotate --no-header --no-emit-index-url \
 		--no-emit-find-links --output-file requirements/sbom.lock
 
-image:  ## images of both sides, from BASE=NAME@sha256:DIGEST (docs/operations.md), by podman, docker or buildah
+image:  ## images of both sides and of a cluster's nodes, from BASE=NAME@sha256:DIGEST (docs/operations.md), by podman, docker or buildah
 	$(PYTHON) scripts/image.py --torch-index "$(TORCH_INDEX)" "$(BASE)"
 
 clean:

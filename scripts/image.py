@@ -1,4 +1,4 @@
-"""Builds the images of both sides with the container engine that is here.
+"""Builds the images of both sides, and that of a cluster's nodes, with the container engine that is here.
 
     make image BASE=docker.io/library/python@sha256:… [TORCH_INDEX=URL]      (or: python scripts/image.py BASE …)
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONTAINER = Path("deploy/container")
-SIDES = ("server", "worker")
+SIDES = ("server", "worker", "cluster")
 ENGINES = ("podman", "docker", "buildah")
 BY_DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 
@@ -36,7 +36,7 @@ def engine() -> str:
 
 
 def command(engine: str, side: str, base: str, torch_index: str) -> list[str]:
-    """What builds the image of one side, in the root of the repository."""
+    """What builds one image, in the root of the repository."""
     arguments = [f"--build-arg=BASE={base}"]
     if torch_index:
         arguments.append(f"--build-arg=TORCH_INDEX={torch_index}")

@@ -1,12 +1,13 @@
-"""Writes requirements/dev.lock and requirements/run.lock, with hashes, from pyproject.toml and constraints.txt.
+"""Writes dev.lock, run.lock and cluster.lock of requirements/, with hashes, from pyproject.toml and constraints.txt.
 
     make lock            (or: python scripts/lock.py UV, where UV is the path of a `uv` executable)
 
-Every package moves to its newest release that fits. dev.lock is resolved first; run.lock is resolved under the versions
-of dev.lock, so there is one resolution. torch is in the resolution and in neither file, like the packages of its CUDA
-build: a machine chooses its build, so constraints.txt names the version and pip finds the build. The other packages
-that torch needs (sympy, networkx, ...) are locked like the rest, and so is the build backend. So is triton in dev.lock,
-because the tests interpret its kernels: one resolution makes that the version which torch's CUDA build pins.
+Every package moves to its newest release that fits. dev.lock is resolved first; run.lock, what a run needs, and
+cluster.lock, the same with Ray, are resolved under the versions of dev.lock, so there is one resolution. torch is in
+the resolution and in no file, like the packages of its CUDA build: a machine chooses its build, so constraints.txt
+names the version and pip finds the build. The other packages that torch needs (sympy, networkx, ...) are locked like
+the rest, and so is the build backend. So is triton in dev.lock, because the tests interpret its
+kernels: one resolution makes that the version which torch's CUDA build pins.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DEV, RUN = "requirements/dev.lock", "requirements/run.lock"
+DEV, RUN, CLUSTER = (f"requirements/{name}.lock" for name in ("dev", "run", "cluster"))
 HEADER = "# Made by `make lock`. Install with --require-hashes --no-deps; torch is in constraints.txt.\n"
 OF_THE_BUILD = re.compile(r"torch|triton|nvidia-.*|cuda-.*")  # what differs between torch's CPU and CUDA builds
 
 
 def main() -> None:
-    """Resolve three times: for the names, for dev.lock, for run.lock."""
+    """Resolve four times: for the names, and for each file."""
     (uv,) = sys.argv[1:]
     resolved = compiled(uv, "--extra", "dev", "--no-annotate")
     names = [line.partition("==")[0] for line in resolved.splitlines() if "==" in line]
@@ -34,7 +35,9 @@ def main() -> None:
     locked = (*left_out, "--generate-hashes")
     tested = [option for option in locked if option != "--no-emit-package=triton"]
     (ROOT / DEV).write_text(HEADER + compiled(uv, "--extra", "dev", *tested), encoding="utf-8")
-    (ROOT / RUN).write_text(HEADER + compiled(uv, "--constraints", DEV, *locked, "--no-annotate"), encoding="utf-8")
+    under = ("--constraints", DEV, *locked, "--no-annotate")
+    (ROOT / RUN).write_text(HEADER + compiled(uv, *under), encoding="utf-8")
+    (ROOT / CLUSTER).write_text(HEADER + compiled(uv, "--extra", "cluster", *under), encoding="utf-8")
 
 
 def compiled(uv: str, *options: str) -> str:

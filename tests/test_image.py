@@ -1,4 +1,4 @@
-"""`make image`: the engine that answers builds both sides from a base by digest; what is missing is one line."""
+"""`make image`: the engine that answers builds all images from a base by digest; what is missing is one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def engine(directory: Path, name: str, *, answers: bool = True) -> None:
     path.chmod(0o755)
 
 
-def test_both_sides_are_built_by_the_first_engine_that_answers(engines: Path) -> None:
+def test_all_images_are_built_by_the_first_engine_that_answers(engines: Path) -> None:
     engine(engines, "docker", answers=False)
     engine(engines, "buildah")
     main([BASE, "--torch-index", "https://torch.example"])
@@ -32,7 +32,7 @@ def test_both_sides_are_built_by_the_first_engine_that_answers(engines: Path) ->
     given = f"--build-arg=BASE={BASE} --build-arg=TORCH_INDEX=https://torch.example"
     assert lines == [
         f"{engines}/buildah build {given} --file deploy/container/{side}.Containerfile --tag tsqp-{side} ."
-        for side in ("server", "worker")
+        for side in ("server", "worker", "cluster")
     ]
     assert not (engines / "docker.log").exists()
 

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LOCKS = ("run", "dev")
+LOCKS = ("run", "cluster", "dev")
 BY_VERSION = ("torch",)  # constraints.txt
 # Of torch 2.13, on Linux, its CUDA packages apart.
 TORCH_NEEDS = ("filelock", "typing-extensions", "setuptools", "sympy", "networkx", "jinja2", "fsspec", "mpmath")
@@ -39,7 +39,9 @@ def declared(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if not line.startswith("tsqp[")]
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("run", ()), ("dev", ("verify", "cluster", "bench", "test", "dev"))])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("run", ()), ("cluster", ("cluster",)), ("dev", ("verify", "cluster", "bench", "test", "dev"))]
+)
 def test_every_dependency_is_locked_within_its_bounds(lock: str, extras: tuple[str, ...]) -> None:
     found = locked(lock)
     for requirement in declared(*extras):
@@ -53,9 +55,10 @@ def test_every_dependency_is_locked_within_its_bounds(lock: str, extras: tuple[s
 
 
 def test_the_groups_are_one_resolution() -> None:
-    run, dev = locked("run"), locked("dev")
-    assert run.keys() < dev.keys()
-    assert {name: run[name].specifier for name in run} == {name: dev[name].specifier for name in run}
+    run, cluster, dev = (locked(name) for name in LOCKS)
+    assert run.keys() < cluster.keys() < dev.keys()
+    for part in (run, cluster):
+        assert {name: part[name].specifier for name in part} == {name: dev[name].specifier for name in part}
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -81,7 +84,7 @@ def test_torch_has_one_exact_version() -> None:
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+", line)
 
 
-@pytest.mark.parametrize("file", ["requirements/run.lock", "requirements/dev.lock", "constraints.txt"])
+@pytest.mark.parametrize("file", [*(f"requirements/{name}.lock" for name in LOCKS), "constraints.txt"])
 def test_no_index_and_no_path_is_named(file: str) -> None:
     content = (ROOT / file).read_text(encoding="utf-8")
     assert "://" not in content

@@ -1,9 +1,10 @@
 """Whether an image is of one side alone, and starts: the last step of each build, with the image's own Python.
 
-    /opt/tsqp/bin/python -I check_image.py server|worker
+    /opt/tsqp/bin/python -I check_image.py server|worker|cluster
 
 Ends with one line and exit code 1 where a folder of the other side is there, the installed list of files names one, the
-side's own code is missing or does not answer to ``--help``, or the process is root.
+side's own code is missing or does not answer to ``--help``, or the process is root. An image for a cluster has the
+folders of both sides; there a program that KubeRay calls must not be missing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import sys
 from importlib.metadata import files
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
-START = {"server": ("tsqp", "serve"), "worker": ("tsqp.untrusted",)}
+START = {"server": ("tsqp", "serve"), "worker": ("tsqp.untrusted",), "cluster": ("tsqp", "cluster", "status")}
 NOT_THERE = {
     "server": {"untrusted", "cluster"},
     "worker": {"trusted", "tee", "server", "client", "api", "cli", "cluster", "launch"},
+    "cluster": set[str](),
 }
+CALLED = {"cluster": ("bash", "ray", "tsqp")}
 
 
 def faults(side: str) -> list[str]:
@@ -31,6 +35,7 @@ def faults(side: str) -> list[str]:
     listed = {path.parts[1] for path in files("tsqp") or () if path.parts[0] == "tsqp" and len(path.parts) > 1}
     wrong = [f"tsqp/{name} is there" for name in sorted(NOT_THERE[side] & found)]
     wrong += [f"tsqp/{name} is listed as installed" for name in sorted(NOT_THERE[side] & (listed - found))]
+    wrong += [f"no {name} is on the path" for name in CALLED.get(side, ()) if which(name) is None]
     module, *words = START[side]
     command = [sys.executable, "-P", "-m", module, *words, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

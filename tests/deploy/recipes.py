@@ -36,8 +36,8 @@ def of(side: str, stage: str, instruction: str) -> list[str]:
 
 def removed(side: str) -> set[str]:
     """What the recipe takes out of the package before it is made into a wheel."""
-    (command,) = (rest for rest in of(side, "build", "RUN") if rest.startswith("rm -r "))
-    return {Path(word).name for word in shlex.split(command)[2:]}
+    commands = [rest for rest in of(side, "build", "RUN") if rest.startswith("rm -r ")]
+    return {Path(word).name for command in commands for word in shlex.split(command)[2:]}
 
 
 def package_of(side: str, directory: Path) -> Path:

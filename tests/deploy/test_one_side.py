@@ -27,7 +27,7 @@ CHECK = ("-I", str(CONTAINER / "check_image.py"))
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The package of each image, as a directory to be put on the path."""
-    return {side: package_of(side, tmp_path_factory.mktemp(side)) for side in ("server", "worker")}
+    return {side: package_of(side, tmp_path_factory.mktemp(side)) for side in ("server", "worker", "cluster")}
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def installed(package: Path, place: Path, *listed: str) -> Path:
     return place
 
 
-def checked(side: str, place: Path) -> str:
+def checked(side: str, place: Path, **environment: str) -> str:
     """What the check says of an installation, but for the user, who may be root here."""
     program = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
@@ -124,7 +124,7 @@ def checked(side: str, place: Path) -> str:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(place)},
+        env={**os.environ, "PYTHONPATH": str(place), **environment},
     )
     return "; ".join(fault for fault in done.stdout.strip().split("; ") if fault != "it would run as root")
 
@@ -132,6 +132,17 @@ def checked(side: str, place: Path) -> str:
 @pytest.mark.parametrize("side", ["server", "worker"])
 def test_the_check_of_an_image_lets_its_own_side_pass(side: str, sides: dict[str, Path], tmp_path: Path) -> None:
     assert checked(side, installed(sides[side], tmp_path / "site")) == ""
+
+
+def test_the_check_of_an_image_for_a_cluster_wants_what_is_called_there(sides: dict[str, Path], tmp_path: Path) -> None:
+    place, programs = installed(sides["cluster"], tmp_path / "site"), tmp_path / "bin"
+    programs.mkdir()
+    assert checked("cluster", place, PATH=str(programs)) == (
+        "no bash is on the path; no ray is on the path; no tsqp is on the path"
+    )
+    for name in ("bash", "ray", "tsqp"):
+        (programs / name).symlink_to(sys.executable)
+    assert checked("cluster", place, PATH=str(programs)) == ""
 
 
 @pytest.mark.parametrize(("side", "other"), [("server", "worker"), ("worker", "server")])
