@@ -98,10 +98,8 @@ def test_a_killed_worker_is_noticed_at_once_and_everything_is_freed(start: Start
         channel.send(Frames(b"silence", (memoryview(b"under way"),)), 9)
         assert said(worker) == {"busy": True, "open": 1}
         worker.kill()
-        started = time.monotonic()
         with pytest.raises(WorkerLost, match=f"{channel.address}: the worker went away"):
-            channel.receive(120.0)
-        assert time.monotonic() - started < 5.0
+            channel.receive(1e4)  # which the test's own time limit does not let pass
         assert not driver.allocated
         assert not driver.locked
         with pytest.raises(ChannelClosed):
@@ -141,7 +139,7 @@ def test_a_client_whose_worker_does_not_let_go_ends_all_the_same(driver: FakeIpc
         arrived(listener)
         started = time.monotonic()
         channel.close()
-        assert PARTING_S * 0.9 < time.monotonic() - started < PARTING_S + 10.0
+        assert PARTING_S * 0.9 < time.monotonic() - started < PARTING_S + WAIT_S
         assert driver.freed_while_open == 1
         assert not driver.allocated
         assert isinstance(listener.receive(WAIT_S), Departure)
