@@ -58,7 +58,8 @@ class Here:
 
 
 @pytest.fixture
-def here() -> Here:
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    monkeypatch.setattr("tsqp.wire.transport.cuda.channel.PARTING_S", WAIT_S)  # its thread may get no processor
     return Here()
 
 
