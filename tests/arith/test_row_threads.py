@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.commands import LIMIT_S
 from tsqp.arith import row_threads
 from tsqp.arith.row_threads import PARTS, RowThreads
 
@@ -47,7 +48,7 @@ def test_few_rows_stay_on_this_thread(three: RowThreads) -> None:
 
 
 def test_many_rows_are_shared_out(three: RowThreads) -> None:
-    together = threading.Barrier(3, timeout=10)  # three parts wait for each other: they run at once
+    together = threading.Barrier(3, timeout=LIMIT_S)  # three parts wait for each other: they run at once
     three.run(lambda first, end: together.wait(), 9, least=6)
 
 
@@ -57,7 +58,7 @@ def test_who_has_done_its_part_takes_another(three: RowThreads) -> None:
 
     def work(first: int, end: int) -> None:
         if held.acquire(blocking=False):
-            assert others.wait(10)
+            assert others.wait(LIMIT_S)
         done.append(first)
         if len(done) == 11:
             others.set()
@@ -87,7 +88,7 @@ def test_nobody_waits_for_a_thread_that_has_not_begun(three: RowThreads) -> None
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
 def test_a_failure_is_raised_when_all_parts_have_ended(three: RowThreads, where: str) -> None:
-    here, together, ended = threading.current_thread(), threading.Barrier(3, timeout=10), []
+    here, together, ended = threading.current_thread(), threading.Barrier(3, timeout=LIMIT_S), []
 
     def work(first: int, end: int) -> None:
         together.wait()
@@ -139,13 +140,13 @@ def test_several_threads_may_ask_at_once(three: RowThreads) -> None:
 
 def test_an_interrupt_waits_for_the_other_parts(three: RowThreads, monkeypatch: pytest.MonkeyPatch) -> None:
     """They write to memory of the caller."""
-    here, together = threading.current_thread(), threading.Barrier(3, timeout=10)
+    here, together = threading.current_thread(), threading.Barrier(3, timeout=LIMIT_S)
     going_on, ended = threading.Event(), []
 
     def work(first: int, end: int) -> None:
         together.wait()
         if threading.current_thread() is not here:
-            assert going_on.wait(10)
+            assert going_on.wait(LIMIT_S)
             ended.append(first)
 
     class Interrupted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
@@ -74,15 +75,15 @@ def test_everything_else_is_a_failure(script: Script, words: str) -> None:
 
 
 def test_a_server_that_is_not_there_is_a_failure() -> None:
-    with speaking(Script()) as script:
-        pass
-
     async def ask() -> Answer:
         async with asking(script) as client:
             return await client.ask([1], 0.0)
 
-    with pytest.raises(WorkerFailed, match="ConnectError"):
-        asyncio.run(ask())
+    with socket.socket() as taken:  # at which nobody listens, as long as it is there
+        taken.bind(("127.0.0.1", 0))
+        script = Script(address=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(WorkerFailed, match="ConnectError"):
+            asyncio.run(ask())
 
 
 def test_no_connection_is_used_twice() -> None:

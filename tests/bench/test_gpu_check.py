@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.gpu_check import PARTS, TOTAL_S, Check, Part, main
 from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
 
 from tests.arith import interpreted
+from tests.commands import wait_until
 from tsqp.arith.field import MAX_FIELD_TERMS
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
@@ -63,13 +65,24 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
     }
 
 
-def test_a_part_over_its_budget_is_ended_with_what_it_started(tmp_path: Path) -> None:
+def test_a_part_over_its_budget_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = tmp_path / "child"
     code = (
         "import pathlib, subprocess, sys, time\n"
         "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"pathlib.Path({str(child)!r}).write_text(str(started.pid)); print('began'); time.sleep(600)"
+        f"print('began'); path = pathlib.Path({str(child)!r})\n"
+        "path.with_suffix('.new').write_text(str(started.pid)); path.with_suffix('.new').rename(path); time.sleep(600)"
     )
+    wait = subprocess.Popen.wait
+
+    def passes_once_it_runs(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        """The budget of the first part, which may take longer to begin than any that a test would wait for."""
+        if timeout == 4:
+            wait_until(child.exists)
+            timeout = 0.01
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", passes_once_it_runs)
     ended = Check(tmp_path / "out", GPU).run([part("slow", code, 4), part("rpc", "print('{}')")])
     assert [(one.outcome, one.code) for one in ended] == [("over its budget", None), ("passed", 0)]
     assert "began" in (tmp_path / "out" / "gpu-check.log").read_text(encoding="utf-8")

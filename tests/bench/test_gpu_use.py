@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 
 import pytest
 import torch
 from benchmarks import gpu_use
 from benchmarks.gpu_use import LEAST, NotTold, shares_between, use_during
+
+from tests.commands import wait_until
 
 
 def speaker(code: str) -> tuple[str, ...]:
@@ -22,13 +26,35 @@ def test_only_what_was_said_meanwhile_counts() -> None:
     assert shares_between(lines, 1.5, 4.5) == [0.8, 1.0]
 
 
-def test_work_goes_on_while_it_is_looked_at() -> None:
-    took = iter(range(10_000_000))
-    found = use_during(lambda: float(next(took)), SAYS, seconds=0.2, period_s=0.0)
+class Looks:
+    """A clock that goes on by a second each time that the test's own thread looks at it; others note lines by it."""
+
+    def __init__(self) -> None:
+        self.seconds = self.lines = 0
+        self._own = threading.current_thread()
+
+    def monotonic(self) -> float:
+        if threading.current_thread() is self._own:
+            self.seconds += 1
+        else:
+            self.lines += 1
+        return float(self.seconds)
+
+
+def test_work_goes_on_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, took = Looks(), itertools.count()
+    monkeypatch.setattr(gpu_use, "time", clock)
+
+    def work() -> float:
+        """Lasts until a line has been read meanwhile, and one more was begun to be."""
+        read = clock.lines
+        wait_until(lambda: clock.lines >= read + 2)
+        return float(next(took))
+
+    found = use_during(work, SAYS, seconds=LEAST, period_s=0.0)
     assert set(found.shares) <= {0.07, 0.8}
     assert len(found.shares) >= LEAST
-    assert found.runs == [float(n) for n in range(len(found.runs))]
-    assert len(found.runs) > 1
+    assert found.runs == [float(n) for n in range(LEAST)]
 
 
 def test_a_command_that_says_nothing_is_named() -> None:

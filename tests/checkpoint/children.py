@@ -6,12 +6,13 @@ import resource
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 
+from tests.commands import LIMIT_S
 from tsqp.checkpoint.default import PinnedModel, fetch_default
 from tsqp.errors import FetchError
 
 
 def fetch_together(pin: PinnedModel, barrier: Barrier, results: Queue[str]) -> None:
-    barrier.wait(60)
+    barrier.wait(LIMIT_S)
     results.put(str(fetch_default(progress=False, pin=pin)))
 
 

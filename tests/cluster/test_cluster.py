@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cluster.nodes import alone_on_this_machine, listening, lose, processes, raylets, shared_memory
-from tests.commands import Home, wait_until
+from tests.cluster.nodes import all_listening, alone_on_this_machine, listening, lose, processes, raylets, shared_memory
+from tests.commands import Home, Result, now
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.hostile import serve
 from tests.trusted.guard.scan import shared_pads
@@ -44,38 +43,48 @@ LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 
 class Cluster:
-    """The one of these tests: 2 shards with 2 workers each, on 3 nodes."""
+    """That of these tests has 2 shards with 2 workers each, on 3 nodes."""
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
+    def __init__(self, home: Home, name: str) -> None:
+        self.home, self.name = home, name
 
     @property
     def directory(self) -> ClusterDirectory:
-        return ClusterDirectory("three", self.home.runtime / "tsqp" / "clusters" / "three")
+        return ClusterDirectory(self.name, self.home.runtime / "tsqp" / "clusters" / self.name)
+
+    def command(self, command: str, *options: object) -> Result:
+        with self.home.started("cluster", command, "--name", self.name, *map(str, options)) as process:
+            out, err = process.communicate(timeout=PATIENCE_S)
+        return Result(process.returncode, out.decode(), err.decode())
 
     def run(self, command: str, *options: object) -> dict[str, Any]:
-        words = ("cluster", command, "--name", "three", *map(str, options), "--json")
-        with self.home.started(*words) as process:
-            out, err = process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == 0 or command == "status", err.decode()
-        return dict(json.loads(out))
+        done = self.command(command, *options, "--json")
+        assert done.code == 0 or command == "status", done.err
+        return dict(json.loads(done.out))
 
-    def whole(self) -> bool:
-        """Whether all workers listen."""
-        return all(worker["state"] == "listening" for worker in self.run("status")["workers"])
+    def wait_until(self, holds: Callable[[list[dict[str, Any]]], bool]) -> dict[str, Any]:
+        """The first status whose workers are so; each look takes a process that loads Ray."""
+        until = now() + PATIENCE_S
+        while not holds((status := self.run("status"))["workers"]):
+            assert now() < until, status
+        return status
+
+
+def all_listen(workers: list[dict[str, Any]]) -> bool:
+    return all(worker["state"] == "listening" for worker in workers)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     home = Home()
-    made = Cluster(home)
+    made = Cluster(home, "three")
     options = ("--model", MODEL, "--columns", 2, "--replicas", 2, "--nodes", 3, "--threads", 1)
     with alone_on_this_machine():
         try:
             made.run("up", *options)
             yield made
         finally:
-            home.run("cluster", "down", "--name", "three")
+            made.command("down")
             home.remove()
 
 
@@ -128,8 +137,7 @@ class Seen:
 def test_a_node_that_is_killed_in_the_middle_costs_no_token_and_no_pad(
     cluster: Cluster, alone: list[tuple[int, ...]]
 ) -> None:
-    wait_until(cluster.whole)
-    before = cluster.run("status")
+    before = cluster.wait_until(all_listen)
     nodes = raylets(cluster.directory)
     head = _head(nodes)
     lost = next(worker["node"] for worker in before["workers"] if worker["node"] != head)
@@ -144,8 +152,7 @@ def test_a_node_that_is_killed_in_the_middle_costs_no_token_and_no_pad(
     rows = seen.rows()
     assert set(rows) == {"qkv", "o", "gate_up", "down", "lm_head"}
     assert not any(shared_pads([part]) for part in rows.values())
-    wait_until(lambda: cluster.whole() and all(one["node"] != lost for one in cluster.run("status")["workers"]))
-    after = cluster.run("status")
+    after = cluster.wait_until(lambda workers: all_listen(workers) and all(one["node"] != lost for one in workers))
     assert after["epoch"] > before["epoch"]
     for old, new in zip(before["workers"], after["workers"], strict=True):
         moved = old["node"] == lost
@@ -153,8 +160,7 @@ def test_a_node_that_is_killed_in_the_middle_costs_no_token_and_no_pad(
 
 
 def test_workers_that_come_and_go_cost_no_token(cluster: Cluster, alone: list[tuple[int, ...]]) -> None:
-    wait_until(cluster.whole)
-    before = cluster.run("status")
+    before = cluster.wait_until(all_listen)
     with LLM(MODEL, protection="masked", worker=before["front"]) as llm:
         assert asyncio.run(streams(llm, lambda: cluster.run("scale", "--replicas", 1))) == alone
     with LLM(MODEL, protection="masked", worker=before["front"]) as llm:
@@ -167,19 +173,18 @@ def test_workers_that_come_and_go_cost_no_token(cluster: Cluster, alone: list[tu
 
 
 def test_a_worker_that_ends_is_started_again(cluster: Cluster) -> None:
-    wait_until(cluster.whole)
-    before = cluster.run("status")["workers"][1]
+    before = cluster.wait_until(all_listen)["workers"][1]
     os.kill(before["pid"], signal.SIGKILL)
-    wait_until(lambda: cluster.run("status")["workers"][1]["restarts"] > before["restarts"])
-    after = cluster.run("status")["workers"][1]
-    assert (after["state"], after["shard"]) == ("listening", before["shard"])
+    again = cluster.wait_until(lambda workers: all_listen(workers) and workers[1]["restarts"] > before["restarts"])
+    after = again["workers"][1]
+    assert after["shard"] == before["shard"]
     assert after["pid"] != before["pid"]
 
 
 def test_everything_listens_on_loopback_and_ray_wants_its_token(cluster: Cluster, tmp_path: Path) -> None:
-    sockets = list(listening(processes(cluster.directory)))
+    sockets = listening(processes(cluster.directory))
     assert len(sockets) > 8
-    assert {address for address, _ in sockets} <= set(LOOPBACK)
+    assert set(sockets.values()) <= set(LOOPBACK)
     ray = cluster.run("status")["ray"]
     own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     assert _probe(ray, access(cluster.directory.token, own=True)) == ""
@@ -217,23 +222,21 @@ def test_what_ray_prints_of_its_nodes_is_no_part_of_a_commands_output(cluster: C
 
 
 def test_a_second_cluster_is_apart_and_down_leaves_nothing_of_it(cluster: Cluster) -> None:
-    home = cluster.home
-    other = home.run("cluster", "up", "--name", "other", "--model", MODEL, "--threads", "1", "--json")
-    assert other.code == 0, other.err
-    directory = ClusterDirectory("other", home.runtime / "tsqp" / "clusters" / "other")
+    other = Cluster(cluster.home, "other")
+    other.run("up", "--model", MODEL, "--threads", 1)
+    directory = other.directory
     pids, ray_path = processes(directory), directory.ray_path(directory.read())
-    ports, shared = [port for _, port in listening(pids)], shared_memory(pids)
+    sockets, shared = listening(pids), shared_memory(pids)
+    assert sockets
     assert shared
     assert len(pids) > 5
-    assert home.run("cluster", "down", "--name", "other").code == 0
+    assert other.command("down").code == 0
     assert processes_of(directory.path, ray_path) == []
     assert not ray_path.exists()
     assert not any(name.startswith("other") for name in (path.name for path in directory.path.parent.iterdir()))
     assert not any(path.exists() for path in shared)
-    for port in ports:
-        with socket.socket() as one:
-            assert one.connect_ex(("127.0.0.1", port)) != 0
-    wait_until(cluster.whole)  # the first one was left alone
+    assert not sockets.keys() & all_listening().keys()
+    cluster.wait_until(all_listen)  # the first one was left alone
 
 
 def _head(nodes: dict[str, int]) -> str:

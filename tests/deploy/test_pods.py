@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,8 +91,8 @@ def test_a_server_takes_its_keys_and_keeps_compiled_code(model: Path, keys: Path
     replaced = {"--port=8000": "--port=0", "--metrics-port=9100": "--metrics-port=0"}
     replaced["front.tsqp-untrusted.svc.cluster.local:7100"] = "127.0.0.1:9"
     with running(script_of("server", PODS["server"], "server", files, model, replaced)) as process:
-        for line in lines(process):
-            if "no compiled loops are kept yet" in json.loads(line)["message"]:
+        for line in lines(process):  # a library may say something too, and not in JSON
+            if line.startswith("{") and "no compiled loops are kept yet" in json.loads(line)["message"]:
                 break
         mounts = check_process(process, 10001)
         expected = {"/": "ro", "/keys": "ro", "/models/llama": "ro", "/var/cache/tsqp": "rw", "/tmp": "rw"}
@@ -107,19 +105,12 @@ def test_a_worker_takes_its_key_and_listens(model: Path, keys: Path) -> None:
         "line": {"left-0.key_secret": (keys / "left-0.key_secret").read_bytes()},
         "allowed": {"server.key": (keys / "server.key").read_bytes()},
     }
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    replaced = {"0.0.0.0:7000": f"127.0.0.1:{port}", "0..17": "0..3"}
+    replaced = {"0.0.0.0:7000": "127.0.0.1:0", "0..17": "0..3"}
     with running(script_of("left", PODS["left"], "worker", files, model, replaced)) as process:
-        until = time.monotonic() + LIMIT_S
-        while True:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < until
-                time.sleep(0.05)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        assert json.loads(line)["address"].startswith("tcp://127.0.0.1:")
         mounts = check_process(process, 10002)
         assert {"/": "ro", "/keys": "ro", "/models/llama": "ro"}.items() <= mounts.items()
 

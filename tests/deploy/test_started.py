@@ -55,10 +55,20 @@ def ready(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
     seen = []
     for text in process.stderr:
-        seen.append(text)
-        line = json.loads(text)
-        if line["event"] == "ready":
+        seen.append(text)  # a library may say something too, and not in JSON
+        if text.startswith("{") and (line := json.loads(text))["event"] == "ready":
             return str(line["message"]).split(": ", 1)[1].partition("/v1,")[0]
+    raise AssertionError("".join(seen))
+
+
+def heard(process: subprocess.Popen[str], words: str) -> None:
+    """Read its log up to a line with these words."""
+    assert process.stderr is not None
+    seen = []
+    for text in process.stderr:
+        seen.append(text)
+        if words in text:
+            return
     raise AssertionError("".join(seen))
 
 
@@ -74,10 +84,8 @@ def test_both_sides_answer_as_their_units_start_them(places: Path) -> None:
     worker_environment["WORKER_OPTIONS"] += " --no-compiled-calls"
     server_environment = {**environment_of(SYSTEMD / "server.env"), **QUICK}
     with started(SYSTEMD / "tsqp-worker.service", worker_environment, places, model) as worker:
-        assert worker.stderr is not None
-        first = worker.stderr.readline()
-        assert first.rstrip().endswith("listening on shm:///run/tsqp-worker/worker.sock"), first + worker.stderr.read()
-        assert worker.stderr.readline().startswith("tsqp worker: read 1 file of ")
+        heard(worker, "listening on shm:///run/tsqp-worker/worker.sock\n")
+        heard(worker, "tsqp worker: read 1 file of ")
         with started(SYSTEMD / "tsqp-server.service", server_environment, places, model) as server:
             address = ready(server)
             body = {"model": "llama", "prompt": "hello", "max_tokens": 4, "temperature": 0}

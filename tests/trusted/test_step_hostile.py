@@ -393,7 +393,8 @@ def test_an_answer_may_be_late(mode: ProtectionName, at: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_answer_before_the_deadline(mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
-    with a_run(mode, monkeypatch, attack=hostile.stalled, at=5, deadline_s=0.05) as (llm, worker):
+    with a_run(mode, monkeypatch, attack=hostile.stalled, at=5, deadline_s=hostile.DEADLINE_S) as (llm, worker):
+        hostile.pass_the_deadline_once_stalled(monkeypatch, worker)
         fails(llm, worker, DeadlineExceeded, asked=6)
 
 
@@ -425,9 +426,9 @@ def test_ctrl_c_while_an_answer_is_awaited(mode: ProtectionName, monkeypatch: py
 
 
 @contextmanager
-def process(mode: ProtectionName, **options: Any) -> Iterator[tuple[LLM, int]]:
+def process(mode: ProtectionName) -> Iterator[tuple[LLM, int]]:
     """A run whose worker is a process beside this one; its id."""
-    with LLM(MODEL, protection=mode, worker=WorkerConfig(patience_s=0, **options)) as llm:
+    with LLM(MODEL, protection=mode, worker=WorkerConfig(patience_s=0)) as llm:
         worker = llm.worker_pid
         assert worker is not None
         try:
@@ -465,8 +466,10 @@ def test_a_worker_that_is_killed_between_two_steps() -> None:
 
 
 def test_a_worker_that_is_stopped() -> None:
-    with process("masked", deadline_s=0.05) as (llm, worker):
+    with process("masked") as (llm, worker):
         os.kill(worker, signal.SIGSTOP)
+        session: Any = llm.session
+        session.deadline_s = 0.05  # from now on: it has answered until here in whatever time it took
         error_of(llm, DeadlineExceeded)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.untrusted.calls import CHECKPOINT
 from tests.untrusted.fake_driver import FakeDriver
+from tests.wire.links import WAIT_S
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.backends.cuda import CudaBackend
@@ -27,7 +28,6 @@ from tsqp.wire.codec import decode_handshake, decode_reply, encode
 from tsqp.wire.messages import PROTOCOL_VERSION, Call, Done, Failed, Hello, Welcome
 from tsqp.wire.transport import connect, listen, new_shm_address
 
-WAIT_S = 20.0
 ARENA_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 14  # so that payloads lie in several
 STORE = WeightStore(CHECKPOINT, "float32", torch.device("cpu"), backend=CudaBackend(FakeDriver()))
@@ -41,10 +41,10 @@ from tsqp.wire.transport import connect
 address, fingerprint, size, reply = sys.argv[1:]
 channel = connect(address, arena_bytes=1 << 20)
 channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "field"))))
-channel.receive(20)
+channel.receive(100)
 slot = channel.slot(int(size), int(reply))
 channel.send_from(slot, encode(Product(1, "qkv", 0, 1, 4)))
-channel.receive(20)
+channel.receive(100)
 print("answered", flush=True)
 sys.stdin.read()
 """

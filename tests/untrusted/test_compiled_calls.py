@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG
+from tests.untrusted.patient_calls import PatientCalls
+from tests.wire.links import WAIT_S
 from tests.wire.shm_peers import opening, raw_client, read_to_end
 from tsqp.arith.few_rows import FewRowsKernel
 from tsqp.arith.modulus import P
@@ -38,7 +40,6 @@ from tsqp.wire.transport.shm.channel import ShmChannel
 
 pytestmark = pytest.mark.skipif(not FewRowsKernel.supported(), reason="no vpdpbusd here")
 
-WAIT_S = 20.0
 CPU = torch.device("cpu")
 STORE = WeightStore(CHECKPOINT, "bfloat16", CPU, kernel=FewRowsKernel())
 QKV = linear_groups(CONFIG)["qkv"]
@@ -126,7 +127,8 @@ class Served(ExitStack):
         super().__init__()
         listener = self.enter_context(closing(listen(f"shm://{directory}/worker.sock")))
         self.listener = listener
-        self.worker = Watched(self.enter_context(closing(CompiledCalls())) if compiled else None)
+        self.calls = self.enter_context(closing(PatientCalls())) if compiled else None
+        self.worker = Watched(self.calls)
         paths: tuple[NumericPath, ...] = ("field", "float")
         for path in paths:  # so that no client waits for a compiler
             self.worker.prepare(path)
@@ -139,6 +141,10 @@ class Served(ExitStack):
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
         assert not self.worker.failures
+
+    def in_python(self) -> int:
+        """How many calls were answered in Python, but for those that the loop knew and did not wait for."""
+        return self.worker.in_python - (self.calls.waited if self.calls is not None else 0)
 
     @contextmanager
     def client(self, path: NumericPath = "field") -> Iterator[Client]:
@@ -179,7 +185,8 @@ def test_every_call_has_the_bits_of_the_plain_way(served: Served, path: NumericP
                 _, x, y = client.call(name, layer, rows, digits)
                 assert y == expected(path, name, layer, rows, digits, x), (turn, name, layer, rows)
         first = 1 + len(shapes)  # the hello, and each call for the first time
-        assert served.worker.in_python == first if digits else served.worker.in_python >= first
+        assert served.worker.in_python >= first
+        assert served.in_python() <= first or not digits
 
 
 def test_without_the_loop_every_call_is_answered_in_python(private_dir: Path) -> None:
@@ -209,7 +216,7 @@ def test_more_calls_than_a_table_begins_with(served: Served) -> None:
             for (name, layer), rows, digits in shapes:
                 _, x, y = client.call(name, layer, rows, digits)
                 assert y == expected("field", name, layer, rows, digits, x)
-        assert served.worker.in_python == 1 + len(shapes)
+        assert served.in_python() <= 1 + len(shapes) <= served.worker.in_python
 
 
 def test_threads_share_a_product(private_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +227,7 @@ def test_threads_share_a_product(private_dir: Path, monkeypatch: pytest.MonkeyPa
             for _ in range(50):
                 _, x, y = client.call("gate_up", 1, 2)
                 assert y == expected("field", "gate_up", 1, 2, 4, x)
-            assert served.worker.in_python == 2
+            assert served.in_python() <= 2 <= served.worker.in_python
     finally:
         torch.set_num_threads(1)
 

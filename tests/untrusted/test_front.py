@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.fronts import front_process, not_utf8, replace
 from tsqp.errors import RosterError, TsqpError
 from tsqp.untrusted.front import RosterFile, front_options, serve
@@ -52,7 +53,7 @@ def test_a_process_hands_it_out_until_its_parent_is_gone(tmp_path: Path) -> None
         assert find_roster(parse_roster_address(address)).epoch == 2
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,6 @@ def test_what_cannot_be_is_refused(arguments: list[str], says: str) -> None:
 
 def test_a_process_says_what_is_wrong_in_one_line() -> None:
     command = [sys.executable, "-m", "tsqp.untrusted.front", "--listen", "tcp://x", "--roster", os.devnull]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("tsqp front: error: malformed address")

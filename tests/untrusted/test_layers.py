@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 import torch
 
+from tests.commands import LIMIT_S
 from tests.conftest import StartWorker
 from tests.families import random_tokens, tiny_model
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, arrival
@@ -136,7 +137,7 @@ def test_state_goes_with_the_connection(
     with at_layer(directory, start_worker(directory, transport)) as llm:
         llm.generate(random_tokens(5), SamplingParams(max_tokens=2))
         gone.clear()
-    assert gone.wait(10)
+    assert gone.wait(LIMIT_S)
 
 
 def test_traffic_is_token_ids_and_one_row_of_logits(start_worker: StartWorker) -> None:

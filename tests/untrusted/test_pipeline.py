@@ -15,7 +15,8 @@ import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG
 from tests.untrusted.fake_driver import FakeDriver, FakeEvent
-from tests.untrusted.shm_worker import STORE, WAIT_S, connected, fake_backend, serving
+from tests.untrusted.shm_worker import STORE, connected, fake_backend, serving
+from tests.wire.links import WAIT_S
 from tsqp.config.groups import linear_groups
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.driver import Stream
@@ -294,7 +295,7 @@ from tsqp.wire.transport import connect
 address, fingerprint, size, reply, rows = sys.argv[1:]
 channel = connect(address, arena_bytes=1 << 20)
 channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "float"))))
-channel.receive(20)
+channel.receive(100)
 for number in (1, 2):
     slot = channel.slot(int(size), int(reply))
     channel.send_from(slot, encode(Linear(number, "qkv", 0, None, int(rows))))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.vectors import make
 from tsqp.arith.modulus import P
 
@@ -20,7 +21,7 @@ SECTIONS = ("quantise", "limit", "product", "masked", "check", "expand", "ratche
 def verify(*arguments: Path) -> subprocess.CompletedProcess[str]:
     """With no site packages and no path: only Python's own library can be imported."""
     command = [sys.executable, "-I", "-S", str(VERIFIER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def load() -> dict[str, Any]:

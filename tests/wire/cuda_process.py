@@ -45,7 +45,7 @@ def work(address: str) -> None:
 def call(address: str) -> None:
     channel = connect(address, driver=FakeIpc(), arena_bytes=1 << 21)
     channel.send(Frames(b"call", (memoryview(b"from another process"),)), 20)
-    say(answer=channel.receive(20.0).tensors[0].hex())
+    say(answer=channel.receive(100.0).tensors[0].hex())
     sys.stdin.read()
     channel.close()
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import zmq
 
+from tests.commands import LIMIT_S
 from tests.wire.fake_cuda import FakeIpc
 from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.transport import connect, listen
 from tsqp.wire.transport.cuda.listener import CudaListener
 from tsqp.wire.transport.keys import ClientKeys, KeyPair, WorkerKeys
 
-WAIT_S = 20.0  # far longer than anything here takes: only a failure waits that long
+WAIT_S = LIMIT_S  # far longer than anything here takes: only a failure waits that long
 
 
 @dataclass(frozen=True)

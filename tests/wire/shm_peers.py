@@ -7,7 +7,7 @@ import mmap
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,16 @@ def memfd(size: int = ARENA_BYTES, seals: int = SEALS) -> int:
     if seals:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
+
+
+def descriptors_of(fd: int) -> int:
+    """How many this process has of the file of ``fd``; those of other files come and go with other tests."""
+    file = os.fstat(fd)
+    count = 0
+    for one in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # that of the directory itself is closed by now
+            count += os.path.samestat(os.fstat(int(one.name)), file)
+    return count
 
 
 def read_to_end(line: socket.socket) -> list[bytes]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import wait_until
 from tests.wire.links import WAIT_S, Link, arrived, contents, tensor
 from tsqp.errors import (
     AddressInUse,
@@ -220,11 +221,11 @@ def test_who_asks_whether_something_has_arrived_learns_that_the_worker_closed(li
 
 
 def test_waiting_costs_no_processor_time(channel: Channel, listener: Listener) -> None:
-    before = time.process_time()
+    before = time.thread_time()  # of this thread alone: those of other tests may be at work
     assert listener.receive(0.3) is None
     with pytest.raises(DeadlineExceeded):
         channel.receive(0.3)
-    assert time.process_time() - before < 0.3
+    assert time.thread_time() - before < 0.3
 
 
 def test_an_infinite_deadline_is_allowed(channel: Channel, listener: Listener) -> None:
@@ -244,7 +245,7 @@ def test_a_waiting_client_learns_at_once_that_the_worker_closed(link: Link) -> N
         with pytest.raises(WorkerLost, match=channel.address):
             channel.receive(WAIT_S)
         closer.join()
-        assert time.monotonic() - started < WAIT_S / 4
+        assert time.monotonic() - started < WAIT_S / 2
         for use in (lambda: channel.receive(WAIT_S), lambda: channel.send(Frames(b""))):
             with pytest.raises(ChannelClosed, match="WorkerLost"):
                 use()
@@ -314,8 +315,8 @@ def test_nobody_there(link: Link) -> None:
     listener.close()
     started = time.monotonic()
     with pytest.raises(WorkerUnreachable, match=listener.address):
-        link.connect(listener)
-    assert time.monotonic() - started < 1.0
+        link.connect(listener, connect_timeout_s=WAIT_S)
+    assert time.monotonic() - started < WAIT_S / 2, "it is known at once, and not when the time is over"
 
 
 def test_transport_and_address_are_stated(link: Link, channel: Channel, listener: Listener) -> None:
@@ -372,7 +373,7 @@ def test_a_hundred_connections_leave_no_descriptor(link: Link, listener: Listene
             listener.send(arrival, arrival.frames)
             channel.receive(WAIT_S)
 
-    assert descriptors_grow_by(connect_once, times=100) <= 1  # the last one may still be closing at the worker's end
+    leaves_no_descriptor(connect_once, times=100)
 
 
 def test_failed_connections_and_listeners_leave_no_descriptor(link: Link) -> None:
@@ -384,15 +385,20 @@ def test_failed_connections_and_listeners_leave_no_descriptor(link: Link) -> Non
         with pytest.raises(WorkerUnreachable):
             link.connect(listener)
 
-    assert descriptors_grow_by(fail_once, times=10) == 0
+    leaves_no_descriptor(fail_once, times=10)
 
 
-def descriptors_grow_by(action: Callable[[], None], times: int) -> int:
+def leaves_no_descriptor(action: Callable[[], None], times: int) -> None:
+    """One that is left each time makes ``times`` of them; a few may be closing still, here and of other tests."""
     action()  # what is made once and kept, such as ZeroMQ's own threads
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     for _ in range(times):
         action()
-    return len(list(Path("/proc/self/fd").iterdir())) - before
+    wait_until(lambda: descriptors() - before < times // 2)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_errors_are_one_line_and_hold_no_payload(link: Link, listener: Listener) -> None:

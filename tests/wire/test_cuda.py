@@ -78,7 +78,10 @@ def test_tensors_cross_between_two_processes(start: Start, driver: FakeIpc) -> N
             assert bytes(channel.receive(WAIT_S).tensors[0]) == bytes(byte ^ 0xFF for byte in text)
 
 
-def test_the_worker_lets_go_before_the_memory_is_freed(start: Start, driver: FakeIpc) -> None:
+def test_the_worker_lets_go_before_the_memory_is_freed(
+    start: Start, driver: FakeIpc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqp.wire.transport.cuda.channel.PARTING_S", WAIT_S)  # its process may get no processor
     worker = start("worker", new_cuda_address())
     address = said(worker)["address"]
     for number in range(1, 4):
@@ -98,10 +101,8 @@ def test_a_killed_worker_is_noticed_at_once_and_everything_is_freed(start: Start
         channel.send(Frames(b"silence", (memoryview(b"under way"),)), 9)
         assert said(worker) == {"busy": True, "open": 1}
         worker.kill()
-        started = time.monotonic()
         with pytest.raises(WorkerLost, match=f"{channel.address}: the worker went away"):
-            channel.receive(120.0)
-        assert time.monotonic() - started < 5.0
+            channel.receive(1e4)  # which the test's own time limit does not let pass
         assert not driver.allocated
         assert not driver.locked
         with pytest.raises(ChannelClosed):
@@ -141,7 +142,7 @@ def test_a_client_whose_worker_does_not_let_go_ends_all_the_same(driver: FakeIpc
         arrived(listener)
         started = time.monotonic()
         channel.close()
-        assert PARTING_S * 0.9 < time.monotonic() - started < PARTING_S + 10.0
+        assert PARTING_S * 0.9 < time.monotonic() - started < PARTING_S + WAIT_S
         assert driver.freed_while_open == 1
         assert not driver.allocated
         assert isinstance(listener.receive(WAIT_S), Departure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import subprocess
 import sys
@@ -13,17 +12,21 @@ from pathlib import Path
 import pytest
 import zmq
 
+from tests.commands import LIMIT_S
 from tsqp.errors import WorkerUnreachable
 from tsqp.wire.transport import connect
 from tsqp.wire.transport import zmq as transport
 from tsqp.wire.transport.descriptors import PER_CONNECTION, SPARE, connections_left, descriptors_left
 
 _UNTIL_NONE_IS_LEFT = """
-import resource
+import os, resource
 from tsqp.errors import WorkerUnreachable
 from tsqp.wire.transport import connect, listen
 from tsqp.wire.transport.descriptors import descriptors_left
 
+before = descriptors_left()
+opened = os.pipe()
+print(before - descriptors_left())
 listener = listen("tcp://127.0.0.1:0")
 opened = [connect(listener.address)]
 before = descriptors_left()
@@ -44,9 +47,10 @@ print("again")
 
 
 def test_a_process_without_descriptors_goes_on() -> None:
-    ended = subprocess.run([sys.executable, "-c", _UNTIL_NONE_IS_LEFT], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    each, opened, error, again = ended.stdout.splitlines()
+    ended = subprocess.run([sys.executable, "-c", _UNTIL_NONE_IS_LEFT], capture_output=True, text=True, timeout=LIMIT_S)
+    assert ended.returncode == 0, ended.stderr
+    pipe, each, opened, error, again = ended.stdout.splitlines()
+    assert int(pipe) == 2
     assert 1 < int(each) <= PER_CONNECTION  # with the listener's one, which is in the same process
     assert int(opened) > 4
     assert "too few descriptors left" in error
@@ -66,15 +70,14 @@ def test_how_many_are_left_is_what_the_limit_leaves(monkeypatch: pytest.MonkeyPa
     def limited_to(count: int) -> None:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (count, -1))
 
+    opened = 20  # of this process and no other test's: how many there really are is asked above
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter([path] * opened))
     limited_to(100_000)
-    before = descriptors_left()
-    reading, writing = os.pipe()
-    assert descriptors_left() == before - 2
-    os.close(reading)
-    os.close(writing)
-    opened = 100_000 - before
+    assert descriptors_left() == 100_000 - opened
     limited_to(opened + SPARE + 3 * PER_CONNECTION)
-    assert connections_left() in (2, 3)  # looking takes one for the moment
+    assert connections_left() == 3
+    limited_to(opened + SPARE + 3 * PER_CONNECTION - 1)
+    assert connections_left() == 2
     limited_to(opened)
     assert connections_left() == 0
     limited_to(resource.RLIM_INFINITY)

@@ -163,10 +163,11 @@ def test_a_front_that_leaves_in_the_middle_is_noticed_at_once() -> None:
 
 
 def test_nobody_there_is_said_with_the_address() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with pytest.raises(RosterError, match=rf"^roster\+tcp://127.0.0.1:{port}: the front cannot be asked"):
-        found(f"roster+tcp://127.0.0.1:{port}", 1)
+    with socket.socket() as taken:  # at which nobody listens, as long as it is there
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(RosterError, match=rf"^roster\+tcp://127.0.0.1:{port}: the front cannot be asked"):
+            found(f"roster+tcp://127.0.0.1:{port}", 1)
 
 
 def test_a_file_is_read_whole_and_bounded(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tsqp.wire.transport import connect, listen
 StartProcess = Callable[..., "subprocess.Popen[str]"]
 
 WORKER = Path(__file__).with_name("worker_process.py")
+NEVER_S = 1e4  # a deadline that the test's own time limit does not let pass
 
 
 @pytest.fixture
@@ -64,10 +65,8 @@ def test_a_killed_worker_is_noticed_at_once(start: StartProcess, address: str) -
         channel.send(Frames(b"silence"))
         assert said(worker) == {"busy": True}
         worker.kill()
-        started = time.monotonic()
         with pytest.raises(WorkerLost, match=channel.address):
-            channel.receive(120.0)
-        assert time.monotonic() - started < 5.0  # typically 1 ms; the deadline is far away
+            channel.receive(NEVER_S)  # typically 1 ms
 
 
 def test_sending_to_a_killed_worker_fails_too(start: StartProcess, address: str) -> None:

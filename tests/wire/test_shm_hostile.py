@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.wire.links import WAIT_S, arrived
-from tests.wire.shm_peers import ARENA_BYTES, memfd, opening, raw_client, raw_worker, read_to_end
+from tests.wire.shm_peers import ARENA_BYTES, descriptors_of, memfd, opening, raw_client, raw_worker, read_to_end
 from tsqp.errors import ChannelClosed, ChannelError, ProtocolError, WorkerLost
 from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.codec import MAX_CONTROL_BYTES
@@ -141,10 +141,10 @@ def test_a_worker_cannot_take_the_memory_away(private_dir: Path) -> None:
 def test_descriptors_from_a_worker_are_not_taken(private_dir: Path) -> None:
     with raw_worker(private_dir) as (worker, channel):
         channel.send(Frames(b"call"))
-        before = descriptors()
+        before = descriptors_of(worker.fd)
         socket.send_fds(worker.line, [encode_answer(Answer(1, b"done"))], [worker.fd] * 100)
         assert channel.receive(WAIT_S).control == b"done"
-        assert descriptors() == before
+        assert descriptors_of(worker.fd) == before
 
 
 def test_what_was_answered_before_the_end_is_delivered_first(private_dir: Path) -> None:
@@ -367,10 +367,10 @@ def test_a_descriptor_sent_later_is_not_taken(listener: Listener) -> None:
     with raw_client(listener.address) as line:
         socket.send_fds(line, [opening()], [fd])
         assert not isinstance(listener.receive(0.01), Arrival)
-        before = descriptors()
+        before = descriptors_of(fd)
         socket.send_fds(line, [encode_request(Request(1, b"call"))], [fd] * 50)
         assert arrived(listener).frames.control == b"call"
-        assert descriptors() == before
+        assert descriptors_of(fd) == before
     os.close(fd)
 
 
@@ -433,7 +433,7 @@ def test_another_user_who_reaches_the_socket_is_shut_out(uid: int, bytes_read: i
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as stranger:
                 assert stranger.stdout is not None
                 assert stranger.stdout.readline() == "in\n"
-                event = listener.receive(1.0 if bytes_read else 0.1)
+                event = listener.receive(WAIT_S if bytes_read else 0.1)
                 assert isinstance(event, Departure) == bool(bytes_read)  # one with no name has no end
                 assert int(stranger.stdout.read()) == bytes_read
 

@@ -33,7 +33,7 @@ os.setgroups([]); os.setgid(me); os.setuid(me)
 try:
     channel = connect(address, user=worker, arena_bytes=1 << 20)
     channel.send(Frames(b"call", (memoryview(b"x" * 64),)), 64)
-    print("answer", bytes(channel.receive(20.0).tensors[0][:4]).decode())
+    print("answer", bytes(channel.receive(100.0).tensors[0][:4]).decode())
 except TsqpError as error:
     print(type(error).__name__, error)
 """

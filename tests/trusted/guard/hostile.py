@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 
 from tests.conftest import fresh_address
@@ -19,11 +22,14 @@ from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.field import FieldWeights
 from tsqp.arith.modulus import P
 from tsqp.checkpoint import open_checkpoint
+from tsqp.trusted.decode_step import DecodeStep
+from tsqp.trusted.remote.session import WorkerSession
 from tsqp.untrusted.paths.field import FieldOperators, FieldWorkerWeights
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.codec import decode_to_worker, encode
+from tsqp.wire.exchange import UNANSWERED
 from tsqp.wire.messages import Done, MultiplyPads, Product
 from tsqp.wire.transport import listen
 
@@ -211,3 +217,29 @@ def overwritten_input(worker: HostileWorker, call: AnyProduct, arrival: Arrival)
 
 def stalled(worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> None:
     """No answer at all."""
+
+
+DEADLINE_S = 60.0  # of sessions with such workers
+
+
+def pass_the_deadline_once_stalled(monkeypatch: pytest.MonkeyPatch, worker: HostileWorker) -> None:
+    """The deadline passes at once for an answer that is held back, and not for one that is late on a busy machine."""
+    receive, settle = WorkerSession._receive, DecodeStep._settle
+
+    def left_of(within_s: float) -> float:
+        return within_s if worker.attacked is None else max(0.0, within_s - DEADLINE_S + 0.05)
+
+    def received(session: WorkerSession, within_s: float) -> None:
+        while worker.attacked is None and not session.channel.arrived(0.01):
+            pass
+        receive(session, left_of(within_s))
+
+    def settled(step: DecodeStep, plan: Any, why: int, size: int) -> None:
+        line = step._line.descriptor
+        while why == UNANSWERED and worker.attacked is None and not select.select([line], [], [], 0.01)[0]:
+            pass
+        step._session.deadline_s = left_of(step._session.deadline_s)
+        settle(step, plan, why, size)
+
+    monkeypatch.setattr(WorkerSession, "_receive", received)
+    monkeypatch.setattr(DecodeStep, "_settle", settled)

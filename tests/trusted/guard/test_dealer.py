@@ -13,7 +13,7 @@ import torch
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard import hostile
 from tests.trusted.guard.fakes import record_blocks, secrets_of
-from tests.trusted.guard.hostile import Attack, HostileWorker, edited, serve
+from tests.trusted.guard.hostile import DEADLINE_S, Attack, HostileWorker, edited, pass_the_deadline_once_stalled, serve
 from tests.trusted.guard.recorder import Recorder
 from tsqp import LLM, SamplingParams
 from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
@@ -65,10 +65,9 @@ def dealt(
     transport: str = "mem",
     ahead: int = 0,
     dealer_model: str = MODEL,
-    deadline_s: float = 60.0,
 ) -> Iterator[Run]:
     """An engine at ``masked`` with a worker and a dealer; nothing is made ahead unless ``fill`` is called."""
-    asked = RunConfig(MODEL, "masked", WorkerConfig(deadline_s=deadline_s), GuardConfig(pads_ahead=ahead))
+    asked = RunConfig(MODEL, "masked", WorkerConfig(deadline_s=DEADLINE_S), GuardConfig(pads_ahead=ahead))
     plan = Plan.of(asked, stored_dtype(MODEL))
     with ExitStack() as stack:
         worker, address = stack.enter_context(serve(MODEL, transport=transport))
@@ -164,7 +163,9 @@ def test_a_dealer_that_lies_in_a_call(lie: str, at: int, monkeypatch: pytest.Mon
     """The pads were not ready, so that a product waits for the dealer: it ends the session."""
     attack, error = LIES[lie]
     blocks = record_blocks(monkeypatch)
-    with dealt(attack, at, deadline_s=0.5 if error is DeadlineExceeded else 60.0) as run:
+    with dealt(attack, at) as run:
+        if error is DeadlineExceeded:
+            pass_the_deadline_once_stalled(monkeypatch, run.dealer)
         iterator = iter(run.engine.generate([PROMPT], SamplingParams(max_tokens=STEPS)))
         tokens: list[int] = []
         with pytest.raises(error):

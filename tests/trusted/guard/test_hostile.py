@@ -27,7 +27,16 @@ from tests.trusted.guard.fakes import (
     secrets_of,
 )
 from tests.trusted.guard.honest import HonestConnection
-from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, NotHereError, edited, serve
+from tests.trusted.guard.hostile import (
+    DEADLINE_S,
+    AnyProduct,
+    Attack,
+    HostileWorker,
+    NotHereError,
+    edited,
+    pass_the_deadline_once_stalled,
+    serve,
+)
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.modulus import P
@@ -104,11 +113,12 @@ def attack_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks = record_blocks(monkeypatch)
-    deadline_s = 0.5 if expected is DeadlineExceeded else 60.0
     with (
         serve(MODEL, attack, at, transport) as (worker, address),
-        LLM(MODEL, protection=mode, worker=WorkerConfig(address, deadline_s=deadline_s, patience_s=0)) as llm,
+        LLM(MODEL, protection=mode, worker=WorkerConfig(address, deadline_s=DEADLINE_S, patience_s=0)) as llm,
     ):
+        if expected is DeadlineExceeded:
+            pass_the_deadline_once_stalled(monkeypatch, worker)
         tokens, _ = tokens_until_failure(llm, expected)
         assert worker.attacked is not None
         assert tokens == right_tokens[: worker.attacked // CALLS]

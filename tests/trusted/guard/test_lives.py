@@ -108,12 +108,14 @@ def test_every_bit_of_the_check_of_pads_is_compared(bit: int) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """All that was drawn from the operating system's entropy."""
-    real, found = os.urandom, []
+    """All that this thread has drawn from the operating system's entropy: those of other tests may draw too."""
+    real, own, found = os.urandom, threading.get_ident(), []
 
     def urandom(size: int) -> bytes:
-        found.append(real(size))
-        return found[-1]
+        drawn = real(size)
+        if threading.get_ident() == own:
+            found.append(drawn)
+        return drawn
 
     monkeypatch.setattr(os, "urandom", urandom)
     return found

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.commands import LIMIT_S
 from tests.families import random_tokens, tiny_model
 from tests.trusted.guard.fakes import HEAD, KEY, OTHER, Array, make_groups, make_pool, record_blocks, secrets_of
 from tests.trusted.guard.honest import HonestConnection
@@ -58,7 +59,7 @@ def refuse(error: Exception) -> Callable[[], None]:
 
 def eventually(condition: Callable[[], bool]) -> bool:
     """Whether it comes true within a time that only a failure takes."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + LIMIT_S
     while not condition() and time.monotonic() < end:
         time.sleep(0.002)
     return condition()

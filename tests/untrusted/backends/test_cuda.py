@@ -14,7 +14,8 @@ from tests.arith.kernels import CPU
 from tests.untrusted.calls import CHECKPOINT
 from tests.untrusted.device_calls import CALLS, HIDDEN, NAMES, QKV, on_the_cpu, payload_of
 from tests.untrusted.fake_driver import FakeDriver
-from tests.untrusted.shm_worker import CLIENT, WAIT_S, connected, failure, fake_backend, product, serving
+from tests.untrusted.shm_worker import CLIENT, connected, failure, fake_backend, product, serving
+from tests.wire.links import WAIT_S
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.cuda import CudaBackend

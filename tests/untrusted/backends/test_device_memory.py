@@ -19,8 +19,9 @@ from tests.families import random_tokens
 from tests.untrusted.calls import CHECKPOINT
 from tests.untrusted.device_calls import CALLS, HIDDEN, NAMES, QKV, on_the_cpu, payload_of
 from tests.untrusted.fake_driver import FakeDriver, FakeEvent
-from tests.untrusted.shm_worker import WAIT_S, Watched, connected, failure, fake_backend, product, serving
+from tests.untrusted.shm_worker import Watched, connected, failure, fake_backend, product, serving
 from tests.wire.fake_cuda import FakeIpc
+from tests.wire.links import WAIT_S
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.config.partition import PartitionName
@@ -57,7 +58,8 @@ class Here:
 
 
 @pytest.fixture
-def here() -> Here:
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    monkeypatch.setattr("tsqp.wire.transport.cuda.channel.PARTING_S", WAIT_S)  # its thread may get no processor
     return Here()
 
 
@@ -196,9 +198,9 @@ from tsqp.wire.transport import connect
 address, fingerprint, payload, reply = sys.argv[1:]
 channel = connect(address, driver=FakeIpc())
 channel.send(Frames(encode(Hello(PROTOCOL_VERSION, fingerprint, "float32", "float"))))
-channel.receive(20)
+channel.receive(100)
 channel.send(Frames(encode(Linear(1, "qkv", 0, None, 1)), (memoryview(bytes.fromhex(payload)),)), int(reply))
-print(channel.receive(20).tensors[0].hex(), flush=True)
+print(channel.receive(100).tensors[0].hex(), flush=True)
 sys.stdin.read()
 """
 

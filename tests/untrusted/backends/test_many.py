@@ -14,7 +14,8 @@ from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, gr
 from tests.untrusted.device_calls import CALLS, HIDDEN, NAMES, QKV, STORE, on_the_cpu, payload_of
 from tests.untrusted.fake_driver import FakeDriver, FakeHost, ProtocolViolation
 from tests.untrusted.many_devices import drivers_of, fake_devices, owned_store, serving_on
-from tests.untrusted.shm_worker import CLIENT, WAIT_S, connected, failure, product
+from tests.untrusted.shm_worker import CLIENT, connected, failure, product
+from tests.wire.links import WAIT_S
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.config.groups import GROUP_NAMES, GroupName, linear_groups

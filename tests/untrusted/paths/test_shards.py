@@ -14,6 +14,8 @@ from msgspec.structs import replace
 from tests.arith.kernels import CPU, KERNELS
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
 from tests.untrusted.many_devices import fake_devices, owned_store
+from tests.untrusted.patient_calls import PatientCalls
+from tests.wire.links import WAIT_S
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.few_rows import FewRowsKernel
 from tsqp.arith.field import MAX_SMALL, Digits
@@ -25,7 +27,6 @@ from tsqp.errors import ModelMismatch, OptionError
 from tsqp.model.quantised import ShardDigests, load_quantised_group
 from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.stats import Stats
-from tsqp.untrusted.compiled_calls import CompiledCalls
 from tsqp.untrusted.paths.field import FieldWorkerWeights
 from tsqp.untrusted.paths.many_weights import check_features
 from tsqp.untrusted.store import ManyStore, WeightStore
@@ -37,7 +38,6 @@ from tsqp.wire.payload import tensor_bytes
 from tsqp.wire.transport import connect, listen, new_shm_address
 
 FIELD = Hello(PROTOCOL_VERSION, HELLO.fingerprint, "float32", "field")
-WAIT_S = 20.0
 TILINGS = {
     "halves": ["0..3/0..1of2", "0..3/1..2of2"],
     "uneven": ["0..3/0..2of5", "0..3/2..3of5", "0..3/3..5of5"],
@@ -194,6 +194,10 @@ class Counted(Worker):
 
     in_python = 0
 
+    def __init__(self, store: WeightStore, calls: PatientCalls) -> None:
+        super().__init__(store, calls)
+        self.calls = calls
+
     def answer(self, arrival: Arrival) -> Frames | None:
         self.in_python += 1
         return super().answer(arrival)
@@ -203,7 +207,7 @@ class Counted(Worker):
 def served(shard: Shard) -> Iterator[tuple[str, Counted]]:
     """A worker of a shard over shm, with the loop for calls that come again."""
     store = WeightStore(CHECKPOINT, "float32", CPU, kernel=FewRowsKernel(), shard=shard)
-    with closing(listen(new_shm_address())) as listener, closing(CompiledCalls()) as calls:
+    with closing(listen(new_shm_address())) as listener, closing(PatientCalls()) as calls:
         worker = Counted(store, calls)
         worker.prepare("field")
         thread = threading.Thread(target=worker.serve, args=(listener,), daemon=True)
@@ -257,7 +261,8 @@ def test_calls_that_come_again_are_answered_by_the_loop_with_the_same_bits(text:
                         asked += 1
                         del reply
                     del slot
-        assert worker.in_python < asked  # hello and the first of three are; more where this side was slow
+        # Hello and the first of three, and what came after the loop had waited in vain: this side may be slow.
+        assert worker.in_python <= 1 + asked // 3 + worker.calls.waited
         session.ping()
         session.close()
 
