@@ -48,6 +48,7 @@ from tsqp.cores import cores
 from tsqp.plan.cluster import Link, Setting, Team
 from tsqp.plan.constants import FEW_ROWS, Constants, NumberTimes, ProductTimes, TransportKind
 from tsqp.plan.passes import Model, Parts
+from tsqp.plan.report import plan
 
 DEEP, WIDE = "smollm2-135m", "llama-3.2-1b-4-layers"
 WORKER = ProductTimes(5e-5, 3e-11, 2e-12, 1e-12, 2e-9)
@@ -256,5 +257,9 @@ def test_constants_are_measured_and_can_be_planned_with(monkeypatch: pytest.Monk
     assert known.devices["cpu"].products.keys() == {"masked", "verified"}
     assert known.devices["cpu"].source == source_of(known.machine)
     assert known.trusted.call_s.keys() == {"step", "shm", "tcp", "team_shm", "team_tcp"}
-    assert known.trusted.call_s["team_tcp"] > 0
     assert known.cores == cores()
+    # Any one of them may come out at nothing: they are differences of times, and this machine does other things.
+    setting = Setting(SHAPES["tiny"], "masked", Link.parse("shm", None, None, None), cores(), "cpu")
+    planned = plan(known, setting, [Team(columns=2)])
+    assert planned["decode"]["step_s"] > 0
+    assert planned["prefill"]["prompt_s"] > 0

@@ -22,9 +22,10 @@ def test_pauses_after_a_lost_worker_have_their_parts(tmp_path: Path) -> None:
     assert list(rows) == ["started here", "spare", "standby"]
     assert rows["started here"]["start_s"] > 0
     for row in rows.values():
-        assert min(row["vectors_s"], row["greeting_s"], row["rest_s"]) > 0
+        assert min(row["vectors_s"], row["greeting_s"]) > 0
         both = max(row["start_s"], row["vectors_s"])  # the vectors are made while the worker starts
         assert row["pause_s"] == pytest.approx(both + row["greeting_s"] + row["rest_s"])
+        assert row["rest_s"] < row["pause_s"]  # on a busy machine below zero: the greeting is beside the vectors too
 
 
 @pytest.mark.slow
