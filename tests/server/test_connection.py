@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from tests.commands import LIMIT_S
 from tests.server.asgi import echo
 from tests.server.sockets import Client, parsed, served
 from tsqp.server.connection import Bounds, bounded
@@ -115,7 +116,7 @@ def test_a_client_that_takes_nothing_is_cut_off_and_the_endpoint_hears_of_it() -
 
     with served(endless, Bounds(10, LONG_S, SHORT_S)) as port, Client(port, receive_buffer=4096) as client:
         client.send(GET)
-        assert heard.wait(30)
+        assert heard.wait(LIMIT_S)
 
 
 @pytest.mark.parametrize("bomb", ["x" * 5000, "x: " + "y" * 5000, "x: y\r\n" * 1000], ids=["name", "value", "many"])
@@ -157,7 +158,7 @@ def test_a_body_that_breaks_while_it_is_answered_ends_both() -> None:
         client.until(b"begun")
         client.send("nonsense\r\n")
         assert b"0\r\n\r\n" not in client.rest()  # the end of an answer would say that it is whole
-        assert heard.wait(30)
+        assert heard.wait(LIMIT_S)
 
 
 PIECES = (
