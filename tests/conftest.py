@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import tests.cached_loops  # noqa: F401  (before anything that has loops)
 from tests.commands import Home, Result
@@ -27,7 +27,8 @@ from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
 from tsqp.wire.transport import listen, new_ipc_address, new_shm_address
 
-settings.register_profile("tsqp", deadline=None)  # speed is checked in benchmarks, never in tests
+# Speed is checked in benchmarks, never in tests: neither that of a test nor that of making its examples.
+settings.register_profile("tsqp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tsqp")
 
 StartWorker = Callable[..., str]

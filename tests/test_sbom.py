@@ -67,7 +67,6 @@ def test_the_bill_names_the_commit_and_what_is_asked_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_make_writes_one_that_cyclonedx_accepts(tmp_path: Path) -> None:
     """The tool's own schema is what the script ends with; here: that the command does it, twice the same."""
     texts = []

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.commands import LIMIT_S
+
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 NUMPY_SAYS = "overflow encountered in multiply"
 
@@ -56,7 +58,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     )
     options = ("-v", "-c", PYPROJECT, "--rootdir", directory, "-p", "no:cacheprovider", directory / "test_all.py")
     command = [sys.executable, "-m", "pytest", *map(str, options)]
-    printed = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=100).stdout
+    printed = subprocess.run(
+        command, cwd=directory, capture_output=True, text=True, check=False, timeout=LIMIT_S
+    ).stdout
     passed = set(re.findall(r"::test_(\d+) PASSED", printed))
     shown = set(re.findall(r"^test_all\.py::test_(\d+)$", printed, re.MULTILINE))  # in the summary of warnings
     return Outcomes(printed, {name: Outcome(str(n) in passed, str(n) in shown) for n, name in enumerate(statements)})

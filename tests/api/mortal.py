@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
+from tests.commands import LIMIT_S, wait_until
 from tests.conftest import fresh_address
 from tests.families import random_tokens
 from tests.trusted.step_runs import RecordingWorker
@@ -80,15 +81,19 @@ def living(worker: Mortal, transport: str = "shm") -> Iterator[str]:
                 listening.set()
                 worker.serve(listener)
 
+    def ended() -> bool:
+        worker.listener.interrupt()  # again: after a death the next listener may be there a moment later
+        thread.join(0.01)
+        return not thread.is_alive()
+
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    assert listening.wait(20)
+    assert listening.wait(LIMIT_S)
     try:
         yield address
     finally:
         over.set()
-        worker.listener.interrupt()
-        thread.join(20)
+        wait_until(ended)
 
 
 def answers(llm: LLM) -> list[Completion]:

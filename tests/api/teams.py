@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, serving
 from tsqp import LLM, WorkerConfig
@@ -66,7 +67,7 @@ class Stall:
 
     def __call__(self, worker: HostileWorker, call: AnyProduct, arrival: Arrival) -> Frames:
         answer = worker.honest(arrival)
-        assert self.go.wait(60)
+        assert self.go.wait(LIMIT_S)
         return answer
 
 
@@ -102,7 +103,7 @@ class Scene:
     def connect(self, address: str, **options: Any) -> Any:
         return self.captures[address].connect(address, **options)
 
-    def llm(self, mode: ProtectionName, *, deadline_s: float = 60.0, patience_s: float = 0.0, **options: Any) -> LLM:
+    def llm(self, mode: ProtectionName, *, deadline_s: float = LIMIT_S, patience_s: float = 0.0, **options: Any) -> LLM:
         """A run with all of them."""
         worker = WorkerConfig(self.address(0), deadline_s=deadline_s, patience_s=patience_s)
         guard = options.pop("guard", GuardConfig(pads_ahead=0) if mode == "masked" else None)

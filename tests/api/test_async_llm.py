@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.commands import LIMIT_S
 from tests.conftest import StartWorker
 from tests.families import tiny_model
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, StructuredOutputsParams
@@ -35,7 +36,7 @@ def with_llm(test: Callable[[AsyncLLM], Coroutine[Any, Any, None]], limits: Limi
         async with AsyncLLM(local(limits)) as llm:
             await test(llm)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 async def nothing_left(llm: AsyncLLM) -> None:
@@ -173,7 +174,7 @@ def test_closing_waits_for_what_is_under_way() -> None:
         await llm.close()
         assert not llm._thread.is_alive()
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 def test_closing_at_once_says_so_to_those_who_wait() -> None:
@@ -185,7 +186,7 @@ def test_closing_at_once_says_so_to_those_who_wait() -> None:
             async for _ in answer:
                 pass
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 def test_a_failed_pass_is_told_to_all_and_the_next_request_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +280,7 @@ def test_a_ping_is_a_round_trip_that_changes_nothing(
             assert llm.worker_state is not None
             assert (llm.worker_state.state, llm.worker_state.losses) == ("ready", 0)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def guard_figures(llm: LLM) -> tuple[object, ...]:
@@ -300,7 +301,7 @@ def test_a_ping_of_a_worker_that_has_gone_ends_the_line(start_worker: StartWorke
             assert llm.worker_state.state != "ready"
             assert llm.silent_s() > silent_before
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_without_a_worker_there_is_nothing_to_ping() -> None:
@@ -319,13 +320,13 @@ def test_a_ping_under_way_hears_that_the_model_is_closed(monkeypatch: pytest.Mon
 
     def held(_: LLM) -> None:
         asked.set()
-        may_go.wait(30)
+        may_go.wait(LIMIT_S)
 
     monkeypatch.setattr(LLM, "ping", held)
 
     async def test(llm: AsyncLLM) -> None:
         first = asyncio.create_task(llm.ping())
-        await asyncio.to_thread(asked.wait, 30)
+        await asyncio.to_thread(asked.wait, LIMIT_S)
         second = asyncio.create_task(llm.ping())
         await asyncio.sleep(0)
         closing = asyncio.create_task(llm.close())

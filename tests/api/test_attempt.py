@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from tests.api.workers import FakeLink, scene
+from tests.commands import LIMIT_S
 from tsqp.api.attempt import Attempt
 from tsqp.api.until import ENDLESS, Until
 from tsqp.errors import ChannelClosed, WorkerUnreachable
-
-LIMIT_S = 20.0
 
 
 class Worker:

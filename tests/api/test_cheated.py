@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.api.mortal import MODEL, PARAMS, PROMPTS, MortalRecorder, answers, living
+from tests.commands import LIMIT_S
 from tests.trusted.guard import hostile
 from tests.trusted.guard.fakes import MODES
 from tests.trusted.guard.hostile import Attack, edited
@@ -100,7 +101,7 @@ def test_where_there_is_no_other_every_request_ends_with_what_it_did(
             async with AsyncLLM(llm) as served:
                 await run(served)
 
-        asyncio.run(asyncio.wait_for(all_of_it(), 60))
+        asyncio.run(asyncio.wait_for(all_of_it(), LIMIT_S))
 
 
 def test_a_dealer_that_cheats_ends_the_run_and_accuses_no_worker() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.api.mortal import MODEL, MortalRecorder, answers, living
+from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tests.fronts import RosterWriter
 from tests.public_keys import KEYS
@@ -173,12 +174,12 @@ def test_who_cheats_while_two_threads_ask_is_expelled_and_the_worker_stays(
         if threading.current_thread().name == "tsqp-pads":
             fillers.append(threading.current_thread())
             filling.set()
-            assert (over if first == "the run's" else running).wait(20)
+            assert (over if first == "the run's" else running).wait(LIMIT_S)
             products[0, 0] ^= first == "the filler's"
         else:
             running.set()
             if first == "the filler's":
-                fillers[0].join(20)
+                fillers[0].join(LIMIT_S)
             products[0, 0] ^= 1
             false.append(dealers._asked.last.name)
         return products
@@ -186,14 +187,14 @@ def test_who_cheats_while_two_threads_ask_is_expelled_and_the_worker_stays(
     def ended(linears: MaskedLinears, error: BaseException) -> None:
         end(linears, error)
         over.set()
-        fillers[0].join(20)
+        fillers[0].join(LIMIT_S)
 
     with ExitStack() as stack:
         dealt = Dealt(stack, tmp_path / "dealers.json", MortalRecorder(), MortalRecorder())
         monkeypatch.setattr(Dealers, "products", asked)
         monkeypatch.setattr(MaskedLinears, "end", ended)
         with dealt.llm(ahead=32) as llm:
-            assert filling.wait(20)  # and stays there
+            assert filling.wait(LIMIT_S)  # and stays there
             assert answers(llm) == undisturbed
             state = state_of(llm)
             assert (list(state.expelled), state.address, state.failed_checks) == (false, dealt.worker, 1)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api import plan as plans
@@ -136,5 +137,5 @@ def kept(make: Callable[..., None], made: list[GrowingEmbedding]) -> Callable[..
 @pytest.mark.skipif(not may_lock_all(), reason="this process may not lock all of its memory")
 def test_a_locked_run_answers_and_says_so() -> None:
     command = [sys.executable, "-c", LOCKED, str(tiny_model("llama").directory)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert (result.returncode, result.stdout.split()) == (0, ["length", "True"]), result.stderr

@@ -16,6 +16,7 @@ import zmq
 
 from tests.api import teams
 from tests.api.mortal import MODEL, PARAMS, PROMPTS, MortalRecorder, answers, living
+from tests.commands import LIMIT_S
 from tests.families import random_tokens
 from tests.fronts import RosterWriter, front_process, front_thread, not_utf8
 from tests.trusted.guard import hostile
@@ -23,7 +24,8 @@ from tests.trusted.guard.hostile import edited, serve, serving
 from tests.trusted.guard.scan import shared_pads
 from tests.trusted.step_runs import RecordingWorker
 from tsqp import LLM, AsyncLLM, Completion, SamplingParams, WorkerConfig
-from tsqp.api import async_llm, private_sessions, rosters
+from tsqp.api import async_llm, dialling, private_sessions, rosters
+from tsqp.api.private_sessions import PrivateSessions
 from tsqp.api.roster_place import RosterPlace
 from tsqp.api.worker_state import WorkerState
 from tsqp.errors import WorkerLost
@@ -75,7 +77,7 @@ def keyed(worker: RecordingWorker, client: KeyFiles) -> Iterator[Member]:
             yield Member(listener.address, WHOLE, own.public.decode())
         finally:
             listener.interrupt()
-            thread.join(20)
+            thread.join(LIMIT_S)
 
 
 def state_of(llm: LLM) -> WorkerState:
@@ -143,7 +145,7 @@ def test_a_front_that_turns_hostile_while_nobody_asks_leaves_the_last_roster(
                 assert await model.generate(PROMPTS[0], PARAMS[0]) == undisturbed[0]
 
         with front_thread(document) as address:
-            asyncio.run(asyncio.wait_for(run(LLM(MODEL, protection="verified", worker=address)), 30))
+            asyncio.run(asyncio.wait_for(run(LLM(MODEL, protection="verified", worker=address)), LIMIT_S))
     assert asked
 
 
@@ -209,6 +211,13 @@ def test_the_workers_of_a_team_share_what_limits_leave(
     assert given == [250 << 20] * 2
 
 
+@pytest.fixture(autouse=True)
+def _replicas_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as anybody: on a busy machine one that is well may take longer than a run would wait for it."""
+    monkeypatch.setattr(dialling, "GRACE_S", LIMIT_S)
+    monkeypatch.setattr(private_sessions, "REPLICA_S", LIMIT_S)
+
+
 class Silent(teams.TeamWorker):
     """Is reached, and says nothing."""
 
@@ -220,7 +229,15 @@ class Silent(teams.TeamWorker):
 def test_a_replica_that_says_nothing_is_done_without(
     order: tuple[int, int], roster: RosterWriter, alone: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_sessions, "REPLICA_S", 0.1)
+    greet = PrivateSessions.open
+
+    def opened(sessions: PrivateSessions, channel: Channel, *others: Any, **options: Any) -> Any:
+        stats, digests, handshake_s = others
+        assert handshake_s is not None
+        handshake_s = 0.1 if channel.address == addresses[0] else handshake_s  # one that is well may take its time
+        return greet(sessions, channel, stats, digests, handshake_s, **options)
+
+    monkeypatch.setattr(PrivateSessions, "open", opened)
     monkeypatch.setattr(rosters, "RosterPlace", partial(RosterPlace, shuffle=lambda members: None))
     with team(Silent(teams.store_of(WHOLE)), teams.TeamWorker(teams.store_of(WHOLE))) as addresses:
         roster.names(*(Member(addresses[number], WHOLE) for number in order))
@@ -279,6 +296,8 @@ def test_where_the_roster_names_the_cheat_alone_the_end_says_why(roster: RosterW
             assert str(false.key) in str(caught.value)
             assert state_of(llm).state == "failed"
             asked = cheat.products
+            assert llm._workers is not None
+            llm._workers._patience_s = LIMIT_S  # whoever is admitted again may take its time
             llm.readmit(str(false.key))
             answers(llm)
             assert cheat.products > asked

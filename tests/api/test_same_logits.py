@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.commands import LIMIT_S
 from tests.families import random_tokens
 from tests.server.chat_model import IM_END, chat_model
 from tests.trusted.guard.fakes import MODES
@@ -123,4 +124,4 @@ def test_thirty_two_at_once(mode: ProtectionName, monkeypatch: pytest.MonkeyPatc
         limits = Limits(prefill_rows=20)
         llm = Recorded(str(chat_model()), protection=mode, worker=address, compute=compute, limits=limits)
         llm.recordings = {}
-        asyncio.run(asyncio.wait_for(run(llm), 100))
+        asyncio.run(asyncio.wait_for(run(llm), LIMIT_S))

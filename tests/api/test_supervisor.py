@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.api.workers import FakeLinks, FakePlace, Scene, scene
+from tests.commands import LIMIT_S
 from tsqp.api.supervisor import FIRST_WAIT_S, LONGEST_WAIT_S
 from tsqp.api.until import ENDLESS, Until
 from tsqp.errors import (
@@ -417,7 +418,7 @@ def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
 
     def connect(dial: Any, until: Until = ENDLESS) -> Any:
         dials.set()
-        answers.wait(20)
+        answers.wait(LIMIT_S)
         late.append(FakeLinks().connect(dial))
         return late[0]
 
@@ -434,15 +435,15 @@ def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
 
     waits = threading.Thread(target=wait)
     waits.start()
-    assert dials.wait(20)
+    assert dials.wait(LIMIT_S)
     seen.supervisor.stop()
-    waits.join(20)
+    waits.join(LIMIT_S)
     assert raised
     assert interrupted.is_set()
     answers.set()
     for thread in threading.enumerate():
         if thread.name == "tsqp-connect":
-            thread.join(20)
+            thread.join(LIMIT_S)
     assert late[0].closed == 1
     seen.supervisor.close()
     assert seen.places[0].closed == 1
@@ -468,9 +469,9 @@ def test_closing_ends_what_the_next_link_is_made_of() -> None:
     seen.lose()
     waits = threading.Thread(target=wait)
     waits.start()
-    assert reads.wait(20)
+    assert reads.wait(LIMIT_S)
     seen.supervisor.close()
-    waits.join(20)
+    waits.join(LIMIT_S)
     assert raised
     assert (len(seen.links.made), dialled(seen)) == (1, [1])
 

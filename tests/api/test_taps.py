@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.api.mortal import MODEL, PARAMS, PROMPTS, MortalRecorder, living, plain_worker
+from tests.commands import LIMIT_S
 from tests.families import random_tokens
 from tests.trusted.guard.fakes import MODES
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, WorkerConfig
@@ -39,7 +40,7 @@ def private(mode: ProtectionName, *workers: MortalRecorder, **options: Any) -> I
     """A model with taps whose workers are threads behind sockets."""
     with ExitStack() as stack:
         addresses = tuple(stack.enter_context(living(one)) for one in workers)
-        worker = WorkerConfig(addresses, deadline_s=60.0, patience_s=30.0)
+        worker = WorkerConfig(addresses, deadline_s=LIMIT_S, patience_s=LIMIT_S)
         guard = GuardConfig(pads_ahead=0) if mode == "masked" else None
         with LLM(MODEL, protection=mode, worker=worker, guard=guard, taps=True, **options) as llm:
             yield llm
@@ -66,7 +67,7 @@ def answered(llm: LLM, tap: Tap | None, *, company: bool = False) -> Completion:
             assert {len((await other).token_ids) for other in others} == ({12, 9, 20, 6} if company else set())
         return found
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_in_clear_the_rows_in_a_tap_are_those_of_its_own_tokens() -> None:
@@ -187,7 +188,7 @@ def test_an_abort_lets_go_of_it() -> None:
             assert llm.taps.current is None
 
     with private("verified", MortalRecorder(), limits=Limits(running=2)) as llm:
-        asyncio.run(asyncio.wait_for(run(llm), 60))
+        asyncio.run(asyncio.wait_for(run(llm), LIMIT_S))
 
 
 @pytest.mark.parametrize("partition", ["op", "batched", "layer"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.api.teams import MODEL, PLACEMENTS, Scene, Stall, TeamWorker, at_work, goes
+from tests.commands import LIMIT_S, wait_until
 from tests.families import random_tokens
 from tests.trusted.guard import hostile
 from tests.trusted.guard.altered import Altered, with_element
@@ -31,11 +34,32 @@ from tsqp.errors import (
 )
 from tsqp.trusted.remote import team, usual_time
 from tsqp.trusted.remote.team import Team
+from tsqp.trusted.remote.usual_time import UsualTime
 from tsqp.untrusted.store import WeightStore
 
 PROMPT = random_tokens(21)
 FEW = SamplingParams(max_tokens=4, ignore_eos=True)
 CALLS = 4 * 2 + 1  # of one pass
+STALLS_AT = 12  # a call of the second pass
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a call takes: a scheduler may hold up any thread. Who is to be slow is so by ``hasty``."""
+    for name in ("FIRST_S", "LEAST_S", "MOST_S"):
+        monkeypatch.setattr(usual_time, name, LIMIT_S)
+
+
+def hasty(monkeypatch: pytest.MonkeyPatch, scene: Scene, stall: Stall) -> None:
+    """Of worker 1, that stalls: somebody else is asked at once for the call that it owes, and for no other."""
+    patience_s = UsualTime.patience_s
+
+    def patience(usual: UsualTime, kinds: Iterable[Any]) -> float:
+        asked = list(kinds)
+        stalls = len(sent_rows_of(scene, 1)) > STALLS_AT and not stall.go.is_set()
+        return 0.0 if stalls and not any(member.late for member, _ in asked) else patience_s(usual, asked)
+
+    monkeypatch.setattr(UsualTime, "patience_s", patience)
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +196,12 @@ def test_over_all_members_together_no_pad_is_used_twice(placement: str) -> None:
 def test_over_all_members_together_no_pad_is_used_twice_whoever_is_asked_again(
     trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(usual_time, "FIRST_S", 0.05)
     stall = Stall()
     shards = ["0..3/0..1of2", "0..3/1..2of2", "0..3/1..2of2"]
-    with at_work(shards, {1: (stall if trouble == "stalls" else goes, 12)}) as scene, scene.llm("masked") as llm:
+    attack = stall if trouble == "stalls" else goes
+    with at_work(shards, {1: (attack, STALLS_AT)}) as scene, scene.llm("masked") as llm:
+        if trouble == "stalls":
+            hasty(monkeypatch, scene, stall)
         llm.generate([PROMPT, PROMPT, random_tokens(150)], FEW)
         llm.generate(PROMPT, FEW)
         used = pads_used(llm)
@@ -210,7 +236,8 @@ def test_a_replica_answers_for_one_that_stalls_and_gets_the_same_rows(
     monkeypatch.setattr(team, "SLOW_S", 0.0)  # it may have its share of many rows as soon as it owes nothing
     stall = Stall()
     shards = ["0..3/0..1of2", "0..3/1..2of2", "0..3/1..2of2"]
-    with at_work(shards, {1: (stall, 12)}) as scene, scene.llm(mode) as llm:
+    with at_work(shards, {1: (stall, STALLS_AT)}) as scene, scene.llm(mode) as llm:
+        hasty(monkeypatch, scene, stall)
         assert llm.generate(PROMPT, FEW)[0].token_ids == tuple(alone[1])
         assert team_of(llm).hedged >= 1
         stalled, replica = (sent_rows_of(scene, number) for number in (1, 2))
@@ -218,12 +245,13 @@ def test_a_replica_answers_for_one_that_stalls_and_gets_the_same_rows(
         (late,) = [member.late for member in team_of(llm).members if member.name == "worker 1"]
         assert len(late) == 1
         before = scene.workers[1].products
-        stall.go.set()
-        for _ in range(50):  # the late answer is dropped when it comes, and its worker goes on
+
+        def goes_on() -> bool:
             llm.logits(random_tokens(131))
-            if scene.workers[1].products > before + CALLS:
-                break
-        assert scene.workers[1].products > before + CALLS
+            return scene.workers[1].products > before + CALLS
+
+        stall.go.set()
+        wait_until(goes_on)  # the late answer is dropped when it comes
         assert llm.generate(PROMPT, FEW)[0].token_ids == tuple(alone[1])
         assert len(team_of(llm).members) == 3
 
@@ -271,10 +299,17 @@ def test_a_worker_that_is_gone_is_noticed_by_a_ping() -> None:
             llm.ping()
 
 
-def test_a_stall_without_a_replica_ends_at_the_deadline() -> None:
-    stall = Stall()
-    with at_work(PLACEMENTS["columns"], {1: (stall, 3)}) as scene:
-        with scene.llm("verified", deadline_s=0.5) as llm, pytest.raises(DeadlineExceeded) as caught:
+def test_a_stall_without_a_replica_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    stall, first_of = Stall(), Team._first_of
+
+    def waits(one: Team, answer: Any, part: Any) -> Any:
+        stalls = part.asked[0].member.name == "worker 1" and len(sent_rows_of(scene, 1)) > STALLS_AT
+        one.deadline_s = 0.1 if stalls else LIMIT_S  # of nobody else: each worker here has a deadline
+        return first_of(one, answer, part)
+
+    with at_work(PLACEMENTS["columns"], {1: (stall, STALLS_AT)}) as scene:
+        monkeypatch.setattr(Team, "_first_of", waits)
+        with scene.llm("verified") as llm, pytest.raises(DeadlineExceeded) as caught:
             llm.generate(PROMPT, FEW)
         assert caught.value.worker == "worker 1"
         stall.go.set()

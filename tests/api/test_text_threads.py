@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tsqp.api.text_threads import on_text_thread
 from tsqp.cores import cores
 
@@ -21,7 +22,7 @@ def test_as_many_are_at_work_as_there_are_cores_and_the_loop_goes_on() -> None:
         with lock:
             at_work += 1
             most = max(most, at_work)
-        may_end.wait(30)
+        may_end.wait(LIMIT_S)
         with lock:
             at_work -= 1
         return number + more

@@ -149,7 +149,6 @@ def test_one_prompt_and_no_misspelt_option(tsqp: Callable[..., Result], given: l
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_of_the_default_model_masked_shows_no_more_than_noise() -> None:
     options: dict[str, Any] = {"model": "default", "device": "cpu", "dtype": "auto", "threads": 2}
     in_open, verified, masked = run_audit(SECRET, MODES, **options, notes=Console(quiet=True))

@@ -114,7 +114,6 @@ def test_a_cache_of_keys_that_is_none_is_refused(tsqp: Command, kept: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_from_a_server_to_a_replay(home: Home, tsqp: Command, tmp_path: Path) -> None:
     """A server in a process of its own, evidence of kind none, a stream by chance, and all checks there are."""
     model = ("--model", chat_model())

@@ -19,6 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 import tsqp
+from tests.commands import LIMIT_S
 from tsqp.server.console.pages import HEADERS
 
 STATIC = Path(tsqp.__file__).parent / "server" / "console" / "static"
@@ -185,5 +186,5 @@ def fake_server() -> Iterator[FakeServer]:
         yield fake
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(LIMIT_S)
         listener.close()

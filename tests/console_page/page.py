@@ -12,7 +12,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-LIMIT_S = 60.0  # of any one wait; a hang fails the test and a slow machine does not
+from tests.commands import LIMIT_S
+
 WATCH = """
 window.violations = [];
 addEventListener("securitypolicyviolation", (e) => window.violations.push(`${e.violatedDirective} ${e.blockedURI}`));

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from tests.api.mortal import MortalRecorder
+from tests.commands import LIMIT_S
 from tests.conftest import fresh_address
 from tests.server.chat_model import chat_model
 from tests.server.serving import NAME, served, service_of
@@ -39,7 +40,7 @@ def console(protection: ProtectionName, worker: str | None = None) -> Iterator[s
 def api_text(url: str, question: str, **fields: Any) -> str:
     """What the chat API answers."""
     body = {"model": NAME, "messages": [{"role": "user", "content": question}], **fields}
-    answer = httpx.post(f"{url}v1/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{url}v1/chat/completions", json=body, timeout=LIMIT_S)
     return answer.raise_for_status().json()["choices"][0]["message"]["content"]
 
 
@@ -71,11 +72,11 @@ def coming_back(worker: MortalRecorder) -> Iterator[tuple[str, threading.Event]]
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    assert listening.wait(20)
+    assert listening.wait(LIMIT_S)
     try:
         yield address, again
     finally:
         over.set()
         again.set()
         worker.listener.interrupt()
-        thread.join(20)
+        thread.join(LIMIT_S)

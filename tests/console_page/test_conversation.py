@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from selenium.webdriver import Keys
 
+from tests.commands import LIMIT_S
 from tests.console_page.fake_server import FakeServer, Gate
 from tests.console_page.page import Page
 from tests.console_page.seen_events import noise
@@ -49,7 +50,7 @@ def test_an_answer_is_stopped(page: Page, server: FakeServer) -> None:
     page.wait(lambda: page.answer == "a beginning")
     page.press(Keys.ESCAPE)
     page.wait_for("Ready")
-    assert server.left.wait(20)
+    assert server.left.wait(LIMIT_S)
     assert page.answer == "a beginning"
     assert "Stopped." in page.text(".note")
     assert "You stopped this answer" in page.text("#seen-body")
@@ -63,7 +64,7 @@ def test_an_answer_ends_when_the_page_is_left(page: Page, server: FakeServer) ->
         page.ask("hello")
         page.wait(lambda: page.answer == "a beginning")
         page.chrome.get("about:blank")
-        assert server.left.wait(10)
+        assert server.left.wait(LIMIT_S)
         page.chrome.get(page.url)
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.console_page.fake_server import STATIC, FakeServer, Named
 from tests.console_page.page import Page
 from tests.console_page.seen_events import noise
@@ -74,7 +75,7 @@ def test_each_module_is_read_by_node_too() -> None:
         const vm = require("vm"), fs = require("fs");
         for (const name of process.argv.slice(1)) new vm.SourceTextModule(fs.readFileSync(name, "utf8"));"""
     command = ("node", "--no-warnings", "--experimental-vm-modules", "--eval", read, *map(str, MODULES))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,8 +16,6 @@ from tests.console_page.real_servers import Cheat, api_text, coming_back, consol
 from tests.server.chat_model import chat_model
 from tests.server.process import serving
 
-pytestmark = pytest.mark.timeout(300)  # the first server of a fresh machine compiles its loops
-
 QUESTION = "Who wrote this, and when?"
 SEED = 3
 TOKENS = 60

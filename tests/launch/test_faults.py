@@ -48,7 +48,7 @@ def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadli
 
 
 def test_a_worker_killed_while_generating_costs_a_line_and_no_token(home: Home) -> None:
-    asked = ("generate", "hello", *MODEL, "--ignore-eos", "-n", "300")
+    asked = ("generate", "hello", *MODEL, "--ignore-eos", "-n", "1000")
     with home.started(*asked) as process:
         first = os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)
@@ -127,7 +127,7 @@ def test_a_worker_gets_a_scrubbed_environment_and_no_descriptor(home: Home) -> N
     os.set_inheritable(inherited, True)
     secret = "correct-horse"
     # At open: the memory and the environment of a private mode's process can be read by nobody but root.
-    run = ("generate", "hello", *MODEL, "--protection", "open", "--ignore-eos", "-n", "200")
+    run = ("generate", "hello", *MODEL, "--protection", "open", *ENDLESS)
     with home.started(*run, MY_SECRET=secret) as process:
         assert os.read(process.stdout.fileno(), 1)  # type: ignore[union-attr]
         (worker,) = children(process.pid)

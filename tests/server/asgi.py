@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tests.commands import LIMIT_S
 from tsqp.server.under_way import request_under_way
 
 HOST = "http://localhost"
@@ -29,7 +30,7 @@ def ask(
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=host) as client:
             return await client.request(method, path, headers=headers, content=content)
 
-    return asyncio.run(asyncio.wait_for(send(), 30))
+    return asyncio.run(asyncio.wait_for(send(), LIMIT_S))
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.commands import LIMIT_S
 from tsqp import LLM
 from tsqp.server.listening import Listening
 from tsqp.server.ready import Ready
 from tsqp.server.run import serve
 from tsqp.server.settings import ServerSettings
-
-LIMIT_S = 30.0
 
 
 @dataclass

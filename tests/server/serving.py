@@ -17,6 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
+from tests.commands import LIMIT_S
 from tests.server.chat_model import CONTEXT, IM_END, chat_text_format
 from tsqp.api.answer import Answer, Delta
 from tsqp.api.async_llm import AsyncLLM
@@ -67,7 +68,7 @@ def served(service: Service) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(LIMIT_S)
         listener.close()
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from tests.commands import LIMIT_S
 from tsqp.server.connection import Bounds, bounded
-
-LIMIT_S = 30.0
 
 
 @contextlib.contextmanager

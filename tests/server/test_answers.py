@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.server.chat_model import chat_model
 from tests.server.serving import NAME, Exchange, Script, app_of, client_of, events_of, service_of
 from tsqp import LLM, AsyncLLM, ComputeConfig, Limits
@@ -50,7 +51,7 @@ def with_model(test: Callable[[AsyncLLM], Coroutine[Any, Any, None]], limits: Li
         async with AsyncLLM(llm) as model:
             await test(model)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 async def nothing_left(model: AsyncLLM) -> None:

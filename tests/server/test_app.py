@@ -112,7 +112,6 @@ def anonymous_kib() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_thousands_of_aborted_requests_leave_nothing(server: Served) -> None:
     app = create_app(server.service, probe=Fine())
     body = json.dumps({**BODY, "max_tokens": 500, "stream": True}).encode()

@@ -84,7 +84,6 @@ def log_of(server: Serving) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_where_there_is_no_other_every_stream_ends_with_what_it_did(home: Home, mode: ProtectionName) -> None:
     sleeper = Sleeper()
@@ -116,7 +115,6 @@ def test_where_there_is_no_other_every_stream_ends_with_what_it_did(home: Home, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_go_on_with_another_worker(home: Home, mode: ProtectionName) -> None:
     sleeper, honest = Sleeper(), MortalRecorder(model=str(chat_model()))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from tests.commands import LIMIT_S
 from tests.server.asgi import echo
 from tests.server.sockets import Client, parsed, served
 from tsqp.server.connection import Bounds, bounded
@@ -45,6 +46,24 @@ def patient() -> Iterator[int]:
         yield port
 
 
+@contextlib.contextmanager
+def said(port: int, text: str) -> Iterator[tuple[Client, bytes]]:
+    """A connection that has sent this, and the first byte of what is said to it.
+
+    On a busy machine a hasty server may have ended it before it has sent anything: then there is another one.
+    """
+    for _ in range(1000):
+        with Client(port) as client:
+            first = b""
+            with contextlib.suppress(ConnectionError):
+                client.send(text)
+                first = client.socket.recv(1)
+            if first:
+                yield client, first
+                return
+    raise AssertionError("nothing was answered")
+
+
 def test_a_request_is_answered_and_the_next_one_too(patient: int) -> None:
     with Client(patient) as client:
         for _ in range(2):
@@ -53,9 +72,8 @@ def test_a_request_is_answered_and_the_next_one_too(patient: int) -> None:
 
 
 def test_slow_headers_are_408(hasty: int) -> None:
-    with Client(hasty) as client:
-        client.send(GET[:-2])
-        status, error = parsed(client.rest())
+    with said(hasty, GET[:-2]) as (client, first):
+        status, error = parsed(first + client.rest())
     assert (status, error["code"]) == (408, "request_timeout")
 
 
@@ -73,16 +91,14 @@ def test_a_connection_that_says_nothing_is_ended(hasty: int) -> None:
 
 
 def test_the_second_request_has_a_time_too(hasty: int) -> None:
-    with Client(hasty) as client:
-        client.send(POST + "0123456789")
+    with said(hasty, POST + "0123456789") as (client, _):
         client.until(b"0123456789")
         client.send("GET")
         assert parsed(client.rest())[0] == 408
 
 
 def test_a_slow_body_is_408_and_the_connection_ends(hasty: int) -> None:
-    with Client(hasty) as client:
-        client.send(POST + "01234")
+    with said(hasty, POST + "01234") as (client, _):
         assert b"408" in client.until(b"\r\n")
         client.until(b"}}")
         client.send("5")  # what is left of the body has no more time than headers have
@@ -96,8 +112,7 @@ def test_a_slow_answer_is_not_a_slow_client(hasty: int) -> None:
         await asyncio.sleep(3 * SHORT_S)
         await echo(scope, receive, send)
 
-    with served(slow, Bounds(10, SHORT_S, SHORT_S)) as port, Client(port) as client:
-        client.send(GET)
+    with served(slow, Bounds(10, SHORT_S, SHORT_S)) as port, said(port, GET) as (client, _):
         assert b"200" in client.until(b"\r\n")
 
 
@@ -115,7 +130,7 @@ def test_a_client_that_takes_nothing_is_cut_off_and_the_endpoint_hears_of_it() -
 
     with served(endless, Bounds(10, LONG_S, SHORT_S)) as port, Client(port, receive_buffer=4096) as client:
         client.send(GET)
-        assert heard.wait(30)
+        assert heard.wait(LIMIT_S)
 
 
 @pytest.mark.parametrize("bomb", ["x" * 5000, "x: " + "y" * 5000, "x: y\r\n" * 1000], ids=["name", "value", "many"])
@@ -157,7 +172,7 @@ def test_a_body_that_breaks_while_it_is_answered_ends_both() -> None:
         client.until(b"begun")
         client.send("nonsense\r\n")
         assert b"0\r\n\r\n" not in client.rest()  # the end of an answer would say that it is whole
-        assert heard.wait(30)
+        assert heard.wait(LIMIT_S)
 
 
 PIECES = (
@@ -179,13 +194,12 @@ PIECES = (
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12))
 def test_whatever_comes_the_server_goes_on_without_a_fault(hasty: int, pieces: list[str]) -> None:
     with Client(hasty) as client:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # it has been ended; a shutdown then says that it is not connected
             client.send("".join(pieces))
             client.socket.shutdown(socket.SHUT_WR)
         for line in re.findall(rb"HTTP/1\.1 (\d+)", client.rest()):
             assert int(line) in (100, 200, 400, 408, 413, 431)
-    with Client(hasty) as client:
-        client.send(POST + "0123456789")
+    with said(hasty, POST + "0123456789") as (client, _):
         assert b"200" in client.until(b"\r\n")
 
 

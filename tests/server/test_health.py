@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
+from tests.commands import LIMIT_S
 from tests.server.asgi import ask
 from tests.server.worker_states import worker_state
 from tsqp.api.worker_state import WorkerState
@@ -67,7 +68,7 @@ def problem_of(change: Callable[[FakeModel], None] = lambda model: None, *, answ
             model.answers.set()
         return await WorkerProbe(model, 0.01).problem()
 
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def having(**attributes: Any) -> Callable[[FakeModel], None]:
@@ -147,7 +148,7 @@ def test_many_probes_are_one_round_trip() -> None:
         assert await probe.problem() is None
         assert model.pings == 1
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_a_round_trip_that_fails_is_told_to_all_who_wait_for_it() -> None:
@@ -160,7 +161,7 @@ def test_a_round_trip_that_fails_is_told_to_all_who_wait_for_it() -> None:
         model.answers.set()
         assert {code_of(problem) for problem in await asyncio.gather(*asked)} == {"worker_lost"}
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_a_round_trip_that_succeeds_proves_nothing_once_the_worker_is_lost() -> None:
@@ -174,7 +175,7 @@ def test_a_round_trip_that_succeeds_proves_nothing_once_the_worker_is_lost() -> 
         model: Any = Losing()
         assert code_of(await WorkerProbe(model, 30.0).problem()) == "worker_lost"
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_a_silent_worker_is_asked_once_and_heard_when_it_wakes() -> None:
@@ -189,7 +190,7 @@ def test_a_silent_worker_is_asked_once_and_heard_when_it_wakes() -> None:
             pass
         assert model.pings == 1
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_a_pass_under_way_is_not_waited_for() -> None:
@@ -205,7 +206,7 @@ def test_a_pass_under_way_is_not_waited_for() -> None:
         assert await asked is None
         assert not model.answers.is_set()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 @pytest.mark.parametrize(

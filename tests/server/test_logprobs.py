@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.commands import LIMIT_S
 from tests.server.chat_model import IM_END
 from tests.server.conftest import Served
 from tests.server.serving import NAME, VOCAB, chat_tokenizer, events_of
@@ -102,7 +103,7 @@ def test_a_part_of_a_character_has_a_name_of_its_own() -> None:
 
 
 def asked(server: Served, **body: Any) -> httpx.Response:
-    answer = httpx.post(f"{server.url}/v1/completions", json={"model": NAME, **body}, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": NAME, **body}, timeout=LIMIT_S)
     assert answer.status_code == 200, answer.text
     return answer
 

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from tests.commands import LIMIT_S, wait_until
 from tests.families import tiny_model
+from tests.held import held
 from tests.server.asgi import ask
 from tests.server.chat_model import chat_model
 from tests.server.serving import NAME, served, service_of
@@ -93,6 +94,13 @@ def test_added_is_waiting_and_running_and_ended_whatever_clients_do() -> None:
         except QueueFull:
             await asyncio.sleep(0)
 
+    async def leave_one(model: AsyncLLM) -> None:
+        """Whatever the others were in time for, this one is left before its end."""
+        with held(model):
+            async with await model.open([1, 2], SamplingParams(max_tokens=20, ignore_eos=True)):
+                while not model.counts().running:
+                    await asyncio.sleep(0.001)
+
     async def run() -> None:
         async with AsyncLLM(local()) as model:
             meters = PrometheusMeters(model, "tiny")
@@ -104,12 +112,16 @@ def test_added_is_waiting_and_running_and_ended_whatever_clients_do() -> None:
             await asyncio.gather(*under_way, return_exceptions=True)
             while model.counts().running or model.counts().waiting:
                 await asyncio.sleep(0.001)
+            check(before := samples(meters.page()))
+            await leave_one(model)
+            while model.counts().running:
+                await asyncio.sleep(0.001)
             found = samples(meters.page())
             check(found)
             assert found["vllm:kv_cache_usage_perc",] == 0
-            assert found["vllm:request_success_total", "abort"] > 0
+            assert found[ENDED, "abort"] == before[ENDED, "abort"] + 1
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 @pytest.mark.slow
@@ -130,6 +142,25 @@ def test_endpoints_and_engine_count_the_same_after_a_fuzz() -> None:
         async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=LIMIT_S, limits=limits) as client:
             traffic = Traffic(client, NAME, random.randrange(2**31), outcomes)
             await asyncio.gather(*(traffic.one() for _ in range(80)))
+            await crowd(client)
+
+    async def crowd(client: httpx.AsyncClient) -> None:
+        """Whatever came about so far: more than there may be at once, of which one is left."""
+        long = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1900, "ignore_eos": True}
+        short = {**long, "max_tokens": 5}
+        while model.counts().running or model.counts().waiting:
+            await asyncio.sleep(0.001)
+        before = sums()["tsqp:requests_refused_total"]
+        with held(model):
+            asked = [asyncio.create_task(client.post("/chat/completions", json=long))]
+            while not model.counts().running:
+                await asyncio.sleep(0.001)
+            asked += [asyncio.create_task(client.post("/chat/completions", json=short)) for _ in range(15)]
+            while sums()["tsqp:requests_refused_total"] == before:
+                await asyncio.sleep(0.001)
+            asked[0].cancel()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        outcomes.update(f"status {answer.status_code}" for answer in answers if isinstance(answer, httpx.Response))
 
     try:
         with served(service_of(model, metrics=meters)) as url:

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from tests.commands import LIMIT_S
 from tests.server.conftest import Served
 from tests.server.serving import NAME
 from tsqp.api.async_llm import AsyncLLM
@@ -279,7 +280,7 @@ def test_a_stream_that_is_left_ends_its_requests(server: Served, n: int) -> None
         await nothing_left(server.model)
         assert server.model.counts().ended["abort"] == before + n
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 def test_a_call_that_is_cancelled_ends_its_request(server: Served) -> None:
@@ -295,7 +296,7 @@ def test_a_call_that_is_cancelled_ends_its_request(server: Served) -> None:
         await nothing_left(server.model)
         assert server.model.counts().ended["abort"] == before.ended["abort"] + 1
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 def test_a_conversation_that_goes_on_is_answered_as_without_what_was_kept(server: Served, client: OpenAI) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.adapters import write_adapter
+from tests.commands import LIMIT_S
 from tests.server.chat_model import chat_model
 from tests.server.serving import NAME, client_of, events_of, service_of
 from tests.tee.statements import CONFIGURATION, RECEIPT_KEY, statement
@@ -116,7 +117,7 @@ async def answered(
 
     async def one(path: str, fields: dict[str, Any]) -> Answered:
         body = json.dumps({"model": NAME, **fields}).encode()
-        answer = await client.post(path, content=body, headers={"content-type": "application/json"}, timeout=100)
+        answer = await client.post(path, content=body, headers={"content-type": "application/json"}, timeout=LIMIT_S)
         assert answer.status_code == 200, answer.text
         if HEADER in answer.headers:
             return body, read_receipt(answer.headers[HEADER].encode())

@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tests.fresh_interpreter import loaded, modules_after
-from tests.server.running import LIMIT_S, Server
+from tests.server.running import Server
 from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.server.api_keys import add_line, line_for, new_key
 from tsqp.server.listening import Listening
@@ -61,7 +62,7 @@ def completion(ready: Ready, **more: Any) -> httpx.Response:
 
 def metric(ready: Ready, name: str) -> float:
     assert ready.metrics_address is not None
-    lines = httpx.get(ready.metrics_address).text.splitlines()
+    lines = httpx.get(ready.metrics_address, timeout=LIMIT_S).text.splitlines()
     return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
 
 
@@ -89,7 +90,7 @@ def test_a_connection_is_kept_longer_than_clients_keep_it(server: Server) -> Non
 def told_to_end(ready: Ready) -> httpx.Response:
     """The first answer of readiness that says so."""
     os.kill(os.getpid(), signal.SIGTERM)
-    while (answer := httpx.get(f"{ready.address}/readyz")).status_code == 200:
+    while (answer := httpx.get(f"{ready.address}/readyz", timeout=LIMIT_S)).status_code == 200:
         pass
     return answer
 
@@ -103,7 +104,7 @@ def test_answers_under_way_are_finished_and_nothing_new_begins(server: Server) -
             wait_for_running(ready, 1)
             not_ready = told_to_end(ready)
             assert (not_ready.status_code, not_ready.json()["code"]) == (503, "shutting_down")
-            assert httpx.get(f"{ready.address}/livez").status_code == 200
+            assert httpx.get(f"{ready.address}/livez", timeout=LIMIT_S).status_code == 200
             refused = completion(ready)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert int(refused.headers["retry-after"]) >= 1
@@ -162,8 +163,10 @@ def test_an_answer_names_the_mode_and_a_metric_counts_it(server: Server) -> None
         assert "server" not in answer.headers
         assert metric(ready, "vllm:generation_tokens_total") == 12
         assert metric(ready, "vllm:time_to_first_token_seconds_count") == 1
-        assert httpx.get(str(ready.metrics_address), headers={"host": "evil.example"}).status_code == 421
-        assert httpx.get(f"{ready.address}/metrics").status_code == 404
+        assert (
+            httpx.get(str(ready.metrics_address), headers={"host": "evil.example"}, timeout=LIMIT_S).status_code == 421
+        )
+        assert httpx.get(f"{ready.address}/metrics", timeout=LIMIT_S).status_code == 404
 
     server.run(client)
 
@@ -176,14 +179,14 @@ def test_a_key_that_is_taken_out_of_the_file_lets_nobody_in(server: Server, tmp_
     def client(ready: Ready) -> None:
         headers = {"authorization": f"Bearer {key}"}
         models = f"{ready.address}/v1/models"
-        assert httpx.get(models).status_code == 401
-        assert httpx.get(models, headers=headers).status_code == 200
-        assert httpx.get(f"{ready.address}/readyz").status_code == 200
+        assert httpx.get(models, timeout=LIMIT_S).status_code == 401
+        assert httpx.get(models, headers=headers, timeout=LIMIT_S).status_code == 200
+        assert httpx.get(f"{ready.address}/readyz", timeout=LIMIT_S).status_code == 200
         path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
         os.kill(os.getpid(), signal.SIGHUP)
-        while httpx.get(models, headers=headers).status_code == 200:
+        while httpx.get(models, headers=headers, timeout=LIMIT_S).status_code == 200:
             pass
-        assert httpx.get(models, headers=headers).status_code == 401
+        assert httpx.get(models, headers=headers, timeout=LIMIT_S).status_code == 401
 
     server.run(client, api_keys=path)
 
@@ -218,19 +221,19 @@ def test_tls_and_a_certificate_that_is_renewed(server: Server, tmp_path: Path) -
     def client(ready: Ready) -> None:
         assert ready.address.startswith("https://localhost:")
         first = trusting()
-        assert httpx.get(f"{ready.address}/readyz", verify=first).status_code == 200
+        assert httpx.get(f"{ready.address}/readyz", verify=first, timeout=LIMIT_S).status_code == 200
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http{ready.address.removeprefix('https')}/readyz")
+            httpx.get(f"http{ready.address.removeprefix('https')}/readyz", timeout=LIMIT_S)
         certificate(tmp_path, "second")
         os.kill(os.getpid(), signal.SIGHUP)
         renewed = False
         while not renewed:
             try:
-                renewed = httpx.get(f"{ready.address}/readyz", verify=trusting()).status_code == 200
+                renewed = httpx.get(f"{ready.address}/readyz", verify=trusting(), timeout=LIMIT_S).status_code == 200
             except httpx.ConnectError:  # not yet read
                 continue
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{ready.address}/readyz", verify=first)
+            httpx.get(f"{ready.address}/readyz", verify=first, timeout=LIMIT_S)
 
     server.run(client, listening=Listening(host="localhost", port=0, tls_cert=cert, tls_key=key))
 
@@ -255,7 +258,7 @@ def test_a_certificate_without_its_key_changes_nothing(
             whole = path.read_bytes()
             path.write_bytes(half)
             told(count)
-            assert httpx.get(f"{ready.address}/readyz", verify=first).status_code == 200
+            assert httpx.get(f"{ready.address}/readyz", verify=first, timeout=LIMIT_S).status_code == 200
             path.write_bytes(whole)
         for path, half in halves:
             path.write_bytes(half)
@@ -263,7 +266,7 @@ def test_a_certificate_without_its_key_changes_nothing(
         renewed = False
         while not renewed:
             try:
-                renewed = httpx.get(f"{ready.address}/readyz", verify=second).status_code == 200
+                renewed = httpx.get(f"{ready.address}/readyz", verify=second, timeout=LIMIT_S).status_code == 200
             except httpx.ConnectError:  # not yet read
                 continue
         assert "do not belong together" in caplog.text
@@ -300,7 +303,7 @@ def test_readiness_follows_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(ready, None)
         os.kill(worker, signal.SIGSTOP)
         wait_for(ready, "worker_silent")
-        assert httpx.get(f"{ready.address}/livez").status_code == 200
+        assert httpx.get(f"{ready.address}/livez", timeout=LIMIT_S).status_code == 200
         os.kill(worker, signal.SIGCONT)
         wait_for(ready, None)
         os.kill(worker, signal.SIGKILL)

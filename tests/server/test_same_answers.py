@@ -31,7 +31,6 @@ def asked(number: int, salt: str) -> Asked:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_thirty_two_at_once_are_answered_as_each_alone(home: Home, mode: ProtectionName) -> None:
     """Chat and completions, greedy and seeded, log-probabilities, forms, stops; kept beginnings, little memory."""
@@ -58,7 +57,6 @@ def test_thirty_two_at_once_are_answered_as_each_alone(home: Home, mode: Protect
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_one_that_loses_its_cache_in_the_middle_is_answered_as_alone(home: Home, mode: ProtectionName) -> None:
     """Each of two comes to need all the memory there is, so no two are ever done without one having given way."""

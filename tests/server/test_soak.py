@@ -38,7 +38,6 @@ OUTCOMES = {"answers", "refusals", "requests dropped", "streams left", "streams 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [0, 1])
 def test_nothing_grows_and_all_adds_up(home: Home, kills: int) -> None:
     """With kills a minute has too few bursts to tell what grows, so that is left to the script's half hour."""

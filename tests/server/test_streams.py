@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.commands import LIMIT_S
 from tests.server.serving import NAME, Exchange, Script, app_of, client_of, events_of, service_of
 from tsqp.errors import ChannelClosed, NumericError, WorkerLost
 from tsqp.server.settings import ServerSettings
@@ -21,7 +22,7 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "stream"
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 @given(st.dictionaries(st.text(), st.text() | st.integers(), min_size=1), st.sampled_from([UNIT, 600]))

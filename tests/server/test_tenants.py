@@ -112,7 +112,6 @@ def tenants(home: Home, tmp_path: Path) -> Iterator[list[Client]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_hit_shows_to_the_tenant_that_it_belongs_to_alone(tenants: list[Client]) -> None:
     alice, bob = tenants
     of_others = of_own = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -33,8 +35,9 @@ class Asks:
         return self.ask(report_data)
 
 
-def left_behind() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+def left_behind() -> set[threading.Thread]:
+    """Of all tests: a thread that has answered ends a moment later."""
+    return {thread for thread in threading.enumerate() if thread.name == THREAD_NAME}
 
 
 @pytest.fixture
@@ -77,13 +80,13 @@ def test_one_that_hangs_fails_and_the_next_fails_at_once_until_it_ends(kind: str
         return right(report_data)
 
     fake.make_quote = hang
-    bounded = BoundedProvider(provider, patience_s=0.01)
+    bounded, of_others = BoundedProvider(provider, patience_s=0.01), left_behind()
     with pytest.raises(ProviderFailed, match=rf"^{provider.name}: no answer within 0\.01 s: look"):
         bounded.quote(ASKED)
     for question in (lambda: bounded.quote(ASKED), bounded.kind):
         with pytest.raises(ProviderFailed, match="not answered an earlier question"):
             question()
-    (thread,) = left_behind()
+    (thread,) = left_behind() - of_others
     assert thread.daemon  # it does not keep the process from ending
     released.set()
     thread.join()
@@ -111,18 +114,24 @@ def test_no_two_questions_are_asked_at_once() -> None:
     assert met == []
 
 
-def test_one_that_waits_for_its_turn_does_not_wait_for_ever(released: threading.Event) -> None:
-    asking = threading.Event()
+def test_one_that_waits_for_its_turn_does_not_wait_for_ever(
+    released: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+
+    def wait(answers: Sequence[Future[Quote]], patience_s: float) -> Any:
+        waits.set()  # the first question has read the patience that it has
+        return concurrent.futures.wait(answers, patience_s)
 
     def ask(report_data: bytes) -> Quote:
-        asking.set()
         released.wait()
         return Quote(kind="sgx", quote=report_data)
 
+    monkeypatch.setattr("tsqp.tee.bounded_provider.wait", wait)
     bounded = BoundedProvider(Asks(ask), PATIENCE_S)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(bounded.quote, b"one")
-        asking.wait()
+        assert waits.wait(PATIENCE_S)
         bounded.patience_s = 0.01
         with pytest.raises(ProviderFailed, match="others are asking it"):
             bounded.quote(b"two")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tsqp.tee.hardening import hardening_state
 
@@ -41,7 +42,7 @@ with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, std
 
 def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def attack(victim: str) -> str:

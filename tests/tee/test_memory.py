@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import LIMIT_S
 from tsqp.errors import OptionError
 from tsqp.tee.memory import lock_memory, mapping_flags, may_lock_all, memory_is_locked, swap_bytes, swap_state
 
@@ -40,7 +41,9 @@ os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def status(path: Path, capabilities: int) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import descriptors_of
 from tests.tee.fake_providers import quote_maker
 from tsqp.tee.providers import ConfigfsTsm, Gramine, report_data_of
 from tsqp.tee.quote_files import SystemFiles
@@ -69,10 +70,9 @@ def test_a_write_that_was_taken_in_part_is_an_error(tmp_path: Path) -> None:
 def test_no_file_stays_open(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(b"four")
-    before = len(list(OPEN.iterdir()))
     FILES.read(path, 4)
     FILES.write(path, b"more")
-    assert len(list(OPEN.iterdir())) == before
+    assert descriptors_of(path) == []
 
 
 class Answering(SystemFiles):

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.commands import LIMIT_S
 from tests.server.console.watching import BODY, LOOK, URL, USER, ScriptedOnlooker, console_service, named_events
 from tests.server.serving import Exchange, Script, app_of, client_of, service_of
 from tests.server.worker_states import worker_state
@@ -45,7 +46,7 @@ UNPADDED = {"stream_options": {"include_obfuscation": False}}
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
 
 def asked(service: Service, *bodies: dict[str, Any]) -> list[httpx.Response]:
@@ -55,7 +56,7 @@ def asked(service: Service, *bodies: dict[str, Any]) -> list[httpx.Response]:
         async with client_of(service) as client:
             return [await client.post(URL, json={**BODY, **body}) for body in bodies]
 
-    return asyncio.run(asyncio.wait_for(ask(), 60))
+    return asyncio.run(asyncio.wait_for(ask(), LIMIT_S))
 
 
 def told(script: Script, **body: Any) -> list[tuple[str | None, Any]]:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
+from tests.commands import LIMIT_S
 from tests.server.asgi import HOST, ask, error_of
 from tests.server.console.watching import console_service
 from tests.server.serving import Script, served, service_of
@@ -180,4 +181,4 @@ def test_parts_of_the_page_do_not_count_as_requests_of_a_key() -> None:
             more.set()
             assert (await under_way).status_code == 200
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), LIMIT_S))

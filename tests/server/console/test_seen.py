@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from tests.api.mortal import Mortal, MortalRecorder, living, plain_worker
+from tests.commands import LIMIT_S
 from tests.server.chat_model import IM_END, chat_model
 from tests.server.console.watching import URL, named_events
 from tests.server.serving import NAME, served, service_of
@@ -36,7 +37,6 @@ from tsqp.wire.channel import Channel
 MODEL = str(chat_model())
 TEXT = "attack at dawn, say nothing"
 PRIVATE: tuple[ProtectionName, ...] = ("verified", "masked")
-LIMIT_S = 60.0
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.commands import LIMIT_S
 from tests.server.serving import NAME, Script, service_of
 from tsqp.audit.onlooker import Look, Picture
 from tsqp.server.console.console import Console
@@ -32,7 +33,7 @@ class ScriptedOnlooker:
     def look(self, tap: Tap, user: Sequence[int]) -> Look:
         """See ``Onlooker``."""
         self.looked.append((tap, user))
-        assert self.gate.wait(20)
+        assert self.gate.wait(LIMIT_S)
         return LOOK
 
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tests.commands import LIMIT_S
 from tests.server.asgi import HOST, ask, echo, error_of
 from tsqp.server.guards.faults import Faults
 from tsqp.server.guards.limits import AtOnce, Bodies, Doors, HeaderCount
@@ -164,7 +165,7 @@ def test_a_key_has_so_many_requests_at_once_and_takes_none_from_others() -> None
             assert [(await one).status_code for one in first] == [200] * 4
         assert not at_once._under_way
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 def test_a_server_that_drains_takes_nothing_new() -> None:
