@@ -34,10 +34,10 @@ test: .venv/.dev  ## the test suite, in random order, without what takes long
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/.dev  ## what `make test` leaves out
-	$(PYTEST) -m slow --timeout 600
+	$(PYTEST) -m slow
 
 test-all: .venv/.dev  ## both
-	$(PYTEST) --timeout 600
+	$(PYTEST)
 
 check: .venv/.dev  ## the one gate: lint, format, types, import contracts, tests
 	$(BIN)/ruff check

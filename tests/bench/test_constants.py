@@ -243,7 +243,6 @@ def test_the_tables_of_the_page_are_those_of_the_files() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_constants_are_measured_and_can_be_planned_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in (bench, bench_probe):
         for name, value in (("PROMPT", 32), ("LONG_PROMPT", 64), ("LONG", 256), ("STEPS", 1)):

@@ -97,7 +97,6 @@ def os_socketpair() -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # of which most is for a first compilation
 def test_an_answer_over_a_line_that_loses_packets_is_the_same(tmp_path: Path) -> None:
     """Masked, over tcp with keys, from one network namespace to another."""
     missing = why_not()

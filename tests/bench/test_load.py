@@ -43,7 +43,6 @@ def shown(result: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_servers_in_both_modes_beside_a_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(load_targets, "peers", lambda *_: [Batches()])
     result = bench_load(RUN, QUICK, Console(quiet=True))
@@ -72,7 +71,6 @@ def test_servers_in_both_modes_beside_a_peer(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
     run = ("bench", "load", "-m", TINY, "--mode", "open", "--threads", 1, "--runs", 1, "--json", "--seconds", 0.2)
     done = tsqp(*run, "--streams", 1, "--streams", 3, "--share", 0.5, "--tokens", 5, "--steps", 4)

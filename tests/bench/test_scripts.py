@@ -13,7 +13,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # three times a worker and a model, in a process of its own
 def test_pauses_after_a_lost_worker_have_their_parts(tmp_path: Path) -> None:
     output = tmp_path / "lost.json"
     options = ["--model", "synthetic:tiny", "--runs", "1", "--dirty-ok", "--output", str(output)]
@@ -29,7 +28,6 @@ def test_pauses_after_a_lost_worker_have_their_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("protection", ["masked", "open"])
 def test_an_adapter_is_measured_in_turn(protection: str, tmp_path: Path) -> None:
     output = tmp_path / "lora.json"

@@ -180,7 +180,6 @@ CAUSAL = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_real_vocabularies_of_llama_cpp(name: str) -> None:
     """Every text of ``ggml-vocab-NAME.gguf.inp`` has the tokens of ``.out``.

@@ -34,7 +34,7 @@ from tsqp.cluster.state import ClusterDirectory
 from tsqp.wire.channel import Channel
 from tsqp.wire.messages import Product
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 MODEL = str(tiny_model("llama").directory)  # two layers
 PROMPTS = [random_tokens(5 + number, seed=number) for number in range(8)]
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)

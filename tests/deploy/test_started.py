@@ -73,7 +73,6 @@ def heard(process: subprocess.Popen[str], words: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make other users' processes")
 @pytest.mark.skipif(bool(MISSING), reason=f"there is no {' and no '.join(MISSING)} here")
 def test_both_sides_answer_as_their_units_start_them(places: Path) -> None:

@@ -53,7 +53,6 @@ def greedy(oracle: Any, tokens: tuple[int, ...]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("protection", ["local", "open"])
 def test_same_greedy_continuation_in_float32(oracle: Any, protection: ProtectionName) -> None:
     with LLM("default", protection=protection, compute=ComputeConfig(dtype="float32", threads=2)) as llm:
@@ -64,7 +63,6 @@ def test_same_greedy_continuation_in_float32(oracle: Any, protection: Protection
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_bfloat16_agrees_on_the_next_token_of_real_text(oracle: Any) -> None:
     with LLM("default", protection="open", compute=ComputeConfig(dtype="bfloat16", threads=2)) as llm:
         tokens = llm.tokenizer.encode(prose())[:POSITIONS]

@@ -206,7 +206,6 @@ def test_more_threads(count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_default_model() -> None:
     model = str(fetch_default())
     prompt = list(b"a few")
