@@ -81,7 +81,7 @@ class Home:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**self.environment, **environment},
-            preexec_fn=_heed_ctrl_c,
+            preexec_fn=heed_ctrl_c,
         )
         try:
             yield process
@@ -116,7 +116,7 @@ def remove_tree(directory: Path) -> None:
                     raise
 
 
-def _heed_ctrl_c() -> None:
+def heed_ctrl_c() -> None:
     """Tests that run in the background have SIGINT ignored, and so would their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

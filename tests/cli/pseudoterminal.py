@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tests.commands import LIMIT_S
+from tests.commands import LIMIT_S, heed_ctrl_c
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 
@@ -78,6 +78,7 @@ def behind_terminal(
     """A process; ``output``: where its standard output goes in place of the terminal."""
     pid, descriptor = pty.fork()
     if pid == 0:
+        heed_ctrl_c()
         if output is not None:
             os.dup2(output, 1)
         os.execve(command[0], list(command), {**environment, "TERM": "xterm"})
