@@ -61,6 +61,10 @@ def with_group(**changes: Any) -> dict[str, Any]:
         (ct_config("mixed-precision", INT4), "without a format"),
         (ct_config("pack-quantized", INT4 | {"num_bits": 3}), "3 bits"),
         (ct_config("pack-quantized", INT4 | {"type": "float"}), "'float'"),
+        *(
+            (ct_config(form, INT4 | {"num_bits": 8, "type": []}), r"type \[\]")
+            for form in ("pack-quantized", "int-quantized")
+        ),
         (ct_config("float-quantized", {"num_bits": 4, "type": "float"}), "4 bits"),
         (ct_config("int-quantized", {"num_bits": 8, "strategy": "tensor_group"}), "'tensor_group'"),
         (ct_config("pack-quantized", INT4, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),

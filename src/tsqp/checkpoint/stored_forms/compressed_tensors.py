@@ -187,8 +187,10 @@ def _scheme(group: Mapping[str, Any], form: Any, where: str) -> Scheme:
         missing = "a scheme without a format" if named == _MIXED else f"compressed-tensors' format {named!r}"
         raise UnsupportedModel(f"{where}: {missing} is not implemented")
     bits, kind = Keys(weights, f"{where}.weights").size("num_bits", 8), weights.get("type", "int")
-    known = {("int", _PACKED): (2, 4, 8), ("float", _PACKED): ()}.get((kind, named), (8,))
-    if kind not in ("int", "float") or bits not in known:
+    known: tuple[int, ...] = (8,) if kind in ("int", "float") else ()  # it may be anything
+    if named == _PACKED:
+        known = (2, 4, 8) if kind == "int" else ()
+    if bits not in known:
         raise UnsupportedModel(f"{where}: {named} weights of type {kind!r} and {bits} bits are not implemented")
     targets = _texts(group.get("targets") or [], f"{where}.targets")
     needs: tuple[str, ...] = ("weight_zero_point",) if weights.get("symmetric") is False else ()
