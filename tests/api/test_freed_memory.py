@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tsqp.api.freed_memory import HEAPS, few_heaps, give_back_freed_memory
+from tsqp.arith.secret_memory import secret_array
 
 PIECE_BYTES = 40_000  # as much as the pads of a layer
 PIECES = 1000
@@ -40,6 +41,19 @@ def test_freed_pieces_below_one_in_use_are_given_back() -> None:
     give_back_freed_memory()
     assert before - anonymous_bytes() > PIECES * PIECE_BYTES // 2
     assert all(piece.all() for piece in in_use)
+
+
+def test_pieces_of_secret_memory_that_nobody_uses_are_given_back() -> None:
+    pieces = [secret_array((PIECE_BYTES // 4,)) for _ in range(PIECES)]
+    for piece in pieces:
+        piece.fill(7)
+    in_use = pieces[-1]
+    pieces.clear()
+    del piece
+    before = anonymous_bytes()
+    give_back_freed_memory()
+    assert before - anonymous_bytes() > PIECES * PIECE_BYTES // 2
+    assert (in_use == 7).all()
 
 
 COUNT_HEAPS = """

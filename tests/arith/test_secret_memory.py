@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqp.arith.secret_memory import SLAB_BYTES, SecretMemory, secret_array, secret_bytes, secret_copy
+from tsqp.arith.secret_memory import MOST_SPARE_BYTES, SLAB_BYTES, SecretMemory, secret_array, secret_bytes, secret_copy
 from tsqp.tee.memory import mapping_flags
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the marks are Linux's")
@@ -87,10 +87,23 @@ def test_a_piece_comes_back_once_its_last_view_is_gone() -> None:
         assert first in [address(one) for one in several]
 
 
-def test_large_pieces_that_nobody_uses_are_given_back() -> None:
-    memory = SecretMemory()
-    pieces = [memory.piece(16 << 20) for _ in range(4)]
-    assert len(pieces) == 4
+def test_large_pieces_beyond_a_bound_are_given_back_at_once_and_the_others_when_told() -> None:
+    memory, size = SecretMemory(), 16 << 20
+    pieces = [memory.piece(size) for _ in range(MOST_SPARE_BYTES // size)] + [memory.piece(SLAB_BYTES)]
+    assert len(pieces) == 1 + MOST_SPARE_BYTES // size
+    in_use = memory.piece(size)
+    in_use[0] = 7
     del pieces
     gc.collect()
-    assert sum(len(one) for one in memory._spare.values()) == 2
+    assert MOST_SPARE_BYTES - size <= memory.spare_bytes() <= MOST_SPARE_BYTES
+    memory.give_back()
+    assert memory.spare_bytes() == 0
+    assert in_use[0] == 7
+
+
+def test_pieces_that_nobody_uses_do_not_keep_those_of_another_size_from_coming_back() -> None:
+    memory, sizes = SecretMemory(), (1 << 20, 3 << 20)
+    for size in sizes:
+        addresses = [address(piece) for piece in [memory.piece(size) for _ in range(3)]]
+        gc.collect()
+        assert {address(piece) for piece in [memory.piece(size) for _ in range(3)]} == set(addresses)

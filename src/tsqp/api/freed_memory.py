@@ -1,4 +1,4 @@
-"""Memory that was freed and that the C library still holds, given back to the system.
+"""Memory that was freed and that the C library, or the memory of secrets, still holds, given back to the system.
 
 glibc keeps freed memory that lies below something that is still in use, in each of the heaps that threads allocate
 from. The pads of a session are many pieces of 4 to 200 kB, made by a thread of its own, so each lost session could
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+
+from tsqp.arith.secret_memory import secret_memory
 
 HEAPS = 2  # the threads that allocate much are two: steps of the engine, and the filler of pads
 _ARENA_MAX = -8  # M_ARENA_MAX of mallopt(3)
@@ -21,6 +23,7 @@ def few_heaps() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """For now and then, not for each call: it looks through all heaps. Nothing happens where there is no glibc."""
+    """For now and then, not for each call: it looks through all heaps. Those are of glibc: others are left alone."""
+    secret_memory().give_back()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -11,20 +11,20 @@ import ctypes
 import math
 import mmap
 import sys
-import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 MADV_WIPEONFORK = 18  # which the module mmap does not name in every version
-SLAB_BYTES = 1 << 16  # small pieces are cut from one of these
+SLAB_BYTES = 1 << 16  # pieces of at most MOST_SMALL bytes are cut from one of these
+MOST_SMALL = SLAB_BYTES // 4
 LEAST_PIECE = 64
-MOST_SPARE_BYTES = 32 << 20  # of large pieces of one size that wait to be used again
+MOST_SPARE_BYTES = 256 << 20  # of large pieces that wait to be used again: a pool is used up and filled in turns
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_Piece = ctypes.Array[ctypes.c_ubyte]
+_Spare = tuple[mmap.mmap, int]  # a mapping, and the address of a part of it
 
 
 class SecretMemory:
@@ -32,32 +32,44 @@ class SecretMemory:
 
     def __init__(self) -> None:
         # Appended to by whichever thread lets go of a piece, at any moment: so there is no lock, only atomic steps.
-        self._spare: dict[int, deque[tuple[mmap.mmap, int]]] = defaultdict(deque)
+        self._spare: dict[int, list[_Spare]] = defaultdict(list)
+        self._most = MOST_SPARE_BYTES
 
-    def piece(self, size: int) -> _Piece:
-        """``size`` bytes with anything in them."""
-        small = size <= SLAB_BYTES // 4
+    def piece(self, size: int) -> Any:
+        """A ctypes array of ``size`` bytes with anything in them."""
+        small = size <= MOST_SMALL
         held = _power_of_two(size) if small else -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         spare = self._spare[held]
         try:
-            mapping, at = spare.popleft()
+            mapping, address = spare.pop()  # the last one: it may still be in a cache
         except IndexError:
-            mapping, at = _mapping(SLAB_BYTES if small else held), 0
+            mapping = _mapping(SLAB_BYTES if small else held)
+            address = ctypes.addressof(ctypes.c_ubyte.from_buffer(mapping))
             if small:
-                spare.extend((mapping, offset) for offset in range(held, SLAB_BYTES, held))
-        piece = _bytes_type(size).from_buffer(mapping, at)
-        weakref.finalize(piece, self._take_back, held, mapping, at).atexit = False
+                spare.extend((mapping, address + offset) for offset in range(held, SLAB_BYTES, held))
+        piece = _piece_type(size, held).from_address(address)
+        piece.memory, piece.mapping = self, mapping
         return piece
 
-    def _take_back(self, held: int, mapping: mmap.mmap, at: int) -> None:
-        spare = self._spare[held]
-        if held < SLAB_BYTES or len(spare) * held < MOST_SPARE_BYTES:
-            spare.append((mapping, at))  # else nothing refers to the mapping any more, and the system has it back
+    def take_back(self, held: int, mapping: mmap.mmap, address: int) -> None:
+        """Of a piece that is gone: ``held`` bytes, to be used again."""
+        if held <= MOST_SMALL or held + self.spare_bytes() <= self._most:
+            self._spare[held].append((mapping, address))  # else nothing refers to the mapping, and the system has it
+
+    def spare_bytes(self) -> int:
+        """What large pieces hold that nobody uses."""
+        return sum(held * len(spare) for held, spare in list(self._spare.items()) if held > MOST_SMALL)
+
+    def give_back(self) -> None:
+        """Let the system have large pieces that nobody uses."""
+        for held, spare in list(self._spare.items()):
+            if held > MOST_SMALL:
+                spare.clear()
 
 
 def secret_array(shape: tuple[int, ...], dtype: Any = np.uint32) -> Array:
     """An array with anything in it."""
-    return np.frombuffer(memoryview(_memory().piece(math.prod(shape) * np.dtype(dtype).itemsize)), dtype).reshape(shape)
+    return np.ndarray(shape, dtype, secret_memory().piece(math.prod(shape) * np.dtype(dtype).itemsize))
 
 
 def secret_copy(values: Array) -> Array:
@@ -69,13 +81,13 @@ def secret_copy(values: Array) -> Array:
 
 def secret_bytes(values: bytes | bytearray | memoryview) -> memoryview:
     """A copy of bytes, which can be overwritten."""
-    copied = memoryview(_memory().piece(len(values))).cast("B")
+    copied = memoryview(secret_memory().piece(len(values))).cast("B")
     copied[:] = values
     return copied
 
 
 @cache
-def _memory() -> SecretMemory:
+def secret_memory() -> SecretMemory:
     """One for the process."""
     return SecretMemory()
 
@@ -99,5 +111,17 @@ def _mapping(size: int) -> mmap.mmap:
 
 
 @lru_cache(maxsize=256)  # making a type costs more than everything else in here, and a model has few sizes
-def _bytes_type(size: int) -> type[_Piece]:
-    return ctypes.c_ubyte * size
+def _piece_type(size: int, held: int) -> type[Any]:
+    """Arrays of ``size`` bytes, of the ``held`` that come back; every array and view made over one keeps it.
+
+    Without a finalizer of ``weakref`` and without ``from_buffer``, which make five objects more for the collector of
+    garbage to look at: a full pool has tens of thousands of pieces.
+    """
+
+    class Piece(ctypes.c_ubyte * size):  # type: ignore[misc]
+        __slots__ = ("mapping", "memory")
+
+        def __del__(self) -> None:
+            self.memory.take_back(held, self.mapping, ctypes.addressof(self))
+
+    return Piece

@@ -257,6 +257,24 @@ def test_wait_makes_what_is_missing(rows: int) -> None:
             assert (one.products() == exact).all()
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12))
+def test_what_is_ready_is_what_can_be_taken_without_a_product(steps: list[tuple[bool, int]]) -> None:
+    groups, _ = make_groups()
+    with closing(make_pool(groups)) as pool:
+        ready = 0
+        for make, count in steps:
+            if make:
+                pool.make(KEY, count % 2 + 1)
+                ready += (count % 2 + 1) * BLOCK_ROWS
+            else:
+                missed, taken = pool.missed, pool.take(KEY, count)
+                assert pool.missed - missed == max(0, count - ready)
+                pool.supply(KEY, taken)
+                # What is left of the last block that a call has made is there for the next one.
+                ready = ready - count if count <= ready else -(count - ready) % BLOCK_ROWS
+            assert pool.ready(KEY) == ready
+
+
 def test_a_call_never_waits_for_the_thread() -> None:
     """Which is stuck in a product here, while calls go on."""
     groups, weights = make_groups()

@@ -74,9 +74,7 @@ class PadPool:
         self.recent: dict[GroupKey, tuple[float, int]] = {}  # of each group's last call: when, and its rows
         self.failures: list[TsqpError] = []  # to make pads, in any thread: the first has ended it
         self.keys = tuple(groups)
-        self._groups = groups
-        self._source = source
-        self._wait = wait
+        self._groups, self._source, self._wait = groups, source, wait
         self._ratchet = Ratchet(os.urandom(KEY_BYTES))
         self._stocks = {key: deque[PadBlock]() for key in groups}  # the first of each may be used in part
         self._blocks = weakref.WeakSet[PadBlock]()  # all there are, also those that calls under way have
@@ -130,7 +128,8 @@ class PadPool:
 
     def ready(self, key: GroupKey) -> int:
         """Rows of one group whose products are there."""
-        return sum(block.left for block in list(self._stocks[key]) if block.supplied)
+        stock = list(self._stocks[key])  # all but the first are whole, and came with their products
+        return sum(block.left for block in stock[:1] if block.supplied) + BLOCK_ROWS * len(stock[1:])
 
     def close(self) -> None:
         """Destroy all pads; in a forked process they are left to the one that made them. Closing twice is allowed."""
@@ -153,7 +152,9 @@ class PadPool:
         if self.failures:
             raise self.failures[0]
         keys, parts = list[bytearray](), [slice(i * BLOCK_ROWS, (i + 1) * BLOCK_ROWS) for i in range(len(blocks))]
-        unchecked = pads = secret_array((len(blocks) * BLOCK_ROWS, group.in_features))
+        # Of one size for all calls, so that it is used again.
+        most = secret_array((max(MAKE_BLOCKS, len(blocks)) * BLOCK_ROWS, group.in_features))
+        unchecked = pads = most[: len(blocks) * BLOCK_ROWS]
         try:
             keys.extend(block.key() for block in blocks)  # those before one that is gone are wiped too
             for key, part in zip(keys, parts, strict=True):
