@@ -64,6 +64,11 @@ class FakeHost:
         self._owners: WeakKeyDictionary[torch.UntypedStorage, FakeDriver] = WeakKeyDictionary()
         self._serving = 0
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether torch's operators go to COMPUTE."""
+        return self._serving > 0
+
     def owner(self, memory: torch.Tensor) -> FakeDriver | None:
         """The device that this memory is on; None for the host's, and for what is not known."""
         return self._owners.get(memory.untyped_storage())
@@ -207,6 +212,8 @@ class FakeDriver:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         self._not_while_capturing()
+        if not self.host.is_serving:
+            raise ProtocolViolation("a copy outside of serving(): what computes is on no stream that waits for it")
         self.copies += 1
         if target.nbytes != source.nbytes or {target.dtype, source.dtype} != {torch.uint8}:
             raise ProtocolViolation("a copy of other bytes")

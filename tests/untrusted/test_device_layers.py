@@ -211,9 +211,10 @@ def test_the_caches_are_bounded_and_what_is_forgotten_makes_room() -> None:
     weights = weights_of("llama")
     config = weights.config
     one_page = 2 * config.num_layers * config.kv_size * PAGE * 4
-    state = LayerState(weights, fake_backend(FakeDriver()), max_cache_bytes=2 * one_page)
+    backend = fake_backend(FakeDriver())
+    state = LayerState(weights, backend, max_cache_bytes=2 * one_page)
     client = Client(state, config.num_layers)
-    with torch.inference_mode():
+    with torch.inference_mode(), backend.serving():
         client.whole((1, 0, PAGE + 1))
         with pytest.raises(ProtocolError, match="KV caches"):
             client.begin((2, 0, 1))

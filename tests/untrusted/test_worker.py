@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,9 +32,10 @@ from tsqp.wire.messages import (
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def worker(request: pytest.FixtureRequest) -> Worker:
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     backend = CpuBackend() if request.param == "cpu" else CudaBackend(FakeDriver())
-    return Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu"), backend=backend))
+    with torch.inference_mode(), backend.serving():
+        yield Worker(WeightStore(CHECKPOINT, "float32", torch.device("cpu"), backend=backend))
 
 
 X = torch.zeros(2, CONFIG.hidden_size)

@@ -128,6 +128,26 @@ def test_rows_of_other_formats_are_put_together_before_they_are_converted(wire: 
     assert bytes(out) == bytes(expected)
 
 
+def test_rows_that_the_host_puts_together_are_those_of_their_call() -> None:
+    """Two calls under way together, whose floats are converted once the devices are done with each."""
+    devices, wire, random = fake_devices(3), wire_format("int8"), torch.Generator().manual_seed(5)
+    plain = Operators(ModelWeights.load(CHECKPOINT, "float32", torch.device("cpu")), wire)
+    begun = []
+    with devices.serving():
+        operators = owned_store(devices, "float").operators("float", "int8")
+        for rows in (3, 5):
+            call, payload = Linear(1, "qkv", 0, None, rows), memoryview(bytearray(wire.size((rows, HIDDEN))))
+            wire.write(torch.randint(-4, 5, (rows, HIDDEN), generator=random).float(), payload)
+            out = memoryview(bytearray(wire.size((rows, QKV.out_features))))
+            operators(call, [payload], out)
+            begun.append((devices.submit(), out, plain(call, [payload])))
+        for queued, out, expected in begun:
+            assert isinstance(expected, memoryview)
+            assert bytes(out) == bytes(len(out)), "nothing is there before it is waited for"
+            queued.wait()
+            assert bytes(out) == bytes(expected)
+
+
 @pytest.mark.parametrize("call", [Linear(1, "qkv", 0, None, 1), Embed(1, 1)], ids=["shared", "alone"])
 def test_memory_of_one_device_is_refused(call: Call) -> None:
     devices = fake_devices(2)
@@ -382,10 +402,12 @@ def test_memory_of_another_device_is_an_error_of_the_fake() -> None:
     host = FakeHost()
     one, other = FakeDriver(host=host), FakeDriver(host=host)
     here, there, locked = one.empty(8, Stream.IN), other.empty(8, Stream.IN), one.locked(8)
-    other.copy(there, locked, Stream.COMPUTE)  # locked for both
     with one.serving(), other.serving():
+        other.copy(there, locked, Stream.COMPUTE)  # locked for both
         made = here + 1
         with pytest.raises(ProtocolViolation, match="several devices"):
             torch.add(made[2:4], there[2:4])
-    with pytest.raises(ProtocolViolation, match="another device"):
-        other.copy(here, locked, Stream.COMPUTE)
+        with pytest.raises(ProtocolViolation, match="another device"):
+            other.copy(here, locked, Stream.COMPUTE)
+    with pytest.raises(ProtocolViolation, match="outside of serving"):
+        other.copy(there, locked, Stream.COMPUTE)

@@ -66,11 +66,12 @@ def store(kernel: DigitKernel | None = None) -> WeightStore:
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def worker(request: pytest.FixtureRequest) -> Worker:
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     backend = CpuBackend() if request.param == "cpu" else CudaBackend(FakeDriver())
     worker = Worker(WeightStore(CHECKPOINT, "float32", CPU, backend=backend))
-    assert isinstance(greet(worker, FIELD), Welcome)
-    return worker
+    with torch.inference_mode(), backend.serving():
+        assert isinstance(greet(worker, FIELD), Welcome)
+        yield worker
 
 
 def weights(key: GroupKey) -> torch.Tensor:
