@@ -47,10 +47,14 @@ def _loaded(count: int, path: NumericPath, shard: Shard | None) -> ManyWeights:
 def fake_devices(count: int, refusal: str | None = None, window_bytes: int = WINDOW_BYTES) -> ManyDevices:
     """Devices without a GPU, named as CUDA's are."""
     host = FakeHost()
-    drivers = [FakeDriver(host=host, refusal=refusal) for _ in range(count)]
+    return devices_of([FakeDriver(host=host, refusal=refusal) for _ in range(count)], window_bytes)
+
+
+def devices_of(drivers: Sequence[FakeDriver], window_bytes: int = WINDOW_BYTES) -> ManyDevices:
+    """The devices of these drivers, which have one host."""
     arenas = Arenas(drivers[0], window_bytes=window_bytes)
     backends = [ColumnsBackend(driver, arenas=arenas) for driver in drivers]
-    return ManyDevices(backends, [f"cuda:{n}" for n in range(count)])
+    return ManyDevices(backends, [f"cuda:{n}" for n in range(len(drivers))])
 
 
 def drivers_of(devices: ManyDevices) -> list[FakeDriver]:

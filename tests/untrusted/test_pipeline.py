@@ -1,4 +1,6 @@
-"""Calls that are under way together on a device: in order, each with its own memory, its own failure and its answer."""
+"""Calls that are under way together, on one device or on several: in order, each with its own memory, its own failure
+and its answer.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,23 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG
-from tests.untrusted.fake_driver import FakeDriver, FakeEvent
-from tests.untrusted.shm_worker import STORE, connected, fake_backend, serving
+from tests.untrusted.fake_driver import FakeDriver, FakeEvent, FakeHost
+from tests.untrusted.many_devices import devices_of, serving_on
+from tests.untrusted.shm_worker import STORE, Watched, connected, fake_backend, serving
 from tests.wire.links import WAIT_S
 from tsqp.config.groups import linear_groups
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.driver import Stream
 from tsqp.untrusted.paths.plain import Operators
-from tsqp.wire.channel import Channel, Frames
+from tsqp.wire.channel import Channel, Frames, Listener
 from tsqp.wire.codec import decode_reply, encode
 from tsqp.wire.messages import Begin, Done, Failed, Finish, Layer, Linear, Place, StagedDone
 from tsqp.wire.payload import tensor_bytes, wire_format
@@ -72,6 +75,21 @@ def payload(rows: int, seed: int) -> memoryview:
     return tensor_bytes(torch.randn(rows, CONFIG.hidden_size, generator=random))
 
 
+@contextmanager
+def serving_with(
+    count: int, kind: type[Recording] = Recording, *, address: str | None = None, **options: Any
+) -> Iterator[tuple[Listener, Watched, list[Recording]]]:
+    """A worker on so many devices, whose drivers are of this kind; ``options`` are theirs."""
+    host = FakeHost()
+    drivers = [kind(host=host, **options) for _ in range(count)]
+    if count == 1:
+        serving_all = serving(fake_backend(drivers[0], window_bytes=1 << 20), address)
+    else:
+        serving_all = serving_on(devices_of(drivers, 1 << 20), "float", address=address)
+    with serving_all as (listener, worker):
+        yield listener, worker, drivers
+
+
 class Asking:
     """Calls from slots of a connection, whose answers are looked at later."""
 
@@ -100,62 +118,71 @@ class Asking:
         return reply.id, b"".join(bytes(tensor) for tensor in frames.tensors)
 
 
+DEVICES = pytest.mark.parametrize("count", [1, 3])
+
+
+@DEVICES
 @pytest.mark.parametrize("rows", [MANY, FEW])
 @pytest.mark.parametrize("transport", ["shm", "ipc"])
 @pytest.mark.parametrize("refusal", [None, "no"])
 def test_the_next_call_is_copied_in_before_the_one_before_it_is_waited_for(
-    rows: int, transport: str, refusal: str | None
+    count: int, rows: int, transport: str, refusal: str | None
 ) -> None:
     """One client with three calls under way, as with micro-batches."""
-    driver = Recording(refusal=refusal)
     address = new_ipc_address() if transport == "ipc" else None
-    with serving(fake_backend(driver, window_bytes=1 << 20), address) as (listener, _), connected(listener) as channel:
+    with (
+        serving_with(count, address=address, refusal=refusal) as (listener, _, drivers),
+        connected(listener) as channel,
+    ):
         client = Asking(channel)
         for turn in range(3):
-            driver.hold(3)
-            before = len(driver.said)
+            before = [len(driver.said) for driver in drivers]
+            for driver in drivers:
+                driver.hold(3)
             asked = [client.ask(rows, 10 * turn + n) for n in range(3)]
             found = [client.answer() for _ in asked]
             assert found == [(number, expected(rows, 10 * turn + n)) for n, number in enumerate(asked)]
-            said = driver.said[before:]
-            assert said.index("wait") > [n for n, one in enumerate(said) if one == "in"][2]
-    assert driver.idle
+            for driver, first in zip(drivers, before, strict=True):
+                said = driver.said[first:]
+                assert said.index("wait") > [n for n, one in enumerate(said) if one == "in"][2]
+    assert all(driver.idle for driver in drivers)
 
 
-def test_two_clients_are_interleaved_and_each_has_its_own_answers() -> None:
-    driver = Recording()
-    with serving(fake_backend(driver)) as (listener, _), ExitStack() as stack:
+@DEVICES
+def test_two_clients_are_interleaved_and_each_has_its_own_answers(count: int) -> None:
+    with serving_with(count) as (listener, _, drivers), ExitStack() as stack:
         clients = [Asking(stack.enter_context(connected(listener))) for _ in range(2)]
         for turn in range(4):
-            driver.hold(2)
+            for driver in drivers:
+                driver.hold(2)
             rows = MANY if turn % 2 else FEW
             asked = [client.ask(rows, 10 * turn + n) for n, client in enumerate(clients)]
             for n, client in enumerate(clients):
                 assert client.answer() == (asked[n], expected(rows, 10 * turn + n))
 
 
-def test_no_more_than_a_few_calls_are_under_way() -> None:
-    driver = Recording()
-    driver.late = lambda: True  # the device never says that it is done: whoever wants room has to wait
-    with serving(fake_backend(driver, window_bytes=1 << 20)) as (listener, _), connected(listener) as channel:
+@DEVICES
+def test_no_more_than_a_few_calls_are_under_way(count: int) -> None:
+    with serving_with(count) as (listener, _, drivers), connected(listener) as channel:
+        for driver in drivers:
+            driver.late = lambda: True  # the device never says that it is done: whoever wants room has to wait
         client = Asking(channel)
         asked = [client.ask(MANY, n) for n in range(7)]
         found = [client.answer() for _ in range(4)]
-        driver.late = lambda: False
+        for driver in drivers:
+            driver.late = lambda: False
         found += [client.answer() for _ in range(3)]
         assert found == [(number, expected(MANY, n)) for n, number in enumerate(asked)]
-    under_way = most = 0
-    for one in driver.said[: driver.said.index("wait") + 1]:
-        under_way += one == "in"
-        most = max(most, under_way)
-    assert most == 3
+    for driver in drivers:
+        assert driver.said[: driver.said.index("wait")].count("in") == 3
 
 
-def test_a_failure_on_the_way_is_answered_in_its_turn_and_is_no_other_calls() -> None:
-    driver = Recording()
-    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+@DEVICES
+def test_a_failure_on_the_way_is_answered_in_its_turn_and_is_no_other_calls(count: int) -> None:
+    with serving_with(count) as (listener, _, drivers), connected(listener) as channel:
         client = Asking(channel)
-        driver.hold(3)
+        for driver in drivers:
+            driver.hold(3 if count == 1 else 2)  # several are given nothing of a call that does not fit
         asked = [client.ask(MANY, 1), client.ask(MANY, 2, reply_rows=1), client.ask(MANY, 3)]
         found = [client.answer() for _ in asked]
     assert [number for number, _ in found] == asked
@@ -164,14 +191,16 @@ def test_a_failure_on_the_way_is_answered_in_its_turn_and_is_no_other_calls() ->
     assert found[2][1] == expected(MANY, 3)
 
 
-def test_what_the_device_reports_belongs_to_the_call_that_was_waited_for() -> None:
-    driver = Recording()
-    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+@pytest.mark.parametrize(("count", "broken"), [(1, 0), (3, 0), (3, 2)])
+def test_what_the_device_reports_belongs_to_the_call_that_was_waited_for(count: int, broken: int) -> None:
+    with serving_with(count) as (listener, _, drivers), connected(listener) as channel:
         client = Asking(channel)
-        driver.hold(3)
-        driver.failing = {2}
+        for driver in drivers:
+            driver.hold(3)
+        drivers[broken].failing = {2}
         asked = [client.ask(MANY, n) for n in range(3)]
         found = [client.answer() for _ in asked]
+        assert [driver.waited for driver in drivers] == [3] * count, "whatever has failed on another"
     assert found[0] == (asked[0], expected(MANY, 0))
     assert found[1] == (asked[1], "CUDA error: an illegal memory access was encountered")
     assert found[2] == (asked[2], expected(MANY, 2))
@@ -188,9 +217,9 @@ class Broken(Recording):
         raise RuntimeError("CUDA error: unspecified launch failure")
 
 
-def test_a_device_that_has_failed_fails_every_call_and_the_worker_says_so() -> None:
-    driver = Broken()
-    with serving(fake_backend(driver)) as (listener, worker):
+@DEVICES
+def test_a_device_that_has_failed_fails_every_call_and_the_worker_says_so(count: int) -> None:
+    with serving_with(count, Broken) as (listener, worker, _):
         for _ in range(2):  # the second client finds a worker that answers
             with connected(listener) as channel:
                 client = Asking(channel)
@@ -209,11 +238,12 @@ class Crowded(Recording):
         return super().empty(size, stream)
 
 
-def test_what_finds_no_memory_beside_others_is_tried_again_alone() -> None:
-    driver = Crowded()
-    with serving(fake_backend(driver, window_bytes=1 << 20)) as (listener, _), connected(listener) as channel:
+@DEVICES
+def test_what_finds_no_memory_beside_others_is_tried_again_alone(count: int) -> None:
+    with serving_with(count, Crowded) as (listener, _, drivers), connected(listener) as channel:
         client = Asking(channel)
-        driver.hold(2)
+        for driver in drivers[:1]:  # the others are given nothing before it has room
+            driver.hold(2)
         asked = [client.ask(MANY, n) for n in range(2)]
         assert [client.answer() for _ in asked] == [(number, expected(MANY, n)) for n, number in enumerate(asked)]
 
@@ -304,10 +334,11 @@ sys.stdin.read()
 """
 
 
-def test_a_client_that_is_killed_with_calls_under_way_leaves_nothing() -> None:
-    driver = Recording()
-    driver.late = lambda: True  # so that they are under way when it is gone
-    with serving(fake_backend(driver)) as (listener, worker):
+@DEVICES
+def test_a_client_that_is_killed_with_calls_under_way_leaves_nothing(count: int) -> None:
+    with serving_with(count) as (listener, worker, drivers):
+        for driver in drivers:
+            driver.late = lambda: True  # so that they are under way when it is gone
         sizes = [str(payload(MANY, 0).nbytes), str(MANY * QKV.out_features * 4), str(MANY)]
         arguments = [sys.executable, "-c", CLIENT, listener.address, CHECKPOINT.fingerprint(), *sizes]
         with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
@@ -315,23 +346,24 @@ def test_a_client_that_is_killed_with_calls_under_way_leaves_nothing() -> None:
             assert client.stdout.readline() == b"asked\n"
             client.kill()
         assert worker.left.acquire(timeout=WAIT_S)
-        assert driver.registered == {}
-        assert driver.idle
-        driver.late = lambda: False
+        for driver in drivers:
+            assert driver.registered == {}
+            assert driver.idle
+            driver.late = lambda: False
         with connected(listener) as channel:
             asking = Asking(channel)
             assert asking.ask(MANY, 1) == 1
             assert asking.answer() == (1, expected(MANY, 1))
 
 
-def test_a_worker_that_is_told_to_stop_answers_what_is_under_way() -> None:
-    driver = Recording()
-    never: Callable[[], bool] = lambda: True  # noqa: E731
-    driver.late = never
-    with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:
+@DEVICES
+def test_a_worker_that_is_told_to_stop_answers_what_is_under_way(count: int) -> None:
+    with serving_with(count) as (listener, _, drivers), connected(listener) as channel:
+        for driver in drivers:
+            driver.late = lambda: True
         client = Asking(channel)
         number = client.ask(MANY, 1)
-        while "in" not in driver.said:
+        while not all("in" in driver.said for driver in drivers):
             pass
         listener.interrupt()
         assert client.answer() == (number, expected(MANY, 1))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from tsqp.untrusted.backends.base import Finish, Queued
+from tsqp.untrusted.backends.base import NOTHING_QUEUED, Finish, Queued
 from tsqp.untrusted.backends.columns import ColumnsBackend
+from tsqp.untrusted.backends.cuda import CudaBackend
 
 
 class ManyDevices:
     """See Devices. ``names`` are those of the devices, in order."""
 
     compiled_calls = False
-    depth = 1  # nothing has been tested with more
+    depth = CudaBackend.depth
 
     def __init__(self, backends: Sequence[ColumnsBackend], names: Sequence[str]) -> None:
         self.backends = backends
@@ -59,7 +60,10 @@ class ManyDevices:
 
     def submit(self) -> Queued:
         after, self._after = self._after, []
-        return AllQueued(self._wait, [backend.submit() for backend in self.backends], after)
+        each = [backend.submit() for backend in self.backends]
+        if not after and all(queued is NOTHING_QUEUED for queued in each):
+            return NOTHING_QUEUED
+        return AllQueued(self._wait, each, after)
 
     def settle(self) -> None:
         self.submit().wait()
