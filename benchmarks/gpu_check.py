@@ -1,9 +1,10 @@
 """``make gpu-check``: every CUDA test, then every CUDA benchmark, in at most 8 minutes on one machine.
 
-Tests and the compilation of loops for the benchmarks run together, since neither is timed; benchmarks follow one after
-the other. Each part has a budget of its own: one that fails or outlasts it is ended with all that it started, and the
-next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the commit (with
-the device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
+Tests and the compilation of loops for the benchmarks run together, since neither is timed; what looks at the memory of
+the whole device, and then the benchmarks, follow one after the other. Each part has a budget of its own: one that
+outlasts it is interrupted, so that it says how far it came, and ended with all that it started; then the next one
+begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the commit (with the
+device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
 ``gpu-check.log`` with all that was written.
 
 The exit code is 0 when every part passed, 1 otherwise or without a CUDA device, 2 for wrong options.
@@ -30,9 +31,13 @@ from typing import IO, Any, Literal
 from benchmarks.machine import RESULTS
 
 TOTAL_S = 480.0
+LAST_WORDS_S = 5.0  # of its budget, for a part that outlasts the rest of it
 MODEL = "synthetic:llama-3.2-1b"
 TSQP = (sys.executable, "-c", "import sys; from tsqp.cli.main import main; sys.exit(main())")
 BENCH = (*TSQP, "bench")
+# Without the plugins that a machine happens to have: one that does not fit would end every test.
+PYTEST = (sys.executable, "-m", "pytest", "-v", "--disable-plugin-autoload", "-p", "pytest_timeout", "-m", "gpu")
+PRODUCTS, MEMORY = "tests/gpu/test_field.py", "tests/gpu/test_memory.py"
 OPEN = ("--protection", "open", "--model", MODEL, "--device", "cuda", "--tokens", "1024", "--runs", "3", "--json")
 
 Outcome = Literal["passed", "failed", "over its budget", "no time left", "no result"]
@@ -40,16 +45,23 @@ Outcome = Literal["passed", "failed", "over its budget", "no time left", "no res
 
 @dataclass(frozen=True)
 class Part:
-    """One command. ``measures``: it runs alone, and its last line of standard output is the JSON of its result."""
+    """One command. ``measures``: its last line of standard output is the JSON of its result.
+
+    ``alone``: nothing runs beside it.
+    """
 
     name: str
     command: tuple[str, ...]
     budget_s: float
     measures: bool = True
+    alone: bool = True
 
 
 PARTS = (
-    Part("tests", (sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q"), 170, measures=False),
+    Part("products", (*PYTEST, PRODUCTS), 150, measures=False, alone=False),
+    Part(
+        "tests", (*PYTEST, "tests/gpu", f"--ignore={PRODUCTS}", f"--ignore={MEMORY}"), 150, measures=False, alone=False
+    ),
     Part(
         "loops",
         (
@@ -66,19 +78,21 @@ PARTS = (
             "--runs",
             "1",
         ),
-        170,
+        150,
         measures=False,
+        alone=False,
     ),
-    Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 70),
-    Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 40),
+    Part("memory", (*PYTEST, MEMORY), 25, measures=False),
+    Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 65),
+    Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 35),
     Part(
         "private",
-        (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "3", "--json"),
-        80,
+        (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "2", "--json"),
+        85,
     ),
     Part("use", (sys.executable, "-m", "benchmarks.gpu_use", "--model", MODEL), 30),
-    Part("prefill", (*BENCH, "prefill", *OPEN), 45),
-    Part("decode", (*BENCH, "decode", *OPEN), 45),
+    Part("prefill", (*BENCH, "prefill", *OPEN), 40),
+    Part("decode", (*BENCH, "decode", *OPEN), 50),
 )
 
 
@@ -108,15 +122,15 @@ class Check:
         self._log.write_text("", encoding="utf-8")
 
     def run(self, parts: Sequence[Part]) -> list[Ended]:
-        """Those that do not measure together, then the others in turn; ``gpu-check.json`` is written after each."""
-        tested = [part for part in parts if not part.measures]
+        """Those that need not be alone together, then the others in turn; ``gpu-check.json`` is written after each."""
+        together = [part for part in parts if not part.alone]
         ended: list[Ended] = []
-        if tested:
-            with ThreadPoolExecutor(len(tested)) as pool:
-                ended += pool.map(self._run, tested)
+        if together:
+            with ThreadPoolExecutor(len(together)) as pool:
+                ended += pool.map(self._run, together)
         self._summary(ended)
         for part in parts:
-            if part.measures:
+            if part.alone:
                 ended.append(self._run(part))
                 self._summary(ended)
         return ended
@@ -163,13 +177,20 @@ class Check:
 
 
 def run_for(command: Sequence[str], seconds: float, out: IO[str], errors: IO[str]) -> int | None:
-    """The exit code, or None for a command that was ended after its seconds, with all that it had started."""
+    """The exit code, or None for a command that was ended after its seconds, with all that it had started.
+
+    Shortly before that it is interrupted: pytest then says what has failed so far.
+    """
+    last_words = min(LAST_WORDS_S, seconds / 4)
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=_environment()
     )
     try:
-        return process.wait(seconds)
+        return process.wait(seconds - last_words)
     except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(last_words)
         return None
     finally:
         with suppress(ProcessLookupError):

@@ -29,6 +29,7 @@ SMI = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nouni
 SECONDS = 6.0
 PERIOD_S = 1.0  # drivers count over 1/6 of a second to a second: an earlier sample may be of the time before
 LEAST = 5  # samples
+FIRST_WORD_S = 5.0  # one that holds back what it says would be waited for until the part is ended
 
 
 class NotTold(RuntimeError):
@@ -67,7 +68,8 @@ def use_during(
     with process:
         reader.start()
         try:
-            first.wait()
+            if not first.wait(FIRST_WORD_S):
+                raise NotTold(f"{command[0]} has said nothing in {FIRST_WORD_S:.0f} s")
             runs, begun = list[float](), time.monotonic()
             while not runs or time.monotonic() < begun + seconds:
                 runs.append(work())

@@ -16,7 +16,7 @@ from benchmarks.gpu_check import PARTS, TOTAL_S, Check, Part, main
 from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
 
 from tests.arith import interpreted
-from tests.commands import wait_until
+from tests.commands import LIMIT_S, wait_until
 from tsqp.arith.field import MAX_FIELD_TERMS
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def part(name: str, code: str, budget_s: float = 30, *, measures: bool = True) -> Part:
-    return Part(name, (sys.executable, "-c", code), budget_s, measures)
+    return Part(name, (sys.executable, "-c", code), budget_s, measures, alone=measures)
 
 
 def read(path: Path) -> Any:
@@ -65,27 +65,36 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
     }
 
 
-def test_a_part_over_its_budget_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heeds", [True, False], ids=["heeds an interrupt", "ignores it"])
+def test_a_part_over_its_budget_has_last_words_and_is_ended_with_what_it_started(
+    heeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     child = tmp_path / "child"
     code = (
-        "import pathlib, subprocess, sys, time\n"
+        "import pathlib, signal, subprocess, sys, time\n"
+        f"signal.signal(signal.SIGINT, signal.{'default_int_handler' if heeds else 'SIG_IGN'})\n"
         "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"print('began'); path = pathlib.Path({str(child)!r})\n"
-        "path.with_suffix('.new').write_text(str(started.pid)); path.with_suffix('.new').rename(path); time.sleep(600)"
+        f"print('began'); path = pathlib.Path({str(child)!r}); new = path.with_suffix('.new')\n"
+        "new.write_text(str(started.pid)); new.rename(path)\n"
+        "try: time.sleep(600)\nexcept KeyboardInterrupt: print('what has failed so far')"
     )
     wait = subprocess.Popen.wait
 
     def passes_once_it_runs(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         """The budget of the first part, which may take longer to begin than any that a test would wait for."""
-        if timeout == 4:
+        if timeout == 4 - 1:
             wait_until(child.exists)
             timeout = 0.01
+        elif timeout == 1 and heeds:
+            timeout = LIMIT_S
         return wait(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", passes_once_it_runs)
     ended = Check(tmp_path / "out", GPU).run([part("slow", code, 4), part("rpc", "print('{}')")])
     assert [(one.outcome, one.code) for one in ended] == [("over its budget", None), ("passed", 0)]
-    assert "began" in (tmp_path / "out" / "gpu-check.log").read_text(encoding="utf-8")
+    log = (tmp_path / "out" / "gpu-check.log").read_text(encoding="utf-8")
+    assert "began" in log
+    assert ("what has failed so far" in log) == heeds
     pid = int(child.read_text())
     while lives(pid):  # the signal is sent; the test's own time limit bounds this
         os.sched_yield()
@@ -114,8 +123,8 @@ def test_kernels_are_not_interpreted_in_a_part(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_budgets_fit_into_eight_minutes() -> None:
-    together = max(one.budget_s for one in PARTS if not one.measures)
-    assert together + sum(one.budget_s for one in PARTS if one.measures) <= TOTAL_S == 480
+    together = max(one.budget_s for one in PARTS if not one.alone)
+    assert together + sum(one.budget_s for one in PARTS if one.alone) <= TOTAL_S == 480
     assert len({one.name for one in PARTS}) == len(PARTS)
     assert len([one for one in PARTS if one.measures]) + 2 <= 8  # files, with the summary and the log
 

@@ -76,3 +76,62 @@ def test_sizes_of_the_runtimes_call_have_64_bits(monkeypatch: pytest.MonkeyPatch
         torch_driver.cuda_runtime.cache_clear()
     assert asked == ["libcudart.so.13"]
     assert [ctypes.sizeof(kind) for kind in library.cudaMemcpy2DAsync.argtypes] == [8, 8, 8, 8, 8, 8, 4, 8]
+
+
+class Graph:
+    """As ``torch.cuda.CUDAGraph``; ``refused``: CUDA does not end the capture."""
+
+    refused = False
+
+    def capture_begin(self, **options: object) -> None:
+        self.said = ["begin"]
+
+    def capture_end(self) -> None:
+        self.said.append("end")
+        if self.refused:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_capture_that_fails_is_over_and_says_why(
+    refused: bool, driver: TorchDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the allocator would hold for ever what two streams have used; seen on a GPU by others only."""
+    graph, ended, calls = Graph(), list[object](), list[None]()
+    graph.refused = refused
+    driver._pool = torch.cuda._POOL_HANDLE((0, 1))
+    driver.device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: ended.append(place), raising=False)
+
+    def work() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        driver.capture(work)
+    assert graph.said == ["begin", "end"]
+    assert ended == ([(3, (0, 1))] if refused else [])
+
+
+def test_a_capture_that_cuda_does_not_end_is_over_too(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, ended = Graph(), list[object]()
+    graph.refused = True
+    driver._pool = torch.cuda._POOL_HANDLE((0, 1))
+    driver.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: ended.append(place), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        driver.capture(lambda: None)
+    assert ended == [(0, (0, 1))]
+
+
+def test_memory_that_cannot_be_given_back_ends_no_worker(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    driver.trim()

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsqp.errors import OptionError
 from tsqp.untrusted.backends.driver import Event, Graph, Stream
@@ -15,6 +16,8 @@ from tsqp.wire.device_memory import DeviceMemory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of this process
 _DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
+# Without cuDNN's, which torch would prefer on Hopper: it makes a plan for each number of keys, some 0.4 s of the host.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @cache
@@ -45,7 +48,7 @@ class TorchDriver:
     def serving(self) -> Iterator[None]:
         compute = self._streams[Stream.COMPUTE]
         compute.wait_stream(torch.cuda.current_stream(self.device))  # weights may be on their way on that one
-        with torch.cuda.device(self.device), torch.cuda.stream(compute):
+        with torch.cuda.device(self.device), torch.cuda.stream(compute), sdpa_kernel(_ATTENTION):
             yield
 
     def register(self, memory: torch.Tensor) -> str | None:
@@ -111,12 +114,27 @@ class TorchDriver:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
                 graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
         return _ComputeGraph(graph, self._streams[Stream.COMPUTE])
 
     def trim(self) -> None:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that has failed, or an allocator that was left in a capture
+            torch.cuda.empty_cache()
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed.
+
+        Where CUDA refuses its end, torch's allocator would believe for ever that it is under way, and free nothing
+        that two streams have used. There is no public call for that.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()  # if it was not what has failed
+            return
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
 
 
 class _Foreign:
