@@ -27,6 +27,7 @@ def test_int8_end_to_end_over_a_worker_that_is_started(home: Home) -> None:
     assert "bfloat16, wire int8" in done.err  # what this side computes in, and what crosses
 
 
+@pytest.mark.slow
 def test_a_standing_int8_worker_over_ipc(home: Home) -> None:
     model = str(tiny_model("llama").directory)
     asked = ("generate", "hello", "--model", model, *OPEN, "--max-tokens", "6", "--json", "--dtype", "int8")
@@ -94,6 +95,7 @@ def test_compiled_int8_gives_the_same_tokens(home: Home, tmp_path: Path) -> None
     assert any(code.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_text(home: Home, tsqp: Callable[..., Result], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")

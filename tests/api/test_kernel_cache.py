@@ -64,7 +64,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
     assert kernel_cache_directory("auto") is None  # nobody asked for one
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o777])
+@pytest.mark.parametrize("mode", [0o770, pytest.param(0o777, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["", "worker-kernels", f"worker-kernels/{cache_name()}"])
 def test_a_worker_loads_no_code_from_where_others_can_write(home: Home, tmp_path: Path, where: str, mode: int) -> None:
     loose = tmp_path / "cache" / where

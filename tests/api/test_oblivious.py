@@ -50,7 +50,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     return found
 
 
-@pytest.mark.parametrize("protection", ["local", "masked"])
+@pytest.mark.parametrize("protection", ["local", pytest.param("masked", marks=pytest.mark.slow)])
 def test_answers_are_the_same(protection: Literal["local", "masked"], looked_up: list[type]) -> None:
     answers = []
     for oblivious in (False, True):
@@ -113,6 +113,7 @@ def test_no_tree_is_built_where_the_host_may_compare_ciphertexts(monkeypatch: py
     assert [way("auto"), way("scan"), way("oram")] == ["scan", "scan", "oram"]
 
 
+@pytest.mark.slow
 def test_a_closed_run_builds_no_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody could use it, and the thread would go on for minutes."""
     made = list[GrowingEmbedding]()

@@ -24,13 +24,14 @@ def limit() -> list[str]:
     return ["sh", "-c", f'ulimit -v {int(loaded.stdout) + (2 << 20)}; exec "$@"', "limited"]
 
 
-@pytest.mark.parametrize("protection", ["open", "masked"])
+@pytest.mark.parametrize("protection", ["open", pytest.param("masked", marks=pytest.mark.slow)])
 def test_what_fits_is_the_default(home: Home, limit: list[str], protection: str) -> None:
     home.before = limit
     result = home.run(*RUN, "--protection", protection)
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_by_its_option(home: Home, limit: list[str]) -> None:
     home.before = limit
     result = home.run(*RUN, "--protection", "open", "--arena", "4GiB")
@@ -61,6 +62,7 @@ def test_two_of_them_fit_too(home: Home, limit: list[str]) -> None:
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_the_doctor_needs_no_large_one(home: Home, limit: list[str]) -> None:
     home.before = limit
     findings = {finding["what"]: finding["state"] for finding in home.run("doctor", "--json").json["findings"]}

@@ -268,6 +268,7 @@ def test_an_address_in_use(home: Home) -> None:
         assert home.run("generate", "a", *MODEL, "--worker", address, "-n", "2").code == 0  # the first is unharmed
 
 
+@pytest.mark.slow
 def test_another_model_on_the_worker(home: Home) -> None:
     with home.worker("--model", tiny_model("llama-biases").directory) as (_, address):
         result = home.run("generate", "a", *MODEL, "--worker", address)

@@ -66,6 +66,7 @@ def test_masked_shows_the_apis_text_and_that_the_worker_saw_noise(opened: Open) 
         assert expected.startswith(page.answer)
 
 
+@pytest.mark.slow
 def test_open_shows_the_users_words(opened: Open) -> None:
     with console("open") as url:
         expected = api_text(url, QUESTION, **ASKED)
@@ -76,6 +77,7 @@ def test_open_shows_the_users_words(opened: Open) -> None:
         assert (page.text(".headline"), page.text(".recovered")) == ("Your words.", QUESTION)
 
 
+@pytest.mark.slow
 def test_an_answer_whose_worker_is_lost_is_paused_and_goes_on_to_the_same_text(opened: Open) -> None:
     with console("masked") as url:
         expected = api_text(url, QUESTION, **ASKED)

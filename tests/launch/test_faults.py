@@ -34,6 +34,7 @@ def test_a_worker_killed_while_generating_is_reported_before_any_deadline(home: 
     assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadline(home: Home) -> None:
     with home.worker(*MODEL, "--dtype", "float32") as (worker, address):
         options = (*MODEL, "--worker", address, *ENDLESS, "--worker-patience", "0")
@@ -47,6 +48,7 @@ def test_a_standing_worker_killed_while_generating_is_reported_before_any_deadli
         assert again == address
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_generating_costs_a_line_and_no_token(home: Home) -> None:
     asked = ("generate", "hello", *MODEL, "--ignore-eos", "-n", "1000")
     with home.started(*asked) as process:
@@ -114,6 +116,7 @@ def test_two_at_once_never_collide(home: Home) -> None:
     assert home.leftovers() == []
 
 
+@pytest.mark.slow
 def test_two_clients_share_a_standing_worker(home: Home) -> None:
     with home.worker(*MODEL, "--dtype", "float32") as (_, address), ThreadPoolExecutor() as pool:
         options = ("generate", "hello", *MODEL, "--worker", address, "-n", "8", "--json")

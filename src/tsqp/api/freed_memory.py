@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-from tsqp.arith.secret_memory import secret_memory
-
 HEAPS = 2  # the threads that allocate much are two: steps of the engine, and the filler of pads
 _ARENA_MAX = -8  # M_ARENA_MAX of mallopt(3)
 
@@ -24,6 +22,8 @@ def few_heaps() -> None:
 
 def give_back_freed_memory() -> None:
     """For now and then, not for each call: it looks through all heaps. Those are of glibc: others are left alone."""
+    from tsqp.arith.secret_memory import secret_memory  # with numpy, which `few_heaps` must not load
+
     secret_memory().give_back()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
