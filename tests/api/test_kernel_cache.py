@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from tsqp.api import kernel_cache
 from tsqp.api.kernel_cache import keeps_none, kernel_cache_directory
 from tsqp.arith.jit import cache_name
 from tsqp.errors import PathRefused
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_auto_is_a_private_directory_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +105,64 @@ def test_a_worker_keeps_its_loops_where_nobody_else_can_enter(home: Home, tmp_pa
         read_until(process, b"\n")
     directory = tmp_path / "cache" / "worker-kernels" / cache_name()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+# What measures keeps its loops too: a minute of compiling would be paid by each `tsqp bench` otherwise.
+
+BENCHES = (
+    "rpc",
+    "prefill",
+    "decode",
+    "pipeline",
+    "origin",
+    "private",
+    "guard",
+    "constants",
+    "offload",
+    "serve",
+    "load",
+)
+
+IN_ORDER = """
+import sys
+from contextlib import suppress
+from tsqp.arith.jit import SOURCES
+import tsqp.cli.bench
+from tsqp.cli.main import run
+
+loops = {"tsqp." + source.removesuffix(".py").replace("/", ".") for source in SOURCES} - {"tsqp.arith.jit"}
+asked = []
+
+def keep_loops(choice):
+    asked.append((choice, sorted(loops & sys.modules.keys())))
+    raise SystemExit(0)
+
+tsqp.cli.bench.keep_loops = keep_loops
+for command in sys.argv[1:]:
+    with suppress(SystemExit):
+        run(["bench", *command.split()])
+print(asked)
+"""
+
+
+def test_a_benchmark_asks_for_it_before_it_loads_what_has_loops() -> None:
+    commands = [*BENCHES, "all", "decode --kernel-cache off"]
+    done = subprocess.run([sys.executable, "-c", IN_ORDER, *commands], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{[('auto', [])] * len(commands[:-1]) + [('off', [])]}\n", done.stderr
+
+
+def test_so_do_scripts(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    asked = (
+        "import benchmarks, sys; from tsqp.arith import jit; print(jit._directory, 'tsqp.arith.loops' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        cwd=REPOSITORY,
+        env={**environment, "TSQP_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{tmp_path}/kernels/{cache_name()} False\n"

@@ -20,6 +20,18 @@ def keeps_none(choice: str) -> bool:
     return choice != OFF and not os.path.lexists(place)  # also where it cannot be entered
 
 
+def keep_loops(choice: str = AUTO) -> None:
+    """Have loops kept where ``kernel_cache_directory`` says: those of modules that are imported afterwards.
+
+    ``LLM`` does so itself, before it imports them. Raises PathRefused.
+    """
+    directory = kernel_cache_directory(choice)
+    if directory is not None:
+        from tsqp.arith.jit import enable_cache
+
+        enable_cache(directory)
+
+
 def kernel_cache_directory(choice: str) -> Path | None:
     """The directory for compiled kernels, made with mode 0700 when missing; None for none.
 

@@ -17,7 +17,7 @@ from tsqp.api.answer import Answer, Completion, Delta
 from tsqp.api.arena import arena_for
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, is_roster
 from tsqp.api.dealer import Connect, Dealer, DealerRoster, client_keys
-from tsqp.api.kernel_cache import kernel_cache_directory
+from tsqp.api.kernel_cache import keep_loops
 from tsqp.api.places import Place, Standing, StartedHere
 from tsqp.api.plan import Plan
 from tsqp.api.roster_place import RosterPlace
@@ -233,12 +233,9 @@ class LLM:
         """Load torch, which takes a second or two: only now, so that a worker started before does it meanwhile."""
         import torch
 
-        from tsqp.arith.jit import enable_cache
-
         compute = self.plan.run.compute
-        kernels = kernel_cache_directory(compute.kernel_cache) if compute.compiled_kernels else None
-        if kernels is not None:
-            enable_cache(kernels)
+        if compute.compiled_kernels:
+            keep_loops(compute.kernel_cache)
         torch.set_num_threads(compute.threads or cores())
 
     def _build_engine(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
+from tsqp.api.kernel_cache import AUTO, keep_loops
 from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.names import PeerName, TransportName
@@ -74,7 +75,7 @@ def prefill(
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
     no_adapter(run)
-    console = _prepare(options)
+    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -98,7 +99,7 @@ def decode(
     no_adapter(run)
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
-    console = _prepare(options)
+    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -339,7 +340,7 @@ def everything(
     no_adapter(run)
     if options.plot is not None:
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
-    console = _prepare(options)
+    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
     from tsqp.bench.device import prefix as of_device
     from tsqp.bench.everything import Everything, bench_all
     from tsqp.bench.workload import Workload
@@ -351,8 +352,13 @@ def everything(
         sys.stdout.write(json.dumps({"benchmark": "all", "results": found}) + "\n")
 
 
-def _prepare(options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False) -> Console:
-    """Refuse what cannot be done before minutes are spent; where progress and limits are printed."""
+def _prepare(
+    options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False, kernel_cache: str = AUTO
+) -> Console:
+    """Refuse what cannot be done before minutes are spent; where progress and limits are printed.
+
+    Loops are kept from here on, before what measures is imported: some of that has loops, or imports them.
+    """
     from rich.console import Console
 
     from tsqp.bench.plot import check_plot
@@ -366,6 +372,7 @@ def _prepare(options: BenchOptions, results: Path | None = None, *, dirty_ok: bo
         check_tree(dirty_ok=dirty_ok)
     elif dirty_ok:
         raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
+    keep_loops(kernel_cache)
     return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 
