@@ -5,9 +5,12 @@ That is asked for here, since it holds for modules imported afterwards, and most
 
 from __future__ import annotations
 
-import os
-
 from tsqp.api.kernel_cache import keep_loops
+from tsqp.arith import jit
+from tsqp.errors import PathRefused
 
-if "NUMBA_CACHE_DIR" not in os.environ:  # tests keep theirs elsewhere
-    keep_loops()
+if not jit.keeps_loops():  # tests keep theirs elsewhere
+    try:
+        keep_loops()
+    except PathRefused as refused:
+        raise SystemExit(f"benchmarks: {refused}") from None

@@ -31,7 +31,7 @@ from typing import IO, Any, Literal
 from benchmarks.machine import RESULTS
 
 TOTAL_S = 480.0
-LAST_WORDS_S = 5.0  # of its budget, for a part that outlasts the rest of it
+LAST_WORDS_S = 5.0  # of their budget, for tests that outlast the rest of it
 MODEL = "synthetic:llama-3.2-1b"
 TSQP = (sys.executable, "-c", "import sys; from tsqp.cli.main import main; sys.exit(main())")
 BENCH = (*TSQP, "bench")
@@ -141,7 +141,9 @@ class Check:
         if budget <= 1:
             return self._say(Ended(part.name, "no time left", 0.0, part.budget_s, None, part.command), "")
         with _file() as out, _file() as errors:
-            code = run_for(part.command, budget, out, errors)
+            # A benchmark says nothing before its end: it has all of its time.
+            last_words = 0.0 if part.measures else min(LAST_WORDS_S, budget / 4)
+            code = run_for(part.command, budget, last_words, out, errors)
             said, complaints = _read(out), _read(errors)
         outcome: Outcome = "over its budget" if code is None else "failed" if code else "passed"
         if outcome == "passed" and part.measures and not self._keep(part, said):
@@ -176,21 +178,20 @@ class Check:
         _write(self._output / "gpu-check.json", {**about, "seconds": seconds, "parts": [asdict(one) for one in ended]})
 
 
-def run_for(command: Sequence[str], seconds: float, out: IO[str], errors: IO[str]) -> int | None:
+def run_for(command: Sequence[str], seconds: float, last_words_s: float, out: IO[str], errors: IO[str]) -> int | None:
     """The exit code, or None for a command that was ended after its seconds, with all that it had started.
 
-    Shortly before that it is interrupted: pytest then says what has failed so far.
+    ``last_words_s`` before that it is interrupted: pytest then says what has failed so far.
     """
-    last_words = min(LAST_WORDS_S, seconds / 4)
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=_environment()
     )
     try:
-        return process.wait(seconds - last_words)
+        return process.wait(seconds - last_words_s)
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGINT)
-            process.wait(last_words)
+            process.wait(last_words_s)
         return None
     finally:
         with suppress(ProcessLookupError):

@@ -80,12 +80,14 @@ def test_a_worker_over_shm_locks_memory_and_captures_products(device: torch.devi
         with closing(connect(worker.wait_ready(), arena_bytes=128 << 20)) as channel:
             channel.send(Frames(encode(FIELD)))
             assert isinstance(decode_handshake(channel.receive(WAIT_S).control), Welcome)
-            for rows in (3, 70, 4_096):  # a graph, launched products, and one that crosses windows of locked memory
+            taken = channel.slot((64 << 20) - (1 << 20), 8)  # so that a later one crosses windows of locked memory
+            for rows in (3, 70, 4_096):  # a graph, and launched products
                 slot = channel.slot(rows * group.in_features * 4, rows * group.out_features * 4)
                 slot.tensor[:] = bytes(len(slot.tensor))
                 for number in range(3):
                     channel.send_from(slot, encode(Product(number, "qkv", 0, rows, 4)))
                     assert isinstance(decode_reply(channel.receive(WAIT_S).control), Done)
+            del taken
         worker.close()
         complaints = [line for line in worker._errors if "not used" in line or "not locked" in line]
     assert not complaints

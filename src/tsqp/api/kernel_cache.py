@@ -20,12 +20,12 @@ def keeps_none(choice: str) -> bool:
     return choice != OFF and not os.path.lexists(place)  # also where it cannot be entered
 
 
-def keep_loops(choice: str = AUTO) -> None:
+def keep_loops(choice: str | None = None) -> None:
     """Have loops kept where ``kernel_cache_directory`` says: those of modules that are imported afterwards.
 
-    ``LLM`` does so itself, before it imports them. Raises PathRefused.
+    For whatever imports some before ``LLM``, which does so itself. None: as TSQP_KERNEL_CACHE says. Raises PathRefused.
     """
-    directory = kernel_cache_directory(choice)
+    directory = kernel_cache_directory(choice or os.environ.get("TSQP_KERNEL_CACHE") or AUTO)
     if directory is not None:
         from tsqp.arith.jit import enable_cache
 

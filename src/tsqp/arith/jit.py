@@ -57,6 +57,11 @@ def enable_cache(directory: Path) -> None:
     _directory = os.environ[_CACHE] = str(directory)
 
 
+def keeps_loops() -> bool:
+    """Whether this process keeps them, from what is imported now on."""
+    return bool(_directory)
+
+
 def cache_name() -> str:
     """What to call that directory: numba does not notice a change in what a loop takes from another module."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in loop_sources())).hexdigest()[:16]

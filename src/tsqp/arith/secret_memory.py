@@ -58,13 +58,13 @@ class SecretMemory:
 
     def spare_bytes(self) -> int:
         """What large pieces hold that nobody uses."""
-        return sum(held * len(spare) for held, spare in list(self._spare.items()) if held > MOST_SMALL)
+        return sum(held * len(self._spare[held]) for held in tuple(self._spare) if held > MOST_SMALL)
 
     def give_back(self) -> None:
         """Let the system have large pieces that nobody uses."""
-        for held, spare in list(self._spare.items()):
+        for held in tuple(self._spare):
             if held > MOST_SMALL:
-                spare.clear()
+                self._spare[held].clear()
 
 
 def secret_array(shape: tuple[int, ...], dtype: Any = np.uint32) -> Array:
@@ -81,7 +81,9 @@ def secret_copy(values: Array) -> Array:
 
 def secret_bytes(values: bytes | bytearray | memoryview) -> memoryview:
     """A copy of bytes, which can be overwritten."""
-    copied = memoryview(secret_memory().piece(len(values))).cast("B")
+    # Of an array: the collector of garbage does not follow it to the piece. A view of the piece itself, in a cycle that
+    # it collects, would let the piece be handed out again before finalisers that may still write to the view.
+    copied = secret_array((len(values),), np.uint8).data
     copied[:] = values
     return copied
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
-from tsqp.api.kernel_cache import AUTO, keep_loops
+from tsqp.api.kernel_cache import keep_loops
 from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.names import PeerName, TransportName
@@ -75,7 +75,7 @@ def prefill(
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
     no_adapter(run)
-    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
+    console = _prepare(options, compute=run.compute)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -99,7 +99,7 @@ def decode(
     no_adapter(run)
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
-    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
+    console = _prepare(options, compute=run.compute)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -340,7 +340,7 @@ def everything(
     no_adapter(run)
     if options.plot is not None:
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
-    console = _prepare(options, kernel_cache=run.compute.kernel_cache)
+    console = _prepare(options, compute=run.compute)
     from tsqp.bench.device import prefix as of_device
     from tsqp.bench.everything import Everything, bench_all
     from tsqp.bench.workload import Workload
@@ -353,7 +353,7 @@ def everything(
 
 
 def _prepare(
-    options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False, kernel_cache: str = AUTO
+    options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False, compute: ComputeConfig | None = None
 ) -> Console:
     """Refuse what cannot be done before minutes are spent; where progress and limits are printed.
 
@@ -372,7 +372,10 @@ def _prepare(
         check_tree(dirty_ok=dirty_ok)
     elif dirty_ok:
         raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
-    keep_loops(kernel_cache)
+    if compute is None:
+        keep_loops()
+    elif compute.compiled_kernels:
+        keep_loops(compute.kernel_cache)
     return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 

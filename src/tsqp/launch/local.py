@@ -53,7 +53,7 @@ PASSED_ON = (
     "LD_LIBRARY_PATH",
     "CUDA_HOME",
     "CUDA_VISIBLE_DEVICES",
-    *("CC", "TRITON_CACHE_DIR", "TRITON_LIBCUDA_PATH", "TRITON_PTXAS_PATH"),  # what Triton compiles its kernels by
+    *("CC", "TRITON_LIBCUDA_PATH", "TRITON_PTXAS_PATH"),  # what Triton compiles its kernels by
 )
 START_TIMEOUT_S = 600.0  # a large model takes minutes to read from a slow disk
 STOP_TIMEOUT_S = 5.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -66,6 +67,7 @@ def serve(options: argparse.Namespace) -> None:
     kernels = code_directory("worker-kernels", cache_name())
     if kernels is not None:
         enable_cache(kernels)
+        os.environ["TRITON_CACHE_DIR"] = str(kernels / "triton")  # code too, which Triton would load from anywhere
     from tsqp.untrusted.backends.device import pick_devices
     from tsqp.untrusted.compiled import Compiler
     from tsqp.untrusted.compiled_calls import CompiledCalls

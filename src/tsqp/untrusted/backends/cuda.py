@@ -58,10 +58,14 @@ class CudaBackend:
         self._arenas.attach(peer, memory)
 
     def detach(self, peer: bytes) -> None:
+        self.drain()
+        self._arenas.detach(peer)
+
+    def drain(self) -> None:
+        """Wait for all that was computed here, also for what no answer waits for."""
         self.settle()
         with suppress(RuntimeError):  # of a device that has failed, on which nothing is under way any more
             self._driver.synchronise(self._driver.record(Stream.COMPUTE))  # graphs of the connection may be
-        self._arenas.detach(peer)
 
     def field_weights(self, wq: torch.Tensor, kernel: DigitKernel) -> FieldWeights:
         return DeviceFieldWeights.of(wq.to(self.device), kernel)

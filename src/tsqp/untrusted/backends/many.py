@@ -50,9 +50,10 @@ class ManyDevices:
         self.backends[0].attach(peer, memory)  # locked for all devices
 
     def detach(self, peer: bytes) -> None:
-        self.settle()  # no device copies in memory that the first backend unlocks
+        self.settle()
         for backend in self.backends:
-            backend.detach(peer)
+            backend.drain()  # no device copies in memory that the first one unlocks for all
+        self.backends[0].detach(peer)
 
     def after(self, finish: Finish) -> None:
         """Have something done once the current call's products are there."""

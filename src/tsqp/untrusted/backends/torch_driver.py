@@ -111,8 +111,8 @@ class TorchDriver:
         # Not torch.cuda.graph(), which waits for the device, collects garbage and empties the cache for each graph.
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams[Stream.COMPUTE]):
             work()  # libraries set themselves up, and kernels are compiled, which no capture may contain
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 work()
                 graph.capture_end()
             except BaseException:
