@@ -122,7 +122,7 @@ THEIRS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
 def test_splits_equal_those_of_the_library(tmp_path: Path, name: str) -> None:
     theirs = pre_tokenizers.Sequence(THEIRS[name])
     ours = _tokenizer(tmp_path, name).pre_tokenizer
-    # The library's classes are of one version of Unicode, and its patterns of another: of newer characters they disagree.
+    # The library's classes are of one version of Unicode, its patterns of another: of newer characters they disagree.
     old = st.characters(codec="utf-8", max_codepoint=0xFFFF).filter(lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn")
     letters = st.text(st.one_of(st.sampled_from("aZ'sé09 \t\r\n.$<`،一ㅎǅ²\u0301\u0378𝒳𝟗𐎟𠀀"), old), max_size=24)
 
