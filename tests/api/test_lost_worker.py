@@ -394,8 +394,8 @@ def test_a_worker_that_ends_without_requests_is_there_again_before_the_next() ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_is_left")
-@pytest.mark.parametrize(("mode", "kills"), [("masked", 20), ("verified", 5)])
-def test_kills_under_sixteen_streams(mode: ProtectionName, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_twenty_kills_under_sixteen_streams(mode: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [
         ([*PROMPTS[n % 4], n + 3], SamplingParams(max_tokens=60, ignore_eos=True, temperature=n % 2, seed=n))
         for n in range(16)
@@ -411,9 +411,9 @@ def test_kills_under_sixteen_streams(mode: ProtectionName, kills: int, monkeypat
     expected = run(LLM(MODEL, protection=mode, compute=ComputeConfig(threads=1)))
     blocks = record_blocks(monkeypatch)
     llm = LLM(MODEL, protection=mode, worker=WorkerConfig(patience_s=LIMIT_S), compute=ComputeConfig(threads=1))
-    killed = killed_at(llm, random.Random(1).sample(range(55), kills), monkeypatch)
+    killed = killed_at(llm, random.Random(1).sample(range(55), 20), monkeypatch)
     assert run(llm) == expected
     for pid in killed:
         wait_gone(pid)
-    assert len(killed) == kills
+    assert len(killed) == 20
     assert not secrets_of(blocks)
