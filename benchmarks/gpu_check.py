@@ -2,9 +2,9 @@
 
 Tests and the compilation of loops for the benchmarks run together, since neither is timed; what looks at the memory of
 the whole device, and then the benchmarks, follow one after the other. Each part has a budget of its own: one that
-outlasts it is interrupted, so that it says how far it came, and ended with all that it started; then the next one
-begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the commit (with the
-device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
+outlasts it is ended with all that it started, tests shortly after an interrupt that has them say how far they came;
+then the next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the
+commit (with the device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
 ``gpu-check.log`` with all that was written.
 
 The exit code is 0 when every part passed, 1 otherwise or without a CUDA device, 2 for wrong options.

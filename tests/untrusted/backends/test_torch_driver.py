@@ -83,8 +83,12 @@ class Graph:
 
     refused = False
 
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.ended: list[object] = []  # whose capture torch's allocator was told to end
+
     def capture_begin(self, **options: object) -> None:
-        self.said = ["begin"]
+        self.said.append("begin")
 
     def capture_end(self) -> None:
         self.said.append("end")
@@ -92,18 +96,24 @@ class Graph:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
-@pytest.mark.parametrize("refused", [True, False])
-def test_a_capture_that_fails_is_over_and_says_why(
-    refused: bool, driver: TorchDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the allocator would hold for ever what two streams have used; seen on a GPU by others only."""
-    graph, ended, calls = Graph(), list[object](), list[None]()
-    graph.refused = refused
+@pytest.fixture
+def graph(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> Graph:
+    """What the driver captures into, on device 3; where it has torch's allocator end a capture, that is said too."""
+    graph = Graph()
     driver._pool = torch.cuda._POOL_HANDLE((0, 1))
     driver.device = torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: ended.append(place), raising=False)
+    end = lambda *place: graph.ended.append(place)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    return graph
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_capture_that_fails_is_over_and_says_why(refused: bool, driver: TorchDriver, graph: Graph) -> None:
+    """Otherwise the allocator would hold for ever what two streams have used; seen on a GPU by others only."""
+    calls = list[None]()
+    graph.refused = refused
 
     def work() -> None:
         calls.append(None)
@@ -113,20 +123,14 @@ def test_a_capture_that_fails_is_over_and_says_why(
     with pytest.raises(RuntimeError, match="not permitted"):
         driver.capture(work)
     assert graph.said == ["begin", "end"]
-    assert ended == ([(3, (0, 1))] if refused else [])
+    assert graph.ended == ([(3, (0, 1))] if refused else [])
 
 
-def test_a_capture_that_cuda_does_not_end_is_over_too(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, ended = Graph(), list[object]()
+def test_a_capture_that_cuda_does_not_end_is_over_too(driver: TorchDriver, graph: Graph) -> None:
     graph.refused = True
-    driver._pool = torch.cuda._POOL_HANDLE((0, 1))
-    driver.device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *place: ended.append(place), raising=False)
     with pytest.raises(RuntimeError, match="previous error"):
         driver.capture(lambda: None)
-    assert ended == [(0, (0, 1))]
+    assert graph.ended == [(3, (0, 1))]
 
 
 def test_memory_that_cannot_be_given_back_ends_no_worker(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
