@@ -92,6 +92,24 @@ def test_each_test_that_a_module_names_exists() -> None:
     assert sorted(entry for entry in named if entry[1] not in tests) == []
 
 
+@document
+def test_tables_are_whole(path: Path) -> None:
+    """A row after an empty line is text to whoever shows the page; a row with other cells than its header's is cut."""
+    text = path.read_text(encoding="utf-8")
+    for table in re.findall(r"^\|.*\n(?:\|.*\n?)*", text, re.MULTILINE):
+        first, second, *_ = [*table.splitlines(), ""]
+        assert re.fullmatch(r"[|:\s-]+", second), f"no header: {first}"
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(cells) == 1, first
+
+
+def test_the_list_of_decisions_has_each_page() -> None:
+    listed = re.findall(
+        r"^\| \[\d{4}\]\((.+?)\)", (ROOT / "docs/adr/README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert listed == sorted(path.name for path in (ROOT / "docs/adr").glob("0*.md"))
+
+
 def test_the_lives_in_the_design_name_functions() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     for title, steps in (("The life of a request", 8), ("The life of a pad", 6)):
