@@ -254,6 +254,8 @@ def test_a_loop_that_is_gone_leaves_no_request_behind() -> None:
     [
         ("open", "linear", "float32"),
         ("open", "layer", "float32"),
+        ("open", "linear", "int8"),
+        ("open", "layer", "int8"),
         ("verified", "linear", "field"),
         ("masked", "linear", "field"),
     ],
@@ -262,7 +264,7 @@ def test_a_ping_is_a_round_trip_that_changes_nothing(
     start_worker: StartWorker, protection: ProtectionName, partition: PartitionName, dtype: ComputeDtype
 ) -> None:
     address = start_worker(MODEL, "ipc", dtype)
-    compute = ComputeConfig(partition=partition, dtype="auto" if dtype == "field" else "float32")
+    compute = ComputeConfig(partition=partition, dtype="auto" if dtype == "field" else dtype)
 
     async def run() -> None:
         llm = LLM(MODEL, protection=protection, worker=address, compute=compute)

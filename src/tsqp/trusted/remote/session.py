@@ -212,7 +212,7 @@ class WorkerSession:
         On the field path it is the product of a row of zeros, elsewhere the embedding of token 0: what the worker sees
         is the same each time. Raises any ChannelError, and ends the session with it.
         """
-        if self._path == "float":
+        if self._path != "field":
             call, shape = Embed(self.next_id(), 1), (1, self.config.hidden_size)
             self.start("embedding", call, [torch.zeros(1, dtype=torch.int32)], shape).wait()
             return
