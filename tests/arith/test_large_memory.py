@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.commands import LIMIT_S
 from tsqp.arith.bits import keep_bits
 from tsqp.arith.large_memory import LEAST_BYTES, MOST_WASTE, LargeMemory
 
@@ -86,6 +89,39 @@ def test_the_smallest_piece_that_fits_is_taken() -> None:
     wanted = address(held[1].numpy())
     held.clear()
     assert address(memory.floats(ROWS + 1, 1).numpy()) == wanted
+
+
+def test_memory_may_be_given_back_while_another_thread_asks_for_some() -> None:
+    memory, asked = LargeMemory(), threading.Event()
+
+    class Spare(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            """Whoever looks for a piece that fits is held up in the middle."""
+            found = list(super().__iter__())
+            if threading.current_thread() is asking:
+                looked.set()
+                assert not given_back.wait(0.2)  # whoever gives back waits
+            return iter(found)
+
+    memory.floats(ROWS, 1)
+    memory._spare = Spare(memory._spare)
+    looked, given_back = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        memory.floats(ROWS, 1)
+        asked.set()
+
+    def give() -> None:
+        memory.give_back()
+        given_back.set()
+
+    asking, giving = threading.Thread(target=ask), threading.Thread(target=give)
+    asking.start()
+    assert looked.wait(LIMIT_S)
+    giving.start()
+    asking.join(LIMIT_S)
+    giving.join(LIMIT_S)
+    assert asked.is_set()
 
 
 def test_spare_memory_is_given_back() -> None:

@@ -50,7 +50,8 @@ class LargeMemory:
 
     def give_back(self) -> None:
         """Let the system have what is spare."""
-        self._spare.clear()
+        with self._lock:
+            self._spare.clear()
 
 
 @cache
