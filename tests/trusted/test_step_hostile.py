@@ -38,7 +38,7 @@ from tsqp.trusted import step_loops
 from tsqp.trusted.decode_step import DecodeStep
 from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import Done, Failed, Product
+from tsqp.wire.messages import Done, Failed, Product, StagedDone
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
 
 LENGTHS = [9, 0, 30]
@@ -304,6 +304,8 @@ def long_done(call: int, busy_ns: int) -> bytes:
     return done(0)[:6] + b"\xcf" + call.to_bytes(8, "big") + b"\xcf" + busy_ns.to_bytes(8, "big")
 
 
+LATEST = 2**53  # nanoseconds, with which that answer is longer than any other
+
 UNUSUAL: dict[str, Callable[[int, int], bytes]] = {
     "long integers": long_done,
     "a long array": lambda call, busy_ns: b"\xdc\x00\x03" + done(call, busy_ns)[1:],
@@ -311,6 +313,9 @@ UNUSUAL: dict[str, Callable[[int, int], bytes]] = {
     "a long name": lambda call, busy_ns: b"\x93\xd9\x04" + done(call, busy_ns)[2:],
     "all as long as can be": lambda call, busy_ns: (
         b"\xdd\x00\x00\x00\x03\xdb\x00\x00\x00\x04done" + long_done(call, busy_ns)[6:]
+    ),
+    "how long it took in a device's queues": lambda call, busy_ns: encode(
+        StagedDone(call, busy_ns, ((0, LATEST), (LATEST, LATEST), (LATEST, LATEST)))
     ),
 }
 

@@ -171,8 +171,9 @@ class DecodeStep:
         unsent = plan.packet(call) if why == exchange.UNSENT else b""
         came = bytes(plan.answer[:size]) if why == exchange.UNUSUAL else b""
         control = self._line.settle(plan.slot(call), number, self._session.deadline_s, unsent=unsent, came=came)
-        self._session.busy_ns(control, int(plan.at[loops.ID]))
-        plan.keep_answer(call, control)
+        number = int(plan.at[loops.ID])
+        # As a plain answer, for which there is room: a worker may say more than how long it was busy.
+        plan.keep_answer(call, encode(Done(number, self._session.busy_ns(control, number))))
         plan.at[loops.NEXT] = loops.TAKE
 
     def _count(self, plan: _Plan, ids: int) -> None:
