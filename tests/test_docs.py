@@ -96,11 +96,11 @@ def test_each_test_that_a_module_names_exists() -> None:
 def test_tables_are_whole(path: Path) -> None:
     """A row after an empty line is text to whoever shows the page; a row with other cells than its header's is cut."""
     text = path.read_text(encoding="utf-8")
-    for table in re.findall(r"^\|.*\n(?:\|.*\n?)*", text, re.MULTILINE):
-        first, second, *_ = [*table.splitlines(), ""]
-        assert re.fullmatch(r"[|:\s-]+", second), f"no header: {first}"
-        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
-        assert len(cells) == 1, first
+    for table in re.finditer(r"^\|.*\n(?:\|.*\n?)*", text, re.MULTILINE):
+        rows = table[0].splitlines()
+        assert re.fullmatch(r"[|:\s-]+", rows[1] if len(rows) > 1 else ""), f"no header: {rows[0]}"
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+        assert len(cells) == 1, rows[0]
 
 
 def test_the_list_of_decisions_has_each_page() -> None:
