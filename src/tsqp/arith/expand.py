@@ -45,9 +45,7 @@ def expand(stream: KeyStream, out: np.ndarray[Any, np.dtype[np.uint32]]) -> None
     words = out.reshape(-1)
     stream.fill(words.data.cast("B"))
     if clear_top_bits(words) == P:
-        fresh = np.empty(1, np.uint32)
         for index in np.flatnonzero(words == P):
             while words[index] == P:
-                stream.fill(fresh.data.cast("B"))
-                clear_top_bits(fresh)
-                words[index] = fresh[0]
+                stream.fill(words[index : index + 1].data.cast("B"))
+                clear_top_bits(words[index : index + 1])

@@ -229,7 +229,28 @@ def test_another_process_gets_no_pads(monkeypatch: pytest.MonkeyPatch) -> None:
     linears, line = masked(WEIGHTS)
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(PadReused, match="fork"):
+        linears.pads.take(KEY, 1)
+    with pytest.raises(PadReused, match="fork"):
         linears.start(KEY, activations(1))
+    assert not line.sent
+
+
+@MODES
+def test_another_process_checks_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its check vectors are zeros, with which any product would pass."""
+    linears, line = build(WEIGHTS)
+    pending = linears.start(KEY, activations(1))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(PadReused, match="fork"):
+        pending.wait()
+    assert linears.products_checked == 0
+    monkeypatch.undo()
+    linears, line = build(WEIGHTS)
+    x = linears.input(KEY, 1)
+    x.fill_(1)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(PadReused, match="fork"):
+        linears.start(KEY, x)
     assert not line.sent
 
 
@@ -243,7 +264,8 @@ def test_slices_of_little_work_stay_on_one_thread(monkeypatch: pytest.MonkeyPatc
             work(0, count)
 
     monkeypatch.setattr(guarded_linears, "row_threads", Threads)
+    linears, _ = verified(WEIGHTS)
     verdicts = np.empty(3, np.uint8)
     for width in (64, 1 << 17):
-        guarded_linears._judge(lambda first, end: verdicts.fill(kernels.OK), [], verdicts, width)
+        linears._judge(lambda first, end: verdicts.fill(kernels.OK), [], verdicts, width)
     assert [least for _, least in asked] == [128, 2]

@@ -12,7 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.trusted.guard.fakes import KEY, MODES, Array, Groups, Weights, expected_product, make_groups, make_linears
+from tests.trusted.guard.fakes import (
+    KEY,
+    MODES,
+    OTHER,
+    Array,
+    Groups,
+    Weights,
+    expected_product,
+    make_groups,
+    make_linears,
+)
 from tests.trusted.guard.honest import HonestConnection
 from tsqp.arith.modulus import P
 from tsqp.errors import CheckFailed, ProductMismatch, ReplyRangeError
@@ -56,6 +66,21 @@ def test_a_product_in_slices_is_the_product(ends: set[int], rows: int, mode: str
     x = some_input(rows)
     product = make_linears(mode, HonestConnection(weights), groups).start(KEY, x).wait()
     assert torch.equal(product, expected_product(groups[KEY], weights[KEY], x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_memory_of_a_layer_serves_one_that_is_cut_into_more_slices(mode: str, rows: int) -> None:
+    """Layers of a team are cut as they like: what the check is to find has a number for each slice."""
+    shape = {KEY: (N, K), OTHER: (N, K)}
+    groups, weights = make_groups(shape, slices={KEY: (), OTHER: ENDS})
+    linears = make_linears(mode, HonestConnection(weights), groups)
+    for key in (KEY, OTHER, KEY):
+        x = linears.input(key, rows)
+        x.copy_(some_input(rows))
+        pending = linears.start(key, x)
+        assert torch.equal(pending.wait(), expected_product(groups[key], weights[key], x))
+        pending.release()
 
 
 @pytest.mark.parametrize("checks", [1, 3])

@@ -11,6 +11,7 @@ rows is used again, by one product at a time, once the decoder has released the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,20 +40,22 @@ from tsqp.trusted.guard.weights import Groups, GuardedGroup
 from tsqp.wire.messages import Product
 from tsqp.wire.slot import Shelf
 
+Item = type[np.generic]  # of what the worker is sent
+
 
 class Desk:
     """Memory for one product at a time of R rows: x and y, float32 (R, K) and (R, N), and what is between them.
 
     ``sent`` (R, K) is memory of the connection, all else is private: ``scales`` float32 (R,), what the check is to find
-    uint32 (R, k), a copy of at most a block of the reply.
+    uint32 (R, ``checks``), a copy of at most a block of the reply.
     """
 
-    def __init__(self, connection: WorkerConnection, group: GuardedGroup, rows: int, item: type[np.generic]) -> None:
+    def __init__(self, line: WorkerConnection, group: GuardedGroup, rows: int, item: Item, checks: int) -> None:
         self.key, self.rows, inner, outer = group.key, rows, group.in_features, group.out_features
-        self.slot = connection.slot(rows * inner * np.dtype(item).itemsize, rows * outer * 4)
+        self.slot = line.slot(rows * inner * np.dtype(item).itemsize, rows * outer * 4)
         self.sent = np.frombuffer(self.slot.tensor, item).reshape(rows, inner)
         self.scales, self.verdicts = np.empty(rows, np.float32), np.empty(rows, np.uint8)
-        shapes = (rows, len(group.projections)), (min(rows, BLOCK_ROWS), outer)
+        shapes = (rows, checks), (min(rows, BLOCK_ROWS), outer)
         self.expected, self.unchecked_y = (np.empty(shape, np.uint32) for shape in shapes)
         self.x, self.y = (keep_bits(large_memory().floats(rows, width)) for width in (inner, outer))
 
@@ -83,17 +86,18 @@ class CheckedLinears:
     """What both private modes share: every product is checked, and any failure ends the session.
 
     ``digits`` and ``item``: how the worker gets activations; ``masked``: with pads added. ``pads``: where slices of a
-    call's rows come from, with pads or without.
+    call's rows come from, with pads or without. ``under_way``: products that were asked for and not waited for.
     """
 
     masked: bool
     digits: Digits
-    item: type[np.generic]
+    item: Item
 
     def __init__(self, connection: WorkerConnection, groups: Groups, pads: PadPool | None = None) -> None:
-        self.products_checked = 0
-        item, self._under_way = self.item, 0  # what the shelf calls holds nothing that holds the shelf
-        self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, item))
+        self.products_checked, self.under_way, self._process = 0, 0, os.getpid()
+        # Of any layer: they share desks, and may have other slices. What the shelf calls holds nothing that holds it.
+        checks, item = max(len(group.projections) for group in groups.values()), self.item
+        self.desks = Shelf(lambda key, rows: Desk(connection, groups[key], rows, item, checks))
         self._connection = connection
         self.groups = groups
         self.pads = pads or NoPads()
@@ -114,14 +118,14 @@ class CheckedLinears:
             slices = self.pads.take(key, len(x))
             return self._ask(key, bits(x), slices, desk)
         except BaseException as error:
-            if self._under_way or not isinstance(error, PadsExhausted | NumericError):
+            if self.under_way or not isinstance(error, PadsExhausted | NumericError):
                 self.end(error)
             lose(slices)
             raise
 
     def finish(self, pending: PendingProduct) -> torch.Tensor:
         """See ``PendingProduct.wait``."""
-        self._under_way -= 1
+        self.under_way -= 1
         try:
             self.pads.supply(pending.group.key, pending.slices)  # while the worker computes
             return self._verify_and_unmask(pending)
@@ -152,10 +156,10 @@ class CheckedLinears:
                 own, *to = one.of(x, desk.sent, desk.scales, desk.expected, desk.verdicts)
                 kernels.quantise_and_mask(own, limit, group.projections, self.masked, one.pads(group), *to, 0, one.rows)
 
-        _judge(mask, slices, desk.verdicts, group.in_features)
+        self._judge(mask, slices, desk.verdicts, group.in_features)
         call = Product(self._connection.next_id(), *key, len(x), self.digits)
         reply = self._connection.ask("lm_head" if key[1] is None else "linear", call, desk.slot)
-        self._under_way += 1
+        self.under_way += 1
         return PendingProduct(self, group, reply, desk, slices)
 
     def _verify_and_unmask(self, pending: PendingProduct) -> torch.Tensor:
@@ -173,11 +177,22 @@ class CheckedLinears:
                 scaling = scales, group.scales, group.bias
                 kernels.verify_and_unmask(unchecked_y, *check, scaling, out, verdicts, 0, one.rows)
 
-        _judge(unmask, pending.slices, desk.verdicts, group.out_features)
+        self._judge(unmask, pending.slices, desk.verdicts, group.out_features)
         self.products_checked, pending.done = self.products_checked + 1, True
         if desk.rows > BLOCK_ROWS:
             del desk.slot, desk.sent  # not used again: the connection may have its memory back at once
         return desk.y
+
+    def _judge(self, work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array, width: int) -> None:
+        """Do the work on slices; raise what the worst verdict means. A row without one is not accepted either.
+
+        Not in a forked process, which has zeros for secrets: any product would pass. Raises PadReused there.
+        """
+        if os.getpid() != self._process:
+            raise PadReused("check vectors belong to the process that made them: open a new LLM after a fork")
+        verdicts.fill(kernels.UNSEEN)  # there are those of another product
+        row_threads().run(work, len(slices), least=least_rows(BLOCK_ROWS * width))
+        refuse(verdicts)
 
 
 class VerifiedLinears(CheckedLinears):
@@ -191,13 +206,6 @@ class MaskedLinears(CheckedLinears):
 
     masked, digits, item = True, 4, np.uint32
     pads: PadPool  # without one every call would raise PadReused
-
-
-def _judge(work: Callable[[int, int], None], slices: Sequence[PadSlice], verdicts: Array, width: int) -> None:
-    """Do the work on slices; raise what the worst verdict means. A row without a verdict is not accepted either."""
-    verdicts.fill(kernels.UNSEEN)  # there are those of another product
-    row_threads().run(work, len(slices), least=least_rows(BLOCK_ROWS * width))
-    refuse(verdicts)
 
 
 def refuse(verdicts: Array) -> None:

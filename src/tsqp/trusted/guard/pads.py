@@ -23,8 +23,7 @@ class Ratchet:
 
     def __init__(self, root: bytes) -> None:
         self._state = secret_bytes(root)
-        self.process = os.getpid()
-        self.destroyed = False
+        self.process, self.destroyed = os.getpid(), False
 
     def next_key(self) -> memoryview:
         """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
@@ -57,8 +56,7 @@ class PadBlock:
     """
 
     def __init__(self, key: bytearray | memoryview) -> None:
-        self._key = key
-        self._used = 0
+        self._key, self._used = key, 0
         self._pads: Array | None = None
         self._products: Array | None = None
 
@@ -76,9 +74,8 @@ class PadBlock:
         """Hand out ``rows`` rows: the first of them. They belong to one call, whatever becomes of it."""
         if rows > self.left:
             raise PadReused("a row of pads was asked for twice")
-        first = self._used
         self._used += rows
-        return first
+        return self._used - rows
 
     def key(self) -> bytearray:
         """A copy of the key, to be wiped, as long as pads or products are to be made from it."""

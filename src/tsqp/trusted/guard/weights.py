@@ -95,7 +95,10 @@ class GuardedGroup:
             raise ProductMismatch("products of pads are wrong: whoever made them cheats, or is broken")
 
     def forget(self) -> None:
-        """Overwrite the check vectors with ones that nobody knows and that do not belong together: no check passes."""
+        """Overwrite the check vectors with ones that nobody knows and that do not belong together.
+
+        Nothing passes then but zeros for numbers whose sum is 0 mod p; and the line is dead by now.
+        """
         # Not with zeros: x·0 = y·0 would accept everything.
         expand(AesKeyStream(os.urandom(KEY_BYTES)), self.check_vectors)
         self.projections.fill(1)
