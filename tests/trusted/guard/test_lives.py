@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream
 from tsqp.arith.field import Digits
 from tsqp.arith.modulus import P
 from tsqp.config.groups import GroupKey
-from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError, TsqpError
+from tsqp.errors import ChannelError, NumericError, PadReused, ProductMismatch, ReplyRangeError, TsqpError, WorkerLost
 from tsqp.trusted.guard import kernels, pads, pool
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock, Ratchet
@@ -367,6 +367,27 @@ def test_a_dealer_is_asked_by_one_thread_at_a_time() -> None:
     source.products(guarded(WEIGHTS)[KEY], [bytearray(KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32))
     assert line.steps == dict.fromkeys(("slot", "next_id", "ask", "wait"), True)
     assert lock.depth == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_keys_do_not_stay_where_they_were_sent_from(fails: bool) -> None:
+    line, slots = DealerLine(), list[Slot]()
+
+    def ask(kind: str, call: Call, slot: Slot) -> DealerLine:
+        slots.append(slot)
+        assert bytes(slot.tensor) == b"k" * KEY_BYTES
+        return line
+
+    def gone() -> memoryview:
+        raise WorkerLost("went away", address="a dealer")
+
+    line.ask = ask  # type: ignore[method-assign]
+    line.wait = gone if fails else line.wait  # type: ignore[method-assign]
+    with pytest.raises(WorkerLost) if fails else nullcontext():
+        DealerPadSource(line).products(
+            guarded(WEIGHTS)[KEY], [bytearray(b"k" * KEY_BYTES)], np.empty((BLOCK_ROWS, 48), np.uint32)
+        )
+    assert not any(slots[0].tensor)
 
 
 def test_a_dealers_products_are_a_copy_that_it_cannot_change() -> None:

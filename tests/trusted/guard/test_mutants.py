@@ -463,6 +463,16 @@ MUTANTS = [
         (LINEARS, "start", calling("lose"), nothing),
     ),
     mutant("a fork goes on", core("test_another_process_gets_no_pads"), (PADS, "refuse", asking("getpid"), never)),
+    mutant(
+        "a fork checks with zeros",
+        core("test_another_process_checks_nothing[verified]"),
+        (LINEARS, "_judge", asking("getpid"), never),
+    ),
+    mutant(
+        "keys stay where they were sent from",
+        lives("test_keys_do_not_stay_where_they_were_sent_from[True]"),
+        (SOURCES, "products", calling("wipe"), nothing),
+    ),
     # after a failure
     mutant("vectors stay after a failure", AFTERWARDS, (LINEARS, "end", calling("close"), nothing)),
     mutant("vectors are not overwritten", AFTERWARDS, (WEIGHTS, "forget", calling("expand"), nothing)),

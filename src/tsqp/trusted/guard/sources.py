@@ -16,6 +16,7 @@ import torch
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.arith.field import Array
 from tsqp.errors import ChannelError
+from tsqp.trusted.guard.pads import wipe
 from tsqp.trusted.guard.weights import GuardedGroup
 from tsqp.wire.messages import Call, MultiplyPads
 from tsqp.wire.slot import Slot
@@ -67,14 +68,16 @@ class DealerPadSource:
     """A second worker multiplies, which gets keys and nothing else, and must not collude with the first."""
 
     def __init__(self, connection: WorkerConnection) -> None:
-        self._connection = connection
-        self._one_at_a_time = threading.Lock()  # the pool's thread and the run's may both ask
+        self._connection, self._one_at_a_time = connection, threading.Lock()  # of the pool's thread and the run's
 
     def products(self, group: GuardedGroup, keys: Sequence[bytearray], pads: Array) -> Array:
         with self._one_at_a_time:
             slot = self._connection.slot(len(keys) * KEY_BYTES, len(keys) * BLOCK_ROWS * group.out_features * 4)
-            for index, key in enumerate(keys):
-                slot.tensor[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
-            call = MultiplyPads(self._connection.next_id(), *group.key, len(keys))
-            reply = self._connection.ask("linear", call, slot).wait()
-            return np.frombuffer(reply, np.uint32).reshape(len(keys) * BLOCK_ROWS, -1).copy()  # read once
+            try:
+                for index, key in enumerate(keys):
+                    slot.tensor[index * KEY_BYTES : (index + 1) * KEY_BYTES] = key
+                call = MultiplyPads(self._connection.next_id(), *group.key, len(keys))
+                reply = self._connection.ask("linear", call, slot).wait()
+                return np.frombuffer(reply, np.uint32).reshape(len(keys) * BLOCK_ROWS, -1).copy()  # read once
+            finally:
+                wipe(slot.tensor)
