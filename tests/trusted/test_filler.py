@@ -8,7 +8,7 @@ import pytest
 
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.config.groups import GroupKey
-from tsqp.errors import PadsExhausted, ProductMismatch
+from tsqp.errors import ChannelClosed, ProductMismatch
 from tsqp.trusted.filler import IDLE_S, PadFiller
 from tsqp.trusted.guard.pool import MAKE_BLOCKS
 
@@ -129,7 +129,7 @@ def test_after_close_nothing_is_made() -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(ProductMismatch("the dealer cheats"), ProductMismatch), (RuntimeError("no memory"), PadsExhausted)],
+    [(ProductMismatch("the dealer cheats"), ProductMismatch), (RuntimeError("no memory"), ChannelClosed)],
     ids=["named", "another"],
 )
 def test_the_thread_ends_with_what_it_met_and_leaves_it_to_the_next_call(

@@ -20,6 +20,7 @@ from tsqp.errors import (
     ChannelClosed,
     ChannelError,
     DeadlineExceeded,
+    InputError,
     ProtocolError,
     WorkerLost,
     WorkerUnreachable,
@@ -280,9 +281,9 @@ def test_reserved_memory_is_sent_like_any_other(channel: Channel, listener: List
 
 
 def test_memory_over_the_limit_is_not_reserved(link: Link, listener: Listener) -> None:
-    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(ProtocolError):
+    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(InputError):
         channel.reserve(LIMIT + 1)
-    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(ProtocolError):
+    with closing(link.connect(listener, max_frame_bytes=LIMIT)) as channel, pytest.raises(InputError):
         channel.send(Frames(b""), LIMIT + 1)
 
 

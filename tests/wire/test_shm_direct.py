@@ -156,7 +156,7 @@ def test_numbers_are_used_once(ends: Ends) -> None:
 
 def test_no_numbers_while_another_call_is_under_way(ends: Ends) -> None:
     ends.channel.send(Frames(b"first"))
-    with pytest.raises(ProtocolError, match="under way"):
+    with pytest.raises(ChannelClosed, match="under way"):
         ends.line.numbers(1)
     ends.worker.answer(ends.worker.next_request().sequence)
     ends.channel.receive(WAIT_S)
@@ -167,7 +167,7 @@ def test_no_numbers_before_the_opening_is_answered(private_dir: Path) -> None:
     with raw_worker(private_dir) as (_, channel):
         line = channel.direct()
         assert line is not None
-        with pytest.raises(ProtocolError, match="under way"):
+        with pytest.raises(ChannelClosed, match="under way"):
             line.numbers(1)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.wire.links import WAIT_S, arrived
 from tsqp.config.groups import GroupKey
-from tsqp.errors import ChannelClosed, ProtocolError
+from tsqp.errors import ChannelClosed, InputError, ProtocolError
 from tsqp.wire.channel import Channel, Frames, Listener
 from tsqp.wire.slot import KEPT_ROWS, Shelf
 from tsqp.wire.transport import connect, listen, new_shm_address
@@ -98,7 +98,7 @@ def test_a_slot_of_another_channel_is_copied_and_not_believed(shm: tuple[Any, Li
 
 @pytest.mark.parametrize("size", [-1, 1 << 40])
 def test_sizes_are_checked(shm: tuple[Any, Listener], size: int) -> None:
-    with pytest.raises(ProtocolError):
+    with pytest.raises(InputError, match="the limit is"):
         shm[0].slot(size, 8)
 
 

@@ -150,6 +150,12 @@ class Supervisor:
             self._lost_at, self._tried = None, 0
             give_back_freed_memory()  # of the link before: nobody has its decoder any more
 
+    def gave_up(self, error: BaseException) -> None:
+        """See Line: a session that checks is over then, as after any failure between a call and its product."""
+        link = self._link
+        if link is not None and link.guard is not None and link.guard.linears.under_way:
+            link.guard.linears.end(error)
+
     def mends(self, error: Exception) -> bool:
         """See Line: after a loss, and after a cheat where somebody else can be asked."""
         link = self._link

@@ -14,7 +14,7 @@ from functools import partial
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
 from tsqp.config.model import ModelConfig
-from tsqp.errors import PadsExhausted, TsqpError, forget_frames
+from tsqp.errors import ChannelClosed, TsqpError, forget_frames
 from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 
 HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt; see ``targets``
@@ -113,7 +113,7 @@ class PadFiller:
                     self._stop.wait(IDLE_S)
             except Exception as error:  # whatever it is, the run must hear of it
                 if not isinstance(error, TsqpError):
-                    error = PadsExhausted(f"no pads could be made: {error}")
+                    error = ChannelClosed(f"no pads could be made: {error}")
                 forget_frames(error)  # they would keep the pool, and the pool would keep them
                 if error not in self.pool.failures:  # it came from elsewhere than from making pads
                     self.pool.failures.append(error)

@@ -71,7 +71,7 @@ class Channel(Protocol):
 
         Over shm **the worker can read it from the first byte written**, before the message is sent: write nothing to
         it that the worker may not see. It is free again when nothing refers to it or to what was made over it
-        (a slice, a tensor). Raises ProtocolError for a size over the limit, ArenaFull, ChannelClosed.
+        (a slice, a tensor). Raises InputError for a size over the limit, ArenaFull, ChannelClosed.
         """
 
     def send(self, frames: Frames, reply_bytes: int = 0) -> None:
@@ -79,7 +79,7 @@ class Channel(Protocol):
 
         Tensors are not copied, except over shm those that lie outside of reserved memory. Their memory must stay
         unchanged until the reply to this message has been received. Raises ProtocolError for a message over the
-        limits, ArenaFull, WorkerLost, ChannelClosed.
+        limits, InputError for such a product, ArenaFull, WorkerLost, ChannelClosed.
         """
 
     def slot(self, size: int, reply_bytes: int) -> Slot:

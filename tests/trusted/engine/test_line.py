@@ -48,6 +48,7 @@ class FakeLine:
         self.lost: list[Exception] = []
         self.nobody: ChannelError | None = None
         self.passes = 0
+        self.given_up: list[BaseException] = []
         self.ask = False
 
     def decoder(self) -> FakeDecoder:
@@ -62,6 +63,9 @@ class FakeLine:
 
     def passed(self) -> None:
         self.passes += 1
+
+    def gave_up(self, error: BaseException) -> None:
+        self.given_up.append(error)
 
     def mends(self, error: Exception) -> bool:
         if isinstance(error, CheckFailed):
@@ -173,8 +177,9 @@ def test_completed_passes_are_told_and_no_others() -> None:
     line.made[-1].fail = WorkerLost("went away")
     engine.step()
     assert line.passes == 1
+    assert [str(error) for error in line.given_up] == ["went away"]
     engine.step()
-    assert line.passes == 2
+    assert (line.passes, len(line.given_up)) == (2, 1)
 
 
 def test_without_requests_a_decoder_is_asked_for_where_there_is_something_to_mend() -> None:

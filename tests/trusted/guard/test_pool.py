@@ -24,7 +24,7 @@ from tsqp.api.config import GuardConfig
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
-from tsqp.errors import PadReused, PadsExhausted, ProductMismatch, TsqpError
+from tsqp.errors import ChannelClosed, PadReused, PadsExhausted, ProductMismatch, TsqpError
 from tsqp.trusted.filler import HEAD_ROWS, PadFiller, block_bytes, targets
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock
@@ -215,8 +215,8 @@ def test_close_waits_for_what_is_being_made_and_destroys_it_too(monkeypatch: pyt
     ("error", "expected"),
     [
         (ProductMismatch("the dealer cheats"), ProductMismatch),
-        (RuntimeError("out of memory"), PadsExhausted),
-        (MemoryError(), PadsExhausted),
+        (RuntimeError("out of memory"), ChannelClosed),
+        (MemoryError(), ChannelClosed),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

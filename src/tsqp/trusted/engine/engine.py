@@ -262,7 +262,8 @@ class Engine:
             yield from caller
 
     def logits(self, prompt: Tokens, adapter: str | None = None) -> torch.Tensor:
-        """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests."""
+        """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests. Raises as ``step``."""
+        self._refuse_fork()
         self.check_prompt(prompt)
         self.check_adapter(adapter)
         if self._pads is not None:
@@ -293,8 +294,13 @@ class Engine:
 
     def _forward(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass, for who has the turn."""
-        with torch.inference_mode():
-            logits = run(self.decoder.forward(batch))
+        try:
+            with torch.inference_mode():
+                logits = run(self.decoder.forward(batch))
+        except BaseException as error:
+            if self._line is not None:
+                self._line.gave_up(error)
+            raise
         if self._line is not None:
             self._line.passed()
         return logits

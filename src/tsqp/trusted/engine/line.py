@@ -38,5 +38,8 @@ class Line(Protocol):
     def passed(self) -> None:
         """A pass was completed."""
 
+    def gave_up(self, error: BaseException) -> None:
+        """A pass has ended with ``error``: products that it has asked for are waited for by nobody."""
+
     def mends(self, error: Exception) -> bool:
         """Whether a pass that has failed with ``error`` may be asked for again, of the next decoder."""

@@ -22,7 +22,7 @@ from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
 from tsqp.arith.field import Array
 from tsqp.arith.secret_memory import secret_array, secret_copy
 from tsqp.config.groups import GroupKey
-from tsqp.errors import MORE_PADS, PadsExhausted, TsqpError
+from tsqp.errors import MORE_PADS, ChannelClosed, PadsExhausted, TsqpError
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pads import PadBlock, Ratchet, wipe
 from tsqp.trusted.guard.sources import PadSource
@@ -143,8 +143,7 @@ class PadPool:
                 stock.clear()
 
     def _new_block(self) -> PadBlock:
-        block = PadBlock(self._ratchet.next_key())
-        self._blocks.add(block)
+        self._blocks.add(block := PadBlock(self._ratchet.next_key()))
         return block
 
     def _make(self, group: GuardedGroup, blocks: Sequence[PadBlock]) -> None:
@@ -165,7 +164,7 @@ class PadPool:
                 block.supply(secret_copy(unchecked[part]))  # so that each block's memory is its own
         except BaseException as error:
             # Each is kept: the session may end with that of either thread, and then it is not about the worker.
-            self.failures.append(error if isinstance(error, TsqpError) else PadsExhausted("no pads could be made"))
+            self.failures.append(error if isinstance(error, TsqpError) else ChannelClosed("no pads could be made"))
             for block in blocks:
                 block.destroy()
             raise

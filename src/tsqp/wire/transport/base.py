@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 
-from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError
+from tsqp.errors import ChannelClosed, DeadlineExceeded, InputError, ProtocolError
 from tsqp.wire.channel import MAX_TENSORS, DirectCalls, Frames, SlotsByReserve
 from tsqp.wire.codec import MAX_CONTROL_BYTES
 from tsqp.wire.transport.address import Address
@@ -147,8 +147,9 @@ class BaseChannel(SlotsByReserve, ABC):
             raise ChannelClosed(f"the channel to {self.address} is closed: {self._end}")
 
     def _check_size(self, size: int) -> None:
+        """Of what this side asks for: nobody else has done anything wrong."""
         if not 0 <= size <= self._max_frame_bytes:
-            raise ProtocolError(f"a tensor of {size} bytes; the limit is {self._max_frame_bytes}")
+            raise InputError(f"a tensor of {size} bytes for {self._address}; the limit is {self._max_frame_bytes}")
 
 
 class BaseListener:

@@ -9,7 +9,7 @@ from collections import deque
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from tsqp.errors import DeadlineExceeded, ProtocolError, WorkerLost
+from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import MAX_FRAME_BYTES, DirectLine, Frames
 from tsqp.wire.slot import Slot
 from tsqp.wire.transport.address import Address
@@ -197,7 +197,7 @@ class ShmChannel(BaseChannel):
         """See DirectLine.numbers."""
         self._check_alive()
         if self._under_way or self._arrived:
-            raise ProtocolError(f"{self.address}: numbers for direct calls while other calls are under way")
+            raise ChannelClosed(f"{self.address}: numbers for direct calls while other calls are under way")
         first = self._sequence + 1
         self._sequence += count
         return first
