@@ -471,7 +471,7 @@ MUTANTS = [
     mutant(
         "keys stay where they were sent from",
         lives("test_keys_do_not_stay_where_they_were_sent_from[True]"),
-        (SOURCES, "products", calling("wipe"), nothing),
+        (SOURCES, "DealerPadSource.products", calling("wipe"), nothing),
     ),
     # after a failure
     mutant("vectors stay after a failure", AFTERWARDS, (LINEARS, "end", calling("close"), nothing)),

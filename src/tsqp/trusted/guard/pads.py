@@ -74,8 +74,9 @@ class PadBlock:
         """Hand out ``rows`` rows: the first of them. They belong to one call, whatever becomes of it."""
         if rows > self.left:
             raise PadReused("a row of pads was asked for twice")
+        first = self._used
         self._used += rows
-        return self._used - rows
+        return first
 
     def key(self) -> bytearray:
         """A copy of the key, to be wiped, as long as pads or products are to be made from it."""
