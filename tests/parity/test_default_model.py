@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,6 @@ PROMPTS = [
 STEPS = 48
 POSITIONS = 1024
 MINIMUM_AGREEMENT = 0.95
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def greedy(oracle: Any, tokens: tuple[int, ...]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("protection", ["local", "open"])
 def test_same_greedy_continuation_in_float32(oracle: Any, protection: ProtectionName) -> None:
-    with LLM("default", protection=protection, compute=ComputeConfig(dtype="float32", threads=2)) as llm:
+    with LLM("default", protection=protection, compute=ComputeConfig(dtype="float32", threads=1)) as llm:
         eos = set(llm.tokenizer.eos_token_ids)
         for completion in llm.generate(PROMPTS, SamplingParams(max_tokens=STEPS)):
             expected = greedy(oracle, completion.prompt_token_ids)
@@ -64,7 +56,7 @@ def test_same_greedy_continuation_in_float32(oracle: Any, protection: Protection
 
 @pytest.mark.slow
 def test_bfloat16_agrees_on_the_next_token_of_real_text(oracle: Any) -> None:
-    with LLM("default", protection="open", compute=ComputeConfig(dtype="bfloat16", threads=2)) as llm:
+    with LLM("default", protection="open", compute=ComputeConfig(dtype="bfloat16", threads=1)) as llm:
         tokens = llm.tokenizer.encode(prose())[:POSITIONS]
         assert len(tokens) == POSITIONS
         ours = llm.logits(tokens).argmax(-1)
