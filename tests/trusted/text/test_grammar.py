@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 
 from tests.trusted.text.vocabularies import BYTE_LEVEL, VOCABULARIES
 from tsqp.errors import InputError, OptionError, UnsupportedModel
@@ -149,6 +150,28 @@ def test_a_token_that_is_not_allowed_is_an_error_and_the_answer_cannot_go_on() -
         matcher.accept(*tokenizer().encode("b"))
     with pytest.raises(InputError, match="too complex"):
         matcher.allowed()
+
+
+def many_properties(count: int) -> dict[str, Any]:
+    """None of which has to be there, so that each may be the next one."""
+    properties = {f"p{index}": {"type": "integer"} for index in range(count)}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+@pytest.mark.parametrize("first", [0, 1099, 2199])
+def test_a_schema_may_have_thousands_of_optional_properties(first: int) -> None:
+    matcher = grammar(json=many_properties(2200)).matcher()
+    for token in tokenizer().encode(f'{{"p{first}":7}}'):
+        assert token in allowed(matcher)
+        matcher.accept(token)
+    assert matcher.complete
+
+
+def test_a_form_that_becomes_too_complex_says_so_and_not_that_a_token_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.trusted.text.grammar._LIMITS", LLParserLimits(max_items_in_row=100))
+    matcher = grammar(json=many_properties(60)).matcher()
+    with pytest.raises(InputError, match="became too complex within an answer"):
+        matcher.accept(*tokenizer().encode("{"))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -22,6 +22,9 @@ from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 from tsqp.trusted.text.printable import printable
 
 _LIMITS = LLParserLimits(
+    # Of 2,500 optional properties, each of which takes four; the library allows 2,000. It looks through a row for each
+    # item that it adds: such a row takes 25 ms, and one of 50,000 would take half a second of every answer's time.
+    max_items_in_row=10_000,
     max_lexer_states=50_000,  # 1 to 2 kB each, for each answer; the library allows 250,000
     verbose_errors=False,  # errors are shown, and do not hold the whole schema
 )
@@ -30,7 +33,9 @@ _LIMITS = LLParserLimits(
 _STACK_BYTES = 256 << 20
 _one_at_a_time = threading.Lock()
 
+_TOO_COMPLEX = "structured_outputs became too complex within an answer"
 _PLACE = re.compile(r"(at )?\d+\(\d+\): (failed to compile JSON schema: )?")  # how an error of the library begins
+_WRONG_TOKEN = re.compile("doesn't satisfy the grammar|out of range")  # the library's words; all others: too complex
 
 
 class Grammars:
@@ -117,18 +122,23 @@ class GrammarMatcher:
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error() or not bits.any():
-            raise InputError("structured_outputs became too complex within an answer", fields=("structured_outputs",))
+            raise _failed(_TOO_COMPLEX)
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def accept(self, token: int) -> None:
-        """Go on with a token. Raises InputError for one that is not allowed."""
+        """Go on with a token. Raises InputError for one that is not allowed, and as ``allowed``."""
         if not self._matcher.consume_token(token):
-            raise InputError("structured_outputs does not allow this token", fields=("structured_outputs",))
+            is_wrong = _WRONG_TOKEN.search(self._matcher.get_error())
+            raise _failed("structured_outputs does not allow this token" if is_wrong else _TOO_COMPLEX)
 
     @property
     def complete(self) -> bool:
         """Whether the text so far has the form, and may end."""
         return self._matcher.is_accepting()
+
+
+def _failed(what: str) -> InputError:
+    return InputError(what, fields=("structured_outputs",))
 
 
 def _source(params: StructuredOutputsParams) -> str:
