@@ -195,6 +195,17 @@ def test_the_format_is_the_one_that_the_template_asks_for() -> None:
     assert tool_format("{{ tools }}") is None
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "<tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>\n</tool_call>",  # Qwen3-Coder
+        "<tool_call>name\n<arg_key>key</arg_key>\n<arg_value>value</arg_value>\n</tool_call>",  # GLM
+    ],
+)
+def test_calls_of_xml_between_the_tags_of_hermes_are_another_format(call: str) -> None:
+    assert tool_format(f"{{{{ tools }}}}{call}") is None
+
+
 def test_the_tokenizer_knows_the_format_of_its_template_for_tools() -> None:
     def made(template: str | None, tools: str | None = None) -> Tokenizer:
         return Tokenizer(TextFormat(byte_tokenizer().to_str(), (), template, tools))

@@ -25,6 +25,7 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"  # may stand before a call of Llama 3; no text where it is a control token
 _ARGUMENTS = ("arguments", "parameters")
 _KEYS = ("name", "type", "id", *_ARGUMENTS)  # an object with another key is no call
+_XML = ("<function=", "<arg_key>")  # within the tags, in the calls of Qwen3-Coder and of GLM
 _SPACE = " \t\r\n"  # as JSON has it
 
 
@@ -315,7 +316,7 @@ PARSERS: Mapping[ToolFormat, type[ToolCallParser]] = {"hermes": HermesParser, "l
 def tool_format(template: str) -> ToolFormat | None:
     """The format that a chat template asks the model for; None for one that is not known."""
     if _OPEN in template:
-        return "hermes"
+        return None if any(tag in template for tag in _XML) else "hermes"
     return "llama3" if '{"name": function name, "parameters"' in template else None
 
 
