@@ -42,7 +42,15 @@ WORDS = st.text("ab .,<{", min_size=1, max_size=8).map(lambda text: f"x{text}x")
 FRAGMENTS = st.sampled_from(
     [
         *("<tool_call>", "</tool_call>", "<tool", "<|python_tag|>", " ", "\n", ";", "x", "{", "}", '"', "\\", ",", ":"),
-        *('{"name": "f", "arguments": {', '{"name":"f","parameters":{}}', '"a": [1, "}"]', '"name"', '"id": 3', "é"),
+        *(
+            ',"strict":true',
+            '{"name": "f", "arguments": {',
+            '{"name":"f","parameters":{}}',
+            '"a": [1, "}"]',
+            '"name"',
+            '"id": 3',
+            "é",
+        ),
     ]
 )
 
@@ -145,6 +153,13 @@ def test_what_is_no_call_is_text_all_of_it(format: ToolFormat, answer: str) -> N
     assert collect(streamed(format, list(answer))) == (answer, [])
 
 
+OTHER_KEYS = (  # after a call's own
+    ',"strict":true',
+    ', "strict" : {"a": ["}"]} , "x": null',
+    ',"arguments":null,"name":3',
+    ',"a":"\\x","\\x":"\n"',
+    ",",
+)
 CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}', "", [ToolCall("f", "{}")]),
     ("llama3", '{"type": "function", "name": "f", "parameters": {"a": null}}', "", [ToolCall("f", '{"a": null}')]),
@@ -175,6 +190,14 @@ CALLS_OF_MODELS: list[tuple[ToolFormat, str, str, list[ToolCall]]] = [
         [ToolCall("f", "{}")],
     ),
     ("hermes", '<tool_call>{"id": 1.5e-3, "name": "f", "arguments": {}}</tool_call>', "", [ToolCall("f", "{}")]),
+    *(
+        call
+        for rest in OTHER_KEYS
+        for call in (
+            ("llama3", f'{{"name":"f","parameters":{{"a":1}}{rest}}}', "", [ToolCall("f", '{"a":1}')]),
+            ("hermes", f'<tool_call>{{"arguments":{{}},"name":"f"{rest}}}</tool_call>', "", [ToolCall("f", "{}")]),
+        )
+    ),
 ]
 
 

@@ -24,7 +24,7 @@ ToolFormat = Literal["hermes", "llama3"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"  # may stand before a call of Llama 3; no text where it is a control token
 _ARGUMENTS = ("arguments", "parameters")
-_KEYS = ("name", "type", "id", *_ARGUMENTS)  # an object with another key is no call
+_KEYS = ("name", "type", "id", *_ARGUMENTS)  # an object with another key before it is known to be a call is none
 _XML = ("<function=", "<arg_key>")  # within the tags, in the calls of Qwen3-Coder and of GLM
 _SPACE = " \t\r\n"  # as JSON has it
 
@@ -246,7 +246,7 @@ class _Call:
             case "{" | ":":
                 return character == self._expects
             case "key":
-                return character in ('"}' if self._key is None else '"')
+                return character in ('"}' if self._key is None or self._is_call else '"')
             case "value":
                 if self._key in _ARGUMENTS:
                     return character == "{"
@@ -283,7 +283,10 @@ class _Call:
             self._expects = {",": "key", ":": "value"}.get(character, ",")
 
     def _take_string(self, written: str) -> None:
-        """A key, or a value, of the object itself."""
+        """A key, or a value, of the object itself. What comes beside those of a call plays no part."""
+        if self._is_call:
+            self._key, self._expects = None, ":" if self._expects == "key" else ","
+            return
         try:
             value = json.loads(written)
         except ValueError:
@@ -296,6 +299,10 @@ class _Call:
             if self._key == "name" and self._name is None:
                 self._name = value
             self._expects = ","
+
+    @property
+    def _is_call(self) -> bool:
+        return self._name is not None and self._arguments_from is not None
 
     def _tell(self, events: list[Event]) -> None:
         """Hand out the name once it is known with the beginning of the arguments, then the arguments as they come."""
