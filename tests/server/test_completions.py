@@ -111,6 +111,14 @@ def test_the_default_length_is_that_of_the_api() -> None:
     assert all(one.salt == "" for one in script.opened)
 
 
+@pytest.mark.parametrize(("logprobs", "likeliest"), [(0, 0), (5, 5)])
+def test_log_probabilities_have_the_token_that_was_chosen(logprobs: int, likeliest: int) -> None:
+    (answer,) = ask(Script("Hi"), {"logprobs": logprobs})
+    told = answer.json()["choices"][0]["logprobs"]
+    assert [one[token] for one, token in zip(told["top_logprobs"], "Hi", strict=True)] == told["token_logprobs"]
+    assert {len(one) for one in told["top_logprobs"]} == {likeliest + 1}
+
+
 @pytest.mark.parametrize(("prompt", "echoed"), [("Hi", "Hi"), ([39, 72], "Hi"), ("<|im_end|>x", "<|im_end|>x")])
 def test_the_prompt_may_be_told_again(prompt: Any, echoed: str) -> None:
     whole, stream = ask(

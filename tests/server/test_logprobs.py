@@ -17,7 +17,7 @@ from tests.server.conftest import Served
 from tests.server.serving import NAME, VOCAB, chat_tokenizer, events_of
 from tests.trusted.text.vocabularies import VOCABULARIES
 from tsqp.api.answer import Answer, Delta
-from tsqp.server.logprobs import TextLogprobs, chat_logprobs, completion_logprobs
+from tsqp.server.logprobs import ShownTokens, TextLogprobs, chat_logprobs, completion_logprobs
 from tsqp.trusted.engine.logprobs import TokenLogprobs, prompt_logprobs
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
@@ -100,6 +100,25 @@ def test_a_part_of_a_character_has_a_name_of_its_own() -> None:
     assert completion_logprobs(shown).tokens == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
     assert completion_logprobs(shown).text_offset == [0, 1, 1, 1]
     assert [entry.bytes for entry in chat_logprobs(shown)] == [[97], [0xE2], [0x82], [0xAC]]
+
+
+@pytest.mark.parametrize(
+    ("top", "told"),
+    [
+        ((), {"a": -3.0}),
+        (((67, -0.5), (68, -1.0)), {"d": -0.5, "e": -1.0, "a": -3.0}),
+        (((64, -3.0), (68, -4.0)), {"a": -3.0, "e": -4.0}),
+        (((67, -3.0),), {"d": -3.0, "a": -3.0}),
+    ],
+)
+def test_the_token_that_was_chosen_is_among_the_likeliest_or_after_them(
+    top: tuple[tuple[int, float], ...], told: dict[str, float]
+) -> None:
+    """In completions. lm-eval takes the first of the likeliest for the one that is chosen without chance."""
+    shown = ShownTokens(TOKENIZER).push(64, TokenLogprobs(64, -3.0, top))
+    (found,) = completion_logprobs([shown]).top_logprobs
+    assert found is not None
+    assert list(found.items()) == list(told.items())
 
 
 def asked(server: Served, **body: Any) -> httpx.Response:

@@ -132,11 +132,12 @@ def completion_logprobs(tokens: Iterable[Shown]) -> CompletionLogprobs:
     """Entries for completions.
 
     A token with a part of a character is written ``bytes:\\xe2\\x82``, as OpenAI does: there is no other list of bytes.
+    The token itself comes after the likeliest where it is not one of them.
     """
     lists = CompletionLogprobs([], [], [], [])
     for one in tokens:
         top: dict[str, float] = {}
-        for each in one.top:
+        for each in (*one.top, one):
             top.setdefault(_named(each), each.logprob or 0.0)  # of tokens with one name the likeliest
         lists.tokens.append(_named(one))
         lists.token_logprobs.append(one.logprob)
