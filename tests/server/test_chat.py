@@ -188,6 +188,7 @@ def test_what_is_not_said_is_as_the_api_has_it() -> None:
     assert params_of(logprobs=True).logprobs == 0
     assert params_of(max_tokens=9, max_completion_tokens=8).max_tokens == 8
     assert params_of(stop=["a", "b"]).stop == ("a", "b")
+    assert len(params_of(stop=["x"] * 64).stop) == 64  # lm-eval's tasks have more than the four of the API
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_what_is_not_said_is_as_the_api_has_it() -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"stop": list("abcde")}, "stop"),
+        ({"stop": ["x"] * 65}, "stop"),
         ({"stop": ""}, "stop"),
         ({"seed": 2**63}, "seed"),
         ({"n": 0}, "n"),

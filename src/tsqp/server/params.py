@@ -12,10 +12,15 @@ from tsqp.server.body import Body
 from tsqp.server.errors import ApiError
 from tsqp.server.ranges import documented
 from tsqp.server.service import Service
-from tsqp.trusted.engine.sampling_params import MAX_BIAS, MAX_PENALTY, MAX_STOP_CHARACTERS, SamplingParams
+from tsqp.trusted.engine.sampling_params import (
+    MAX_BIAS,
+    MAX_PENALTY,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    SamplingParams,
+)
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
-MAX_STOPS = 4
 MAX_SALT = 256  # characters
 MAX_TOP_LOGPROBS = 20
 
@@ -90,10 +95,9 @@ def sampling_params(
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else body.top_k  # some clients say so: off
     if isinstance(body, ChoicesBody):
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos"):
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "stop", "stop_token_ids", "ignore_eos"):
             if getattr(body, name) is not None:
                 given[name] = getattr(body, name)
-        given["stop"] = _stops(body.stop)
     return SamplingParams(**{"temperature": 1.0, **given}, logprobs=logprobs, structured_outputs=form)
 
 
@@ -170,10 +174,3 @@ def salt_of(body: SamplingBody) -> str:
         text = f"cache_salt must have at most {MAX_SALT} characters"
         raise ApiError(400, text, param="cache_salt", code="invalid_value")
     return salt
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > MAX_STOPS:
-        raise ApiError(400, f"stop must have at most {MAX_STOPS} strings", param="stop", code="invalid_value")
-    return stops
