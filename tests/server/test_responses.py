@@ -231,6 +231,35 @@ def test_calls_are_items() -> None:
     }
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "tools": [TOOL]}
+
+
+@pytest.mark.parametrize("before", ["", "Well.\n", "<b>\n"])
+def test_tokens_of_a_call_are_no_log_probabilities_of_a_text(before: str) -> None:
+    """Nor do they make a message where there is no text."""
+    whole, stream = ask(Script(f"{before}{CALL}"), LOGPROBS, {**LOGPROBS, "stream": True})
+    output = whole.json()["output"]
+    assert without_ids(events_of(stream.text)[-1]["response"]["output"]) == without_ids(output)
+    assert [item["type"] for item in output] == ["message"] * bool(before) + ["function_call"]
+    for item in output[:-1]:
+        (part,) = item["content"]
+        assert part["text"] == before.rstrip()
+        assert "".join(entry["token"] for entry in part["logprobs"]) == part["text"]
+
+
+@pytest.mark.parametrize("text", ["Well, <b> and {", "<tool_", "<tool_call>none", "{", "\n", "Hi \n", ""])
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_log_probabilities_of_a_text_are_of_all_its_tokens(text: str, tools: Any) -> None:
+    """Also of those whose text was held back, because it might have become a call."""
+    whole, stream = ask(Script(text), *({**LOGPROBS, "tools": tools, "stream": stream} for stream in (False, True)))
+    (item,) = whole.json()["output"]
+    (part,) = item["content"]
+    assert part["text"] == text
+    assert "".join(entry["token"] for entry in part["logprobs"]) == text
+    deltas = [event for event in events_of(stream.text) if event["type"] == "response.output_text.delta"]
+    assert [entry for event in deltas for entry in event["logprobs"]] == part["logprobs"]
+
+
 def test_an_error_after_headers_is_an_event_of_both_shapes() -> None:
     (stream,) = ask(Script([104, WorkerLost("canary")]), {"stream": True})
     last = events_of(stream.text)[-1]

@@ -41,6 +41,7 @@ class Reply:
     def __init__(self, service: Service, body: ResponsesBody, tools: ToolUse | None, prompt_tokens: int) -> None:
         self._reader = CallReader(tools)
         self._logprobs = TextLogprobs(service.tokenizer) if body.include else None
+        self._held: list[TopLogprobs] = []  # until it is decided whether their tokens are of a text or of a call
         self._prompt_tokens = prompt_tokens
         self._numbers = count()
         self._items: list[OutputMessage | OutputCall] = []
@@ -89,26 +90,25 @@ class Reply:
         yield self._event("response.in_progress", response=self._response)
         async with aclosing(answers.pieces()) as pieces:
             async for _, delta in pieces:
-                logprobs = [] if self._logprobs is None else chat_logprobs(self._logprobs.push(delta))
+                if self._logprobs is not None:
+                    self._held += chat_logprobs(self._logprobs.push(delta))
                 for event in self._reader.push(delta):
                     match event:
                         case Text():
-                            for told in self._add_text(event.text, logprobs):
+                            for told in self._add_text(event.text):
                                 yield told
-                            logprobs = []
                         case CallStart():
                             for told in self._begin_call(event.name):
                                 yield told
                         case CallArguments():
                             yield self._add_arguments(event.text)
-                if logprobs and not isinstance(self._open, OutputCall):
-                    for told in self._add_text("", logprobs):
-                        yield told
+                if isinstance(self._open, OutputCall):
+                    self._held = []
                 if delta.completion is not None:
                     for told in self._end(delta.completion):
                         yield told
 
-    def _add_text(self, text: str, logprobs: list[TopLogprobs]) -> Iterator[ResponseEvent]:
+    def _add_text(self, text: str) -> Iterator[ResponseEvent]:
         if not isinstance(self._open, OutputMessage):
             yield from self._close("completed")
             message = OutputMessage(f"msg_{secrets.token_hex(16)}", "in_progress", [])
@@ -116,6 +116,7 @@ class Reply:
             self._open = msgspec.structs.replace(message, content=[OutputText("", [])])
             yield self._of_part("response.content_part.added", part=self._open.content[0])
         (part,) = self._open.content
+        logprobs, self._held = self._held, []
         self._open = msgspec.structs.replace(
             self._open, content=[OutputText(part.text + text, part.logprobs + logprobs)]
         )
@@ -152,8 +153,8 @@ class Reply:
 
     def _end(self, completion: Completion) -> Iterator[ResponseEvent]:
         status = "incomplete" if completion.finish_reason == "length" else "completed"
-        if self._open is None and not self._items:
-            yield from self._add_text("", [])  # an answer has an item
+        if self._held or (self._open is None and not self._items):
+            yield from self._add_text("")  # an answer has an item
         yield from self._close(status)
         prompt, answer = self._prompt_tokens, len(completion.token_ids)
         self._response = msgspec.structs.replace(
