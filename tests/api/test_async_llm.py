@@ -101,6 +101,32 @@ def test_a_stop_string_ends_the_request_as_complete() -> None:
     with_llm(test)
 
 
+def test_who_reads_an_answer_may_say_that_it_has_ended() -> None:
+    """It counts as complete then, also at the bound of tokens, and nothing more is computed."""
+    with local() as sync:
+        (whole,) = sync.generate(TEXTS[0], SamplingParams(max_tokens=12))
+
+    async def test(llm: AsyncLLM) -> None:
+        for most in (4, 12):
+            pieces: list[str] = []
+
+            def ends(piece: str, pieces: list[str] = pieces) -> bool:
+                pieces.append(piece)
+                return len(pieces) == 4
+
+            async with await llm.open(TEXTS[0], SamplingParams(max_tokens=most), ends=ends) as answer:
+                deltas = [delta async for delta in answer]
+            completion = deltas[-1].completion
+            assert completion is not None
+            assert completion.finish_reason == "stop"
+            assert completion.token_ids == whole.token_ids[:4]
+            assert "".join(pieces) == completion.text[: len("".join(pieces))]
+            assert "".join(delta.text for delta in deltas) == completion.text
+        await nothing_left(llm)
+
+    with_llm(test)
+
+
 def test_a_cancelled_task_ends_its_request_and_no_other() -> None:
     async def test(llm: AsyncLLM) -> None:
         begun = asyncio.Event()

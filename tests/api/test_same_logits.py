@@ -55,9 +55,11 @@ class Recorded(LLM):
 
     recordings: dict[tuple[int, ...], Recording]
 
-    def new_answers(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[Answer, Any]]:
+    def new_answers(
+        self, prompts: Sequence[list[int]], params: SamplingParams, **more: Any
+    ) -> list[tuple[Answer, Any]]:
         made = []
-        for prompt, (answer, sampler) in zip(prompts, super().new_answers(prompts, params), strict=True):
+        for prompt, (answer, sampler) in zip(prompts, super().new_answers(prompts, params, **more), strict=True):
             self.recordings[tuple(prompt)] = Recording(sampler)
             made.append((answer, self.recordings[tuple(prompt)]))
         return made

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from tests.commands import LIMIT_S
 from tests.server.chat_model import CONTEXT, IM_END, chat_text_format
-from tsqp.api.answer import Answer, Delta
+from tsqp.api.answer import Answer, Delta, Ends
 from tsqp.api.async_llm import AsyncLLM
 from tsqp.api.worker_state import WorkerState
 from tsqp.checkpoint.base import TextFormat
@@ -104,6 +104,7 @@ class Script:
         salt: str | None = None,
         tap: Tap | None = None,
         lora: str | None = None,
+        ends: Ends | None = None,
     ) -> ScriptedAnswer:
         """The next answer, or an exception where that is its script."""
         number = len(self.opened)
@@ -112,7 +113,7 @@ class Script:
         if isinstance(script, Exception):
             raise script
         steps = self.tokenizer.encode(script, special_tokens=False) if isinstance(script, str) else list(script)
-        return ScriptedAnswer(self, number, steps, params)
+        return ScriptedAnswer(self, number, steps, params, ends)
 
 
 @dataclass
@@ -135,6 +136,7 @@ class ScriptedAnswer:
     number: int
     steps: Sequence[Step]
     params: SamplingParams
+    ends: Ends | None = None
     waits: list[asyncio.Event] = field(default_factory=list)
 
     @property
@@ -148,7 +150,7 @@ class ScriptedAnswer:
         entries: list[TokenLogprobs] = []
         wanted = self.params.logprobs
         text = TextStream(self.script.tokenizer, self.params.stop)
-        answer = Answer(list(self.prompt_token_ids), text, None if wanted is None else entries)
+        answer = Answer(list(self.prompt_token_ids), text, None if wanted is None else entries, self.ends)
         given = 0
         for step in [*self.steps, IM_END]:
             if isinstance(step, Exception):

@@ -414,6 +414,21 @@ def test_one_call_at_most_where_several_are_not_wanted() -> None:
         assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}']
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("more", "other"), [(0, "length"), (1, "length"), (500, "stop")])
+def test_an_answer_of_one_call_ends_with_it(stream: bool, more: int, other: str) -> None:
+    """With the object of the call, though the bound of tokens may lie there; another choice ends as it would have."""
+    call = CALL.partition("\n</tool_call>")[0]
+    body = {"tools": [TOOL], "parallel_tool_calls": False, "max_tokens": len(call) + more, "n": 2, "stream": stream}
+    (answer,) = ask(
+        Script(f"{CALL}b" * 9, "a" * 99), {**body, **({"stream_options": {"include_usage": True}} if stream else {})}
+    )
+    *told, last = events_of(answer.text) if stream else [answer.json()] * 2
+    choices = [choice for event in told for choice in event["choices"] if choice["finish_reason"]]
+    assert {choice["index"]: choice["finish_reason"] for choice in choices} == {0: "tool_calls", 1: other}
+    assert last["usage"]["completion_tokens"] == len(call) + min(len(call) + more, 99)
+
+
 def test_no_call_comes_where_none_is_wanted() -> None:
     script = Script(CALL)
     (answer,) = ask(script, {"tools": [TOOL], "tool_choice": "none"})

@@ -217,6 +217,16 @@ def test_an_answer_that_is_cut_says_so() -> None:
     assert (response["output"][0]["status"], response["output"][0]["content"][0]["text"]) == ("incomplete", "He")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_of_one_call_ends_with_it(stream: bool) -> None:
+    call = CALL.partition("\n</tool_call>")[0]
+    body = {"tools": [TOOL], "parallel_tool_calls": False, "max_output_tokens": len(call), "stream": stream}
+    (answer,) = ask(Script(f"{CALL}b" * 9), body)
+    response = events_of(answer.text)[-1]["response"] if stream else answer.json()
+    assert (response["status"], response["usage"]["output_tokens"]) == ("completed", len(call))
+    assert [(item["type"], item["status"]) for item in response["output"]] == [("function_call", "completed")]
+
+
 def test_calls_are_items() -> None:
     (answer,) = ask(Script(f"Well.\n{CALL}"), {"tools": [TOOL]})
     message, call = answer.json()["output"]

@@ -11,8 +11,9 @@ import pytest
 from tests.server.serving import NAME, VOCAB, Script, chat_tokenizer, client_of, service_of
 from tsqp.errors import InputError
 from tsqp.server.response_format import form_of
-from tsqp.server.tools import Function, _form
+from tsqp.server.tools import Function, ToolUse, _form, end_of_call
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+from tsqp.trusted.text.tool_calls import ToolFormat
 
 TOKENIZER = chat_tokenizer()
 FUNCTIONS = [Function(name=name) for name in ("one", "two", "three")]
@@ -154,6 +155,26 @@ def test_a_choice_of_none_of_the_functions_is_refused(choice: Any) -> None:
     answer = chat(Script("a"), tools=TOOLS, tool_choice=choice)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")
     assert "canary" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("format_", "before", "after"),
+    [
+        ("hermes", "Well.\n<tool_call>none</tool_call>", "\n</tool_call>"),
+        ("hermes", '<tool_call>{"arguments": {"name": {}}, "x": 1}</tool_call>\n', "x"),
+        ("llama3", "", "; "),
+    ],
+)
+def test_an_answer_of_one_call_ends_where_its_object_closes(format_: ToolFormat, before: str, after: str) -> None:
+    """And not with what only looks like a call. Each answer is looked at by itself."""
+    key = "arguments" if format_ == "hermes" else "parameters"
+    call = f'{"<tool_call>" if format_ == "hermes" else ""}{{"name": "f", "{key}": {{"a": "}}}}"}}}}'
+    for text in (before + call + after, before + call):
+        ends = end_of_call(ToolUse([], format_, None, single=True, named=False))
+        assert ends is not None
+        assert [ends(character) for character in text].index(True) == len(before + call) - 1
+    assert end_of_call(ToolUse([], format_, None, single=False, named=False)) is None
+    assert end_of_call(None) is None
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tsqp.errors import TsqpError
 from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream
+
+Ends = Callable[[str], bool]  # told each piece of a text as it comes: whether the answer ends with it
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,19 @@ class Answer:
     """The text and tokens of one answer under way.
 
     ``logprobs``: the sampler's list, which has an entry for each token that comes; None where there are none.
+    ``ends``: None where tokens and stop strings alone say so.
     """
 
-    def __init__(self, prompt: list[int], text: TextStream, logprobs: Sequence[TokenLogprobs] | None = None) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        text: TextStream,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+        ends: Ends | None = None,
+    ) -> None:
         self.prompt = prompt
         self._text = text
+        self._ends = ends
         self._tokens: list[int] = []
         self._logprobs = logprobs
         self._prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -68,7 +78,7 @@ class Answer:
         if not ends:
             self._tokens.append(token)
             piece = self._text.push(token)
-        if self._text.stopped:
+        if self._text.stopped or (self._ends is not None and self._ends(piece)):
             finish_reason = "stop"
         if finish_reason is None:
             return Delta(piece, None, logprobs, output.prompt_logprobs)

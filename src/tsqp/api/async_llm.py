@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from tsqp.api.answer import Answer, Completion, Delta
+from tsqp.api.answer import Answer, Completion, Delta, Ends
 from tsqp.api.text_threads import on_text_thread
 from tsqp.errors import ChannelClosed, ChannelError, TsqpError
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -166,17 +166,19 @@ class AsyncLLM:
         salt: str | None = None,
         tap: Tap | None = None,
         lora: str | None = None,
+        ends: Ends | None = None,
         **template_args: object,
     ) -> AsyncAnswer:
         """Ask for one answer; returns once the request is in the queue. For the prompt see ``LLM.generate``.
 
         ``tap``: one of ``LLM.taps``, which then has what is sent to the worker for this request. ``lora``: see
-        ``LLM.generate``.
+        ``LLM.generate``. ``ends``: called with each piece by the thread that steps; where it says so, the answer is
+        complete, and nothing more of it is computed.
 
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap, lora=lora)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap, lora=lora, ends=ends)
 
     async def open_chat(
         self,
@@ -204,7 +206,9 @@ class AsyncLLM:
         **template_args: object,
     ) -> AsyncIterator[Delta]:
         """Answer one prompt piece by piece. A task that is cancelled ends its request within a step."""
-        asked = self.open(prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, lora=lora, **template_args)
+        asked = self.open(
+            prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, lora=lora, ends=None, **template_args
+        )
         async with await asked as answer:
             async for delta in answer:
                 yield delta
@@ -307,8 +311,9 @@ class AsyncLLM:
         patient: bool = False,
         tap: Tap | None = None,
         lora: str | None = None,
+        ends: Ends | None = None,
     ) -> AsyncAnswer:
-        ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params)
+        ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params, ends=ends)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tsqp.api.adapters import NO_ADAPTERS, load_adapters
-from tsqp.api.answer import Answer, Completion, Delta
+from tsqp.api.answer import Answer, Completion, Delta, Ends
 from tsqp.api.arena import arena_for
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig, is_roster
 from tsqp.api.dealer import Connect, Dealer, DealerRoster, client_keys
@@ -434,8 +434,10 @@ class LLM:
     ) -> None:
         self.close()
 
-    def new_answers(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[tuple[Answer, Sampler]]:
-        """An answer that has not begun to each prompt, and what chooses its tokens.
+    def new_answers(
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, ends: Ends | None = None
+    ) -> list[tuple[Answer, Sampler]]:
+        """An answer that has not begun to each prompt, and what chooses its tokens. ``ends``: of the only one.
 
         Raises OptionError for parameters that name tokens which the model has not, InputError for a form that is none.
         """
@@ -453,6 +455,7 @@ class LLM:
                     prompt,
                     TextStream(self.tokenizer, params.stop),
                     None if params.logprobs is None else sampler.logprobs,
+                    ends,
                 ),
                 sampler,
             )

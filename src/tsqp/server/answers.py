@@ -17,7 +17,7 @@ from tsqp.server.meters import Meters, Reason
 from tsqp.server.service import Service
 
 if TYPE_CHECKING:
-    from tsqp.api.answer import Delta
+    from tsqp.api.answer import Delta, Ends
     from tsqp.api.async_llm import AsyncAnswer
     from tsqp.trusted.engine.sampling_params import SamplingParams
     from tsqp.trusted.tap import Tap
@@ -29,13 +29,15 @@ T = TypeVar("T")
 class Asked:
     """A prompt and how it is to be answered.
 
-    ``tap``: for what is sent to the worker meanwhile. ``lora``: the adapter that answers.
+    ``tap``: for what is sent to the worker meanwhile. ``lora``: the adapter that answers. ``ends``: says of this answer
+    alone when it has ended.
     """
 
     prompt: list[int]
     params: SamplingParams
     tap: Tap | None = None
     lora: str | None = None
+    ends: Ends | None = None
 
 
 class Answers:
@@ -57,7 +59,7 @@ class Answers:
         try:
             for one in asked:
                 answer = await service.model.open(
-                    one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap, lora=one.lora
+                    one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap, lora=one.lora, ends=one.ends
                 )
                 answers._under_way.append(_UnderWay(answer, service.metrics, endpoint))
         except BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -31,9 +31,12 @@ from tsqp.server.receipts import draft_of, repeatable, with_header, with_receipt
 from tsqp.server.response_format import form_errors, form_of
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
-from tsqp.server.tools import ToolUse, tool_use
+from tsqp.server.tools import ToolUse, end_of_call, tool_use
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from tsqp.trusted.tap import Tap
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -55,6 +58,10 @@ class Prepared:
     either: bool
     reply: Reply
     lora: str | None
+
+    def choice(self, index: int, tap: Tap | None = None) -> Asked:
+        """One of the answers. ``tap``: see ``Asked``."""
+        return Asked(self.prompt, of_choice(self.params, index), tap, self.lora, end_of_call(self.tools))
 
 
 async def prepared(service: Service, body: ChatBody) -> Prepared:
@@ -82,7 +89,7 @@ async def prepared(service: Service, body: ChatBody) -> Prepared:
 
 async def _answered(service: Service, request: Request, body: ChatBody) -> Response:
     asked = await prepared(service, body)
-    every = [Asked(asked.prompt, of_choice(asked.params, index), lora=asked.lora) for index in range(body.choices)]
+    every = [asked.choice(index) for index in range(body.choices)]
     draft = await draft_of(service, request, "/v1/chat/completions", body, every, body.choices)
     with form_errors("response_format", both=asked.either):
         answers = await Answers.open(service, request, "chat", every, salt_of(body))

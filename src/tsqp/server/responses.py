@@ -22,7 +22,7 @@ from tsqp.server.responses_reply import Reply
 from tsqp.server.responses_types import InputCall, InputCallOutput, InputMessage, ResponsesBody
 from tsqp.server.service import Service
 from tsqp.server.streams import EventStream, padding_of
-from tsqp.server.tools import Function, ToolUse, tool_use
+from tsqp.server.tools import Function, ToolUse, end_of_call, tool_use
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
 LOGPROBS = "message.output_text.logprobs"  # the one thing that may be included
@@ -49,7 +49,7 @@ async def _answered(service: Service, request: Request, body: ResponsesBody) -> 
     default, param = service.settings.max_answer_tokens, "max_output_tokens"
     most = answer_tokens(service, len(prompt), body.max_output_tokens, default, param=param, prompt="input")
     reply = Reply(service, body, tools, len(prompt))
-    asked = [Asked(prompt, replace(params, max_tokens=most), lora=lora)]
+    asked = [Asked(prompt, replace(params, max_tokens=most), lora=lora, ends=end_of_call(tools))]
     draft = await draft_of(service, request, "/v1/responses", body, asked)
     with form_errors("text.format", both=form is not None and tools is not None):
         answers = await Answers.open(service, request, "responses", asked, salt_of(body))

@@ -19,7 +19,7 @@ from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 from tsqp.trusted.text.tool_calls import PARSERS, CallArguments, CallStart, Event, Text, ToolFormat
 
 if TYPE_CHECKING:
-    from tsqp.api.answer import Delta
+    from tsqp.api.answer import Delta, Ends
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -50,7 +50,7 @@ class Choice:
 class ToolUse:
     """``definitions``: for the template. ``form``: of an answer that has to be a call, or has to be one or JSON.
 
-    ``single``: what comes after the first call is no part of the answer. ``named``: one function was asked for.
+    ``single``: the answer ends with the first call. ``named``: one function was asked for.
     """
 
     definitions: list[dict[str, Any]]
@@ -110,6 +110,19 @@ def tool_use(
         form = _form(allowed, format_, single, form)
     told = functions if chosen.named else allowed  # what it is not told of, a model that may call does not call
     return ToolUse([_definition(one) for one in told], format_, form, single, chosen.named)
+
+
+def end_of_call(tools: ToolUse | None) -> Ends | None:
+    """For one answer: ends it where the object of its only call has closed. None where it may go on after that."""
+    if tools is None or not tools.single:
+        return None
+    parser = PARSERS[tools.format]()
+
+    def ends(piece: str) -> bool:
+        parser.push(piece)
+        return parser.calls > 0
+
+    return ends
 
 
 class CallReader:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tsqp.errors import CheckFailed
-from tsqp.server.answers import Answers, Asked, unless_left
+from tsqp.server.answers import Answers, unless_left
 from tsqp.server.body import read_body
 from tsqp.server.chat import Prepared, encoded, prepared
 from tsqp.server.chat_types import ChatBody
@@ -75,7 +75,7 @@ async def _answered(service: Service, request: Request, body: ChatBody) -> Respo
     watch = service.console.watch(asked.prompt, await _users_tokens(service, body, asked))
     try:
         with form_errors("response_format", both=asked.either):
-            one = Asked(asked.prompt, asked.params, watch.tap, asked.lora)
+            one = asked.choice(0, watch.tap)
             answers = await Answers.open(service, request, "console", [one], salt_of(body))
     except BaseException:
         watch.close()

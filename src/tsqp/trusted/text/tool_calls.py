@@ -69,8 +69,13 @@ class ToolCallParser(ABC):
 
     def __init__(self) -> None:
         self._rest = ""  # what has come and is not taken
-        self._calls = 0  # those that were found
+        self._calls = 0  # those that were found and have ended
         self._call: _Call | None = None  # that is being read
+
+    @property
+    def calls(self) -> int:
+        """How many calls have ended so far, each with its object."""
+        return self._calls
 
     def push(self, text: str) -> list[Event]:
         """What became certain with the next piece of the answer."""
