@@ -12,6 +12,7 @@ import pytest
 
 from tests.commands import LIMIT_S, Home, Result
 from tests.families import byte_tokenizer, tiny_model
+from tests.words import TEMPLATE, words_model
 from tsqp import LLM, ComputeConfig, SamplingParams, TsqpError
 from tsqp.config.partition import PARTITIONS
 from tsqp.trusted.text.tokenizer import ChatMessage
@@ -44,6 +45,21 @@ def test_a_worker_is_started_used_and_stopped(tsqp: Command, home: Home, partiti
     assert result.err.count(WARNING) == 1
     assert answer["address"] in result.err.replace("\n", "")  # the address really in use is shown
     assert home.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("template", "raw", "space"), [(None, (), " "), (TEMPLATE, (), ""), (TEMPLATE, ("--raw",), " ")], ids=str
+)
+def test_an_answer_goes_on_with_a_text_or_is_a_turn(
+    tsqp: Command, tmp_path: Path, template: str | None, raw: tuple[str, ...], space: str
+) -> None:
+    """In a vocabulary whose tokens have the space before them, which the first of a text goes without."""
+    model = words_model(tmp_path, template)
+    run = ("--model", model, "--dtype", "float32", "--protection", "local", "-n", "3", *raw)
+    plain, told = tsqp("generate", "w3 w4", *run), tsqp("generate", "w3 w4", *run, "--json").json
+    words = " ".join(f"w{token}" for token in told["token_ids"])
+    assert told["text"] == f"{space}{words}"
+    assert plain.out == f"{space}{words}\n"
 
 
 def test_local_uses_no_worker(tsqp: Command) -> None:

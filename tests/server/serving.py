@@ -105,6 +105,7 @@ class Script:
         tap: Tap | None = None,
         lora: str | None = None,
         ends: Ends | None = None,
+        goes_on: bool | None = None,
     ) -> ScriptedAnswer:
         """The next answer, or an exception where that is its script."""
         number = len(self.opened)
@@ -113,7 +114,7 @@ class Script:
         if isinstance(script, Exception):
             raise script
         steps = self.tokenizer.encode(script, special_tokens=False) if isinstance(script, str) else list(script)
-        return ScriptedAnswer(self, number, steps, params, ends)
+        return ScriptedAnswer(self, number, steps, params, ends, goes_on is not False)
 
 
 @dataclass
@@ -137,6 +138,7 @@ class ScriptedAnswer:
     steps: Sequence[Step]
     params: SamplingParams
     ends: Ends | None = None
+    goes_on: bool = True
     waits: list[asyncio.Event] = field(default_factory=list)
 
     @property
@@ -149,8 +151,9 @@ class ScriptedAnswer:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         entries: list[TokenLogprobs] = []
         wanted = self.params.logprobs
-        text = TextStream(self.script.tokenizer, self.params.stop)
-        answer = Answer(list(self.prompt_token_ids), text, None if wanted is None else entries, self.ends)
+        prompt = list(self.prompt_token_ids)
+        text = TextStream(self.script.tokenizer, self.params.stop, after=prompt if self.goes_on else ())
+        answer = Answer(prompt, text, None if wanted is None else entries, self.ends)
         given = 0
         for step in [*self.steps, IM_END]:
             if isinstance(step, Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.server.chat_model import CONTEXT
 from tests.server.serving import NAME, VOCAB, Script, app_of, client_of, events_of, service_of
-from tests.trusted.text.vocabularies import VOCABULARIES
+from tests.trusted.text.vocabularies import VOCABULARIES, cut_at_a_space
 from tsqp.server.params import of_choice
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
@@ -145,21 +146,53 @@ def test_a_stream_joined_is_the_whole_answer(tokens: list[int], stops: list[str]
 
 
 @pytest.mark.parametrize("name", sorted(VOCABULARIES))
-def test_no_space_is_lost_in_any_vocabulary(name: str) -> None:
+@pytest.mark.parametrize("begins", [True, False])
+def test_no_space_is_lost_in_any_vocabulary(name: str, begins: bool) -> None:
+    """A prompt of control tokens alone is no text yet, so the answer begins one, as the library decodes it."""
     format_ = VOCABULARIES[name]
     tokenizer = Tokenizer(format_)
+    control = tokenizer.encode("</s>", special_tokens=False)
+    prompt = control if begins else tokenizer.encode("ab", special_tokens=False)
     tokens = tokenizer.encode("a b  cd", special_tokens=False) + tokenizer.encode(" e", special_tokens=False)
     script = Script(tokens, text_format=format_)
+    script.llm.config.vocab_size = 1000
 
     async def asked() -> list[httpx.Response]:
-        body = {"model": NAME, "prompt": [1, 2]}
+        body = {"model": NAME, "prompt": prompt}
         async with client_of(service_of(script)) as client:
             return [await client.post("/v1/completions", json={**body, "stream": one}) for one in (False, True)]
 
     whole, stream = asyncio.run(asked())
-    expected = tokenizer.decode(tokens)
+    expected = tokenizer.decode([*prompt, *tokens])
+    expected = expected if begins else expected.removeprefix("ab")
     assert whole.json()["choices"][0]["text"] == expected
     assert "".join(event["choices"][0]["text"] for event in events_of(stream.text)) == expected
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARIES))
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_an_answer_to_a_conversation_is_a_text_of_its_own(name: str, path: str) -> None:
+    """Its first token has no space in vocabularies that leave it out, whatever text the prompt ends with."""
+    format_ = replace(VOCABULARIES[name], chat_template="{{ messages[0].content }}")
+    tokenizer = Tokenizer(format_)
+    _, tokens = cut_at_a_space(tokenizer)
+    script = Script(tokens, text_format=format_)
+    said = {"input": "ab"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "ab"}]}
+    more = {"include": ["message.output_text.logprobs"]} if path == "/v1/responses" else {"logprobs": True}
+
+    async def asked() -> httpx.Response:
+        async with client_of(service_of(script)) as client:
+            return await client.post(path, json={"model": NAME, **said, **more})
+
+    answer = asyncio.run(asked()).json()
+    if path == "/v1/responses":
+        (part,) = answer["output"][0]["content"]
+        text, entries = part["text"], part["logprobs"]
+    else:
+        (choice,) = answer["choices"]
+        text, entries = choice["message"]["content"], choice["logprobs"]["content"]
+    assert text == tokenizer.decode(tokens)
+    assert "".join(entry["token"] for entry in entries) == text
 
 
 def test_each_parameter_reaches_the_engine() -> None:

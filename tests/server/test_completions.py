@@ -10,6 +10,8 @@ import pytest
 
 from tests.server.chat_model import CONTEXT
 from tests.server.serving import NAME, VOCAB, Script, client_of, events_of, service_of
+from tests.trusted.text.vocabularies import VOCABULARIES, cut_at_a_space
+from tsqp.trusted.text.tokenizer import Tokenizer
 
 URL = "/v1/completions"
 
@@ -135,3 +137,25 @@ def test_no_token_may_be_asked_for_where_the_prompt_is_told_again() -> None:
     assert whole.json()["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
     (event,) = events_of(stream.text)
     assert event["choices"] == [choice]
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARIES))
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_an_answer_goes_on_with_the_text_of_its_prompt(name: str, as_ids: bool) -> None:
+    """With the space between them, also in vocabularies that leave out the first one of a text."""
+    tokenizer = Tokenizer(VOCABULARIES[name])
+    before, tokens = cut_at_a_space(tokenizer)
+    script = Script(tokens, text_format=VOCABULARIES[name])
+    script.llm.config.vocab_size = 1000
+    asked = {"prompt": before if as_ids else "ab", "max_tokens": len(tokens)}
+    answers = ask(
+        script, asked, {**asked, "stream": True}, {**asked, "stop": [" "]}, {**asked, "echo": True, "logprobs": 1}
+    )
+    plain, stopped, echoed = (answers[place].json()["choices"][0] for place in (0, 2, 3))
+    assert plain["text"] == " c"
+    assert "".join(event["choices"][0]["text"] for event in events_of(answers[1].text)) == " c"
+    assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")
+    assert echoed["text"] == "ab c"
+    told = echoed["logprobs"]
+    assert "".join(told["tokens"]) == " c"  # the script has no log-probabilities of the prompt
+    assert told["text_offset"] == [2, 3][: len(tokens)]

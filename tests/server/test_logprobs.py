@@ -15,7 +15,7 @@ from tests.commands import LIMIT_S
 from tests.server.chat_model import IM_END
 from tests.server.conftest import Served
 from tests.server.serving import NAME, VOCAB, chat_tokenizer, events_of
-from tests.trusted.text.vocabularies import VOCABULARIES
+from tests.trusted.text.vocabularies import VOCABULARIES, cut_at_a_space
 from tsqp.api.answer import Answer, Delta
 from tsqp.server.logprobs import ShownTokens, TextLogprobs, chat_logprobs, completion_logprobs
 from tsqp.trusted.engine.logprobs import TokenLogprobs, prompt_logprobs
@@ -91,6 +91,20 @@ def test_the_first_space_is_told_as_in_the_text(name: str) -> None:
     deltas = deltas_of(tokenizer, tokens, [])
     shown = [one for delta in deltas for one in reader.push(delta)]
     assert "".join(one.text for one in shown) == "".join(delta.text for delta in deltas)
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARIES))
+def test_the_space_with_which_a_text_goes_on_is_told_as_in_the_text(name: str) -> None:
+    tokenizer = Tokenizer(VOCABULARIES[name])
+    before, tokens = cut_at_a_space(tokenizer)
+    entries = [TokenLogprobs(token, -1.0, ((token, -1.0),)) for token in tokens]
+    answer = Answer(before, TextStream(tokenizer, after=before), entries)
+    deltas = [answer.extend(Output(0, token, None)) for token in tokens]
+    reader = TextLogprobs(tokenizer, 2, after=before)
+    told = completion_logprobs(one for delta in deltas for one in reader.push(delta))
+    assert "".join(told.tokens) == "".join(delta.text for delta in deltas) == " c"
+    assert told.text_offset == [2, 3][: len(tokens)]
+    assert [[*top] for top in told.top_logprobs if top is not None] == [[one] for one in told.tokens]
 
 
 def test_a_part_of_a_character_has_a_name_of_its_own() -> None:

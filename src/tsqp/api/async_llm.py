@@ -167,18 +167,24 @@ class AsyncLLM:
         tap: Tap | None = None,
         lora: str | None = None,
         ends: Ends | None = None,
+        goes_on: bool | None = None,
         **template_args: object,
     ) -> AsyncAnswer:
         """Ask for one answer; returns once the request is in the queue. For the prompt see ``LLM.generate``.
 
         ``tap``: one of ``LLM.taps``, which then has what is sent to the worker for this request. ``lora``: see
         ``LLM.generate``. ``ends``: called with each piece by the thread that steps; where it says so, the answer is
-        complete, and nothing more of it is computed.
+        complete, and nothing more of it is computed. ``goes_on``: whether the answer does so with the text of the
+        prompt; None: as ``LLM.goes_on`` says, so False is for the tokens of a conversation.
 
         Raises PromptError, InputError, QueueFull and PadsExhausted; ChannelClosed after ``close``.
         """
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt, tap=tap, lora=lora, ends=ends)
+        if goes_on is None:
+            goes_on = self.llm.goes_on(prompt, raw=raw, **template_args)
+        return await self._begin(
+            tokens, params or SamplingParams(), tenant, salt, goes_on, tap=tap, lora=lora, ends=ends
+        )
 
     async def open_chat(
         self,
@@ -192,7 +198,7 @@ class AsyncLLM:
     ) -> AsyncAnswer:
         """The same for a conversation, see ``LLM.chat``; one that goes on is not computed again from its beginning."""
         tokens = await on_text_thread(self.llm.tokenizer.encode_chat, messages, **template_args)
-        return await self._begin(tokens, params or SamplingParams(), tenant, salt, lora=lora)
+        return await self._begin(tokens, params or SamplingParams(), tenant, salt, False, lora=lora)
 
     async def stream(
         self,
@@ -207,7 +213,16 @@ class AsyncLLM:
     ) -> AsyncIterator[Delta]:
         """Answer one prompt piece by piece. A task that is cancelled ends its request within a step."""
         asked = self.open(
-            prompt, params, raw=raw, tenant=tenant, salt=salt, tap=None, lora=lora, ends=None, **template_args
+            prompt,
+            params,
+            raw=raw,
+            tenant=tenant,
+            salt=salt,
+            tap=None,
+            lora=lora,
+            ends=None,
+            goes_on=None,
+            **template_args,
         )
         async with await asked as answer:
             async for delta in answer:
@@ -242,7 +257,8 @@ class AsyncLLM:
     ) -> Completion:
         """Answer one prompt; several by ``asyncio.gather``. Nobody sees it grow, so other prompts may hold it up."""
         tokens = await on_text_thread(self.llm.encode, prompt, raw=raw, **template_args)
-        asked = self._begin(tokens, params or SamplingParams(), tenant, salt, patient=True, lora=lora)
+        goes_on = self.llm.goes_on(prompt, raw=raw, **template_args)
+        asked = self._begin(tokens, params or SamplingParams(), tenant, salt, goes_on, patient=True, lora=lora)
         async with await asked as answer:
             async for delta in answer:
                 if delta.completion is not None:
@@ -307,13 +323,14 @@ class AsyncLLM:
         params: SamplingParams,
         tenant: str,
         salt: str | None,
+        goes_on: bool,
         *,
         patient: bool = False,
         tap: Tap | None = None,
         lora: str | None = None,
         ends: Ends | None = None,
     ) -> AsyncAnswer:
-        ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params, ends=ends)
+        ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params, go_on=[goes_on], ends=ends)
         if self._closed:
             raise ChannelClosed("the model was closed")
         answer = AsyncAnswer(self._engine, begun)

@@ -341,7 +341,8 @@ class LLM:
         A prompt of text becomes the user's turn of the checkpoint's chat template when it has one; ``template_args``
         are variables of that template, such as ``enable_thinking=False``. No part of the prompt becomes a control
         token, unless ``raw``: then the text is taken as it is, and so are the control tokens written in it. Token ids
-        are taken as they are. ``lora``: the name of the adapter that answers, one of ``compute.lora``; None: the model
+        are taken as they are. What answers either goes on with its text; what answers a turn is a text of its own
+        (``docs/text.md`` §6). ``lora``: the name of the adapter that answers, one of ``compute.lora``; None: the model
         as it is. Raises PromptError, OptionError and PadsExhausted before anything is sent, NumericError,
         ChannelError.
         """
@@ -383,7 +384,7 @@ class LLM:
         it refuses the conversation.
         """
         tokens = self.tokenizer.encode_chat(messages, **template_args)
-        for _, delta in self._run([tokens], params or SamplingParams(), False, {}, lora=lora, salt=""):
+        for _, delta in self._run([tokens], params or SamplingParams(), False, {}, lora=lora, salt="", turn=True):
             yield delta
 
     def logits(self, prompt: Prompt, *, lora: str | None = None) -> torch.Tensor:
@@ -399,6 +400,14 @@ class LLM:
         if not prompt.strip():
             raise PromptError("the prompt is empty: give some text")
         return self.tokenizer.encode(prompt) if raw else self.tokenizer.encode_prompt(prompt, **template_args)
+
+    def goes_on(self, prompt: Prompt, *, raw: bool = False, **template_args: object) -> bool:
+        """Whether an answer goes on with the text of a prompt, as ``encode`` takes it, or is a turn of its own.
+
+        The first token of a text goes without its space in some vocabularies: in an answer only where it is a turn.
+        """
+        with_template = bool(template_args) or self.tokenizer.chat_template is not None
+        return raw or not isinstance(prompt, str) or not with_template
 
     def explained(self, error: ChannelError) -> ChannelError:
         """The error, or a better one where more is known of the worker."""
@@ -435,9 +444,16 @@ class LLM:
         self.close()
 
     def new_answers(
-        self, prompts: Sequence[list[int]], params: SamplingParams, *, ends: Ends | None = None
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        go_on: Sequence[bool] | None = None,
+        ends: Ends | None = None,
     ) -> list[tuple[Answer, Sampler]]:
-        """An answer that has not begun to each prompt, and what chooses its tokens. ``ends``: of the only one.
+        """An answer that has not begun to each prompt, and what chooses its tokens.
+
+        ``go_on``: for each, whether it does so with the text of its prompt; None: no. ``ends``: of the only one.
 
         Raises OptionError for parameters that name tokens which the model has not, InputError for a form that is none.
         """
@@ -453,13 +469,13 @@ class LLM:
             (
                 Answer(
                     prompt,
-                    TextStream(self.tokenizer, params.stop),
+                    TextStream(self.tokenizer, params.stop, after=prompt if goes_on else ()),
                     None if params.logprobs is None else sampler.logprobs,
                     ends,
                 ),
                 sampler,
             )
-            for prompt, sampler in zip(prompts, samplers, strict=True)
+            for prompt, sampler, goes_on in zip(prompts, samplers, go_on or [False] * len(prompts), strict=True)
         ]
 
     def _run(
@@ -472,14 +488,17 @@ class LLM:
         lora: str | None,
         salt: str | None = None,
         patient: bool = False,
+        turn: bool = False,
     ) -> Iterator[tuple[int, Delta]]:
-        """The pieces of every answer, each with the index of its prompt.
+        """The pieces of every answer, each with the index of its prompt. ``turn``: the prompts are conversations.
 
         ``lora``, ``salt``, ``patient``: see ``Engine.add_request``.
         """
         from tsqp.trusted.engine.caller import Caller
 
-        begun = self.new_answers([self.encode(prompt, raw=raw, **template_args) for prompt in prompts], params)
+        encoded = [self.encode(prompt, raw=raw, **template_args) for prompt in prompts]
+        go_on = [not turn and self.goes_on(prompt, raw=raw, **template_args) for prompt in prompts]
+        begun = self.new_answers(encoded, params, go_on=go_on)
         for answer, _ in begun:
             self._engine.check_prompt(answer.prompt)
         try:

@@ -107,11 +107,11 @@ def generate(
         warn_of_argument(prompt, run.protection, console)
         if output.stats or output.trace is not None:
             llm.stats.trace = Trace()
-        prompt_ids = llm.encode(text, raw=raw, **arguments)
+        prompt_tokens = len(llm.encode(text, raw=raw, **arguments))
         deltas = shown_until_first(
-            llm.stream(prompt_ids, sampling, lora=lora),
+            llm.stream(text, sampling, raw=raw, lora=lora, **arguments),
             lambda: llm.engine.counts().prompt_tokens,
-            len(prompt_ids),
+            prompt_tokens,
             console,
             silent=output.json,
         )

@@ -30,7 +30,7 @@ class Asked:
     """A prompt and how it is to be answered.
 
     ``tap``: for what is sent to the worker meanwhile. ``lora``: the adapter that answers. ``ends``: says of this answer
-    alone when it has ended.
+    alone when it has ended. ``goes_on``: with the text of the prompt; else the answer is a turn of its own.
     """
 
     prompt: list[int]
@@ -38,6 +38,7 @@ class Asked:
     tap: Tap | None = None
     lora: str | None = None
     ends: Ends | None = None
+    goes_on: bool = False
 
 
 class Answers:
@@ -59,7 +60,14 @@ class Answers:
         try:
             for one in asked:
                 answer = await service.model.open(
-                    one.prompt, one.params, tenant=tenant, salt=salt, tap=one.tap, lora=one.lora, ends=one.ends
+                    one.prompt,
+                    one.params,
+                    tenant=tenant,
+                    salt=salt,
+                    tap=one.tap,
+                    lora=one.lora,
+                    ends=one.ends,
+                    goes_on=one.goes_on,
                 )
                 answers._under_way.append(_UnderWay(answer, service.metrics, endpoint))
         except BaseException:

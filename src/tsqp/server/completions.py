@@ -61,7 +61,8 @@ async def _answered(service: Service, request: Request, body: CompletionBody) ->
     for prompt in prompts:
         most = answer_tokens(service, len(prompt.tokens), asked, DEFAULT_TOKENS, param="max_tokens", prompt="prompt")
         bounded = replace(params, max_tokens=most)
-        every += [Asked(prompt.tokens, of_choice(bounded, index), lora=lora) for index in range(body.choices)]
+        choices = (of_choice(bounded, index) for index in range(body.choices))
+        every += [Asked(prompt.tokens, choice, lora=lora, goes_on=True) for choice in choices]
     draft = await draft_of(service, request, "/v1/completions", body, every, body.choices)
     reply = Reply(service, body, [(prompt.tokens, prompt.text) for prompt in prompts])
     answers = await Answers.open(service, request, "completions", every, salt_of(body))

@@ -35,7 +35,8 @@ class _Choice:
         self._silent = body.max_tokens == 0
         self._logprobs = None
         if body.logprobs is not None:
-            self._logprobs = TextLogprobs(service.tokenizer, len(self._echo), with_end=bool(body.echo))
+            end = bool(body.echo)
+            self._logprobs = TextLogprobs(service.tokenizer, len(self._echo), with_end=end, after=prompt)
         self.tokens = 0  # of the answer
 
     def piece(self, delta: Delta) -> tuple[str, list[Shown], str | None]:

@@ -39,11 +39,14 @@ class Shown(ShownToken):
 
 
 class ShownTokens:
-    """The tokens of one text, one after the other. ``offset``: the complete characters so far."""
+    """The tokens of one text, one after the other. ``offset``: the complete characters so far.
 
-    def __init__(self, tokenizer: Tokenizer, offset: int = 0) -> None:
+    ``after``: the tokens of a text that this one goes on with.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, offset: int = 0, *, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._bytes = ByteStream(tokenizer.bytes)
+        self._bytes = ByteStream(tokenizer.bytes, after)
         self._characters = _CHARACTERS(errors="replace")
         self.offset = offset
 
@@ -65,11 +68,13 @@ class TextLogprobs:
     """Those of one answer as it comes: an entry is held back until the text of its token is there.
 
     Tokens of which a stop string has left nothing have no entry. So all together are the text. ``offset``: characters
-    of text before the answer. ``with_end``: the end token has an entry too.
+    of text before the answer. ``with_end``: the end token has an entry too. ``after``: see ``ShownTokens``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, offset: int = 0, *, with_end: bool = False) -> None:
-        self._shown = ShownTokens(tokenizer, offset)
+    def __init__(
+        self, tokenizer: Tokenizer, offset: int = 0, *, with_end: bool = False, after: Sequence[int] = ()
+    ) -> None:
+        self._shown = ShownTokens(tokenizer, offset, after=after)
         self._held = deque[Shown]()
         self._given = offset  # characters of text
         self._with_end = with_end

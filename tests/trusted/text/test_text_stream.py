@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 
 from tests.families import byte_tokenizer
-from tests.trusted.text.vocabularies import VOCABULARIES
+from tests.trusted.text.vocabularies import VOCABULARIES, cut_at_a_space
 from tsqp.checkpoint.base import TextFormat
 from tsqp.errors import UnsupportedModel
 from tsqp.trusted.text.stop_strings import StopStrings
@@ -93,6 +93,28 @@ def test_the_bytes_of_tokens_are_the_text(name: str, tokens: list[int]) -> None:
     for token, added in zip(tokens, found, strict=True):
         assert stream.peek(token) == stream.peek(token) == added
         stream.push(token)
+
+
+@given(NAMES, TOKENS, TOKENS)
+def test_a_text_that_goes_on_is_what_its_tokens_add_to_the_text_before(
+    name: str, before: list[int], tokens: list[int]
+) -> None:
+    """Whatever the tokens before are: a first space is left out where they are no text yet."""
+    both = tokenizer(name).token_bytes([*before, *tokens])
+    stream = TextStream(tokenizer(name), after=before)
+    for token, added in zip(tokens, both[len(before) :], strict=True):
+        assert stream.peek(token) == added
+        stream.push(token)
+    stream.finish()
+    assert stream.text == b"".join(both[len(before) :]).decode(errors="replace")
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARIES))
+def test_a_stop_string_may_be_the_space_with_which_a_text_goes_on(name: str) -> None:
+    before, tokens = cut_at_a_space(tokenizer(name))
+    stream = TextStream(tokenizer(name), (" ",), after=before)
+    assert [stream.push(token) for token in tokens] == [""] * len(tokens)
+    assert (stream.text, stream.stopped) == ("", True)
 
 
 def test_the_first_space_is_left_out_once() -> None:

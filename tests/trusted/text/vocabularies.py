@@ -13,6 +13,7 @@ from tests.families import byte_tokenizer
 from tsqp.checkpoint.base import TextFormat
 from tsqp.checkpoint.gguf_file import GgufFile
 from tsqp.checkpoint.gguf_tokenizer import text_format_from_gguf
+from tsqp.trusted.text.tokenizer import Tokenizer as TsqpTokenizer
 
 CONTROLS = ("<|im_start|>", "<|im_end|>", "</s>", "<tool_response>")
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -98,3 +99,9 @@ VOCABULARIES: dict[str, TextFormat] = {
     "GGUF, byte-level": _gguf_byte_level(),
     "GGUF, SentencePiece": _gguf_sentencepiece(),
 }
+
+
+def cut_at_a_space(tokenizer: TsqpTokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of ``ab``, and those that go on with `` c``, which begin with a space in every vocabulary."""
+    before, whole = (tokenizer.encode(text, special_tokens=False) for text in ("ab", "ab c"))
+    return before, whole[len(before) :]

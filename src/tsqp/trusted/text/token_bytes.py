@@ -114,12 +114,16 @@ _BYTE_OF = _alphabet()
 
 
 class ByteStream:
-    """The bytes of a text, token by token."""
+    """The bytes of a text, token by token. ``after``: the tokens of a text that this one goes on with."""
 
-    def __init__(self, table: TokenBytes) -> None:
+    def __init__(self, table: TokenBytes, after: Sequence[int] = ()) -> None:
         self._table = table
         self._first = True
         self._strip, self._left = table.text_without
+        for token in after:
+            if not (self._first or self._left):  # within a text all tokens add the same, whatever is before them
+                break
+            self.push(token)
 
     def push(self, token: int) -> bytes:
         """What this token adds to the text."""

@@ -199,10 +199,11 @@ class TextStream:
 
     ``push`` returns only text that later tokens cannot change: an incomplete character, or an end that may become a
     stop string, is held back until it is decided. All pieces together are the text of all tokens, up to a stop string.
+    ``after``: the tokens of a text that this one goes on with, see ``docs/text.md`` §6.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._bytes = ByteStream(tokenizer.bytes)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, after: Sequence[int] = ()) -> None:
+        self._bytes = ByteStream(tokenizer.bytes, after)
         self._characters = _CHARACTERS(errors="replace")
         self._stop = StopStrings(stop)
         self._given: list[str] = []
