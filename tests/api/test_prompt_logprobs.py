@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.families import random_tokens, tiny_model
+from tests.prompt_logprobs import prompt_logprobs
 from tests.trusted.guard.hostile import serve
 from tsqp import LLM, ComputeConfig, Limits, SamplingParams
-from tsqp.trusted.engine.logprobs import prompt_logprobs
 
 MODEL = str(tiny_model("llama").directory)
 PROMPTS = [random_tokens(50), random_tokens(1, seed=1), random_tokens(9, seed=2)]

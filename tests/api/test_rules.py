@@ -12,7 +12,7 @@ from tests.refusals import AWAY, BAD_VALUES, ROSTER, Refused, changed, conflicts
 from tsqp import LLM
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.rules import CONFLICTS, VALUES, Conflict, Unused, check, check_heads
-from tsqp.config.dtype import PLAIN_DTYPES
+from tsqp.config.dtype import PlainDtype
 from tsqp.config.partition import PARTITIONS, PartitionName
 from tsqp.config.protection import PROTECTIONS, ProtectionName
 from tsqp.errors import AddressError, OptionError
@@ -65,7 +65,7 @@ def test_two_options_without_a_part_are_named_together() -> None:
     "run",
     [
         *(changed(OPEN, "protection", name) for name in PROTECTIONS),
-        *(changed(OPEN, "compute.dtype", dtype) for dtype in PLAIN_DTYPES),
+        *(changed(OPEN, "compute.dtype", dtype) for dtype in get_args(PlainDtype)),
         *(RunConfig(compute=ComputeConfig(dtype=dtype)) for dtype in ("auto", "float32")),
         RunConfig(protection="local", compute=ComputeConfig(dtype="float32", compiled_kernels=False, threads=1)),
         changed(OPEN, "worker", WorkerConfig("tcp://127.0.0.1:1", insecure_plain_tcp=True)),

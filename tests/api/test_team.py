@@ -205,7 +205,7 @@ def test_over_all_members_together_no_pad_is_used_twice_whoever_is_asked_again(
         llm.generate([PROMPT, PROMPT, random_tokens(150)], FEW)
         llm.generate(PROMPT, FEW)
         used = pads_used(llm)
-        assert team_of(llm).hedged >= 1 if trouble == "stalls" else len(team_of(llm).members) == 2
+        assert llm.stats.hedged >= 1 if trouble == "stalls" else len(team_of(llm).members) == 2
         stall.go.set()
     check_that_no_pad_is_used_twice(scene, used)
     first, replica = (sent_rows_of(scene, number) for number in (1, 2))
@@ -239,7 +239,7 @@ def test_a_replica_answers_for_one_that_stalls_and_gets_the_same_rows(
     with at_work(shards, {1: (stall, STALLS_AT)}) as scene, scene.llm(mode) as llm:
         hasty(monkeypatch, scene, stall)
         assert llm.generate(PROMPT, FEW)[0].token_ids == tuple(alone[1])
-        assert team_of(llm).hedged >= 1
+        assert llm.stats.hedged >= 1
         stalled, replica = (sent_rows_of(scene, number) for number in (1, 2))
         assert any(stalled[-1] == rows for rows in replica)  # the same bytes, so that no pad is used for two values
         (late,) = [member.late for member in team_of(llm).members if member.name == "worker 1"]

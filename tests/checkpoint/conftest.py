@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tsqp.checkpoint.default import default_gguf, fetch_default
+from tests.default_gguf import default_gguf
+from tsqp.checkpoint.default import fetch_default
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,6 @@ def default_directory() -> Path:
 
 
 @pytest.fixture(scope="session")
-def default_gguf_file(default_directory: Path) -> Path:
+def default_gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file that it was converted from."""
-    return default_gguf(progress=False)
+    return default_gguf(tmp_path_factory.mktemp("gguf"))

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from tests.commands import LIMIT_S
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.cache import cache_directory
-from tsqp.checkpoint.default import DEFAULT_MODEL, PinnedModel, default_directory, default_gguf, fetch_default
+from tsqp.checkpoint.default import DEFAULT_MODEL, PinnedModel, default_directory, fetch_default
 from tsqp.checkpoint.download import PinnedFile
 from tsqp.errors import FetchError
 
@@ -136,7 +136,16 @@ def test_fetches_once(index: Index, pin: PinnedModel, capsys: pytest.CaptureFixt
     assert fetch_default(pin=pin) == directory
     assert index.requests == before
     assert capsys.readouterr().err == ""
-    assert default_gguf(progress=False, pin=pin).read_bytes()[:4] == b"GGUF"
+
+
+def test_another_version_of_the_converter_downloads_nothing(
+    index: Index, pin: PinnedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = fetch_default(pin=pin)
+    before = index.requests.copy()
+    monkeypatch.setattr("tsqp.checkpoint.default._CONVERTER_VERSION", -1)
+    assert default_directory(pin) is None
+    assert fetch_default(pin=pin) == directory == default_directory(pin)
     assert index.requests == before
 
 

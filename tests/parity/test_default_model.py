@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import prose
+from tests.default_gguf import default_gguf
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api.config import ProtectionName
-from tsqp.checkpoint.default import default_gguf, fetch_default
 
 PROMPTS = [
     "What is the capital of France?",
@@ -26,12 +25,11 @@ MINIMUM_AGREEMENT = 0.95
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Any:
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers with the GGUF that our default model is converted from, dequantised to float32."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    fetch_default()
-    gguf: Path = default_gguf()
+    gguf = default_gguf(tmp_path_factory.mktemp("gguf"))
     return AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     ).eval()

@@ -12,13 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.commands import LIMIT_S
+from tests.prompt_logprobs import prompt_logprobs
 from tests.server.chat_model import IM_END
 from tests.server.conftest import Served
 from tests.server.serving import NAME, VOCAB, chat_tokenizer, events_of
 from tests.trusted.text.vocabularies import VOCABULARIES, cut_at_a_space
 from tsqp.api.answer import Answer, Delta
 from tsqp.server.logprobs import ShownTokens, TextLogprobs, chat_logprobs, completion_logprobs
-from tsqp.trusted.engine.logprobs import TokenLogprobs, prompt_logprobs
+from tsqp.trusted.engine.logprobs import TokenLogprobs
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.text.tokenizer import TextStream, Tokenizer
 

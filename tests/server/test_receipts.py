@@ -12,6 +12,7 @@ from openai import AsyncOpenAI
 
 from tests.server.chat_model import IM_END
 from tests.server.serving import NAME, Exchange, Script, app_of, client_of, events_of, service_of
+from tests.tee.some_receipts import check_tokens
 from tests.tee.statements import RECEIPT_KEY, statement
 from tsqp.errors import WorkerLost
 from tsqp.server.receipts import Checked, Receipts, drawn_seed
@@ -230,7 +231,7 @@ def test_tokens_are_those_of_every_choice() -> None:
     script = Script("Yes", [65, 66, IM_END])
     signed = read_receipt(post(service_of(script, receipts=receipts()), path, body).headers[HEADER].encode())
     yes = script.tokenizer.encode("Yes", special_tokens=False)
-    signed.check_tokens([yes, [65, 66], yes, [65, 66]])
+    check_tokens(signed, [yes, [65, 66], yes, [65, 66]])
     prompts = [one.prompt for one in script.opened[::2]]
     assert signed.receipt.tokens.prompt == sum(map(len, prompts)) > len(CANARY)
     assert signed.receipt.tokens.answer == 2 * len(yes) + 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from tsqp.tee.receipts import (
     Sampling,
     SignedReceipt,
     Tokens,
+    _same_hash,
     canonical_tokens,
     salted_sha256,
     sign_receipt,
@@ -66,6 +68,11 @@ def receipt(**changes: Any) -> Receipt:
 def signed(**changes: Any) -> SignedReceipt:
     """The same, with a signature that is right."""
     return sign_receipt(receipt(**changes), OPENING, RECEIPT_KEY)
+
+
+def check_tokens(found: SignedReceipt, choices: Sequence[Sequence[int]]) -> None:
+    """``choices``: the ids of each one's tokens. Raises EvidenceRefused."""
+    _same_hash("tokens", found.opening.tokens, canonical_tokens(choices), found.receipt.tokens_sha256)
 
 
 def evidence(**changes: Any) -> Evidence:

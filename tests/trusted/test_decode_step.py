@@ -33,6 +33,7 @@ from tests.trusted.step_runs import (
     step_of,
     stepped,
 )
+from tests.wire.shm_peers import taken_bytes
 from tsqp import LLM, Limits, SamplingParams
 from tsqp.api.config import ProtectionName
 from tsqp.arith.row_threads import row_threads
@@ -44,6 +45,7 @@ from tsqp.trusted import decode_step, step_loops
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.guard.kernels import ERASED
 from tsqp.trusted.guard.pool import PadPool, PadSlice
+from tsqp.trusted.remote.session import WorkerSession
 from tsqp.trusted.trace import Trace
 
 SERVED = sorted(FAMILIES.keys() - {"qwen3"})  # which has norms of heads
@@ -266,12 +268,12 @@ def test_a_count_of_rows_that_changes_from_step_to_step(run: Run, taken: Taken) 
 
 def test_plans_that_are_let_go_give_their_memory_back(run: Run) -> None:
     llm, _ = run
-    assert llm.session is not None
+    assert isinstance(llm.session, WorkerSession)
     held_bytes = []
     for _ in range(2):
         for rows in range(1, 17):
             stepped(llm, caches(llm, [3] * rows))
-        held_bytes.append(llm.session.channel.arena_taken_bytes)  # type: ignore[attr-defined]
+        held_bytes.append(taken_bytes(llm.session.channel))
     assert held_bytes[0] == held_bytes[1]
 
 

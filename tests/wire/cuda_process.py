@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, cast
+from typing import Any
 
 from tests.wire.fake_cuda import FakeIpc
+from tests.wire.links import on_the_host
 from tsqp.wire.channel import Departure, Frames
 from tsqp.wire.transport import connect, listen
-from tsqp.wire.transport.cuda.listener import CudaListener
 
 
 def say(**facts: Any) -> None:
@@ -28,7 +28,7 @@ def inverted(payload: memoryview) -> memoryview:
 
 def work(address: str) -> None:
     driver = FakeIpc(opens_own_handles=False)
-    listener = cast(CudaListener, listen(address, driver=driver, watch_fd=0))
+    listener = listen(address, driver=driver, watch_fd=0)
     say(address=listener.address)
     while (event := listener.receive(None)) is not None:
         if isinstance(event, Departure):
@@ -36,7 +36,7 @@ def work(address: str) -> None:
         elif event.frames.control == b"silence" or event.device is None:
             say(busy=True, open=len(driver.opened))
         else:
-            products = tuple(inverted(listener.read(memory)) for memory in event.device.tensors)
+            products = tuple(inverted(on_the_host(driver, memory)) for memory in event.device.tensors)
             listener.send(event, Frames(event.frames.control, products))
     listener.close()
     say(open=len(driver.opened))

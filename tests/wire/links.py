@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import zmq
 from tests.commands import LIMIT_S
 from tests.wire.fake_cuda import FakeIpc
 from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
+from tsqp.wire.device_memory import DeviceMemory
 from tsqp.wire.transport import connect, listen
+from tsqp.wire.transport.cuda.driver import IpcDriver
 from tsqp.wire.transport.cuda.listener import CudaListener
 from tsqp.wire.transport.keys import ClientKeys, KeyPair, WorkerKeys
 
@@ -81,9 +84,18 @@ def arrived(listener: Listener) -> Arrival:
     if event.device is not None:
         assert isinstance(listener, CudaListener)
         assert not event.frames.tensors
-        copies = tuple(listener.read(memory) for memory in event.device.tensors)
+        copies = tuple(on_the_host(listener._driver, memory) for memory in event.device.tensors)
         return event._replace(frames=Frames(event.frames.control, copies))
     return event
+
+
+def on_the_host(driver: IpcDriver, memory: DeviceMemory) -> memoryview:
+    """A copy of a tensor."""
+    copy = bytearray(memory.nbytes)
+    if copy:
+        driver.copy_out(ctypes.addressof(ctypes.c_char.from_buffer(copy)), memory.address, len(copy))
+        driver.synchronise()
+    return memoryview(copy)
 
 
 def contents(frames: Frames) -> tuple[bytes, list[bytes]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.wire.links import WAIT_S
+from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
 from tsqp.wire.transport.shm.channel import ShmChannel
 from tsqp.wire.transport.shm.packets import (
@@ -19,13 +20,27 @@ from tsqp.wire.transport.shm.packets import (
     Answer,
     Opening,
     Request,
-    decode_request,
+    decode_places,
     encode_answer,
     encode_opening,
+    split_request,
 )
 from tsqp.wire.transport.shm.segment import SEALS
 
 ARENA_BYTES = 1 << 20
+
+
+def decode_request(packet: bytes) -> Request:
+    """Raises ProtocolError."""
+    sequence, places, control = split_request(packet)
+    return Request(sequence, control, *decode_places(places))
+
+
+def taken_bytes(channel: Channel) -> int:
+    """Bytes of the arena that tensors, calls under way and replies still hold. Raises ChannelClosed."""
+    assert isinstance(channel, ShmChannel)
+    channel._check_alive()
+    return channel._arena.taken_bytes
 
 
 class RawWorker:

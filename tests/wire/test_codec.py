@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tsqp.config.dtype import COMPUTE_DTYPES, WIRE_DTYPES
-from tsqp.config.groups import GROUP_NAMES
+from tsqp.config.groups import GroupName
 from tsqp.errors import ProtocolError
 from tsqp.wire.codec import MAX_CONTROL_BYTES, Decoder, decode_handshake, decode_reply, decode_to_worker, encode
 from tsqp.wire.messages import (
@@ -36,7 +36,7 @@ INDEX = st.integers(0, 2**31 - 1)
 FINGERPRINT = st.text("0123456789abcdef", min_size=64, max_size=64)
 DTYPE = st.sampled_from(COMPUTE_DTYPES)
 PATH = st.sampled_from(["float", "int8", "field"])
-GROUP = st.sampled_from(GROUP_NAMES)
+GROUP = st.sampled_from(get_args(GroupName))
 SHARD = st.none() | st.sampled_from(["8..17", "0..17/0..1of2", "99999..99999/9999..9999of9999"])
 DEVICE = st.just("cpu") | st.integers(0, 999).map("cuda:{}".format)
 REASON = st.text(st.characters(codec="utf-8"), max_size=500)

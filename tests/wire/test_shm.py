@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tests.wire.links import WAIT_S, arrived, tensor
+from tests.wire.shm_peers import taken_bytes
 from tsqp.errors import (
     AddressError,
     ArenaFull,
@@ -97,22 +98,22 @@ def test_both_sides_compute_in_place(channel: ShmChannel, listener: Listener) ->
 
 def test_what_lies_in_the_arena_is_not_copied(channel: ShmChannel, listener: Listener) -> None:
     place = channel.reserve(MIB)
-    before = channel.arena_taken_bytes
+    before = taken_bytes(channel)
     channel.send(Frames(b"", (place[100:200], place)))
-    assert channel.arena_taken_bytes == before
+    assert taken_bytes(channel) == before
     inside, _ = arrived(listener).frames.tensors
     place[100:200] = b"x" * 100
     assert bytes(inside) == b"x" * 100  # the very same memory
 
 
 def test_what_lies_elsewhere_is_copied_once(channel: ShmChannel, listener: Listener) -> None:
-    before = channel.arena_taken_bytes
+    before = taken_bytes(channel)
     elsewhere = bytearray(b"private")
     with closing(open_channel(listener)) as other:
         foreign = other.reserve(64)
         foreign[:] = b"f" * 64
         channel.send(Frames(b"", (tensor(elsewhere), foreign)))
-    assert channel.arena_taken_bytes == before + 128
+    assert taken_bytes(channel) == before + 128
     elsewhere[:] = b"changed"
     assert [bytes(part) for part in arrived(listener).frames.tensors] == [b"private", b"f" * 64]
 
@@ -149,22 +150,22 @@ def test_a_product_of_another_size_is_refused_at_the_worker(channel: ShmChannel,
     ids=["the view", "a slice", "a cast", "a tensor", "an array over a tensor"],
 )
 def test_memory_is_free_when_nothing_refers_to_it(channel: ShmChannel, derive: Callable[[memoryview], object]) -> None:
-    before = channel.arena_taken_bytes
+    before = taken_bytes(channel)
     derived = derive(channel.reserve(MIB))
-    assert channel.arena_taken_bytes == before + MIB
+    assert taken_bytes(channel) == before + MIB
     del derived
-    assert channel.arena_taken_bytes == before
+    assert taken_bytes(channel) == before
 
 
 def test_a_call_under_way_keeps_its_memory_until_its_reply(channel: ShmChannel, listener: Listener) -> None:
-    before = channel.arena_taken_bytes
+    before = taken_bytes(channel)
     channel.send(Frames(b"", (channel.reserve(MIB), tensor(bytes(MIB)))), MIB)
-    assert channel.arena_taken_bytes == before + 3 * MIB
+    assert taken_bytes(channel) == before + 3 * MIB
     listener.send(arrived(listener), Frames(b""))
     reply = channel.receive(WAIT_S)
-    assert channel.arena_taken_bytes == before + MIB
+    assert taken_bytes(channel) == before + MIB
     del reply
-    assert channel.arena_taken_bytes == before
+    assert taken_bytes(channel) == before
 
 
 def test_a_full_arena_says_how_large_it_is_and_what_to_do(channel: ShmChannel) -> None:
@@ -199,10 +200,10 @@ def test_tensors_outlive_their_channel(listener: Listener, kind: Any) -> None:
 
 def test_ten_thousand_calls_leave_nothing(channel: ShmChannel, listener: Listener) -> None:
     doubled(channel, listener, 0)
-    taken, mapped, before = channel.arena_taken_bytes, mappings(), descriptors()
+    taken, mapped, before = taken_bytes(channel), mappings(), descriptors()
     for number in range(10_000):
         assert doubled(channel, listener, number)[-1] == 2 * number
-    assert channel.arena_taken_bytes == taken
+    assert taken_bytes(channel) == taken
     assert mappings() <= mapped
     assert descriptors() < before + 100  # one of each call would be a hundred times as many
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.wire.links import WAIT_S, Link
-from tests.wire.shm_peers import RawWorker, raw_worker
+from tests.wire.shm_peers import RawWorker, decode_request, raw_worker
 from tsqp.errors import ChannelClosed, ChannelError, DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import Channel, DirectLine, Frames
 from tsqp.wire.codec import MAX_CONTROL_BYTES
 from tsqp.wire.forward import ForwardingChannel
 from tsqp.wire.slot import Slot
 from tsqp.wire.transport.shm.channel import ShmChannel
-from tsqp.wire.transport.shm.packets import OPENING, PACKET_BYTES, Answer, decode_request, encode_answer
+from tsqp.wire.transport.shm.packets import OPENING, PACKET_BYTES, Answer, encode_answer
 from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S
 
 CONTROL = b"a call"

@@ -20,7 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.wire.links import WAIT_S, arrived
-from tests.wire.shm_peers import ARENA_BYTES, descriptors_of, memfd, opening, raw_client, raw_worker, read_to_end
+from tests.wire.shm_peers import (
+    ARENA_BYTES,
+    decode_request,
+    descriptors_of,
+    memfd,
+    opening,
+    raw_client,
+    raw_worker,
+    read_to_end,
+    taken_bytes,
+)
 from tsqp.errors import ChannelClosed, ChannelError, ProtocolError, WorkerLost
 from tsqp.wire.channel import Arrival, Channel, Departure, Frames, Listener
 from tsqp.wire.codec import MAX_CONTROL_BYTES
@@ -31,7 +41,6 @@ from tsqp.wire.transport.shm.packets import (
     Answer,
     Region,
     Request,
-    decode_request,
     encode_answer,
     encode_request,
 )
@@ -121,9 +130,9 @@ def test_a_worker_that_scribbles_over_everything_changes_bytes_and_nothing_else(
             worker.answer(request.sequence, b"done")
             (product,) = channel.receive(WAIT_S).tensors
             assert bytes(product) == fill * 5000
-            taken = channel.arena_taken_bytes
+            taken = taken_bytes(channel)
             worker.memory[:] = os.urandom(ARENA_BYTES)
-            assert channel.arena_taken_bytes == taken
+            assert taken_bytes(channel) == taken
             assert channel.reserve(100).nbytes == 100
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.wire.links import WAIT_S, arrived
+from tests.wire.shm_peers import taken_bytes
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelClosed, InputError, ProtocolError
 from tsqp.wire.channel import Channel, Frames, Listener
@@ -56,10 +57,10 @@ def test_the_memory_is_the_same_each_time(shm: tuple[Any, Listener]) -> None:
         listener.send(arrival, Frames(b"", (arrival.reply,)))
         products.add(id(channel.receive(WAIT_S).tensors[0]))
     assert len(places) == len(products) == 1
-    taken = channel.arena_taken_bytes
+    taken = taken_bytes(channel)
     assert taken >= 300
     del slot
-    assert channel.arena_taken_bytes == 0
+    assert taken_bytes(channel) == 0
 
 
 def test_two_slots_share_no_memory(shm: tuple[Any, Listener]) -> None:

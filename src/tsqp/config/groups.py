@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from tsqp.config.model import ModelConfig
 
 GroupName = Literal["qkv", "o", "gate_up", "down", "lm_head"]
-GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
 LAYER_GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
 GroupKey = tuple[GroupName, int | None]  # the LM head has layer None
 

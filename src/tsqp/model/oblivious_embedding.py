@@ -107,11 +107,6 @@ class GrowingEmbedding:
         self._thread = threading.Thread(target=_build, args=arguments, name="tsqp-embedding", daemon=True)
         self._thread.start()
 
-    @property
-    def built(self) -> bool:
-        """Whether rows are found by paths."""
-        return isinstance(self._now, OramEmbedding)
-
     def start(self, tokens: torch.Tensor) -> Pending:
         """See ``Embedding.start``."""
         return self._now.start(tokens)

@@ -145,10 +145,6 @@ class SignedReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         """``canonical``: see ``tsqp.tee.answer_form``. Raises EvidenceRefused."""
         _same_hash("answer", self.opening.answer, canonical, self.receipt.answer_sha256)
 
-    def check_tokens(self, choices: Sequence[Sequence[int]]) -> None:
-        """``choices``: the ids of each one's tokens. Raises EvidenceRefused."""
-        _same_hash("tokens", self.opening.tokens, canonical_tokens(choices), self.receipt.tokens_sha256)
-
     def check_attested(self, evidence: Evidence) -> None:
         """That the receipt's key and all that it says of its server are in evidence, which was verified before.
 

@@ -60,6 +60,7 @@ class Stats:
     forward_passes: int = 0
     chunks: int = 0
     micro_batches: int = 1
+    hedged: int = 0  # slices of calls that were asked of one more worker because they took long
     prefill_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
@@ -129,6 +130,7 @@ class Stats:
             "forward_passes": self.forward_passes,
             "chunks": self.chunks,
             "micro_batches": self.micro_batches,
+            "hedged": self.hedged,
             **self._guarded(speed),
             "calls": {str(kind): asdict(call) for kind, call in self.calls.items()},
             "operators_s": {**{str(kind): s for kind, s in self.operator_s.items()}, "other": self.other_s},

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.prompt_logprobs import prompt_logprobs
 from tsqp import SamplingParams
 from tsqp.trusted.engine.logprobs import (
     FLOOR,
     TokenLogprobs,
     likeliest,
-    prompt_logprobs,
     read_prompt,
     token_logprobs,
 )
@@ -55,16 +55,16 @@ def test_an_unlikely_token_has_the_floor() -> None:
 def test_bias_penalties_and_temperature_change_the_choice_and_not_the_log_probabilities() -> None:
     logits = torch.tensor([0.0, math.log(3.0)])
     params = SamplingParams(temperature=0.1, logit_bias={0: 50.0}, presence_penalty=1.0, top_k=1, logprobs=2)
-    found = Sampler(params).sample(logits, [1])
-    assert found.token == 0
-    assert found.logprobs is not None
-    assert found.logprobs.logprob == pytest.approx(math.log(0.25))
-    assert [token for token, _ in found.logprobs.top] == [1, 0]
+    sampler = Sampler(params)
+    assert sampler.choose(logits, [1]) == 0
+    (found,) = sampler.logprobs
+    assert found.logprob == pytest.approx(math.log(0.25))
+    assert [token for token, _ in found.top] == [1, 0]
 
 
 def test_none_are_made_unless_they_are_asked_for() -> None:
     sampler = Sampler(SamplingParams())
-    assert sampler.sample(torch.tensor([0.0, 1.0]), [0]).logprobs is None
+    assert sampler.choose(torch.tensor([0.0, 1.0]), [0]) == 1
     assert sampler.logprobs == []
 
 
@@ -76,12 +76,3 @@ def test_a_prompt_that_is_read_in_parts_some_of_them_again_has_the_same(length: 
     for start in [*starts, *range(length)]:  # a gap is not read over
         read_prompt(entries, logits[start : start + 3], prompt, start, 2)
     assert entries == prompt_logprobs(logits, prompt, 2)
-
-
-def test_those_of_a_prompt_are_of_each_token_after_the_ones_before() -> None:
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
-    first, *rest = prompt_logprobs(logits, [3, 1, 4, 1], 1)
-    assert first is None
-    for row, token, found in zip(logits, [1, 4, 1], rest, strict=False):
-        assert found == token_logprobs(row, token, 1)
-    assert len(rest) == 3

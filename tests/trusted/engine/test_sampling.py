@@ -150,7 +150,7 @@ def test_the_logits_are_not_changed() -> None:
     params = SamplingParams(
         temperature=1.0, logit_bias={1: 3.0}, frequency_penalty=1.0, repetition_penalty=2.0, logprobs=3
     )
-    Sampler(params, matcher=Only(1, 2)).sample(logits, [0])
+    Sampler(params, matcher=Only(1, 2)).choose(logits, [0])
     assert torch.equal(logits, before)
 
 

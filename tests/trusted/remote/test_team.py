@@ -321,7 +321,7 @@ def stalled(*more: str) -> tuple[Scene, Slot]:
     slot = scene.slot(3)
     x, reply = scene.ask(3, slot=slot)
     assert np.array_equal(answered(reply), product(x, 0, OUTER))
-    assert scene.team.hedged == 1
+    assert scene.team.stats.hedged == 1
     return scene, slot
 
 
@@ -436,9 +436,9 @@ def test_what_is_usual_is_known_for_each_group_and_number_of_rows(
         for _ in range(4 * ENOUGH):  # the first ones of the slow kind are hedged, since nothing is known of it
             scene.took_s(*asked)
             scene.later()
-    hedged = scene.team.hedged
+    hedged = scene.team.stats.hedged
     scene.took_s(*slow)
-    assert scene.team.hedged == hedged
+    assert scene.team.stats.hedged == hedged
     scene.later()
     scene.lines[0].holds, scene.lines[1].takes_s = True, SOON_S
     assert scene.took_s(*quick) == about(TIMES * SOON_S + SOON_S)
@@ -450,7 +450,7 @@ def test_each_of_several_stalled_replicas_costs_a_wait_that_is_usual() -> None:
         line.holds = True
     scene.lines[3].takes_s = SOON_S
     assert scene.took_s() == pytest.approx(3 * FIRST_S + SOON_S, abs=4 * ABOUT_S)
-    assert (scene.team.hedged, scene.sent()) == (3, [1, 1, 1, 1])
+    assert (scene.team.stats.hedged, scene.sent()) == (3, [1, 1, 1, 1])
 
 
 def test_who_owes_a_reply_is_not_asked_while_another_works() -> None:
@@ -459,7 +459,7 @@ def test_who_owes_a_reply_is_not_asked_while_another_works() -> None:
     scene.took_s()
     scene.lines[1].takes_s = 3.0
     assert scene.took_s() == about(3.0)
-    assert (scene.team.hedged, scene.sent()) == (1, [1, 2])
+    assert (scene.team.stats.hedged, scene.sent()) == (1, [1, 2])
 
 
 def test_who_owes_nothing_any_longer_is_asked_at_once() -> None:
@@ -469,7 +469,7 @@ def test_who_owes_nothing_any_longer_is_asked_at_once() -> None:
     scene.lines[0].let_go(after_s=2.0)
     scene.lines[1].holds = True
     assert scene.took_s() == about(2.0)
-    assert (scene.team.hedged, scene.sent()) == (2, [2, 2])
+    assert (scene.team.stats.hedged, scene.sent()) == (2, [2, 2])
 
 
 def test_a_replica_that_answers_when_another_has_just_been_asked_is_asked_last() -> None:
@@ -481,14 +481,14 @@ def test_a_replica_that_answers_when_another_has_just_been_asked_is_asked_last()
     assert scene.lines[0].sent[1:] == []
     scene.later()
     assert scene.took_s() == about(TIMES * SOON_S + SOON_S)  # patience has not grown
-    assert (scene.team.hedged, len(scene.lines[0].sent)) == (2, 2)
+    assert (scene.team.stats.hedged, len(scene.lines[0].sent)) == (2, 2)
 
 
 def test_a_replica_that_is_just_quick_enough_is_not_asked_first_and_teaches_nobody_patience() -> None:
     scene = Scene(*REPLICAS, takes_s=[FIRST_S / 2, SOON_S])
     for _ in range(100):
         scene.took_s()
-    assert (scene.team.hedged, scene.sent()) == (0, [ENOUGH, 100 - ENOUGH])
+    assert (scene.team.stats.hedged, scene.sent()) == (0, [ENOUGH, 100 - ENOUGH])
     scene.lines[1].holds, scene.lines[0].takes_s = True, SOON_S
     assert scene.took_s() == about(TIMES * SOON_S + SOON_S)
 
@@ -579,7 +579,7 @@ def test_nobody_is_asked_again_before_it_is_time() -> None:
     scene = Scene(*REPLICAS)
     for seed in range(20):
         scene.ask(3, seed)[1].wait()
-    assert scene.team.hedged == 0
+    assert scene.team.stats.hedged == 0
 
 
 # Who is lost

@@ -18,7 +18,7 @@ from tests.untrusted.shm_worker import CLIENT, connected, failure, product
 from tests.wire.links import WAIT_S
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.config.dtype import NumericPath, WireDtype
-from tsqp.config.groups import GROUP_NAMES, GroupName, linear_groups
+from tsqp.config.groups import LAYER_GROUPS, GroupName, linear_groups
 from tsqp.config.partition import PartitionName
 from tsqp.config.protection import ProtectionName
 from tsqp.errors import ModelMismatch, OptionError, ProtocolError
@@ -75,7 +75,7 @@ def test_answers_are_those_of_one_device_to_the_bit(path: NumericPath, call: Cal
 
 
 @DEVICES
-@pytest.mark.parametrize("name", GROUP_NAMES)
+@pytest.mark.parametrize("name", [*LAYER_GROUPS, "lm_head"])
 def test_every_group_and_part_is_there_whole(name: GroupName, count: int) -> None:
     """Over parts that lie on one device, on several, and on none of some."""
     devices = fake_devices(count)

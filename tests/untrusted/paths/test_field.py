@@ -20,7 +20,7 @@ from tsqp.arith.field import MAX_SMALL
 from tsqp.arith.modulus import P
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.quantise import quantise_rows
-from tsqp.config.groups import GROUP_NAMES, GroupKey, GroupName, linear_groups, part_tensor
+from tsqp.config.groups import LAYER_GROUPS, GroupKey, GroupName, linear_groups, part_tensor
 from tsqp.errors import UnsupportedModel
 from tsqp.model import quantised
 from tsqp.model.quantised import GroupDigests, load_quantised_group
@@ -305,7 +305,7 @@ def test_digests_are_hashes_of_all_layers_in_order() -> None:
         )
         expected[name] = hashlib.sha256(whole).hexdigest()
     assert {shape.name: shape.digest for shape in welcome.groups} == expected
-    assert set(expected) == set(GROUP_NAMES)
+    assert set(expected) == {*LAYER_GROUPS, "lm_head"}
 
 
 def test_other_paths_name_no_digests() -> None:

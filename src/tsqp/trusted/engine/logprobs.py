@@ -44,12 +44,6 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return scores
 
 
-def prompt_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs | None]:
-    """One entry for each of T tokens, from the logits (T, vocab_size) after each of them; None for the first."""
-    after = [token_logprobs(row, token, count) for row, token in zip(logits[:-1], tokens[1:], strict=True)]
-    return [None, *after]
-
-
 def read_prompt(
     entries: list[TokenLogprobs | None],
     logits: torch.Tensor,

@@ -47,11 +47,6 @@ class Measured:
         self._times: dict[int, list[float]] = {count: [] for count in self._tried}  # seconds of a row
         self._chosen: int | None = None
 
-    @property
-    def chosen(self) -> int | None:
-        """What it stays with; None while it tries."""
-        return self._chosen
-
     def parts(self, rows: int) -> int:
         """See MicroBatches: 1 for few rows."""
         if rows < LEAST_ROWS:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -43,14 +42,6 @@ class TokenMatcher(Protocol):
 
     def accept(self, token: int) -> None:
         """The token that was chosen, one of those allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A token that was chosen. ``logprobs``: None unless they were asked for."""
-
-    token: int
-    logprobs: TokenLogprobs | None = None
 
 
 class Sampler:
@@ -89,11 +80,6 @@ class Sampler:
         if params.logprobs is not None:
             self.logprobs.append(self._logprobs_of(logits, token, params.logprobs))
         return token
-
-    def sample(self, logits: torch.Tensor, text: Sequence[int]) -> SampledToken:
-        """As ``choose``, and the log-probabilities beside the token."""
-        token = self.choose(logits, text)
-        return SampledToken(token, None if self._params.logprobs is None else self.logprobs[-1])
 
     def _changed(self, scores: Scores, text: Sequence[int]) -> Scores:
         """Logits after bias, grammar and penalties; the same array where there are none."""

@@ -92,7 +92,6 @@ class Team:
         self.welcome = replace(first.welcome, device=",".join(devices))
         self.stats = stats
         self.deadline_s = deadline_s
-        self.hedged = 0  # slices that were asked for again because they took long
         self._tiling = tiling
         self._members = {shard: [one for one in members if one.shard == shard] for shard in tiling.shards}
         self._usual = UsualTime()
@@ -277,7 +276,7 @@ class Team:
         slow = list(part.asked)
         self._ask(answer, part, idle=True)
         if len(part.asked) > len(slow):
-            self.hedged += 1
+            self.stats.hedged += 1
             for one in slow:
                 one.member.slow_at_s = self._clock()
 

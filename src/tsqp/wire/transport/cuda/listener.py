@@ -46,7 +46,7 @@ def listen_cuda(
 
 
 class CudaListener(ShmListener):
-    """See Listener. Tensors of a message are in ``Arrival.device``; nobody but the device reads them unless asked."""
+    """See Listener. Tensors of a message are in ``Arrival.device``; nobody but the device reads them."""
 
     def __init__(
         self,
@@ -66,14 +66,6 @@ class CudaListener(ShmListener):
         """See Listener.direct."""
         self._check_open()
         return None
-
-    def read(self, memory: DeviceMemory) -> memoryview:
-        """A copy of a tensor on the host. Raises DeviceError."""
-        copy = bytearray(memory.nbytes)
-        if copy:
-            self._driver.copy_out(ctypes.addressof(ctypes.c_char.from_buffer(copy)), memory.address, len(copy))
-            self._driver.synchronise()
-        return memoryview(copy)
 
     def _new_connection(self, number: bytes, line: socket.socket) -> CudaConnection:
         return CudaConnection(b"cuda-" + number, line, self._max_frame_bytes, self._driver)

@@ -146,12 +146,6 @@ class ShmChannel(BaseChannel):
         self._under_way = {OPENING: _NO_MEMORY}
         self._arrived: deque[Frames] = deque()  # read while there was no room to send
 
-    @property
-    def arena_taken_bytes(self) -> int:
-        """Bytes of the arena that tensors, calls under way and replies still hold. Raises ChannelClosed."""
-        self._check_alive()
-        return self._arena.taken_bytes
-
     def _reserve(self, size: int) -> memoryview:
         return self._arena.reserve(size)[0]
 

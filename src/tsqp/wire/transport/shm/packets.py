@@ -84,12 +84,6 @@ def request_places(tensors: tuple[Region, ...], product: Region) -> bytes:
     return _PLACES.pack(len(tensors), one.offset, one.size, two.offset, two.size, product.offset, product.size)
 
 
-def decode_request(packet: bytes) -> Request:
-    """Raises ProtocolError. Whether the regions lie in the arena is for the caller to check."""
-    sequence, places, control = split_request(packet)
-    return Request(sequence, control, *decode_places(places))
-
-
 def split_request(packet: bytes) -> tuple[int, bytes, bytes]:
     """The number of a request, its places as they are, and its control frame. Raises ProtocolError."""
     if not _REQUEST.size <= len(packet) <= _LONGEST_REQUEST:
@@ -102,7 +96,7 @@ def split_request(packet: bytes) -> tuple[int, bytes, bytes]:
 
 
 def decode_places(places: bytes) -> tuple[tuple[Region, ...], Region]:
-    """Where the tensors and the product of a request lie. Raises ProtocolError."""
+    """Where the tensors and the product of a request lie, in the arena or not. Raises ProtocolError."""
     count, first, first_size, second, second_size, offset, size = _PLACES.unpack(places)
     product = Region(offset, size) if offset or size else NO_BYTES
     if count == MAX_TENSORS:
