@@ -41,6 +41,12 @@ def test_a_plan_for_a_person_names_the_bottleneck_and_what_is_held(tsqp: Command
         assert words in result.out
 
 
+@pytest.mark.parametrize("memory", ["2G", "2GB", "2000000000"])
+def test_memory_is_a_size_as_for_every_command(memory: str, tsqp: Command) -> None:
+    assert "and has 2 GB" in tsqp("plan", "--worker-memory", memory).err
+    assert tsqp("plan", "--worker-memory", f"{memory[0]}0{memory[1:]}").code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -37,7 +37,7 @@ NAMES = {
 SHORT = {"model": "-m", "max_tokens": "-n"}
 HEADINGS = {"model": MODEL, "privacy": PRIVACY, "pads": PADS, "connection": CONNECTION, "sampling": SAMPLING}
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,12})?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 def flags_of(config: type[T], **defaults: object) -> type[T]:
@@ -71,9 +71,19 @@ def parse_size(text: str, name: str) -> int:
     """Bytes of ``512MB``, ``2G``, ``1GiB`` or a plain number. Raises OptionError, with the ``name`` of the option."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise OptionError(f"{name} '{text}' is no size: use bytes, or a number with MB, GB, MiB or GiB")
+        raise OptionError(f"{name} '{text[:40]}' is no size: use bytes, or a number with MB, GB, MiB or GiB")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def size(_: Any, tokens: Sequence[Token]) -> int:
+    """See parse_size; for cyclopts, which knows the option."""
+    return parse_size(tokens[0].value, tokens[0].keyword or "the size")
+
+
+def shown_size(count: int) -> str:
+    """A default in the help."""
+    return f"{count >> 20}MiB"
 
 
 def _parameter(one: Field[Any]) -> Parameter:
@@ -86,7 +96,7 @@ def _parameter(one: Field[Any]) -> Parameter:
     variables += [about["former"]] if about.get("former") else []
     more: dict[str, Any] = {}
     if about.get("size"):
-        more = {"converter": _size, "show_default": (lambda size: f"{size >> 20}MiB") if one.default else None}
+        more = {"converter": size, "show_default": shown_size if one.default else None}
     elif one.name == "device":
         more = {"converter": _device}
     elif one.default is True or one.name == "oblivious":  # on where nothing is said, at least in some places
@@ -98,10 +108,6 @@ def _parameter(one: Field[Any]) -> Parameter:
         help=about["help"],
         **more,
     )
-
-
-def _size(_: Any, tokens: Sequence[Token]) -> int:
-    return parse_size(tokens[0].value, tokens[0].keyword or "the size")
 
 
 def _device(_: Any, tokens: Sequence[Token]) -> str:

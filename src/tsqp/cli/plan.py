@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from tsqp.cli.flags import size
+
 
 def plan(
     *,
@@ -36,7 +38,7 @@ def plan(
         int | None, Parameter(help="Cores of a worker on a cpu; those that were measured when not given.")
     ] = None,
     worker_memory: Annotated[
-        str | None, Parameter(help="Of each worker, such as 80GB; that of the device when not given.")
+        int | None, Parameter(converter=size, help="Of each worker, such as 80GB; that of the device when not given.")
     ] = None,
     dealers: Annotated[int, Parameter(help="Devices like the workers' that make pads; 0: the trusted side does.")] = 0,
     checks: Annotated[int, Parameter(help="Check vectors.")] = 2,
@@ -52,7 +54,6 @@ def plan(
     from tsqp.plan.report import lines
     from tsqp.plan.report import plan as planned
     from tsqp.plan.shapes import shape_of
-    from tsqp.plan.units import parse_size
 
     config = shape_of(model)
     setting = Setting(
@@ -62,7 +63,7 @@ def plan(
         cores,
         device,
         worker_cores,
-        None if worker_memory is None else parse_size(worker_memory),
+        worker_memory,
         dealers,
         checks,
         batch,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter, Token
+from cyclopts import Parameter
 
 from tsqp.api.adapters import named_paths
 from tsqp.api.config import RunConfig
 from tsqp.api.freed_memory import few_heaps
-from tsqp.cli.flags import parse_size
+from tsqp.cli.flags import shown_size, size
 from tsqp.cli.help_groups import LIMITS, SERVER
 from tsqp.cli.options import RunOptions
 from tsqp.errors import OptionError
@@ -41,14 +41,6 @@ def _limit(name: str, text: str, **more: Any) -> Parameter:
 
 def _variable(name: str) -> str:
     return f"TSQP_{name.upper().replace('-', '_')}"
-
-
-def _size(_: Any, tokens: Sequence[Token]) -> int:
-    return parse_size(tokens[0].value, tokens[0].keyword or "the size")
-
-
-def _shown(size: int) -> str:
-    return f"{size >> 20}MiB"
 
 
 @Parameter(name="*")
@@ -123,8 +115,8 @@ class ServeOptions:
         _limit(
             "max-body",
             "The most bytes of a request, or such as 8MiB.",
-            converter=_size,
-            show_default=_shown,
+            converter=size,
+            show_default=shown_size,
         ),
     ] = ServerSettings.max_body_bytes
     drain_s: Annotated[float, _limit("drain-s", "Seconds for answers under way, once the server is told to end.")] = (

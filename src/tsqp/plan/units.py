@@ -1,4 +1,4 @@
-"""Rates, times and sizes as people write them."""
+"""Rates and times as people write them; these and sizes for people to read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from tsqp.errors import OptionError
 
 _RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 _TIMES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
-_SIZES = {"mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
 _SIZE_NAMES, _RATE_NAMES = ("B", "kB", "MB", "GB", "TB"), ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s")
 
 
@@ -20,11 +19,6 @@ def parse_rate(text: str) -> float:
 def parse_seconds(text: str) -> float:
     """Seconds of ``0.1ms``. Raises OptionError."""
     return _parse(text, _TIMES, "a time such as 0.1ms")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``80GB``. Raises OptionError."""
-    return int(_parse(text, _SIZES, "a size such as 80GB"))
 
 
 def _parse(text: str, units: dict[str, float], meant: str) -> float:
