@@ -108,10 +108,15 @@ def fastest_seconds(work: Callable[[], object]) -> float:
     work()
     times: list[float] = []
     while len(times) < LEAST_TRIES or (sum(times) < TRY_FOR_S and len(times) < MOST_TRIES):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(work))
     return min(times)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, this time."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from tsqp.bench.machine import version_of
 from tsqp.cores import cores
 from tsqp.model.accelerator import TorchCuda
 
@@ -28,7 +28,7 @@ def described(device: torch.device) -> dict[str, object]:
         "driver": TorchCuda().driver(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cores": cores(),
     }
 
@@ -63,10 +63,3 @@ def graph_ms(works: Sequence[Work]) -> float:
         for work in works:
             work()
     return stream_ms(graph.replay) / len(works)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

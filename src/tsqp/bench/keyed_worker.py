@@ -29,7 +29,7 @@ class KeyedWorker:
 
 @contextmanager
 def keyed_worker(
-    model: str, directory: Path, *, host: str = "127.0.0.1", inside: Sequence[str] = (), threads: int | None = None
+    model: str, directory: Path, *, host: str = "127.0.0.1", inside: Sequence[str] = ()
 ) -> Iterator[KeyedWorker]:
     """Start one and end it. Its keys are made in ``directory``; ``inside``: a command that it is started by.
 
@@ -37,7 +37,6 @@ def keyed_worker(
     """
     worker, client = (create_keys(directory, name) for name in ("worker", "client"))
     command = [*inside, *WORKER_COMMAND, *_arguments(model, host, worker, client)]
-    command += [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(), start_new_session=True
     )

@@ -18,7 +18,7 @@ def machine() -> dict[str, str | int]:
         "cores": cores(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "transformers": _version("transformers"),
+        "transformers": version_of("transformers"),
         "tsqp": version("tsqp"),
         "commit": tree.commit(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -33,7 +33,8 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of a package that may be missing."""
     try:
         return version(package)
     except PackageNotFoundError:

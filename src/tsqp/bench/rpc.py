@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from tsqp.api.arena import arena_for
 from tsqp.bench import echo
-from tsqp.bench.ceilings import ceilings, print_ceilings
+from tsqp.bench.ceilings import ceilings, print_ceilings, seconds_of
 from tsqp.bench.child import Child
 from tsqp.bench.machine import machine
 from tsqp.bench.names import TransportName
@@ -71,12 +71,12 @@ def bench_rpc(transport: TransportName, nbytes: int, calls: int, runs: int, cons
         line = channel.direct()
         steps = None if line is None else NullStep(channel, line)
         for _ in watched(range(runs), console, f"calls over {transport}"):
-            null_s.append(sorted(_seconds(lambda: null_call(channel)) for _ in range(calls)))
+            null_s.append(sorted(seconds_of(lambda: null_call(channel)) for _ in range(calls)))
             if steps is not None:
                 step_s.append(sorted(steps.run(calls)))
             for _ in range(FULL_CALLS):
-                copies_s.append(_seconds(work.two_copies))
-                full_s.append(_seconds(work.run))
+                copies_s.append(seconds_of(work.two_copies))
+                full_s.append(seconds_of(work.run))
         idle = _idle_share(pid)
     seconds, peer_s = statistics.median(full_s), statistics.median(copies_s)
     return {
@@ -183,12 +183,6 @@ def fresh_address(transport: TransportName) -> str:
         return "tcp://127.0.0.1:0"
     fresh = {"ipc": new_ipc_address, "shm": new_shm_address, "cuda": new_cuda_address}
     return fresh[transport]()
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _quantile(ordered: list[float], share: float) -> float:

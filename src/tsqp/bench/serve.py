@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
+from tsqp.bench.ceilings import seconds_of
 from tsqp.bench.device import check_device, first_device
 from tsqp.bench.latency import percentile
 from tsqp.bench.llama_cpp import LlamaCppPeer
@@ -171,13 +172,13 @@ def _gaps(llm: LLM, traffic: Traffic) -> dict[str, float]:
     begun = engine.counts().new_tokens
     while engine.counts().new_tokens < begun + traffic.beside:
         engine.step()
-    undisturbed = [_timed(engine.step) for _ in range(alone)]
+    undisturbed = [seconds_of(engine.step) for _ in range(alone)]
     (prompt,) = _prompts(1, traffic.long)
     arrived = list[Output]()
     engine.add_request(prompt, SamplingParams(max_tokens=1, ignore_eos=True), deliver=arrived.append)
     beside = list[float]()
     while not arrived:
-        beside.append(_timed(engine.step))
+        beside.append(seconds_of(engine.step))
     for number in numbers:
         engine.abort(number)
     _run_out(llm)
@@ -205,12 +206,6 @@ def _turns(llm: LLM, traffic: Traffic) -> dict[str, float]:
 def _run_out(llm: LLM) -> None:
     while llm.engine.has_work():
         llm.engine.step()
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _later(seconds: list[float]) -> float:

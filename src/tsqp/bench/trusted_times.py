@@ -63,39 +63,31 @@ def pass_time(llm: LLM, rows: list[int], context: int, runs: int) -> PassTime:
 
 
 @contextmanager
-def private(
-    model: str, mode: PrivateMode, room: int, console: Console, *, threads: int | None = None, compiled: bool = True
-) -> Iterator[LLM]:
+def private(model: str, mode: PrivateMode, room: int, console: Console, *, compiled: bool = True) -> Iterator[LLM]:
     """A model over shm, with room for the pads of ``room`` tokens."""
-    with opened(private_run(model, mode, room, threads=threads, compiled=compiled), console) as llm:
+    with opened(private_run(model, mode, room, compiled=compiled), console) as llm:
         yield llm
 
 
 @contextmanager
-def private_over_tcp(
-    model: str, mode: PrivateMode, room: int, console: Console, *, threads: int | None = None
-) -> Iterator[LLM]:
+def private_over_tcp(model: str, mode: PrivateMode, room: int, console: Console) -> Iterator[LLM]:
     """The same over tcp with keys, on this machine."""
     with (
         tempfile.TemporaryDirectory(prefix="tsqp-keys-") as keys,
-        keyed_worker(locate(model), Path(keys), threads=threads) as worker,
-        opened(worker.of(private_run(model, mode, room, threads=threads)), console) as llm,
+        keyed_worker(locate(model), Path(keys)) as worker,
+        opened(worker.of(private_run(model, mode, room)), console) as llm,
     ):
         yield llm
 
 
 @contextmanager
-def alone(model: str, console: Console, *, threads: int | None = None) -> Iterator[LLM]:
+def alone(model: str, console: Console) -> Iterator[LLM]:
     """The same model without a worker, by 8-bit weights."""
     run = RunConfig(model, "local")
-    with opened(replace(run, compute=replace(run.compute, dtype="int8", threads=threads)), console) as llm:
+    with opened(replace(run, compute=replace(run.compute, dtype="int8")), console) as llm:
         yield llm
 
 
-def private_run(
-    model: str, mode: PrivateMode, room: int, *, threads: int | None = None, compiled: bool = True
-) -> RunConfig:
+def private_run(model: str, mode: PrivateMode, room: int, *, compiled: bool = True) -> RunConfig:
     """Over shm, with room for the pads of ``room`` tokens."""
-    run = RunConfig(model, mode, guard=GuardConfig(compiled_step=compiled))
-    run = replace(run, compute=replace(run.compute, threads=threads))
-    return with_pads(run, room)
+    return with_pads(RunConfig(model, mode, guard=GuardConfig(compiled_step=compiled)), room)

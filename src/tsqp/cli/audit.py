@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from tsqp.cli.arguments import JsonLine
 from tsqp.cli.options import Device, Model, Threads
 from tsqp.cli.prompt_text import AfterDashes, PromptArgument, PromptFile, prompt_text, warn_of_argument
 from tsqp.config.dtype import AskedDtype
@@ -50,7 +51,7 @@ def audit(
     lora: Annotated[
         str | None, Parameter(help="A LoRA adapter that answers, [NAME=]PATH; attacks know the model without it.")
     ] = None,
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object as the last line.")] = False,
+    json_output: JsonLine = False,
 ) -> None:
     """Run a prompt in each protection mode and attack what reached the worker.
 

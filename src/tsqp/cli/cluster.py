@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
+from tsqp.cli.arguments import Json
 from tsqp.config.worker_options import device_name
 from tsqp.errors import AddressError, OptionError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 cluster_app = App(name="cluster", help="Place the workers of a model, on one machine or many. For the untrusted side.")
 
 Name = Annotated[str, Parameter(help="The name of the cluster; two of one machine differ by it.")]
-Json = Annotated[bool, Parameter(name="--json", help="Print one JSON object.")]
 Replicas = Annotated[int | None, Parameter(help="How many workers hold each shard.")]
 
 

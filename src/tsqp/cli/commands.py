@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 
 from tsqp import __version__
 from tsqp.api.trace_file import check_output
+from tsqp.cli.arguments import Json
 from tsqp.cli.audit import audit_app
 from tsqp.cli.bench import bench_app
 from tsqp.cli.cluster import cluster_app
@@ -179,7 +180,7 @@ def worker(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> 
 
 
 @app.command
-def doctor(*, json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False) -> int:
+def doctor(*, json_output: Json = False) -> int:
     """Check this machine: TEE, accelerator, transports, permissions, versions. Exit code 1 when something is broken."""
     from tsqp.cli.doctor import examine, print_findings
 
@@ -212,7 +213,7 @@ def keys(
 
 
 @model_app.command(name="list")
-def list_models(*, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def list_models(*, json_output: Json = False) -> None:
     """List the models that can be used by name, and whether they are here."""
     from tsqp.cli.models import known_models
 
@@ -256,7 +257,7 @@ def info(
     lora: Annotated[
         tuple[str, ...], Parameter(help="With --digest: an adapter, [NAME=]PATH, of the run; may be given again.")
     ] = (),
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Describe a checkpoint: its shape, its fingerprint, the calls each partition makes; or a LoRA adapter.
 
@@ -282,7 +283,7 @@ def check(
     model: str = "default",
     /,
     *,
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> int:
     """Say what would run of a checkpoint and how, the memory on each side, and what is refused: from headers alone.
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
+from tsqp.cli.arguments import JsonLine, read_text
 from tsqp.cli.one_adapter import one_adapter
 from tsqp.cli.options import RunOptions
-from tsqp.errors import InputError, NumericError, OptionError, PromptError
+from tsqp.errors import NumericError, OptionError, PromptError
 from tsqp.progress import Progress, counted, unseen
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def perplexity(
         int, Parameter(help="New tokens in each window after the first; the rest is their context.")
     ] = 512,
     run: RunOptions = RunOptions(),
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object as the last line.")] = False,
+    json_output: JsonLine = False,
 ) -> None:
     """Measure the perplexity of a text: e to the mean negative log probability of each token after those before it."""
     from rich.console import Console
@@ -57,7 +58,7 @@ def perplexity(
     from tsqp.cli.report import announce
     from tsqp.progress_bar import progress_bar
 
-    words, lora = _read(text), one_adapter(run)
+    words, lora = read_text(text, "--text"), one_adapter(run)
     check_windows(window, stride)
     console = Console(stderr=True)
     with open_llm(run, silent=json_output) as llm:
@@ -144,12 +145,3 @@ def check_windows(window: int, stride: int) -> None:
         raise OptionError(f"the window must be at least 2 tokens, not {window}")
     if not 1 <= stride < window:
         raise OptionError(f"the stride must be at least 1 and less than the window of {window}, not {stride}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read the text: {error.strerror}: {path}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"the text is not UTF-8: {path}") from None

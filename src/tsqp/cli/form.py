@@ -8,9 +8,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tsqp.cli.arguments import read_text
 from tsqp.cli.help_groups import SAMPLING
 from tsqp.cli.prompt_text import argument_text
-from tsqp.errors import InputError, OptionError
+from tsqp.errors import OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 
@@ -38,18 +39,9 @@ def with_form(sampling: SamplingParams, form: FormOptions) -> SamplingParams:
     if sampling.ignore_eos:
         raise OptionError(f"--ignore-eos and {flags[0]} exclude each other: an answer that has its form ends")
     if form.json_schema is not None:
-        params = StructuredOutputsParams(json=_read(form.json_schema, "--json-schema"))
+        params = StructuredOutputsParams(json=read_text(form.json_schema, "--json-schema"))
     elif form.grammar is not None:
-        params = StructuredOutputsParams(grammar=_read(form.grammar, "--grammar"))
+        params = StructuredOutputsParams(grammar=read_text(form.grammar, "--grammar"))
     else:
         params = StructuredOutputsParams(regex=argument_text(form.regex or "", "--regex"))
     return replace(sampling, structured_outputs=params)
-
-
-def _read(path: Path, flag: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{flag}: cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{flag}: {path} is not UTF-8 text") from None

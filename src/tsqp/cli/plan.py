@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from tsqp.cli.arguments import Json
 from tsqp.cli.flags import size
 
 
@@ -46,7 +47,7 @@ def plan(
     prompt: Annotated[int, Parameter(help="Tokens of a prompt; decode comes after so many.")] = 1024,
     micro_batches: Annotated[int, Parameter(help="Parts of a prompt that cross the layers in turn.")] = 1,
     constants: Annotated[Path | None, Parameter(help="Measured by tsqp bench constants on your own machine.")] = None,
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Say what a cluster would give: rates, the bottleneck, memory of each party. From measured constants alone."""
     from tsqp.plan.cluster import Link, Setting, teams

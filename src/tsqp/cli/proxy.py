@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from tsqp.cli.arguments import Collateral
 from tsqp.errors import InputError, OptionError
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ def proxy(
     *,
     server: Annotated[str, Parameter(help="The server: https://host:port.")],
     policy: Annotated[Path, Parameter(help="What is accepted: a TOML file, docs/attestation.md.")],
-    collateral: Annotated[
-        str | None, Parameter(help="Certificates and TCB info: a directory, or the https:// address of a service.")
-    ] = None,
+    collateral: Collateral = None,
     port: Annotated[int, Parameter(help="Of 127.0.0.1, for clients of this machine; 0 takes a free one.")] = 8080,
     max_age: Annotated[float, Parameter(help="Seconds after which a key is verified again.")] = 3600.0,
     json_output: Annotated[bool, Parameter(name="--json", help="Print the address as one JSON object.")] = False,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from tsqp.cli.arguments import Collateral, Json, read_bytes, unix_time
 from tsqp.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,14 +25,12 @@ def verify(
     draft: Annotated[
         bool, Parameter(help="Verify nothing, and print a policy that accepts what is shown, to be read and corrected.")
     ] = False,
-    collateral: Annotated[
-        str | None, Parameter(help="Certificates and TCB info: a directory, or the https:// address of a service.")
-    ] = None,
+    collateral: Collateral = None,
     at: Annotated[
         datetime | None, Parameter(help="For a file: as if it were this moment (ISO 8601, UTC), for evidence kept.")
     ] = None,
     save: Annotated[Path | None, Parameter(help="Keep the evidence that was accepted in this file.")] = None,
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Check what a server shows of itself against a policy. Exit code 0: accepted; 1: refused, in one line.
 
@@ -44,7 +42,6 @@ def verify(
     from tsqp.client.address import parse_server
     from tsqp.client.asking import ask
     from tsqp.tee.collateral import collateral_from
-    from tsqp.tee.evidence import read_evidence
     from tsqp.tee.policy import read_policy
     from tsqp.tee.verification import verify_connection, verify_file
 
@@ -56,12 +53,11 @@ def verify(
         if at is not None:
             raise InputError("--at is for a file: a server is verified now")
         shown = ask(parse_server(what))
-        evidence, now = shown.evidence, time.time()
+        evidence, now = shown.evidence, unix_time()
         verify_connection(evidence, wanted, given, nonce=shown.nonce, certificate=shown.certificate, now=now)
     else:
-        evidence = read_evidence(_read(Path(what)))
-        now = time.time() if at is None else (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-        verify_file(evidence, wanted, given, now=now)
+        evidence = _kept(what)
+        verify_file(evidence, wanted, given, now=unix_time(at))
     if save is not None:
         _write(save, evidence.to_json())
     sys.stdout.write(json.dumps(summary(evidence), indent=None if json_output else 2) + "\n")
@@ -72,13 +68,12 @@ def _draft(what: str, *, draft: bool, policy: Path | None, at: datetime | None, 
     from tsqp.client.address import parse_server
     from tsqp.client.asking import ask
     from tsqp.tee.draft import draft_policy
-    from tsqp.tee.evidence import read_evidence
 
     if not draft:
         raise InputError("give --policy, or --draft for one to begin with: nothing is accepted without a policy")
     if policy is not None or at is not None or save is not None:
         raise InputError("--draft verifies nothing: it goes without --policy, --at and --save")
-    shown = ask(parse_server(what)).evidence if "://" in what else read_evidence(_read(Path(what)))
+    shown = ask(parse_server(what)).evidence if "://" in what else _kept(what)
     sys.stdout.write(draft_policy(shown))
 
 
@@ -102,14 +97,11 @@ def summary(evidence: Evidence) -> dict[str, object]:
     }
 
 
-def _read(path: Path) -> bytes:
-    from tsqp.tee.evidence import MAX_EVIDENCE_BYTES
+def _kept(what: str) -> Evidence:
+    """Of a file."""
+    from tsqp.tee.evidence import MAX_EVIDENCE_BYTES, read_evidence
 
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_EVIDENCE_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; give a file, or https://host:port") from None
+    return read_evidence(read_bytes(what, MAX_EVIDENCE_BYTES, "; give a file, or https://host:port"))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from tsqp.errors import InputError, OptionError
+from tsqp.cli.arguments import Collateral, Json, read_bytes, unix_time
+from tsqp.errors import OptionError
 
 if TYPE_CHECKING:
     from tsqp.tee.receipts import SignedReceipt
@@ -31,9 +31,7 @@ def verify_receipt(
     ] = None,
     evidence: Annotated[Path | None, Parameter(help="Evidence of the server, as tsqp verify --save keeps it.")] = None,
     policy: Annotated[Path | None, Parameter(help="What is accepted as evidence: a TOML file.")] = None,
-    collateral: Annotated[
-        str | None, Parameter(help="Certificates and TCB info: a directory, or the https:// address of a service.")
-    ] = None,
+    collateral: Collateral = None,
     at: Annotated[datetime | None, Parameter(help="Evidence as if it were this moment (ISO 8601, UTC).")] = None,
     replay: Annotated[
         bool, Parameter(help="Answer the request again with --model, and compare every token; needs --request.")
@@ -51,7 +49,7 @@ def verify_receipt(
         Parameter(help="For --replay: each adapter of the server, [NAME=]PATH, as to tsqp serve."),
     ] = (),
     threads: Annotated[int | None, Parameter(help="For --replay: CPU threads; all cores when not given.")] = None,
-    json_output: Annotated[bool, Parameter(name="--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Check a receipt. Exit code 0: all that was asked for holds; 1: refused, in one line.
 
@@ -71,13 +69,13 @@ def verify_receipt(
         raise OptionError("--replay answers a request again: give it as --request, and the weights as --model")
     if not replay and (model is not None or lora or threads is not None):
         raise OptionError("--model, --lora and --threads are for --replay")
-    signed = read_receipt(_read(receipt, MAX_RECEIPT_BYTES))
+    signed = read_receipt(read_bytes(receipt, MAX_RECEIPT_BYTES))
     signed.check_signature()
-    body = None if request is None else _read(request, MAX_REQUEST_BYTES)
+    body = None if request is None else read_bytes(request, MAX_REQUEST_BYTES)
     if body is not None:
         signed.check_request(body)
     if answer is not None:
-        signed.check_answer(read_answer(_read(answer, MAX_ANSWER_BYTES)))
+        signed.check_answer(read_answer(read_bytes(answer, MAX_ANSWER_BYTES)))
     if evidence is not None and policy is not None:
         _check_evidence(signed, evidence, policy, collateral, at)
     else:
@@ -114,9 +112,8 @@ def _check_evidence(
     from tsqp.tee.verification import verify_file
 
     wanted, given = read_policy(policy), collateral_from(collateral)
-    found = read_evidence(_read(evidence, MAX_EVIDENCE_BYTES))
-    now = time.time() if at is None else (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-    verify_file(found, wanted, given, now=now)
+    found = read_evidence(read_bytes(evidence, MAX_EVIDENCE_BYTES))
+    verify_file(found, wanted, given, now=unix_time(at))
     signed.check_attested(found)
 
 
@@ -142,14 +139,3 @@ def _replay(
             await check_replay(opened, signed, body)
 
     asyncio.run(again())
-
-
-def _read(path: Path | str, most: int) -> bytes:
-    """At most so many bytes and one more, by which who reads them sees that there are too many."""
-    if str(path) == "-":
-        return sys.stdin.buffer.read(most + 1)
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(most + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
