@@ -7,7 +7,6 @@ import socket
 import time
 from collections import deque
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 
 from tsqp.errors import ChannelClosed, DeadlineExceeded, ProtocolError, WorkerLost
 from tsqp.wire.channel import MAX_FRAME_BYTES, DirectLine, Frames
@@ -69,27 +68,6 @@ class ShmSlot(Slot):
         self.sequence = -1  # of its last call; no packet has this one
 
 
-@dataclass
-class ShmDirectLine:
-    """See DirectLine."""
-
-    channel: ShmChannel
-    descriptor: int
-    spin_s: float
-    crowded_s: float = CROWDED_S
-    rest_s: float = REST_S
-    packet_bytes: int = PACKET_BYTES
-
-    def packet(self, slot: Slot, control: bytes) -> tuple[bytes, memoryview]:
-        return self.channel.packet(slot, control)
-
-    def numbers(self, count: int) -> int:
-        return self.channel.numbers(count)
-
-    def settle(self, slot: Slot, number: int, deadline_s: float, *, unsent: bytes = b"", came: bytes = b"") -> bytes:
-        return self.channel.settle(slot, number, deadline_s, unsent, came)
-
-
 def connect_shm(
     address: Address,
     *,
@@ -118,13 +96,15 @@ def connect_shm(
 
 
 class ShmChannel(BaseChannel):
-    """See Channel. A worker's packet says which call it answers; everything else about a reply is known here.
+    """See Channel, and DirectLine, which is what ``direct`` gives.
 
+    A worker's packet says which call it answers; everything else about a reply is known here.
     What another kind of memory does otherwise: ``_hand_over`` and ``_take_over``, ``_place``, and two words.
     """
 
     kind = "shared memory"
     remedy = "; under a limit on memory, choose fewer bytes by arena_bytes"  # where it is refused
+    crowded_s, rest_s, packet_bytes = CROWDED_S, REST_S, PACKET_BYTES  # of DirectLine
 
     def __init__(
         self,
@@ -137,6 +117,8 @@ class ShmChannel(BaseChannel):
     ) -> None:
         super().__init__(address, max_frame_bytes)
         self._line = line
+        self.descriptor = line.fileno()
+        self.spin_s = spin_s
         self._segment = segment
         self._arena = Arena(segment)
         self._spin = Spin(spin_s)
@@ -179,7 +161,7 @@ class ShmChannel(BaseChannel):
     def direct(self) -> DirectLine | None:
         """See Channel.direct."""
         self._check_alive()
-        return ShmDirectLine(self, self._line.fileno(), self._spin.spin_s)
+        return self
 
     def packet(self, slot: Slot, control: bytes) -> tuple[bytes, memoryview]:
         """See DirectLine.packet."""
@@ -196,7 +178,7 @@ class ShmChannel(BaseChannel):
         self._sequence += count
         return first
 
-    def settle(self, slot: Slot, number: int, deadline_s: float, unsent: bytes, came: bytes) -> bytes:
+    def settle(self, slot: Slot, number: int, deadline_s: float, *, unsent: bytes = b"", came: bytes = b"") -> bytes:
         """See DirectLine.settle."""
         self._check_alive()
         try:
