@@ -269,6 +269,11 @@ class ChannelClosed(ChannelError):
     """The channel was used after it was closed."""
 
 
+def model_closed() -> ChannelClosed:
+    """What ends whatever is under way, or is begun, once a model was closed."""
+    return ChannelClosed("the model was closed")
+
+
 class ProtocolError(ChannelError):
     """Bytes that the protocol does not allow."""
 

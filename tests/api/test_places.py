@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tsqp.api.places import Standing, StartedHere
-from tsqp.errors import DeadlineExceeded, WorkerLost, WorkerUnreachable
+from tsqp.errors import ChannelClosed, DeadlineExceeded, WorkerLost, WorkerUnreachable
 
 
 class FakeWorker:
@@ -107,7 +107,7 @@ def test_after_closing_none_is_started() -> None:
     place.close()
     assert workers[0].did == ["closed"]
     for call in (place.prepare, place.dial):
-        with pytest.raises(WorkerUnreachable):
+        with pytest.raises(ChannelClosed, match="the model was closed"):
             call()
     assert len(workers) == 1
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tsqp.api.answer import Answer, Completion, Delta, Ends
 from tsqp.api.text_threads import on_text_thread
-from tsqp.errors import ChannelClosed, ChannelError, TsqpError
+from tsqp.errors import ChannelError, TsqpError, model_closed
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.text.conversation import Messages
 
@@ -263,7 +263,7 @@ class AsyncLLM:
             async for delta in answer:
                 if delta.completion is not None:
                     return delta.completion
-        raise ChannelClosed("the model was closed")
+        raise model_closed()
 
     async def ping(self) -> None:
         """A round trip to the worker, by the thread that steps; a step, where there is something to compute, is one.
@@ -271,7 +271,7 @@ class AsyncLLM:
         Raises any ChannelError; ChannelClosed after ``close``.
         """
         if self._closed:
-            raise ChannelClosed("the model was closed")
+            raise model_closed()
         asked = Future[None]()
         self._pings.append(asked)
         self._wake.set()
@@ -301,7 +301,7 @@ class AsyncLLM:
             wait.cancel()
         for answer in here:
             if not answer.ended.is_set():
-                answer._arrive(ChannelClosed("the model was closed"), True)
+                answer._arrive(model_closed(), True)
                 answer.abort()
         self._over.set()
         self._wake.set()
@@ -332,7 +332,7 @@ class AsyncLLM:
     ) -> AsyncAnswer:
         ((begun, sampler),) = await on_text_thread(self.llm.new_answers, [tokens], params, go_on=[goes_on], ends=ends)
         if self._closed:
-            raise ChannelClosed("the model was closed")
+            raise model_closed()
         answer = AsyncAnswer(self._engine, begun)
         answer.begin(params, sampler, tenant, salt, patient, tap, lora)
         self._open = {one for one in self._open if not one.ended.is_set()} | {answer}
@@ -391,4 +391,4 @@ class AsyncLLM:
 
 
 def _refuse() -> None:
-    raise ChannelClosed("the model was closed")
+    raise model_closed()

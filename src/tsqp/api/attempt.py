@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from tsqp.api.links import Link
-from tsqp.errors import ChannelClosed
+from tsqp.errors import ChannelClosed, model_closed
 
 
 class Attempt:
@@ -45,7 +45,7 @@ class Attempt:
         """Until it is over, whatever has come of it. Raises ChannelClosed soon after ``stop``."""
         while not self._over.wait(0.05):
             if stop.is_set():
-                raise ChannelClosed("the model was closed")
+                raise model_closed()
 
     def _run(self) -> None:
         try:

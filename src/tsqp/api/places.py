@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from tsqp.api.until import ENDLESS, Until
 from tsqp.config.shard import Shard
-from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable
+from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable, model_closed
 from tsqp.launch.local import LocalWorker
 from tsqp.wire.channel import Channel
 
@@ -136,7 +136,7 @@ class StartedHere:
         return None if worker is None else worker.pid
 
     def prepare(self) -> None:
-        """See Place: a process. Raises WorkerUnreachable after ``close``."""
+        """See Place: a process. Raises ChannelClosed after ``close``."""
         self._started()
 
     def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
@@ -204,7 +204,7 @@ class StartedHere:
     def _started(self) -> LocalWorker:
         with self._lock:
             if self._closed:
-                raise WorkerUnreachable("the model was closed")
+                raise model_closed()
             if self._worker is None and self._spare is not None and self._spare.ended:
                 self._spare.close()
                 self._spare = None

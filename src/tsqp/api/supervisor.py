@@ -36,6 +36,7 @@ from tsqp.errors import (
     WorkerLost,
     WorkerUnreachable,
     forget_frames,
+    model_closed,
 )
 from tsqp.progress import Progress, unseen
 from tsqp.trusted.engine.line import PassDecoder
@@ -89,6 +90,7 @@ class Supervisor:
         self._since = clock()
         self._attempt: Attempt | None = None  # the last one
         self._stop = threading.Event()
+        self._endless = Until(None, self._stop.is_set)
         self._wait = wait or self._stop.wait
         self._lock = threading.Lock()  # of the link, and whether there is to be one
         self._at_work = threading.Lock()  # held while a worker is waited for
@@ -102,7 +104,7 @@ class Supervisor:
             self._turn = number
             progress(f"waiting for {place.name}")
             try:
-                link = self._adopt(self._links.connect(place.dial, Until(None, self._stop.is_set)))
+                link = self._adopt(self._links.connect(place.dial, self._endless))
                 place.settled()
                 return link
             except ChannelError as error:
@@ -123,7 +125,7 @@ class Supervisor:
         link = self._link
         if link is not None and ((link.ended is None and not self._mending) or not self._patience_s):
             return link.decoder  # at a patience of 0 its every pass raises what has ended it
-        self._raise_if_stopped()
+        self._endless.raise_if_stopped()
         if link is not None and link.ended is not None:
             self._judge(link, link.ended)
         self._mending = True  # until it is done: an interrupt leaves a link that is not ready
@@ -292,7 +294,7 @@ class Supervisor:
         self._given_up = False  # whoever asks waits again
         self._end_link()
         while True:
-            self._raise_if_stopped()
+            self._endless.raise_if_stopped()
             self._leave()
             verdict = self._verdict()
             if verdict is not None:
@@ -320,10 +322,6 @@ class Supervisor:
         if self._place in self._left or self._place.name in self._expelled:
             self._next_turn()
         self._left.clear()
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop.is_set():
-            raise ChannelClosed("the model was closed")
 
     def _wait_s(self) -> float:
         """None in the first round; then one that grows, the same for no two runs."""
@@ -375,7 +373,7 @@ class Supervisor:
                 self._link = link
                 return link
         link.close()
-        raise ChannelClosed("the model was closed")
+        raise model_closed()
 
     def _end_link(self) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tsqp.errors import ChannelClosed
+from tsqp.errors import model_closed
 from tsqp.wire.transport.base import Deadline
 
 Stopped = Callable[[], bool]
@@ -43,7 +43,7 @@ class Until:
     def raise_if_stopped(self) -> None:
         """Raises ChannelClosed."""
         if self.stopped():
-            raise ChannelClosed("the model was closed")
+            raise model_closed()
 
 
 ENDLESS = Until()

@@ -20,7 +20,7 @@ from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
 from tsqp.config.shard import Shard
 from tsqp.config.tiling import Tiling
-from tsqp.errors import ChannelClosed, CorruptCheckpoint
+from tsqp.errors import CorruptCheckpoint, model_closed
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.quantised import GroupDigests, ShardDigests, load_quantised_group
 from tsqp.progress import Progress, counted, unseen
@@ -63,7 +63,7 @@ class PrivateModel:
         divided = ShardDigests(() if tiling is None or tiling == self.tiling else tiling.shards, checkpoint.config)
         for key, old in self.groups.items():
             if stopped():
-                raise ChannelClosed("the model was closed")
+                raise model_closed()
             keeps = old.weights is not None
             wq = load_quantised_group(checkpoint, key).wq if old.weights is None else old.weights.wq
             if not keeps:
