@@ -41,6 +41,7 @@ from tests.cluster.nodes import lose, processes, raylets
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, AsyncLLM, ComputeConfig, SamplingParams
 from tsqp.api.roster_place import RosterPlace
+from tsqp.api.until import Until
 from tsqp.checkpoint import open_checkpoint
 from tsqp.cluster.own_ray import check_installed
 from tsqp.cluster.state import ClusterDirectory
@@ -104,7 +105,7 @@ def found_s(front: str, model: str) -> float:
     place = RosterPlace(address, lambda: find_roster(address), lambda one, _: connect(one.address), lambda: config)
     begun = time.perf_counter()
     with ExitStack() as stack:
-        for dialled in place.dial():
+        for dialled in place.dial(Until()):
             stack.enter_context(closing(dialled.channel))
         return time.perf_counter() - begun
 

@@ -26,7 +26,7 @@ from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.api.config import GuardConfig
 from tsqp.api.places import Dialled, Place, Standing
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.bench.pads import fill, pads_of
 from tsqp.checkpoint import locate, open_checkpoint
 from tsqp.config.shard import Shard
@@ -119,7 +119,7 @@ class TeamPlace(Standing):
         super().__init__("team", llm._dial)
         self._workers = llm._team
 
-    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+    def dial(self, until: Until) -> Sequence[Dialled]:
         return [Dialled(self._dial(address, None), Shard.parse(shard)) for address, shard in self._workers]
 
 

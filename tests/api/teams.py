@@ -17,7 +17,7 @@ from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, servi
 from tsqp import LLM, WorkerConfig
 from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.api.places import Dialled, Place, Standing
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.audit.capture import Capture
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.shard import Shard
@@ -125,7 +125,7 @@ class _TeamPlace(Standing):
         super().__init__("the team", dial)
         self._scene = scene
 
-    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+    def dial(self, until: Until) -> Sequence[Dialled]:
         return [
             Dialled(self._dial(address, None), Shard.parse(shard), name) for address, shard, name in self._scene.dialled
         ]

@@ -11,7 +11,7 @@ import pytest
 from tests.api.workers import FakeLink, scene
 from tests.commands import LIMIT_S
 from tsqp.api.attempt import Attempt
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.errors import ChannelClosed, WorkerUnreachable
 
 
@@ -110,7 +110,7 @@ def test_the_next_attempt_waits_for_one_that_an_interrupt_has_left(monkeypatch: 
             again.set()
             super().wait(stop)
 
-    def slow(dial: Any, until: Until = ENDLESS) -> Any:
+    def slow(dial: Any, until: Until) -> Any:
         assert answers.wait(LIMIT_S)
         return connect(dial, until)
 

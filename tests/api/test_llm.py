@@ -22,6 +22,7 @@ from tsqp.api.config import PartitionName, ProtectionName, RunConfig
 from tsqp.api.links import SplitLinks
 from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
+from tsqp.api.until import Until
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.dtype import DtypeName, KVDtype, PrivateKVDtype
 from tsqp.config.partition import PARTITIONS
@@ -229,7 +230,8 @@ def test_the_trusted_side_reads_only_what_it_needs(
     checkpoint: Any = Recording()
     address = start_worker(MODEL)
     plan = Plan.of(RunConfig(MODEL, "open", compute=ComputeConfig(partition, dtype="float32", prefill_chunk=8)))
-    SplitLinks(checkpoint, plan, PARTITIONS[partition], Stats()).connect(lambda _: [Dialled(connect(address))]).close()
+    links = SplitLinks(checkpoint, plan, PARTITIONS[partition], Stats())
+    links.connect(lambda _: [Dialled(connect(address))], Until()).close()
     kinds = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in checkpoint.read}
     assert kinds == {"input_layernorm", "post_attention_layernorm", "norm"} | needed
 

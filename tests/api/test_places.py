@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tsqp.api.places import Standing, StartedHere
+from tsqp.api.until import Until
 from tsqp.errors import ChannelClosed, DeadlineExceeded, WorkerLost, WorkerUnreachable
 
 
@@ -47,7 +48,7 @@ def started_here(
 
 def dialled(place: StartedHere) -> Any:
     """What came of dialling: here an address and a process."""
-    (one,) = place.dial()
+    (one,) = place.dial(Until())
     assert one.shard is None
     return one.channel
 
@@ -106,7 +107,7 @@ def test_after_closing_none_is_started() -> None:
     place.close()
     place.close()
     assert workers[0].did == ["closed"]
-    for call in (place.prepare, place.dial):
+    for call in (place.prepare, lambda: place.dial(Until())):
         with pytest.raises(ChannelClosed, match="the model was closed"):
             call()
     assert len(workers) == 1
@@ -143,7 +144,7 @@ def test_a_worker_that_ends_before_it_is_reached_says_so() -> None:
 
     place, workers = started_here(unreachable)
     with pytest.raises(WorkerLost, match="SIGKILL"):
-        place.dial()
+        place.dial(Until())
 
 
 def test_a_standing_worker_is_somebody_elses() -> None:
@@ -154,7 +155,7 @@ def test_a_standing_worker_is_somebody_elses() -> None:
 
     place = Standing("tcp://a:1", dial)
     error = WorkerLost("went away")
-    for call in (place.prepare, place.settled, place.interrupt, place.leave, place.dial, place.close):
+    for call in (place.prepare, place.settled, place.interrupt, place.leave, lambda: place.dial(Until()), place.close):
         call()
     assert asked == [("tcp://a:1", None)]
     assert (place.name, place.gone(), place.explained(error)) == ("tcp://a:1", False, error)

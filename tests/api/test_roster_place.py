@@ -86,7 +86,7 @@ class Scene:
 
     def dialled(self) -> list[tuple[str, str]]:
         """Shards and names."""
-        return [(str(one.shard or WHOLE), one.name) for one in self.place.dial()]
+        return [(str(one.shard or WHOLE), one.name) for one in self.place.dial(Until())]
 
 
 def unreachable(number: int) -> WorkerUnreachable:
@@ -105,7 +105,7 @@ def events() -> Iterator[list[threading.Event]]:
 def test_a_worker_of_each_shard_is_dialled_with_its_replicas_in_the_order_of_columns() -> None:
     scene = Scene(member(1, RIGHT), member(2, LEFT), member(3, RIGHT))
     assert scene.dialled() == [(LEFT, name(2)), (RIGHT, name(1)), (RIGHT, name(3))]
-    assert scene.place.dial()[0].shard == Shard.parse(LEFT)
+    assert scene.place.dial(Until())[0].shard == Shard.parse(LEFT)
 
 
 def test_a_worker_with_a_key_is_known_by_it() -> None:
@@ -114,8 +114,8 @@ def test_a_worker_with_a_key_is_known_by_it() -> None:
 
 
 def test_one_that_holds_all_of_the_model_is_asked_as_one_without_a_roster_is() -> None:
-    assert [one.shard for one in Scene(member(1, WHOLE)).place.dial()] == [None]
-    assert [str(one.shard) for one in Scene(member(1, WHOLE), member(2, WHOLE)).place.dial()] == [WHOLE] * 2
+    assert [one.shard for one in Scene(member(1, WHOLE)).place.dial(Until())] == [None]
+    assert [str(one.shard) for one in Scene(member(1, WHOLE), member(2, WHOLE)).place.dial(Until())] == [WHOLE] * 2
 
 
 def test_of_many_replicas_a_few_are_dialled_and_the_next_ones_only_for_want_of_them() -> None:
@@ -137,7 +137,7 @@ def test_a_shard_that_nobody_can_be_reached_for_is_named_with_an_address_and_nob
     scene = Scene(member(1, LEFT), member(2, RIGHT))
     scene.down = {name(2): unreachable(2)}
     with pytest.raises(WorkerUnreachable, match=rf"no worker that holds {RIGHT} can be reached: tcp://127.0.0.1:2: no"):
-        scene.place.dial()
+        scene.place.dial(Until())
     assert [channel.closed.is_set() for channel in scene.channels] == [True]
 
 
@@ -145,7 +145,7 @@ def test_a_fault_of_this_side_closes_what_was_opened() -> None:
     scene = Scene(member(1, LEFT), member(2, RIGHT))
     scene.down = {name(2): ZeroDivisionError()}
     with pytest.raises(ZeroDivisionError):
-        scene.place.dial()
+        scene.place.dial(Until())
     assert all(channel.closed.wait(WAIT_S) for channel in scene.channels)
 
 
@@ -192,7 +192,7 @@ def test_workers_are_dialled_at_the_same_time() -> None:
         return connect(member, sharing)
 
     place = RosterPlace(parse_roster_address("roster:///x"), scene.find, at_once, lambda: CONFIG)
-    assert len(place.dial()) == 2
+    assert len(place.dial(Until())) == 2
 
 
 @pytest.mark.parametrize(
@@ -209,17 +209,17 @@ def test_workers_are_dialled_at_the_same_time() -> None:
 def test_a_roster_that_is_no_model_is_refused_by_what_is_missing(shards: list[str], says: str) -> None:
     scene = Scene(*(member(number, shard) for number, shard in enumerate(shards, 1)))
     with pytest.raises(RosterError, match=rf"^roster:///run/roster.json: the workers do not make one model: {says}"):
-        scene.place.dial()
+        scene.place.dial(Until())
     assert not scene.asked
 
 
 def test_those_who_share_memory_are_told_how_many_they_are() -> None:
     shared = [Member(f"shm:///run/{number}.sock", LEFT) for number in range(MOST_REPLICAS + 2)]
     scene = Scene(*shared, Member("shm:///run/right.sock", RIGHT), member(1, RIGHT))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert set(scene.sharing) == {MOST_REPLICAS + 1}
     scene = Scene(member(1, LEFT), member(2, RIGHT), Member("shm:///run/right.sock", RIGHT))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert set(scene.sharing) == {1}
 
 
@@ -237,7 +237,7 @@ def columns(of: int) -> list[str]:
 )
 def test_a_team_that_cannot_be_is_refused_before_anybody_is_dialled(shards: list[str], says: str) -> None:
     scene = Scene(*(member(number, shard) for number, shard in enumerate(shards, 1)))
-    for refused in (scene.place.dial, scene.place.shards):
+    for refused in (lambda: scene.place.dial(Until()), scene.place.shards):
         with pytest.raises(RosterError, match=f"^roster:///run/roster.json: .*{says}"):
             refused()
     assert not scene.asked
@@ -253,7 +253,7 @@ def test_there_are_as_many_replicas_as_there_is_room_for_and_no_team_without(cap
     scene.room = 1
     scene.asked.clear()
     with pytest.raises(RosterError, match=r"a team of 2 workers, and .* room for 1: .*ulimit -n"):
-        scene.place.dial()
+        scene.place.dial(Until())
     assert not scene.asked
 
 
@@ -266,20 +266,20 @@ def test_a_team_is_not_larger_than_a_team_may_be(monkeypatch: pytest.MonkeyPatch
 def test_a_roster_with_keys_needs_one_here() -> None:
     scene = Scene(member(1, WHOLE, KEYS[0]), has_key=False)
     with pytest.raises(AddressError, match=r"worker\.key") as caught:
-        scene.place.dial()
+        scene.place.dial(Until())
     assert caught.value.fields == ("worker.key",)
     assert Scene(member(1, WHOLE), has_key=False).dialled() == [(WHOLE, name(1))]
 
 
 def test_whoever_is_expelled_is_not_dialled_again_by_its_key_at_any_address() -> None:
     scene = Scene(member(1, LEFT, KEYS[0]), member(2, LEFT, KEYS[1]), member(3, RIGHT))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert scene.place.expel(KEYS[0]) == KEYS[0]
     assert scene.dialled() == [(LEFT, KEYS[1]), (RIGHT, name(3))]
     scene.now(member(9, LEFT, KEYS[0]), member(3, RIGHT))
     scene.asked.clear()
     with pytest.raises(RosterError, match=f"nobody holds some columns.*; expelled: {re.escape(KEYS[0])}"):
-        scene.place.dial()
+        scene.place.dial(Until())
     assert not scene.asked
     scene.place.readmit(KEYS[0])
     assert scene.dialled() == [(LEFT, KEYS[0]), (RIGHT, name(3))]
@@ -287,7 +287,7 @@ def test_whoever_is_expelled_is_not_dialled_again_by_its_key_at_any_address() ->
 
 def test_a_worker_that_is_started_in_its_place_is_dialled() -> None:
     scene = Scene(member(1, LEFT, KEYS[0]), member(3, RIGHT))
-    scene.place.dial()
+    scene.place.dial(Until())
     scene.place.expel(KEYS[0])
     scene.now(member(1, LEFT, KEYS[1]), member(3, RIGHT))
     assert scene.dialled() == [(LEFT, KEYS[1]), (RIGHT, name(3))]
@@ -295,7 +295,7 @@ def test_a_worker_that_is_started_in_its_place_is_dialled() -> None:
 
 def test_who_cheated_is_known_where_there_is_one_alone() -> None:
     scene = Scene(member(1, WHOLE))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert scene.place.expel(None) == name(1)
 
 
@@ -303,14 +303,14 @@ def test_a_roster_has_not_as_many_guesses_as_names() -> None:
     scene = Scene(member(1, WHOLE))
     for number in range(1, MOST_EXPELLED + 1):
         scene.now(member(number, WHOLE))
-        scene.place.dial()
+        scene.place.dial(Until())
         assert scene.place.expel(name(number)) == name(number)
     scene.now(member(MOST_EXPELLED + 1, WHOLE))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert scene.place.expel(name(MOST_EXPELLED + 1)) == scene.place.name
     scene.place.readmit("somebody of another roster")
     scene.now(member(1000, WHOLE))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert scene.place.expel(name(1000)) == scene.place.name
     scene.place.readmit(scene.place.name)
     scene.now(*(member(number, WHOLE) for number in [*range(1, MOST_EXPELLED + 2), 1000, 1001]))
@@ -322,7 +322,7 @@ def test_whoever_is_admitted_again_is_dialled_and_as_many_names_as_at_first_may_
     scene = Scene(member(1, WHOLE))
     for number in range(1, MOST_EXPELLED + 1):
         scene.now(member(number, WHOLE))
-        scene.place.dial()
+        scene.place.dial(Until())
         scene.place.expel(name(number))
     scene.place.readmit(name(7))
     scene.now(*(member(number, WHOLE) for number in range(1, MOST_EXPELLED + 1)))
@@ -342,7 +342,7 @@ def test_how_a_model_is_divided_is_known_before_anybody_is_dialled(shards: list[
 @pytest.mark.parametrize("worker", [None, "tcp://127.0.0.1:77", KEYS[1]])
 def test_where_it_is_not_known_who_cheated_nobody_there_is_asked_again(worker: str | None) -> None:
     scene = Scene(member(1, LEFT), member(2, RIGHT))
-    scene.place.dial()
+    scene.place.dial(Until())
     assert scene.place.expel(worker) == scene.place.name == "roster:///run/roster.json"
 
 
@@ -350,9 +350,9 @@ def test_the_last_roster_is_used_while_there_is_no_other(caplog: pytest.LogCaptu
     scene = Scene(member(1, WHOLE), epoch=7)
     last, scene.roster = scene.roster, RosterError("the front cannot be asked")
     with pytest.raises(RosterError, match="cannot be asked"):
-        scene.place.dial()
+        scene.place.dial(Until())
     scene.roster = last
-    scene.place.dial()
+    scene.place.dial(Until())
     scene.roster = RosterError("the front cannot be asked")
     with caplog.at_level(logging.WARNING, "tsqp.workers"):
         assert scene.dialled() == [(WHOLE, name(1))]
@@ -369,12 +369,12 @@ def test_a_roster_is_held_against_what_is_known_each_time_it_is_used() -> None:
             raise RosterError(refused[0])
 
     place = RosterPlace(parse_roster_address("roster:///x"), scene.find, scene.connect, lambda: CONFIG, check=check)
-    place.dial()
+    place.dial(Until())
     scene.roster = RosterError("the front cannot be asked")
-    place.dial()
+    place.dial(Until())
     refused.append("it is a worker by now")
     with pytest.raises(RosterError, match="it is a worker by now"):
-        place.dial()
+        place.dial(Until())
     assert len(scene.asked) == 2
 
 

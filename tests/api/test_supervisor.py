@@ -16,7 +16,7 @@ import pytest
 from tests.api.workers import FakeLinks, FakePlace, Scene, scene
 from tests.commands import LIMIT_S
 from tsqp.api.supervisor import FIRST_WAIT_S, LONGEST_WAIT_S
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.errors import (
     ArenaFull,
     ChannelClosed,
@@ -109,7 +109,7 @@ def test_an_attempt_may_take_no_longer_than_patience_and_is_told_of_the_end() ->
     seen = scene("a", "b", patience_s=10.0)
     connect: Any = seen.links.connect
 
-    def slow(dial: Any, until: Until = ENDLESS) -> Any:
+    def slow(dial: Any, until: Until) -> Any:
         seen.clock.now += 4.0
         return connect(dial, until)
 
@@ -416,10 +416,10 @@ def test_closing_ends_a_wait_for_a_worker_that_does_not_answer() -> None:
     dials, answers, interrupted = threading.Event(), threading.Event(), threading.Event()
     late: list[Any] = []
 
-    def connect(dial: Any, until: Until = ENDLESS) -> Any:
+    def connect(dial: Any, until: Until) -> Any:
         dials.set()
         answers.wait(LIMIT_S)
-        late.append(FakeLinks().connect(dial))
+        late.append(FakeLinks().connect(dial, until))
         return late[0]
 
     seen.places[0].interrupt = interrupted.set
@@ -492,7 +492,7 @@ def test_a_lost_link_is_gone_once_the_next_one_is_there() -> None:
     refusals = iter([WorkerUnreachable("nobody answered"), WorkerLost("went away")])
     connect: Any = seen.links.connect
 
-    def refused_at_first(dial: Any, until: Until = ENDLESS) -> Any:
+    def refused_at_first(dial: Any, until: Until) -> Any:
         for error in refusals:
             raise error
         return connect(dial, until)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.errors import ChannelClosed
 
 
 def test_an_end_comes_and_without_one_the_other_bound_holds() -> None:
-    assert not ENDLESS.passed
-    assert ENDLESS.left_s(3.0) == 3.0
+    assert not Until().passed
+    assert Until().left_s(3.0) == 3.0
     assert not Until(1000.0).passed
     assert 900.0 < Until(1000.0).left_s(3.0) <= 1000.0
     assert Until(0.0).passed
@@ -20,12 +20,12 @@ def test_an_end_comes_and_without_one_the_other_bound_holds() -> None:
 def test_a_shorter_end_counts_and_a_longer_one_does_not() -> None:
     assert Until(1000.0).within(5.0).left_s(1e6) <= 5.0
     assert 900.0 < Until(1000.0).within(1e6).left_s(1e6) <= 1000.0
-    assert 4.0 < ENDLESS.within(5.0).left_s(1e6) <= 5.0
+    assert 4.0 < Until().within(5.0).left_s(1e6) <= 5.0
     assert Until(0.0).within(5.0).passed
 
 
 def test_it_may_begin_again() -> None:
-    assert ENDLESS.again().left_s(3.0) == 3.0
+    assert Until().again().left_s(3.0) == 3.0
     over = Until(1000.0)
     over._deadline = Until(0.0)._deadline
     assert over.passed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tsqp.api.supervisor import Supervisor
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.errors import ChannelError, WorkerLost
 
 
@@ -78,7 +78,7 @@ class FakePlace:
     sessions: int = 0
     without: list[str] = field(default_factory=list)  # workers that were expelled by a name of their own
 
-    def dial(self, until: Until = ENDLESS) -> Any:
+    def dial(self, until: Until) -> Any:
         self.dialled += 1
         if self.down is not None:
             raise self.down
@@ -124,7 +124,7 @@ class FakeLinks:
         self.renewed += 1
         self.renews(stopped)
 
-    def connect(self, dial: Callable[[Until], Any], until: Until = ENDLESS) -> Any:
+    def connect(self, dial: Callable[[Until], Any], until: Until) -> Any:
         self.within.append(until.left_s(math.inf))
         self.untils.append(until)
         self.made.append(FakeLink(dial(until), len(self.made)))

@@ -19,7 +19,7 @@ from tsqp.api.config import RunConfig, is_roster
 from tsqp.api.places import Dialled
 from tsqp.api.roster_place import RosterPlace
 from tsqp.api.rules import same_place
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.config.model import ModelConfig
 from tsqp.config.shard import Shard, whole
 from tsqp.errors import ChannelError, RosterError
@@ -162,7 +162,7 @@ def check_apart(dealer: Party, workers: Iterable[Party]) -> None:
             )
 
 
-def dial_dealers(place: RosterPlace, until: Until = ENDLESS) -> Sequence[Dialled]:
+def dial_dealers(place: RosterPlace, until: Until) -> Sequence[Dialled]:
     """Channels to those that can be had. Raises ChannelError, which is about the dealers."""
     with _named():
         return place.dial(until)

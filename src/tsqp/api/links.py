@@ -10,7 +10,7 @@ from tsqp.api.adapters import NO_ADAPTERS, LoadedAdapters
 from tsqp.api.assemble import Placement, attention_here, build_decoder, kv_memory
 from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
-from tsqp.api.until import ENDLESS, Stopped, Until
+from tsqp.api.until import Stopped, Until
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import numeric_path
 from tsqp.config.partition import Partition
@@ -32,7 +32,7 @@ from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
 from tsqp.wire.payload import TORCH_DTYPES
 
-Dial = Callable[[Until], Sequence[Dialled]]
+Reach = Callable[[Until], Sequence[Dialled]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Links(Protocol):
         Raises ChannelClosed soon after ``stopped``.
         """
 
-    def connect(self, dial: Dial, until: Until = ENDLESS) -> Link:
+    def connect(self, dial: Reach, until: Until) -> Link:
         """A link over a new channel.
 
         Connections and handshakes of a team may take ``until`` then; so long may the handshake of a worker alone take,
@@ -113,7 +113,7 @@ class SplitLinks:
     def renew(self, stopped: Stopped) -> None:
         """See Links: there is nothing to make."""
 
-    def connect(self, dial: Dial, until: Until = ENDLESS) -> Link:
+    def connect(self, dial: Reach, until: Until) -> Link:
         """See Links."""
         session = WorkerSession(
             _only(dial(until)),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Protocol
 
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.config.shard import Shard
 from tsqp.errors import ChannelError, WorkerLost, WorkerUnreachable, model_closed
 from tsqp.launch.local import LocalWorker
@@ -100,7 +100,7 @@ class Standing(RunElsewhere):
         self.name = address
         self._dial = dial
 
-    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+    def dial(self, until: Until) -> Sequence[Dialled]:
         """See Place."""
         return [Dialled(self._dial(self.name, None))]
 
@@ -139,7 +139,7 @@ class StartedHere:
         """See Place: a process. Raises ChannelClosed after ``close``."""
         self._started()
 
-    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+    def dial(self, until: Until) -> Sequence[Dialled]:
         """See Place; the worker may still be loading."""
         worker = self._started()
         address = worker.wait_ready()

@@ -14,13 +14,13 @@ import torch
 from tsqp.api.adapters import NO_ADAPTERS, LoadedAdapters
 from tsqp.api.assemble import Placement, build_decoder, kv_memory
 from tsqp.api.freed_memory import give_back_freed_memory
-from tsqp.api.links import Dial, Link
+from tsqp.api.links import Link, Reach
 from tsqp.api.memory_limits import available_bytes
 from tsqp.api.pads import pool_targets
 from tsqp.api.plan import Plan
 from tsqp.api.private_sessions import PrivateSessions, tiling_of
 from tsqp.api.rules import check_heads
-from tsqp.api.until import ENDLESS, Stopped, Until
+from tsqp.api.until import Stopped, Until
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.shard import Shard
 from tsqp.config.tiling import Tiling
@@ -58,7 +58,7 @@ class PrivateLinks:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        dial_dealers: Dial | None,
+        dial_dealers: Reach | None,
         stats: Stats,
         progress: Progress = unseen,
         adapters: LoadedAdapters = NO_ADAPTERS,
@@ -113,7 +113,7 @@ class PrivateLinks:
             self._filler = self._new_filler(None)
             self._filler.start()
 
-    def connect(self, dial: Dial, until: Until = ENDLESS) -> Link:
+    def connect(self, dial: Reach, until: Until) -> Link:
         """See Links. The check vectors are used up once the worker has been greeted, whatever becomes of the link."""
         self.renew(until.stopped)
         with ExitStack() as opened:
@@ -217,7 +217,7 @@ class PrivateLinks:
         masked = MaskedLinears(worker, model.groups, filler.pool)
         return Guard(masked, checks, self._digest, filler, dealers, earlier=earlier)
 
-    def _workers(self, dial: Dial, until: Until, opened: ExitStack) -> WorkerSession | Team:
+    def _workers(self, dial: Reach, until: Until, opened: ExitStack) -> WorkerSession | Team:
         """A session with one worker, or a team, which ``opened`` closes should the rest fail. Raises ChannelError."""
         dialled = dial(until)
         for one in dialled:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tsqp.api.dialling import Dialling, Team
 from tsqp.api.places import Dialled, RunElsewhere
-from tsqp.api.until import ENDLESS, Until
+from tsqp.api.until import Until
 from tsqp.config.model import ModelConfig
 from tsqp.config.shard import Shard, check_within
 from tsqp.config.tiling import Tiling
@@ -66,7 +66,7 @@ class RosterPlace(RunElsewhere):
         team = self._arranged(self._asked())
         return [] if sum(map(len, team.values())) == 1 else list(team)
 
-    def dial(self, until: Until = ENDLESS) -> Sequence[Dialled]:
+    def dial(self, until: Until) -> Sequence[Dialled]:
         """See Place: a worker for each shard, and its replicas, within ``DIAL_S`` and ``until``.
 
         Raises RosterError, WorkerUnreachable, AddressError; ChannelClosed where it was to stop.

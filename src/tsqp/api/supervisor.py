@@ -143,7 +143,7 @@ class Supervisor:
         if not self._patience_s or self._verdict() is not None:
             return False
         if link is not None and place.gone():
-            link.session.fail(WorkerLost("went away; start it again and connect anew", address=self._address(link)))
+            link.session.fail(WorkerLost("went away; start it again and connect anew", address=link.session.address))
         return link is None or link.ended is not None
 
     def passed(self) -> None:
@@ -180,7 +180,7 @@ class Supervisor:
         return WorkerState(
             "ready" if ready else "failed" if failed else "reconnecting",
             self._clock() - self._since,
-            self._place.name if link is None else self._address(link),
+            self._place.name if link is None else link.session.address,
             self._losses,
             self._reconnects,
             self._pauses,
@@ -218,9 +218,6 @@ class Supervisor:
     @property
     def _place(self) -> Place:
         return self._places[self._turn]
-
-    def _address(self, link: Link) -> str:
-        return link.session.address
 
     def _judge(self, link: Link, error: ChannelError) -> None:
         """Once for each link: what its end means for whoever was at the other end."""

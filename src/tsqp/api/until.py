@@ -44,6 +44,3 @@ class Until:
         """Raises ChannelClosed."""
         if self.stopped():
             raise model_closed()
-
-
-ENDLESS = Until()

@@ -20,6 +20,7 @@ from tsqp.api.config import GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
 from tsqp.api.private_links import PrivateLinks
+from tsqp.api.until import Until
 from tsqp.checkpoint import open_checkpoint, stored_dtype
 from tsqp.errors import (
     ChannelError,
@@ -79,7 +80,7 @@ def dealt(
             return channels[-1]
 
         links = PrivateLinks(open_checkpoint(MODEL), plan, lambda _: [Dialled(dial(dealer_address))], Stats())
-        link = links.connect(lambda _: [Dialled(dial(address))])
+        link = links.connect(lambda _: [Dialled(dial(address))], Until())
         stack.callback(link.close)
         assert link.guard is not None
         yield Run(links.engine(link.decoder, ()), link.guard, worker, dealer, *channels)

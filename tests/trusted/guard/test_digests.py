@@ -16,6 +16,7 @@ from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.places import Dialled
 from tsqp.api.plan import Plan
 from tsqp.api.private_links import PrivateLinks
+from tsqp.api.until import Until
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.config.model import ModelConfig, RopeConfig
@@ -143,5 +144,5 @@ def test_neither_a_worker_nor_a_dealer_may_have_other_weights(cheat: str) -> Non
         with pytest.raises(ModelMismatch, match=f"the {cheat} at .* another model"):
             PrivateLinks(
                 open_checkpoint(MODEL), plan, lambda _: [Dialled(connect(addresses["dealer"]))], Stats()
-            ).connect(lambda _: [Dialled(connect(addresses["worker"]))])
+            ).connect(lambda _: [Dialled(connect(addresses["worker"]))], Until())
         assert honest.products == cheats.products == 0
