@@ -43,7 +43,7 @@ class Connect(Protocol):
         arena_bytes: int | None = None,
         user: int | None = None,
     ) -> Channel:
-        """``arena_bytes`` and ``user`` are given for shm alone. Raises ChannelError."""
+        """``arena_bytes`` and ``user`` are given for shm and cuda alone. Raises ChannelError."""
         ...
 
 

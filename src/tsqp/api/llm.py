@@ -205,7 +205,7 @@ class LLM:
         return channel if self.taps is None else self.taps.wrap(channel)
 
     def _new_taps(self) -> Taps:
-        """Raises OptionError where the worker is sent more than rows, and in other ways."""
+        """Raises OptionError for a roster, and for any partition but ``linear``."""
         partition = self.plan.partition
         if any(map(is_roster, self.plan.run.worker.addresses)):
             raise OptionError(

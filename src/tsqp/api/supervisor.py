@@ -321,7 +321,7 @@ class Supervisor:
         self._left.clear()
 
     def _wait_s(self) -> float:
-        """None in the first round; then one that grows, the same for no two runs."""
+        """0 in the first round; then seconds that grow, the same for no two runs."""
         rounds = self._tried // len([place for place in self._places if place.name not in self._expelled])
         return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**rounds) * (0.5 + self._dice() / 2) if rounds else 0.0
 

@@ -1,1 +1,1 @@
-"""Floor 0: what a run is made of. Frozen values, no I/O, no libraries."""
+"""Floor 1: what a run is made of. Frozen values, no I/O, no libraries."""

@@ -1,4 +1,4 @@
 """THE LINE BETWEEN the trusted and the untrusted side: messages, codec, channel, transports.
 
-Nothing here knows what a tensor means; payloads are bytes whose size the receiver already knows.
+Only ``payload.py`` knows what a tensor means; to all else payloads are bytes whose size the receiver already knows.
 """

@@ -177,8 +177,9 @@ class Departure(NamedTuple):
 class DirectCalls(Protocol):
     """The socket of a connection, for who receives its calls and answers them himself, one after another.
 
-    A packet is what ``packets.py`` says of a request, over which the worker's copy alone decides; its answer begins
-    with the same 8 bytes, and goes on with a control frame.
+    A packet is a request as ``transport/shm/packets.py`` has them. Receiving it from the socket copies it, and only the
+    copy, which no client can change, is looked at. Its answer begins with the same 8 bytes, and goes on with a control
+    frame.
     """
 
     descriptor: int

@@ -1,8 +1,8 @@
 """Every message that crosses the line, and nothing else.
 
-A message travels as one small control frame; its tensors follow as raw frames. No message names a type, a dtype or
-a function: the receiver derives dtype and shape of every payload from the model and from what it asked for. The only
-free text is a reason for a human, and it is bounded.
+A message travels as one small control frame; its tensors follow as raw frames. No call names a type, a dtype or a
+function: the receiver derives dtype and shape of every payload from the handshake, from the model and from what it
+asked for. The only free text is a reason for a human, and it is bounded.
 """
 
 from __future__ import annotations

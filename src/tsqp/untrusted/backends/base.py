@@ -145,7 +145,10 @@ class Backend(Devices, Protocol):
         """
 
     def stage_out(self, product: torch.Tensor, out: Payload | None) -> Payload:
-        """A product's bytes: in ``out`` where that is given. They are there when ``settle`` has returned."""
+        """A product's bytes: in ``out`` where that is given.
+
+        They are there when ``settle``, or ``wait`` of what was submitted, has returned.
+        """
 
     def floats_out(self, product: torch.Tensor, wire: WireFormat, out: Payload | None) -> Payload:
         """The same in a wire format."""

@@ -95,7 +95,7 @@ def compile_loops(kernel: DigitKernel) -> None:
 class FieldOperators:
     """Computes the calls of one connection: products of numbers that are sent, or of a dealer's expanded keys.
 
-    ``backend`` is that of the device which the weights are on: its ``settle`` ends a call.
+    ``backend`` is that of the device which the weights are on: its ``submit`` or ``settle`` ends a call.
     """
 
     keeps_state = False  # nothing outlives a call

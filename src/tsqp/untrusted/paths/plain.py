@@ -43,7 +43,7 @@ AnyPayload = TypeVar("AnyPayload", bound=Payload)
 class Operators:
     """Computes the calls of one connection; float payloads are in the ``wire`` format both ways.
 
-    ``backend`` is that of the device which the weights are on: its ``settle`` ends a call.
+    ``backend`` is that of the device which the weights are on: its ``submit`` or ``settle`` ends a call.
     """
 
     def __init__(self, weights: ModelWeights, wire: WireFormat, backend: Backend | None = None) -> None:
