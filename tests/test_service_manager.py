@@ -34,11 +34,19 @@ def told(manager: socket.socket) -> list[str]:
 
 
 def test_nothing_is_told_without_a_manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for value in ("", "relative", str(tmp_path / "nobody"), "@nobody-tsqp-test", "/" + "x" * 300):
-        monkeypatch.setenv(VARIABLE, value)
-        notify(READY)
-    monkeypatch.delenv(VARIABLE)
-    notify(READY)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.bind("relative")
+        line.setblocking(False)
+        for value in ("", "relative", str(tmp_path / "nobody"), "@nobody-tsqp-test", "/" + "x" * 300, None):
+            if value is None:
+                monkeypatch.delenv(VARIABLE)
+            else:
+                monkeypatch.setenv(VARIABLE, value)
+            notify(READY)
+        with pytest.raises(BlockingIOError):
+            line.recv(4096)
+    assert [path.name for path in tmp_path.iterdir()] == ["relative"]
 
 
 def test_a_manager_that_reads_nothing_holds_nobody_up(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,14 @@ from tsqp import LLM, ComputeConfig
 from tsqp.bench.origin import MIB, OriginClient, origin_traffic
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.synthetic import SHAPES
-from tsqp.wire.transport import endpoints as transports
 
 pytestmark = pytest.mark.slow  # two minutes in all: each opens models, and measures them
 
 Command = Callable[..., Result]
 
-HAS_SHM = hasattr(transports, "connect_shm")
-HAS_MICRO_BATCHES = "micro_batches" in inspect.signature(LLM).parameters
-
 
 @pytest.mark.parametrize("transport", ["mem", "ipc", "tcp", "shm"])
 def test_rpc(transport: str, tsqp: Command, tmp_path: Path) -> None:
-    if transport == "shm" and not HAS_SHM:
-        pytest.skip("no shm transport")
     plot = tmp_path / "rpc.png"
     shape = ("--bytes", 4096, "--calls", 20, "--runs", 1)
     result = tsqp("bench", "rpc", "--transport", transport, *shape, "--json", "--plot", plot).json
@@ -73,7 +66,6 @@ def test_split_without_a_peer_or_a_worker(tsqp: Command) -> None:
     assert run.json["communication_share"] == 0
 
 
-@pytest.mark.skipif(not HAS_MICRO_BATCHES, reason="no micro-batches")
 def test_pipeline(tsqp: Command, tmp_path: Path) -> None:
     plot = tmp_path / "pipeline.png"
     options = ("--transport", "ipc", "--tokens", 12, "--micro-batches", 3, "--worker-ms", 0.5)

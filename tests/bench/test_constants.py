@@ -196,7 +196,7 @@ def test_a_fit_of_noise_has_no_time_below_zero(
 
 def test_work_is_done_once_more_than_it_is_timed() -> None:
     done: list[str] = []
-    assert least_seconds([lambda: done.append("a"), lambda: done.append("b")], 2) >= 0
+    least_seconds([lambda: done.append("a"), lambda: done.append("b")], 2)
     assert done == ["a", "b"] * 3
 
 

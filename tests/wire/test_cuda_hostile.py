@@ -120,22 +120,48 @@ def test_an_opening_of_shm_is_refused(listener: Listener) -> None:
             channel.receive(WAIT_S)
 
 
-@slow_fixtures
-@given(packet=st.binary(min_size=1, max_size=200))
-def test_any_bytes_are_an_opening_or_an_error(packet: bytes) -> None:
-    with suppress(ProtocolError):
-        found = decode_opening(packet)
-        assert found.size % ALLOCATION_BYTES == 0
+FIELDS: dict[str, Any] = {
+    "kind": "cuda",
+    "version": CUDA_VERSION,
+    "handle": bytes(HANDLE_BYTES),
+    "size": ALLOCATION_BYTES,
+    "uuid": DEVICE,
+}
+ANYTHING = st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=9) | st.binary(max_size=9)
+OTHER = {
+    "kind": st.sampled_from(["shm", "CUDA", b"cuda"]),
+    "version": st.integers(0, 2**63),
+    "handle": st.binary(min_size=HANDLE_BYTES - 1, max_size=HANDLE_BYTES + 1),
+    "size": st.integers(-(2**63), 2**63 - 1) | st.integers(0, 1 << 20).map(lambda n: n * ALLOCATION_BYTES),
+    "uuid": st.binary(min_size=len(DEVICE) - 1, max_size=len(DEVICE) + 1),
+}
 
 
-@given(size=st.integers(-(2**63), 2**63 - 1) | st.integers(0, 1 << 20).map(lambda n: n * ALLOCATION_BYTES))
-def test_an_arena_is_whole_allocations_within_bounds(size: int) -> None:
-    packet = pack(["cuda", CUDA_VERSION, bytes(HANDLE_BYTES), size, DEVICE])
-    if size % ALLOCATION_BYTES or not ALLOCATION_BYTES <= size <= MOST_ARENA_BYTES:
+def right(name: str, value: Any) -> bool:
+    if type(value) is not type(FIELDS[name]):
+        return False
+    if name == "size":
+        return value % ALLOCATION_BYTES == 0 and ALLOCATION_BYTES <= value <= MOST_ARENA_BYTES
+    return value == FIELDS[name] if name in ("kind", "version") else len(value) == len(FIELDS[name])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@given(data=st.data())
+def test_an_opening_is_read_as_it_was_written_or_refused(name: str, data: st.DataObject) -> None:
+    """Right but for one field, which has any value."""
+    fields = {**FIELDS, name: data.draw(OTHER[name] | ANYTHING)}
+    packet = pack(list(fields.values()))
+    if right(name, fields[name]):
+        assert decode_opening(packet) == Opening(**fields)
+    else:
         with pytest.raises(ProtocolError):
             decode_opening(packet)
-    else:
-        assert decode_opening(packet).size == size
+
+
+@given(packet=st.binary(min_size=1, max_size=200))
+def test_other_bytes_are_no_opening(packet: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_opening(packet)
 
 
 @example(size=ALLOCATION_BYTES + 64)
