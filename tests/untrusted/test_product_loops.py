@@ -19,6 +19,7 @@ from tsqp.model.attention_tiles import HAS_DOT
 from tsqp.untrusted import product_loops as loops
 from tsqp.untrusted.compiled_calls import Crew
 from tsqp.untrusted.paths.call_table import numbers_of
+from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S
 
 needs_digits = pytest.mark.skipif(not FewRowsKernel.supported(), reason="no vpdpbusd here")
 needs_bfloat16 = pytest.mark.skipif(not HAS_DOT, reason="no vdpbf16ps here")
@@ -114,3 +115,8 @@ def test_a_crew_ends(crew: Crew) -> None:
 
 def test_work_that_there_is_no_loop_for() -> None:
     assert numbers_of(RowWork(lambda *_: None, 3, (), 1)) is None
+
+
+def test_who_waits_for_a_product_spins_as_who_waits_for_a_call() -> None:
+    found = [int(ns) for ns in (loops._SPIN_NS, loops._CROWDED_NS, loops._REST_NS)]
+    assert found == [round(seconds * 1e9) for seconds in (SPIN_S, CROWDED_S, REST_S)]

@@ -18,7 +18,6 @@ from tests.wire.links import WAIT_S
 from tsqp.wire.answering import (
     ANSWER_BYTES,
     BELL,
-    DONE_BYTES,
     LISTENING_NUMBERS,
     NOTHING,
     OTHERS,
@@ -27,6 +26,7 @@ from tsqp.wire.answering import (
     say_done,
 )
 from tsqp.wire.codec import decode_reply, encode
+from tsqp.wire.direct import done_start
 from tsqp.wire.exchange import CROWDED_NS, DESCRIPTOR, REST_NS, REST_UNTIL, SPIN_NS
 from tsqp.wire.messages import Done, Product
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
@@ -54,9 +54,8 @@ class Waiter:
         return size, self.packet[: max(0, size)].tobytes()
 
     def say(self, packet: bytes, found: int, busy_ns: int) -> bool:
-        done = np.frombuffer(encode(Done(0))[:DONE_BYTES], np.uint8)
         room = np.zeros(ANSWER_BYTES, np.uint8)
-        return bool(say_done(self.line, np.frombuffer(packet, np.uint8), done, found, busy_ns, room))
+        return bool(say_done(self.line, np.frombuffer(packet, np.uint8), done_start(), found, busy_ns, room))
 
 
 @contextmanager

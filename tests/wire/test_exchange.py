@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.wire.links import WAIT_S
 from tsqp.wire.codec import encode
+from tsqp.wire.direct import done_start
 from tsqp.wire.exchange import (
     ANSWERED,
     CROWDED_NS,
@@ -35,7 +36,7 @@ from tsqp.wire.exchange import (
 from tsqp.wire.messages import Done
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
 
-DONE = encode(Done(0))[:6]
+DONE = done_start().tobytes()
 LONG_NS = 10**11  # longer than any test
 PACKET = b"a request"
 CALL_ID = 5

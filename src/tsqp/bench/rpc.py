@@ -35,7 +35,8 @@ from tsqp.model.accelerator import TorchCuda, why_none
 from tsqp.wire import exchange
 from tsqp.wire.channel import Channel, DirectLine, Frames
 from tsqp.wire.codec import encode
-from tsqp.wire.messages import Done, Product
+from tsqp.wire.direct import done_start, put_line
+from tsqp.wire.messages import Product
 from tsqp.wire.transport import connect, listen, new_cuda_address, new_ipc_address, new_shm_address
 
 NULL = b"?"
@@ -136,11 +137,9 @@ class NullStep:
         self._packet = np.frombuffer(packet, np.uint8).copy()
         self._number_at = packet.index((2**61).to_bytes(8, "big"))
         numbers = np.zeros(exchange.LINE_NUMBERS, np.int64)
-        numbers[exchange.DESCRIPTOR], numbers[exchange.SPIN_NS] = line.descriptor, int(line.spin_s * 1e9)
-        numbers[exchange.CROWDED_NS], numbers[exchange.REST_NS] = int(line.crowded_s * 1e9), int(line.rest_s * 1e9)
-        done = np.frombuffer(encode(Done(0))[:6], np.uint8)
+        put_line(numbers, line)
         answer, slow, clock = np.zeros(line.packet_bytes, np.uint8), np.zeros(1, np.uint8), np.zeros(2, np.int64)
-        self._answer, self._exchange = answer, (numbers, done, answer, slow, clock)
+        self._answer, self._exchange = answer, (numbers, done_start(), answer, slow, clock)
 
     def run(self, calls: int) -> list[float]:
         """So many calls, one after another: the seconds of each. Raises ProtocolError where one is not answered."""

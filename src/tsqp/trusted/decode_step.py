@@ -43,6 +43,7 @@ from tsqp.trusted.step_helpers import Helpers
 from tsqp.wire import exchange
 from tsqp.wire.channel import DirectLine
 from tsqp.wire.codec import encode
+from tsqp.wire.direct import done_start, put_line
 from tsqp.wire.messages import Done, Product
 from tsqp.wire.slot import KEPT_ROWS, Slot
 
@@ -239,20 +240,13 @@ class _Plan:
 
     def _line_of(self, line: DirectLine, session: WorkerSession) -> None:
         socket = np.zeros(exchange.LINE_NUMBERS, np.int64)
-        socket[exchange.DESCRIPTOR] = line.descriptor
-        for at, seconds in (
-            (exchange.SPIN_NS, line.spin_s),
-            (exchange.CROWDED_NS, line.crowded_s),
-            (exchange.REST_NS, line.rest_s),
-        ):
-            socket[at] = int(seconds * 1e9)
-        done = np.frombuffer(encode(Done(0))[:6], np.uint8)  # the array's length, and the tag
+        put_line(socket, line)
         self.answer = np.zeros(line.packet_bytes, np.uint8)
         self._answers = np.zeros((len(self.keys), exchange.SHORT_ANSWER), np.uint8)
         self._sizes = np.zeros(len(self.keys), np.int64)
         slow = np.zeros((len(self.keys), 1), np.uint8)
         clock = np.zeros(2, np.int64)
-        self._socket = socket, done, self.answer, self._answers, self._sizes, slow, self.times, clock
+        self._socket = socket, done_start(), self.answer, self._answers, self._sizes, slow, self.times, clock
 
     def _lay_out(self, norms: Norms, linears: CheckedLinears, session: WorkerSession, line: DirectLine) -> None:
         """The table of calls, and what its addresses lead to."""

@@ -14,22 +14,18 @@ import torch
 
 from tsqp.arith.few_rows import FewRowsKernel
 from tsqp.arith.jit import Loop
-from tsqp.errors import OptionError
 from tsqp.model.linear import LinearWeights
 from tsqp.untrusted import call_loops
 from tsqp.untrusted import product_loops as loops
 from tsqp.untrusted.paths.call_table import CallTable
 from tsqp.untrusted.paths.field import FieldWorkerWeights
 from tsqp.untrusted.store import PathWeights
-from tsqp.wire import answering, exchange
+from tsqp.wire import answering
 from tsqp.wire.channel import Arrival, DirectCalls, Listener
-from tsqp.wire.codec import MAX_CONTROL_BYTES, encode
-from tsqp.wire.messages import Done
+from tsqp.wire.direct import done_start, put_line
 
 MESSAGES = 128  # of one turn: a turn of Python between two of them costs as much as two calls
 TURN_S = 0.02  # of one turn, if its products are long: others, and who wants to stop it, wait no longer than that
-
-_PACKET_BYTES = 2 * MAX_CONTROL_BYTES
 
 
 class Crew:
@@ -67,10 +63,8 @@ class CompiledCalls:
     def __init__(self) -> None:
         self._crew: Crew | None = None
         self._line = np.zeros(answering.LISTENING_NUMBERS, np.int64)
-        self._packet = np.zeros(_PACKET_BYTES, np.uint8)
-        done = np.frombuffer(encode(Done(0))[: answering.DONE_BYTES], np.uint8)
-        answer, clock = np.zeros(answering.ANSWER_BYTES, np.uint8), np.zeros(2, np.int64)
-        self._room = self._packet, done, answer, clock
+        self._packet = np.empty(0, np.uint8)
+        self._room = done_start(), np.zeros(answering.ANSWER_BYTES, np.uint8), np.zeros(2, np.int64)
 
     def prepare(self, weights: PathWeights) -> None:
         """Compile what calls of these weights need, so that no call waits for it."""
@@ -111,15 +105,14 @@ class CompiledCalls:
 
     def _listen_to(self, calls: DirectCalls) -> None:
         if calls.packet_bytes > len(self._packet):
-            raise OptionError(f"packets of {calls.packet_bytes} bytes, with room for {len(self._packet)}")
-        line = self._line
-        line[exchange.DESCRIPTOR], line[answering.BELL] = calls.descriptor, calls.bell
-        line[exchange.SPIN_NS] = int(calls.spin_s * 1e9)
-        line[exchange.CROWDED_NS], line[exchange.REST_NS] = int(calls.crowded_s * 1e9), int(calls.rest_s * 1e9)
+            self._packet = np.zeros(calls.packet_bytes, np.uint8)
+        put_line(self._line, calls)
+        self._line[answering.BELL] = calls.bell
 
     def _turn(self, crew: Crew, table: CallTable, messages: int) -> tuple[int, int]:
         """One turn of the loop: why it has ended, and the size of what lies in the packet then."""
-        found = call_loops.serve(self._line, table.tables(), crew.state, self._room, messages, int(TURN_S * 1e9))
+        room = self._packet, *self._room
+        found = call_loops.serve(self._line, table.tables(), crew.state, room, messages, int(TURN_S * 1e9))
         return int(found[0]), int(found[1])
 
 

@@ -41,7 +41,8 @@ CREW_NUMBERS = 40
 
 _WORD = np.int64(8)
 _ZERO, _ONE = np.int64(0), np.int64(1)
-# As those who wait for a call: ``transport/shm/spin.py``.
+# As those who wait for a call: ``transport/shm/spin.py``. Not imported from there: it is none of the SOURCES of
+# ``arith/jit.py``, whose change has loops compiled anew.
 _SPIN_NS, _CROWDED_NS, _REST_NS = np.int64(100_000), np.int64(200_000), np.int64(100_000_000)
 
 _set_up: Any = types.ExternalFunction("sem_init", types.int32(types.intp, types.int32, types.uint32))

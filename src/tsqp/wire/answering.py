@@ -1,8 +1,8 @@
 """The worker's end of ``exchange.py``: the next request of a shared-memory connection, and its answer, compiled.
 
-What ``listener.py`` and ``connection.py`` do for a message, for the plain case alone: a packet comes, it is one of some
-that are known but for their two numbers, and the answer says that it is done. Waiting is as there, and whatever else
-happens is left as it is and reported.
+What ``listener.py`` and ``connection.py`` of ``transport/shm`` do for a message, for the plain case alone: a packet
+comes, it is one of some that are known but for their two numbers, and the answer says that it is done. Waiting is as
+there, and whatever else happens is left as it is and reported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tsqp.arith.jit import kernel
 from tsqp.wire.exchange import (
     AT_ONCE,
     DESCRIPTOR,
+    DONE_BYTES,
     LINE_NUMBERS,
     PATIENCE,
     READABLE,
@@ -28,7 +29,6 @@ NOTHING, OTHERS = -1, -2  # instead of a size: for long; but there may be someth
 # Of a line, after what ``exchange`` knows: a descriptor that can be read when anything is here, this connection's too.
 BELL = LINE_NUMBERS
 LISTENING_NUMBERS = LINE_NUMBERS + 1
-DONE_BYTES = 6  # how a ``Done`` begins: the array's length, and the tag
 ANSWER_BYTES = 8 + DONE_BYTES + 9 + 9
 
 _ID_END = np.int64(2**62)  # see ``messages.CallId``

@@ -1,8 +1,8 @@
 """One call and its answer over a shared-memory connection, as compiled code: for steps that call without Python.
 
-What ``channel.py`` does for a message, for the plain case alone: the packet is sent at once, one answer comes soon, it
-names that call and says that it is done. Everything else (no room, a long wait, an error, another answer) is left as
-it is and reported, for the channel to deal with. Waiting is as ``transport/shm/spin.py`` says.
+What ``transport/shm/channel.py`` does for a message, for the plain case alone: the packet is sent at once, one answer
+comes soon, it names that call and says that it is done. Everything else (no room, a long wait, an error, another
+answer) is left as it is and reported, for the channel to deal with. Waiting is as ``transport/shm/spin.py`` says.
 
 The functions of the system are those of Linux with 64 bits; a failed one reports and sets nothing here.
 """
@@ -21,6 +21,7 @@ ANSWERED, UNSENT, UNANSWERED, UNUSUAL = range(4)
 DESCRIPTOR, SPIN_NS, CROWDED_NS, REST_NS, REST_UNTIL = range(5)
 LINE_NUMBERS = 5
 PATIENCE_MS = 50  # a longer wait is left to Python, which looks after signals
+DONE_BYTES = 6  # how a ``Done`` begins: the array's length, and the tag
 SHORT_ANSWER = 64  # bytes of a packet that says that a call is done; there is more in no such packet
 
 send: Any = types.ExternalFunction("send", types.int64(types.int32, types.intp, types.int64, types.int32))
