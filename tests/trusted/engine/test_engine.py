@@ -486,6 +486,7 @@ def test_ten_thousand_aborted_requests_leave_nothing() -> None:
         if index % 3 == 0:
             engine.step()
         engine.abort(number)
+        engine.forget()  # what it had computed is kept
         counts = engine.counts()
         assert (counts.waiting, counts.running, counts.kv_bytes, counts.kept_bytes) == (0, 0, 0, 0)
     assert engine.counts().ended["abort"] == 10_000
@@ -516,7 +517,7 @@ def test_a_request_aborted_in_the_middle_of_a_pass_is_gone_after_it() -> None:
 
 
 def test_the_first_reason_to_end_counts() -> None:
-    """Whoever stops an answer and then leaves it has not aborted it: what was computed is kept."""
+    """Whoever stops an answer and then leaves it has not aborted it."""
     engine = fake_engine()
     one = ask(engine, prompt_of(20), SamplingParams(max_tokens=9), salt="")
 
@@ -610,12 +611,74 @@ def test_nothing_is_found_in_another_scope(tenant: str, salt: str | None) -> Non
 
 def test_stopped_is_complete_and_aborted_is_not() -> None:
     engine = fake_engine()
-    for end, kept in ((engine.abort, 0), (engine.stop, 1)):
+    for end in (engine.abort, engine.stop):
         one = ask(engine, prompt_of(20), SamplingParams(max_tokens=30), salt="")
         engine.step()
         end(one.number)
-        assert len(engine._scheduler._prefixes) == kept
     assert engine.counts().ended == {"stop": 1, "length": 0, "abort": 1, "error": 0}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 8])
+def test_a_turn_that_is_aborted_leaves_what_it_had_found_and_computed(steps: int) -> None:
+    """Stop, then Regenerate: in the middle of the prompt or of the answer, nothing is computed a second time."""
+    decoder = FakeDecoder()
+    engine = fake_engine(decoder, limits=Limits(prefill_rows=4))
+    first = ask(engine, prompt_of(30), SamplingParams(max_tokens=4), salt="")
+    run_out(engine)
+    ask(engine, prompt_of(3), SamplingParams(max_tokens=60))  # beside it prompts are cut
+    engine.step()
+    longer, params = [*first.prompt, *first.tokens, *prompt_of(10, 1)], SamplingParams(max_tokens=9)  # 44 tokens
+    stopped = ask(engine, longer, params, salt="")
+    for _ in range(steps):
+        engine.step()
+    request = engine._scheduler.get(stopped.number)
+    assert request is not None
+    reached = max(30, min(request.computed, 43))  # the last token of a prompt is always computed
+    engine.abort(stopped.number)
+    decoder.passes.clear()
+    again = ask(engine, longer, params, salt="")
+    while not again.tokens:
+        engine.step()
+    assert sum(sum(rows[1:]) for rows in decoder.passes) == 44 - reached
+    run_out(engine)
+    assert again.tokens == alone(longer, params)
+
+
+def test_an_abort_in_the_middle_of_a_pass_that_fails_leaves_what_was_there_before() -> None:
+    class Aborts(FakeDecoder):
+        def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]:
+            if self.fail is not None:
+                engine.abort(one.number)
+            return super().forward(batch)
+
+    decoder = Aborts()
+    engine = fake_engine(decoder)
+    one = ask(engine, prompt_of(20), SamplingParams(max_tokens=9), salt="")
+    engine.step()
+    engine.step()
+    decoder.fail = WorkerLost("went away")
+    with pytest.raises(WorkerLost):
+        engine.step()
+    again = ask(engine, one.prompt, one.params, salt="")
+    run_out(engine)
+    assert engine.counts().found_tokens == 19
+    assert again.tokens == alone(one.prompt, one.params)
+
+
+@pytest.mark.parametrize("end", ["abort", "stop"])
+def test_an_error_leaves_nothing_whatever_else_was_asked(end: str) -> None:
+    """Keys and values of a request whose logits are no numbers are not to be found."""
+
+    class Ends(FakeDecoder):
+        def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]:
+            getattr(engine, end)(number)
+            return super().forward(batch)
+
+    engine = fake_engine(Ends(broken={5}))
+    number = engine.add_request([5] * 20, SamplingParams(), salt="")
+    engine.step()
+    assert len(engine._scheduler._prefixes) == 0
+    assert engine.counts().ended == {"stop": 0, "length": 0, "abort": 0, "error": 1}
 
 
 class Reserve:

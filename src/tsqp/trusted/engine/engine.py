@@ -218,7 +218,7 @@ class Engine:
             action()
 
     def abort(self, number: int) -> None:
-        """End a request; what it holds is free at once, or after the pass that is under way.
+        """End a request; what it holds is free, or kept for its next turn, at once or after the pass under way.
 
         Never waits. A request that has ended already is left alone.
         """
@@ -417,7 +417,8 @@ class Engine:
         request.under_way = False
         self._scheduler.count(request, rows, new_tokens=output is not None and output.token is not None)
         self._unreserve(request, rows)
-        reason = request.asked_to_end or (output.finish_reason if output is not None else None)
+        ended = output.finish_reason if output is not None else None
+        reason = ended if ended == "error" else request.asked_to_end or ended
         if reason is not None:
             self._end(request, reason)
         elif not request.rest:  # interrupted before its token was chosen: computed again, it has the same logits
