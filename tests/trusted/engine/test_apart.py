@@ -155,6 +155,18 @@ def test_a_prompt_with_a_tap_is_taken_in_parts_beside_answers_that_somebody_foll
     assert parts == {False: [[4], [4], [2], [1]], True: [[10], [1]]}
 
 
+def test_a_long_prompt_with_a_tap_is_taken_in_parts_beside_nobody() -> None:
+    parts = {}
+    for length in (16, 17):
+        decoder = TappedDecoder()
+        engine = fake_engine(decoder, limits=Limits(idle_rows=8))
+        tap = decoder.taps.new()
+        engine.add_request(prompt_of(length), SamplingParams(max_tokens=1), tap=tap)
+        run_out(engine)
+        parts[length] = [len(tokens) for (tokens,) in decoder.of(tap)]
+    assert parts == {16: [16], 17: [8, 9]}
+
+
 def test_the_pace_of_a_prompt_with_a_tap_is_learnt_from_its_own_passes() -> None:
     """A step of the answer takes as long as twelve rows of the prompt: so many are taken between two, once learnt."""
     now = 0.0

@@ -15,7 +15,8 @@ class Limits:
     ``slowdown``: how many times as long as a step of answers alone one may last that has prompt tokens as well, so
     that a long prompt does not hold running answers up. ``prefill_rows``: a fixed number of prompt tokens in such a
     step, in place of as many as ``slowdown`` allows. ``idle_rows``: prompt tokens after which a step without answers
-    that somebody follows takes no further prompt. Numbers of requests and of tokens are at least 1.
+    that somebody follows takes no further prompt; one that is not done with in twice as many is cut there. Numbers of
+    requests and of tokens are at least 1.
     """
 
     running: int = 64

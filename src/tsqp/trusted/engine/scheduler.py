@@ -121,7 +121,11 @@ class Scheduler:
         else:
             answers = self._answers()
             beside = any(not one.patient for one in answers)
-            rows = min(request.most_rows, self._rows_beside(len(answers))) if beside else request.most_rows
+            rows = request.most_rows
+            if beside:
+                rows = min(rows, self._rows_beside(len(answers)))
+            elif rows > self._whole_rows:
+                rows = self._limits.idle_rows
         if not rows:
             return {}
         self._fair.give(request.tenant, rows)
@@ -202,12 +206,15 @@ class Scheduler:
         A prompt that gets no more rows of this step may be passed by prompts of its tenant that are done with in it.
         """
         beside = any(not request.patient for request in shares)  # those who are patient mind no gaps
-        left = self._rows_beside(len(shares)) if beside else self._limits.idle_rows
-        whole = self._rows_at_once(shares) if beside and left else 0
+        if beside:
+            left = self._rows_beside(len(shares))
+            whole = max(left, self._rows_at_once(shares)) if left else 0
+        else:
+            left, whole = self._limits.idle_rows, self._whole_rows
         self._paced = left if beside else None
         taken, admits, served = 0, True, set(steps)
         passed: Request | None = None
-        while taken < max(left, whole):
+        while taken < (whole if beside or passed is not None else left):
             request = self._next(shares, served, admits)
             if request is None or (passed is not None and request.tenant != passed.tenant):
                 return
@@ -220,7 +227,7 @@ class Scheduler:
             if request.tap is not None:
                 continue
             rows = request.most_rows - shares.get(request, 0)
-            is_cut = beside and rows > left - taken and not (rows == request.rest and taken + rows <= whole)
+            is_cut = rows > left - taken and not (rows == request.rest and taken + rows <= whole)
             if is_cut:
                 rows, passed = max(0, left - taken), request
                 served.add(request.id)
@@ -230,6 +237,14 @@ class Scheduler:
                 self._fair.give(request.tenant, rows)
             if is_cut and self._owed_s > 0:  # it is not held up in every step by those that pass it
                 return
+
+    @property
+    def _whole_rows(self) -> int:
+        """The most rows of prompts that are done with in one step where no answer is held up.
+
+        A longer prompt is several steps: nobody joins in the middle of one, and nobody who leaves is heard.
+        """
+        return 2 * self._limits.idle_rows
 
     def _rows_beside(self, answers: int) -> int:
         """Rows of prompts beside so many decode rows; 0 where a step without any is to be measured."""
