@@ -19,7 +19,7 @@ from tsqp.api.pads import Filling, pool_bytes
 from tsqp.checkpoint import open_checkpoint
 from tsqp.cli.models import describe
 from tsqp.config.protection import PROTECTIONS
-from tsqp.errors import ModelMismatch, PadsExhausted
+from tsqp.errors import InputError, ModelMismatch, PadsExhausted
 from tsqp.tee.hardening import Hardening
 
 MODEL = str(tiny_model("llama").directory)
@@ -202,9 +202,12 @@ def test_warm_pads_are_there_before_the_first_call(start_worker: StartWorker) ->
         # What is left of a block comes on top of the 32: never more than 47 are free.
         with pytest.raises(PadsExhausted, match="of the 18 tokens that prompt and answer may have"):
             llm.generate([random_tokens(30), random_tokens(18)], SamplingParams(max_tokens=1))
-        with pytest.raises(PadsExhausted, match="of the 48 tokens"):
-            llm.generate(random_tokens(30), SamplingParams(max_tokens=19))
         with pytest.raises(PadsExhausted, match=r"guard\.warm_pads, guard\.pads_ahead, guard\.pad_memory"):
+            llm.generate([random_tokens(30), random_tokens(18)], SamplingParams(max_tokens=1))
+        # What the pool never holds is no matter of waiting.
+        with pytest.raises(InputError, match="for 32 tokens, prompt and answer together, of the 48 that"):
+            llm.generate(random_tokens(30), SamplingParams(max_tokens=19))
+        with pytest.raises(InputError, match=r"raise guard\.pads_ahead or guard\.pad_memory"):
             llm.logits(random_tokens(200))
         assert llm.stats.rpc_calls == sent
 

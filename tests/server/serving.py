@@ -90,7 +90,7 @@ class Script:
         self.tokenizer = Tokenizer(text_format or chat_text_format())
         self.answers = answers
         config = SimpleNamespace(max_positions=CONTEXT, vocab_size=VOCAB)
-        self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config, guard=None)
+        self.llm = SimpleNamespace(tokenizer=self.tokenizer, config=config, guard=None, most_promised=None)
         self.worker_state: WorkerState | None = None
         self.opened: list[Opened] = []
         self.ended: list[int] = []

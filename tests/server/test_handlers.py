@@ -55,6 +55,10 @@ def test_what_the_package_says_of_an_option_is_told_with_its_name_in_the_api() -
     told = translated(errors.InputError("compute.kv_memory is 5", fields=("compute.kv_memory",)))
     assert (told.status, told.body.param, told.body.code) == (400, "max_tokens", "context_length_exceeded")
     assert "kv_memory" not in told.body.message
+    told = translated(errors.InputError("guard.pads_ahead is 5", fields=("guard.pads_empty", "guard.pads_ahead")))
+    assert (told.status, told.body.param, told.body.code) == (400, "max_tokens", "context_length_exceeded")
+    assert "pads_ahead" not in told.body.message
+    assert "retry-after" not in told.headers
     told = translated(errors.PromptError("the template refuses this"))
     assert (told.status, told.body.message, told.body.param) == (400, "the template refuses this", None)
 

@@ -55,6 +55,12 @@ def test_no_more_is_made_at_once_than_is_multiplied_together() -> None:
     assert pool.made == [(ONE, MAKE_BLOCKS), (ONE, MAKE_BLOCKS), (ONE, 3)]
 
 
+def test_whole_answers_need_the_head_and_every_group() -> None:
+    pool = Counts()
+    assert filler_of(pool, {ONE: 4, TWO: 8, HEAD: 2}).whole_answers == 2 * BLOCK_ROWS
+    assert filler_of(pool, {ONE: 4, TWO: 8, HEAD: 0}).whole_answers == 0
+
+
 def test_groups_without_a_share_are_left_out() -> None:
     pool = Counts()
     filler = filler_of(pool, {ONE: 2, TWO: 0, HEAD: 0})

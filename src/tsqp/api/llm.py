@@ -278,6 +278,11 @@ class LLM:
         return self._engine.config
 
     @property
+    def most_promised(self) -> int | None:
+        """Tokens whose pads can be promised at once, with ``guard.pads_empty`` refuse; None where none are promised."""
+        return self._engine.most_promised
+
+    @property
     def adapters(self) -> Mapping[str, str]:
         """The SHA-256 of each adapter that requests may have, by its name."""
         return self._adapters.digests

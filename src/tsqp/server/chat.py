@@ -80,9 +80,8 @@ async def prepared(service: Service, body: ChatBody) -> Prepared:
     asked, param = body.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
-    most = answer_tokens(
-        service, len(prompt), asked, service.settings.max_answer_tokens, param=param, prompt="messages"
-    )
+    default = service.settings.max_answer_tokens
+    most = answer_tokens(service, len(prompt), asked, default, param=param, prompt="messages", choices=body.choices)
     either, reply = form is not None and tools is not None, Reply(service, body, tools, len(prompt))
     return Prepared(prompt, replace(params, max_tokens=most), tools, either, reply, lora)
 

@@ -58,8 +58,11 @@ async def _answered(service: Service, request: Request, body: CompletionBody) ->
     special = body.add_special_tokens is not False
     prompts = [await on_text_thread(_encoded, service, one, special) for one in given]
     every = []
+    default, choices = min(DEFAULT_TOKENS, service.settings.max_answer_tokens), len(prompts) * body.choices
     for prompt in prompts:
-        most = answer_tokens(service, len(prompt.tokens), asked, DEFAULT_TOKENS, param="max_tokens", prompt="prompt")
+        most = answer_tokens(
+            service, len(prompt.tokens), asked, default, param="max_tokens", prompt="prompt", choices=choices
+        )
         bounded = replace(params, max_tokens=most)
         choices = (of_choice(bounded, index) for index in range(body.choices))
         every += [Asked(prompt.tokens, choice, lora=lora, goes_on=True) for choice in choices]

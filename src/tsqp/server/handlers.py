@@ -58,6 +58,9 @@ def translated(error: Exception) -> ApiError:
         case InputError() if "compute.kv_memory" in error.fields:
             text = "prompt and answer need more memory than this server has for one: ask for fewer tokens"
             return ApiError(400, text, param="max_tokens", code="context_length_exceeded")
+        case InputError() if "guard.pads_empty" in error.fields:
+            text = "prompt and answer need more one-time pads than this server keeps: ask for fewer tokens"
+            return ApiError(400, text, param="max_tokens", code="context_length_exceeded")
         case InputError() | UnsupportedModel():
             fields = [_API_NAMES.get(name, name) for name in error.fields]
             text = error.explained(lambda name: _API_NAMES.get(name, name))

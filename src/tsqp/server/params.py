@@ -140,9 +140,9 @@ def check_top_logprobs(top: int | None) -> None:
 
 
 def answer_tokens(
-    service: Service, prompt_tokens: int, asked: int | None, default: int, *, param: str, prompt: str
+    service: Service, prompt_tokens: int, asked: int | None, default: int, *, param: str, prompt: str, choices: int = 1
 ) -> int:
-    """The most tokens of an answer; ``default`` where nothing is asked for, or what the context leaves.
+    """The most tokens of an answer, one of ``choices``; ``default`` where nothing is asked for, or as there is room.
 
     Raises ApiError where prompt and answer are longer than the context.
     """
@@ -157,7 +157,7 @@ def answer_tokens(
             param=prompt if prompt_tokens >= context else param,
             code="context_length_exceeded",
         )
-    return asked or min(default, context - prompt_tokens)
+    return asked or max(1, min(default, service.room(choices) - prompt_tokens))
 
 
 def refuse_too_long(service: Service, text: str, param: str) -> None:

@@ -64,6 +64,14 @@ class Service:
         """The most tokens of a prompt and its answer."""
         return self.model.llm.config.max_positions
 
+    def room(self, choices: int = 1) -> int:
+        """The most tokens of a prompt and its answer where so many are asked for at once.
+
+        The context; or less, where each needs a promise of pads for all of its tokens but the last.
+        """
+        promised = self.model.llm.most_promised
+        return self.context if promised is None else min(self.context, promised // choices + 1)
+
     @property
     def vocab_size(self) -> int:
         return self.model.llm.config.vocab_size

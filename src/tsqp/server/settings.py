@@ -13,7 +13,7 @@ class ServerSettings:
     max_n: int = 16  # choices for one prompt
     max_choices: int = 128  # answers of one request: prompts times choices
     max_body_bytes: int = 8 << 20  # of a request's body
-    max_answer_tokens: int = 4096  # of a chat answer, where the request does not say
+    max_answer_tokens: int = 4096  # of an answer, where the request does not say
     keep_alive_s: float = 10.0  # the longest silence of a stream: then a comment is sent
     obfuscation: bool = True  # pad the events of a stream, unless a client asks for none
     max_head_bytes: int = 16 << 10  # of a request's first line and headers

@@ -74,6 +74,11 @@ class PadFiller:
         return BLOCK_ROWS * min((count for (_, layer), count in self.blocks.items() if layer is not None), default=0)
 
     @property
+    def whole_answers(self) -> int:
+        """Tokens of a prompt and its answer whose pads are kept ready: in every group, the LM head's too."""
+        return BLOCK_ROWS * min(self.blocks.get(key, 0) for key in self.pool.keys)
+
+    @property
     def failure(self) -> TsqpError | None:
         """What has ended the making of pads, if it has ended."""
         return next(iter(self.pool.failures), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tsqp.errors import MORE_PADS, PadsExhausted
+from tsqp.errors import MORE_PADS, InputError, PadsExhausted
 from tsqp.trusted.filler import PadFiller
 
 
@@ -23,9 +23,23 @@ class PadReserve:
         """Rows whose pads are ready in every group and promised to nobody."""
         return max(0, self._filler.ready(answer=True) - self.promised)
 
+    @property
+    def most(self) -> int:
+        """Rows that can be promised at once: those of a full pool."""
+        return self._filler.whole_answers
+
     def reserve(self, rows: int) -> None:
-        """Promise pads for ``rows`` rows. Raises PadsExhausted where fewer are free."""
-        free = self.free
+        """Promise pads for ``rows`` rows.
+
+        Raises PadsExhausted where fewer are free; InputError where a full pool has fewer, so that waiting helps nobody.
+        """
+        free, most = self.free, self.most
+        if rows > max(free, most):
+            raise InputError(
+                f"guard.pads_empty is refuse, and pads are kept for {most} tokens, prompt and answer together, of the "
+                f"{rows} that are asked for: ask for fewer, raise guard.pads_ahead or guard.pad_memory, or choose wait",
+                fields=("guard.pads_empty", "guard.pads_ahead", "guard.pad_memory"),
+            )
         if rows > free:
             raise PadsExhausted(
                 f"guard.pads_empty is refuse, and pads are free for {free} of the {rows} tokens that prompt and answer "

@@ -738,7 +738,7 @@ class Reserve:
     """See ReservesPads: ``ready`` rows in all."""
 
     def __init__(self, ready: int) -> None:
-        self.free = ready
+        self.free = self.most = ready
 
     def reserve(self, rows: int) -> None:
         if rows > self.free:
@@ -754,7 +754,7 @@ def test_pads_are_reserved_from_the_beginning_to_the_end() -> None:
     engine = fake_engine(pads=pads, kv_memory=2 * WHOLE)
     one = ask(engine, prompt_of(10), SamplingParams(max_tokens=5))  # 14 rows
     ask(engine, prompt_of(20), SamplingParams(max_tokens=7))  # 26 rows
-    assert pads.free == 0
+    assert (pads.free, engine.most_promised, fake_engine().most_promised) == (0, 40, None)
     with pytest.raises(PadsExhausted):
         engine.add_request([1], SamplingParams(max_tokens=1))
     engine.step()

@@ -24,7 +24,7 @@ from tsqp.api.config import GuardConfig
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
 from tsqp.checkpoint import open_checkpoint
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
-from tsqp.errors import ChannelClosed, PadReused, PadsExhausted, ProductMismatch, TsqpError
+from tsqp.errors import ChannelClosed, InputError, PadReused, PadsExhausted, ProductMismatch, TsqpError
 from tsqp.trusted.filler import HEAD_ROWS, PadFiller, block_bytes, targets
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock
@@ -325,7 +325,7 @@ def test_refuse_in_a_run() -> None:
         filler = llm.guard.filler
         assert filler is not None
         filler.fill()
-        with pytest.raises(PadsExhausted):
+        with pytest.raises(InputError, match="kept for 32 tokens"):
             llm.generate(random_tokens(200), SamplingParams(max_tokens=1))
         assert worker.products == 0
         first = llm.generate(random_tokens(20), SamplingParams(max_tokens=1))[0]

@@ -41,7 +41,10 @@ Tokens = SequenceOf[int]
 
 
 class ReservesPads(Protocol):
-    """Pads that are promised to requests before they begin; see ``PadReserve``."""
+    """Pads that are promised to requests before they begin; see ``PadReserve``. ``most``: rows, at once."""
+
+    @property
+    def most(self) -> int: ...
 
     def reserve(self, rows: int) -> None: ...
 
@@ -118,6 +121,14 @@ class Engine:
             counts = self._scheduler.counts()
             return replace(counts, refused=self._refused, ended=dict(counts.ended))
 
+    @property
+    def most_promised(self) -> int | None:
+        """Rows that pads can be promised to at once, for all requests together; None where none are promised.
+
+        A request needs a row for each token of its prompt and of its answer but the last.
+        """
+        return None if self._pads is None else self._pads.most
+
     def check_prompt(self, prompt: Tokens) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
         if not prompt:
@@ -161,7 +172,7 @@ class Engine:
         ``adapter``: the name of the one that the request has.
 
         Raises PromptError; OptionError for an adapter that this run has not; InputError for a request that can never
-        fit into the memory for caches; QueueFull; PadsExhausted.
+        fit into the memory for caches, or never have its pads promised; QueueFull; PadsExhausted.
         """
         self._refuse_fork()
         self.check_prompt(prompt)
