@@ -77,7 +77,8 @@ def test_a_copy_holds_the_beginning_and_is_independent() -> None:
     for layer in range(CONFIG.num_layers):
         write(cache, layer, 0, 300)
     cache.advance(300)
-    twin = cache.copied(7)
+    twin = KVCache(CONFIG, torch.float32)
+    twin.copy_from(cache, 7)
     assert (twin.length, cache.length) == (7, 300)
     for layer in range(CONFIG.num_layers):
         assert torch.equal(twin.view(layer, 0, 7)[0], cache.view(layer, 0, 7)[0])
@@ -86,6 +87,9 @@ def test_a_copy_holds_the_beginning_and_is_independent() -> None:
         write(twin, layer, 3, 9)
         assert cache.view(layer, 0, 300)[0][0, :, 0].tolist() == [row + 10_000 * layer for row in range(300)]
     assert twin.bytes_for(0) < cache.bytes_for(0)
+    twin.copy_from(cache, 200)  # once more, where the first copy was interrupted
+    assert twin.length == 200
+    assert torch.equal(twin.view(0, 0, 200)[0], cache.view(0, 0, 200)[0])
 
 
 def test_a_copy_has_scales_of_its_own() -> None:
@@ -94,7 +98,8 @@ def test_a_copy_has_scales_of_its_own() -> None:
         for held in (*cache.reserve(layer, 300), *cache.scales(layer)):
             held.fill_(3 + layer)
     cache.advance(300)
-    twin = cache.copied(7)
+    twin = KVCache(CONFIG, torch.int8)
+    twin.copy_from(cache, 7)
     for layer in range(CONFIG.num_layers):
         for held in (*twin.view(layer, 0, 7), *(scales[:, :7] for scales in twin.scales(layer))):
             assert (held == 3 + layer).all()

@@ -6,8 +6,6 @@ Keys and values are of one float dtype, or int8 with a float32 scale for each po
 
 from __future__ import annotations
 
-from copy import copy
-
 import numpy as np
 import torch
 
@@ -110,20 +108,16 @@ class KVCache(Positions):
         """Hold the first ``length`` positions only; their memory stays."""
         self.length = min(self.length, length)
 
-    def copied(self, length: int) -> KVCache:
-        """A cache of its own with the first ``length`` positions of this one."""
-        twin = copy(self)
-        twin._keys, twin._values, twin._memory = list(self._keys), list(self._values), list(self._memory)
-        twin._scales = list(self._scales)
+    def copy_from(self, other: KVCache, length: int) -> None:
+        """Hold the first ``length`` positions of another cache, in memory of its own and in the place of all before."""
         for layer in range(len(self._keys)):
-            for held in (twin._keys, twin._values):
-                held[layer] = self._grown(held[layer][:, :length], length)
+            self._keys[layer] = self._grown(other._keys[layer][:, :length], length)
+            self._values[layer] = self._grown(other._values[layer][:, :length], length)
             if self.dtype == torch.int8:
-                of_keys, of_values = (self._grown(scales[:, :length], length) for scales in self._scales[layer])
-                twin._scales[layer] = of_keys, of_values
-            twin._locate(layer)
-        twin.length = length
-        return twin
+                of_keys, of_values = (self._grown(scales[:, :length], length) for scales in other._scales[layer])
+                self._scales[layer] = of_keys, of_values
+            self._locate(layer)
+        self.length = length
 
     def _capacity(self, needed: int) -> int:
         """Positions that there is room for once ``needed`` are asked for."""

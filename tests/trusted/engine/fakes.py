@@ -52,12 +52,12 @@ class FakeCache(Positions):
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    def copied(self, length: int) -> FakeCache:
-        twin = FakeCache()
-        twin.write(self.tokens[:length], CONTEXT)
-        twin.steps = self.steps[:length]
-        twin.length = length
-        return twin
+    def copy_from(self, other: FakeCache, length: int) -> None:
+        assert length <= len(other.tokens)
+        self.length = 0
+        self.write(other.tokens[:length], CONTEXT)
+        self.steps = other.steps[:length]
+        self.length = length
 
 
 @dataclass

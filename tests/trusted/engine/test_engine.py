@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -650,6 +650,162 @@ def test_a_cache_knows_how_long_its_prompt_is_before_all_of_it_is_there() -> Non
     run_out(engine)
     assert set(begun) == {3, 20}
     assert begun.count(20) == 5
+
+
+@dataclass
+class Copies:
+    """Watches copies of beginnings: the books are free meanwhile. ``during`` is called in the middle of each."""
+
+    engine: Engine
+    during: Callable[[], None] = lambda: None
+    made: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, engine: Engine, patch: pytest.MonkeyPatch) -> Copies:
+        copies, real = cls(engine), FakeCache.copy_from
+
+        def copy_from(cache: FakeCache, other: FakeCache, length: int) -> None:
+            assert not engine._lock.locked()
+            assert engine.busy()
+            engine.counts()  # for which the books are needed
+            copies.during()
+            real(cache, other, length)
+            copies.made.append(length)
+
+        patch.setattr(FakeCache, "copy_from", copy_from)
+        return copies
+
+
+def after(text: list[int], shared: int, length: int, seed: int = 1) -> list[int]:
+    """A prompt that shares no more than its beginning with a text."""
+    return [*text[:shared], (text[shared] + 1) % VOCABULARY, *prompt_of(length - shared - 1, seed)]
+
+
+def kept_engine(decoder: FakeDecoder | None = None, *, length: int = 40, **options: Any) -> tuple[Engine, list[int]]:
+    """An engine that has kept a cache, and the prompt that it is of."""
+    engine = fake_engine(decoder, **options)
+    text = prompt_of(length)
+    ask(engine, text, SamplingParams(max_tokens=1), salt="")
+    run_out(engine)
+    return engine, text
+
+
+def test_what_is_shared_is_copied_while_the_books_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = FakeDecoder()
+    engine, text = kept_engine(decoder)
+    copies = Copies.of(engine, monkeypatch)
+    decoder.passes.clear()
+    asked = [ask(engine, after(text, shared, 45), SamplingParams(max_tokens=3), salt="") for shared in (20, 30)]
+    run_out(engine)
+    assert sorted(copies.made) == [20, 30]
+    assert decoder.passes[0] == [25, 15]
+    for one in asked:
+        assert one.tokens == alone(one.prompt, one.params)
+
+
+@pytest.mark.parametrize("room", [120, 100])
+def test_a_copy_comes_before_whoever_takes_its_source_in_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """The kept cache is cut to 20 positions and written to, by a request for whose copy there is no room."""
+    engine, text = kept_engine(kv_memory=room * SIZE)
+    copies = Copies.of(engine, monkeypatch)
+    params = SamplingParams(max_tokens=1)
+    asked = [ask(engine, after(text, shared, 36, shared), params, salt="") for shared in (30, 20)]
+    engine.step()
+    assert copies.made == ([30, 20] if room == 120 else [30])
+    assert engine.counts().found_tokens == 50
+    assert [one.tokens for one in asked] == [alone(one.prompt, params) for one in asked]
+    check_books(engine, room * SIZE)
+
+
+def test_a_source_that_is_given_up_in_the_same_step_is_copied_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = kept_engine(kv_memory=100 * SIZE)
+    copies = Copies.of(engine, monkeypatch)
+    params = SamplingParams(max_tokens=1)
+    shares, other = ask(engine, after(text, 30, 36), params, salt=""), ask(engine, prompt_of(40, 5), params)
+    engine.step()
+    assert copies.made == [30]
+    assert engine.counts().found_tokens == 30
+    assert [shares.tokens, other.tokens] == [alone(one.prompt, params) for one in (shares, other)]
+
+
+def test_a_copy_that_fails_is_the_error_of_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = kept_engine()
+    copies = Copies.of(engine, monkeypatch)
+
+    def fail() -> None:
+        raise MemoryError
+
+    copies.during = fail
+    outputs: list[Output] = []
+    other = ask(engine, prompt_of(20, 3), SamplingParams(max_tokens=3), salt="x")
+    engine.add_request(after(text, 30, 45), SamplingParams(), salt="", deliver=outputs.append)
+    engine.step()
+    assert [(type(one.error), one.finish_reason) for one in outputs] == [(MemoryError, "error")]
+    assert engine.counts().ended["error"] == 1
+    assert len(engine._scheduler._prefixes) == 1
+    run_out(engine)
+    assert other.tokens == alone(other.prompt, other.params)
+    engine.forget()
+    assert engine._scheduler._budget.used == 0
+
+
+def test_an_interrupted_copy_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text = kept_engine()
+    copies = Copies.of(engine, monkeypatch)
+
+    def interrupt() -> None:
+        copies.during = lambda: None
+        raise KeyboardInterrupt
+
+    copies.during = interrupt
+    asked = [ask(engine, after(text, shared, 45), SamplingParams(max_tokens=3), salt="") for shared in (20, 30)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    run_out(engine)
+    assert sorted(copies.made) == [20, 30]
+    assert [one.tokens for one in asked] == [alone(one.prompt, one.params) for one in asked]
+
+
+def test_a_pass_that_fails_after_a_copy_needs_no_other_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = FakeDecoder()
+    engine, text = kept_engine(decoder)
+    copies = Copies.of(engine, monkeypatch)
+    decoder.fail = WorkerLost("went away")
+    one = ask(engine, after(text, 30, 45), SamplingParams(max_tokens=3), salt="")
+    with pytest.raises(WorkerLost):
+        engine.step()
+    run_out(engine)
+    assert copies.made == [30]
+    assert one.tokens == alone(one.prompt, one.params)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_who_is_aborted_during_its_copy_leaves_nothing_half_done(
+    monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    engine, text = kept_engine()
+    copies = Copies.of(engine, monkeypatch)
+    one = ask(engine, after(text, 30, 45), SamplingParams(max_tokens=3), salt="")
+
+    def leave() -> None:
+        engine.abort(one.number)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    copies.during = leave
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    else:
+        engine.step()
+    assert not engine.has_work()
+    assert engine.counts().kv_bytes == 0
+    for kept in engine._scheduler._prefixes._kept.values():
+        assert isinstance(kept.cache, FakeCache)
+        assert kept.cache.tokens[: kept.cache.length] == kept.tokens.tolist()
+    assert len(engine._scheduler._prefixes) == (1 if interrupted else 2)
 
 
 @pytest.mark.parametrize(("tenant", "salt"), [("B", ""), ("A", "x"), ("A", None), ("", "A")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from tests.trusted.engine.fakes import CONTEXT, SIZE, FakeCache
 from tsqp.trusted.engine.kv_budget import KVBudget
 from tsqp.trusted.engine.prefixes import LEAST_ROWS, Prefixes
@@ -41,8 +43,10 @@ def test_what_shares_a_beginning_gets_a_copy() -> None:
     found = prefixes.find(ONE, [*TEXT[:18], 0, 0, 0])
     assert found is not None
     assert (found.length, found.whole) == (18, False)
-    copy = prefixes.copy(found)
-    assert isinstance(copy, FakeCache)
+    beginning = prefixes.beginning(found)
+    assert beginning.length == 18
+    copy = FakeCache()
+    copy.copy_from(cast(FakeCache, beginning.source), beginning.length)
     assert copy.tokens == TEXT[:18]
     assert len(prefixes) == 1
 
@@ -79,7 +83,7 @@ def test_the_one_used_longest_ago_goes_first() -> None:
     prefixes, _ = prefixes_of(*texts)
     found = prefixes.find(ONE, texts[0][:20])
     assert found is not None
-    prefixes.copy(found)
+    prefixes.beginning(found)
     assert prefixes.drop_oldest()
     assert [prefixes.find(ONE, text) is not None for text in texts] == [True, False, True]
     prefixes.clear()

@@ -347,11 +347,14 @@ class Engine:
                 return []
         with self._books():
             shares = self._scheduler.plan()
-            held = {request: request.computed for request in shares}
-            for request in shares:
+            copies = self._scheduler.to_copy()
+            held = {request: request.computed for request in (*shares, *copies)}
+            for request in held:
                 request.under_way = True
         given: dict[Request, Output] = {}
         try:
+            self._copy_beginnings(copies, given)
+            shares = {request: rows for request, rows in shares.items() if request not in given}
             if shares:
                 self._pass(shares, given)
         except ChannelError as error:
@@ -364,6 +367,15 @@ class Engine:
             for request, output in given.items():
                 _deliver(request, output)
         return list(given.values())
+
+    def _copy_beginnings(self, requests: Iterable[Request], given: dict[Request, Output]) -> None:
+        """What requests were found to share becomes their own. What goes wrong is the request's own."""
+        for request in requests:
+            try:
+                with torch.inference_mode():
+                    request.copy_beginning()
+            except Exception as error:
+                given[request] = Output(request.id, None, "error", error)
 
     def _pass(self, shares: Shares, given: dict[Request, Output]) -> None:
         """The forward pass of a step, and the tokens that are chosen after it."""

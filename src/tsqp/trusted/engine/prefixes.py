@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsqp.trusted.engine.kv_budget import KVBudget
-from tsqp.trusted.engine.request import ReusableCache
+from tsqp.trusted.engine.request import Beginning, ReusableCache
 
 LEAST_ROWS = 16  # fewer positions than this are not worth a copy
 
@@ -87,10 +87,10 @@ class Prefixes:
         found.kept.cache.truncate(found.length)
         return found.kept.cache
 
-    def copy(self, found: Found) -> ReusableCache:
-        """A copy of what is shared; the kept cache stays, and has just been used."""
+    def beginning(self, found: Found) -> Beginning:
+        """What is shared, to be copied before anything is written to the kept cache, which stays and was just used."""
         self._kept.move_to_end(found.kept.number)
-        return found.kept.cache.copied(found.length)
+        return Beginning(found.kept.cache, found.length)
 
     def drop_oldest(self) -> bool:
         """Let go of the one used longest ago; False where there is none."""

@@ -44,11 +44,19 @@ class Cache(Protocol):
 
 @runtime_checkable
 class ReusableCache(Cache, Protocol):
-    """A cache that another request can go on with."""
+    """A cache that another request can go on with, or begin with a copy of."""
 
     def truncate(self, length: int) -> None: ...
 
-    def copied(self, length: int) -> ReusableCache: ...
+    def copy_from(self, other: Any, length: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a cache is to begin with: the first ``length`` positions of another one, of the same kind."""
+
+    source: ReusableCache
+    length: int
 
 
 class ChoosesTokens(Protocol):
@@ -62,10 +70,10 @@ class Request:
 
     ``id`` counts up with arrival. ``tokens`` are those of the prompt, ``prompt_length`` of them, and of the answer;
     there are never more than ``end``. ``cache`` is None while the request waits; ``charge`` is the part of the KV
-    budget that it holds. ``pads``: rows that are reserved for it and not yet used. ``patient``: nobody follows the
-    answer as it grows. ``tap``: listens while it is computed, and then nobody else is. ``adapter``: the name of the one
-    that it has, None for none. ``prompt_logprobs``: of the prompt's tokens so far, None for the first, where they are
-    asked for.
+    budget that it holds. ``beginning``: what is still to be copied into its cache. ``pads``: rows that are reserved for
+    it and not yet used. ``patient``: nobody follows the answer as it grows. ``tap``: listens while it is computed, and
+    then nobody else is. ``adapter``: the name of the one that it has, None for none. ``prompt_logprobs``: of the
+    prompt's tokens so far, None for the first, where they are asked for.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class Request:
         self.tap = tap
         self.adapter = adapter
         self.cache: Cache | None = None
+        self.beginning: Beginning | None = None
         self.charge = 0
         self.pads = 0
         self.under_way = False  # its rows are in the pass that is being computed
@@ -104,7 +113,9 @@ class Request:
 
     @property
     def computed(self) -> int:
-        """Positions that its cache holds."""
+        """Positions that its cache holds, or will hold once its beginning is there."""
+        if self.beginning is not None:
+            return self.beginning.length
         return 0 if self.cache is None else self.cache.length
 
     @property
@@ -126,6 +137,12 @@ class Request:
     def decoding(self) -> bool:
         """Whether its next row is a decode step, and nothing else is left to compute."""
         return self.rest == 1 and len(self.tokens) > self.prompt_length
+
+    def copy_beginning(self) -> None:
+        """Copy what its cache begins with, if that is not there. It takes as long as the beginning is large."""
+        if self.beginning is not None and isinstance(self.cache, ReusableCache):
+            self.cache.copy_from(self.beginning.source, self.beginning.length)
+            self.beginning = None
 
     def extend(self, token: int, eos_token_ids: Sequence[int]) -> FinishReason | None:
         """Take one more token of the answer. Returns why the answer ends with it, if it does."""

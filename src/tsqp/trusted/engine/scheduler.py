@@ -17,7 +17,7 @@ from tsqp.trusted.engine.kv_budget import KVBudget
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.pace import PrefillPace
 from tsqp.trusted.engine.prefixes import Prefixes
-from tsqp.trusted.engine.request import Cache, FinishReason, Request, ReusableCache
+from tsqp.trusted.engine.request import Beginning, Cache, FinishReason, Request, ReusableCache
 
 Shares = dict[Request, int]  # rows of the next pass, those of decode steps first
 
@@ -100,7 +100,8 @@ class Scheduler:
     def plan(self) -> Shares:
         """The rows of the next pass; empty where nothing is left to do.
 
-        A request with a tap has passes of its own: every second one, while there are others.
+        Before anything is written to a cache, copy the beginnings ``to_copy``. A request with a tap has passes of its
+        own: every second one, while there are others.
         """
         shares = {} if self._was_apart else self._apart()
         self._was_apart = bool(shares)
@@ -109,6 +110,14 @@ class Scheduler:
         shares = self._together()
         self._was_apart = not shares
         return shares or self._apart()
+
+    def to_copy(self) -> list[Request]:
+        """Running requests whose beginnings are still to be copied.
+
+        Decisions are made under a lock that others wait for, and a copy may take long. What it is made of may be cut
+        meanwhile, given up, or taken over by who goes on with it: until somebody writes to it, it holds what it held.
+        """
+        return [request for request in self._running.values() if request.beginning is not None]
 
     def _apart(self) -> Shares:
         """The rows of one running request with a tap; none where it has to wait."""
@@ -285,19 +294,23 @@ class Scheduler:
         size = cache.bytes_for(end)
         if not self._budget.fits(size - self._prefixes.size):
             return False
-        cache = self._begun(request, size) or cache
+        begun = self._begun(request, size)
+        if isinstance(begun, Beginning):
+            request.beginning = begun
+        elif begun is not None:
+            cache = begun
         if not self._fits_without_kept(cache.bytes_for(end)):
             cache = self._new_cache()  # the kept one was larger than what is needed
         cache.begin(request.prompt_length)
-        self._counts.found_tokens += cache.length
         request.cache, request.charge = cache, cache.bytes_for(end)
+        self._counts.found_tokens += request.computed
         self._budget.charge(request.charge)
         self._unqueue(request)
         self._running[request.id] = request
         return True
 
-    def _begun(self, request: Request, size: int) -> Cache | None:
-        """A cache with the beginning of a request, if one is kept in its scope."""
+    def _begun(self, request: Request, size: int) -> Cache | Beginning | None:
+        """A cache with the beginning of a request, or what it is to be copied from, if one is kept in its scope."""
         if request.scope is None:
             return None
         # Where the kinds of rows differ, those of its answer are not to be taken from another one's prompt.
@@ -307,7 +320,7 @@ class Scheduler:
             return None
         if found.whole or not self._budget.fits(size):
             return self._prefixes.take(found)
-        return self._prefixes.copy(found)
+        return self._prefixes.beginning(found)
 
     def _scope_of(self, request: Request) -> Hashable:
         """Among whose caches a request may find its beginning: keys and values depend on its adapter."""
@@ -339,8 +352,8 @@ class Scheduler:
         return request.end - 1 if self._whole_answers else len(request.tokens)
 
     def _release(self, request: Request) -> Cache | None:
-        """Take a request's cache and what it is charged."""
-        cache, request.cache = request.cache, None
+        """Take a request's cache and what it is charged. A beginning that was not copied is let go."""
+        cache, request.cache, request.beginning = request.cache, None, None
         self._budget.charge(-request.charge)
         request.charge = 0
         return cache
