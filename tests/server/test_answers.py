@@ -81,6 +81,19 @@ def test_the_meters_are_told_of_each_answer(stream: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_compute_their_prompt_once(stream: bool) -> None:
+    async def test(model: AsyncLLM) -> None:
+        body = {**ENDLESS, "max_tokens": 5, "n": 4, "stream": stream}
+        async with client_of(service_of(model)) as client:
+            assert (await client.post(CHAT, json=body)).status_code == 200
+        counts = model.counts()
+        assert counts.ended["length"] == 4
+        assert counts.found_tokens == 3 * (counts.prompt_tokens - 3 - 1) > 3 * 16
+
+    with_model(test)
+
+
 def test_who_leaves_the_queue_is_out_of_it_and_the_next_is_served() -> None:
     async def test(model: AsyncLLM) -> None:
         log = Log()

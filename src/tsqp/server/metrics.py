@@ -111,7 +111,7 @@ class EngineCollector(Collector):
         )
         yield self._counter("vllm:prompt_tokens", "Prompt tokens computed.", counts.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", counts.new_tokens)
-        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in kept caches.", counts.found_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in caches.", counts.found_tokens)
         ended = CounterMetricFamily(
             "vllm:request_success", "Requests that ended, by reason.", labels=[*self._label, "finished_reason"]
         )

@@ -152,6 +152,7 @@ REQUEST = st.tuples(
     st.integers(0, 5),  # the seed
     st.sampled_from([None, None, 0, 2]),  # log-probabilities of the prompt
     st.booleans(),  # whether nobody follows the answer
+    st.sampled_from([1, 1, 1, 3]),  # choices
 )
 ACTION = st.one_of(
     st.tuples(st.just("add"), REQUEST),
@@ -173,9 +174,12 @@ def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: L
     watch_plans(engine)
     for action, value in actions:
         if action == "add":
-            length, tokens, tenant, beginning, salt, seed, logprobs, patient = value
-            params = SamplingParams(max_tokens=tokens, temperature=float(seed % 2), seed=seed, prompt_logprobs=logprobs)
-            asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt, patient))
+            length, tokens, tenant, beginning, salt, seed, logprobs, patient, choices = value
+            for choice in range(choices):
+                params = SamplingParams(
+                    max_tokens=tokens, temperature=float(seed % 2), seed=seed + choice, prompt_logprobs=logprobs
+                )
+                asked.append(ask(engine, prompt_of(length, beginning), params, tenant, salt, patient))
         elif action == "step":
             for _ in range(value):
                 engine.step()
@@ -198,6 +202,7 @@ def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: L
     engine.forget()
     assert engine.counts().kept_bytes == engine._scheduler._budget.used == 0
     assert not engine._scheduler._requests
+    assert not engine._scheduler._same._groups
     assert not engine._scheduler._fair._given
 
 

@@ -126,6 +126,29 @@ def test_a_conversation_that_goes_on(mode: ProtectionName, kept: PrivateKVDtype)
             assert_same([found], [missed])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kept", DTYPES)
+def test_choices_of_one_prompt(mode: ProtectionName, kept: PrivateKVDtype) -> None:
+    """Computed once, in parts, and copied."""
+    prompt = PROMPTS[1]
+
+    def ask(engine: Engine, choice: int, salt: str | None) -> Recording:
+        one = Recording(PARAMS[choice])
+        engine.add_request(prompt, PARAMS[choice], sampler=one, salt=salt)
+        return one
+
+    with serve(MODEL) as (_, address), opened(mode, address, kept, Limits(idle_rows=40, prefill_rows=7)) as engine:
+        expected = []
+        for choice in range(4):
+            expected.append(ask(engine, choice, None))
+            run_out(engine)
+        before = engine.counts().prompt_tokens
+        found = [ask(engine, choice, "") for choice in range(4)]
+        run_out(engine)
+        assert engine.counts().prompt_tokens == before + len(prompt) + 3
+        assert_same(found, expected)
+
+
 def test_tokens_are_those_of_transformers_where_numbers_are_floats() -> None:
     """Without a guard rows are not told apart; kept caches have answers too."""
     model = tiny_model("llama")

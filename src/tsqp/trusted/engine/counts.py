@@ -11,9 +11,10 @@ from tsqp.trusted.engine.request import FinishReason
 class Counts:
     """``added`` = ``waiting`` + ``running`` + all that ended, at every moment.
 
-    ``refused`` requests were never added. ``found_tokens``: prompt tokens that were in a kept cache; ``prompt_tokens``:
-    rows that were computed up to the end of a prompt, again after each preemption. ``kv_bytes`` are those charged to
-    running requests, ``kept_bytes`` those of kept caches; ``kv_limit``: the most for both together, None for no bound.
+    ``refused`` requests were never added. ``found_tokens``: prompt tokens that were in a kept cache, or in that of
+    another request with the same prompt; ``prompt_tokens``: rows that were computed up to the end of a prompt, again
+    after each preemption. ``kv_bytes`` are those charged to running requests, ``kept_bytes`` those of kept caches;
+    ``kv_limit``: the most for both together, None for no bound.
     """
 
     added: int = 0

@@ -16,8 +16,9 @@ from tsqp.trusted.engine.fair_share import FairShare
 from tsqp.trusted.engine.kv_budget import KVBudget
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.pace import PrefillPace
-from tsqp.trusted.engine.prefixes import Prefixes
+from tsqp.trusted.engine.prefixes import LEAST_ROWS, Prefixes
 from tsqp.trusted.engine.request import Beginning, Cache, FinishReason, Request, ReusableCache
+from tsqp.trusted.engine.same_prompts import SamePrompts
 
 Shares = dict[Request, int]  # rows of the next pass, those of decode steps first
 
@@ -48,6 +49,7 @@ class Scheduler:
         self._tables_of = tables_of
         self._budget = KVBudget(kv_memory)
         self._prefixes = Prefixes(self._budget)
+        self._same = SamePrompts()
         self._fair = FairShare()
         self._pace = PrefillPace(limits.slowdown, limits.idle_rows)
         self._requests: dict[int, Request] = {}
@@ -94,6 +96,9 @@ class Scheduler:
         self.check(request)
         self._requests[request.id] = request
         self._queue_of(request)[request.id] = request
+        can_share = request.scope is not None and request.prompt_length > LEAST_ROWS
+        if can_share and isinstance(self._new_cache(), ReusableCache):
+            self._same.add(self._scope_of(request), request)
         self._fair.enter(request.tenant)
         self._counts.added += 1
 
@@ -163,6 +168,7 @@ class Scheduler:
         del self._requests[request.id]
         if self._running.pop(request.id, None) is None:
             self._unqueue(request)
+        self._same.remove(request)
         self._fair.leave(request.tenant)
         self._counts.ended[reason] += 1
         cache = self._release(request)
@@ -228,7 +234,7 @@ class Scheduler:
             if request is None or (passed is not None and request.tenant != passed.tenant):
                 return
             if request.id not in self._running:
-                if request.tap is None and taken >= left and taken + request.rest > whole:
+                if request.tap is None and taken >= left and taken + self._rest(request) > whole:
                     return
                 if not self._admit(request):
                     admits = False  # nobody overtakes the one that does not fit
@@ -269,22 +275,33 @@ class Scheduler:
             return 0
         begun = [request for request in self._running.values() if not request.decoding and request.tap is None]
         queued = chain.from_iterable(queue.values() for queue in self._queues.values())
-        places = islice(queued, self._limits.running - len(self._running))
+        able = (request for request in queued if not self._same.held_back(request))
+        places = islice(able, self._limits.running - len(self._running))
         waiting = [*begun, *(request for request in places if request.tap is None)]
         tenants = {request.tenant for request in (*shares, *waiting)}
         if not waiting or (self._owed_s > 0 and len(tenants) > 1):
             return 0
-        return self._pace.at_once(len(shares), sum(request.rest for request in waiting), len(waiting))
+        return self._pace.at_once(len(shares), sum(map(self._rest, waiting)), len(waiting))
+
+    def _rest(self, request: Request) -> int:
+        """Rows that a request needs: of one that waits, without those that it will copy of one that runs."""
+        shared = None if request.id in self._running else self._same.beginning(request)
+        return request.rest if shared is None else len(request.tokens) - shared.length
 
     def _next(self, shares: Shares, steps: set[int], admits: bool) -> Request | None:
-        """Of the tenants that have something to prefill or to admit, the first request of the one given least."""
+        """Of the tenants that have something to prefill or to admit, the first request of the one given least.
+
+        One whose prompt another is yet to compute is passed over.
+        """
         first: dict[str, Request] = {}
         for request in self._running.values():
             if request.tap is None and request.id not in steps and request.most_rows > shares.get(request, 0):
                 first.setdefault(request.tenant, request)
         if admits and len(self._running) < self._limits.running:
             for tenant, queue in self._queues.items():
-                first.setdefault(tenant, next(iter(queue.values())))
+                able = next((request for request in queue.values() if not self._same.held_back(request)), None)
+                if able is not None:
+                    first.setdefault(tenant, able)
         return min(first.values(), key=lambda request: (self._fair.given(request.tenant), request.id), default=None)
 
     def _admit(self, request: Request) -> bool:
@@ -294,7 +311,7 @@ class Scheduler:
         size = cache.bytes_for(end)
         if not self._budget.fits(size - self._prefixes.size):
             return False
-        begun = self._begun(request, size)
+        begun = self._same.beginning(request) or self._begun(request, size)
         if isinstance(begun, Beginning):
             request.beginning = begun
         elif begun is not None:
