@@ -52,6 +52,24 @@ def test_several_choices_share_what_can_be_promised() -> None:
     assert scripted("/v1/completions", 3 * (prompt + 4), n=3) == [(prompt, 5)] * 3
 
 
+def test_choices_that_never_fit_together_are_not_to_be_asked_again() -> None:
+    """Each alone would fit, and the first would be begun in vain."""
+    script = Script("a")
+    script.llm.most_promised = 24
+
+    async def test(n: int) -> httpx.Response:
+        async with client_of(service_of(script)) as client:
+            body = {"model": NAME, **BODIES["/v1/completions"], "n": n, "max_tokens": 10}
+            return await client.post("/v1/completions", json=body)
+
+    assert asyncio.run(test(2)).status_code == 200
+    opened = len(script.opened)
+    answer = asyncio.run(test(3))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer.headers["x-should-retry"] == "false"
+    assert len(script.opened) == opened
+
+
 @pytest.fixture(scope="module")
 def told() -> dict[str, httpx.Response]:
     """What a masked server says to a request without a length, to one that fits never, and to one that fits later."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from tsqp.errors import ChannelClosed
+from tsqp.server.errors import too_few_pads
 from tsqp.server.meters import Meters, Reason
 from tsqp.server.service import Service
 
@@ -41,6 +42,11 @@ class Asked:
     goes_on: bool = False
 
 
+def _rows(asked: Asked) -> int:
+    """Rows for which pads are promised: the last token of an answer crosses no layer."""
+    return len(asked.prompt) + asked.params.max_tokens - 1
+
+
 class Answers:
     """Answers to one request, all of them in the engine's queue.
 
@@ -55,6 +61,9 @@ class Answers:
         cls, service: Service, request: Request, endpoint: str, asked: Sequence[Asked], salt: str | None
     ) -> Answers:
         """Put them into the queue: all, or none. Raises as ``AsyncLLM.open``."""
+        promised = service.model.llm.most_promised
+        if promised is not None and len(asked) > 1 and sum(map(_rows, asked)) > promised:
+            raise too_few_pads()
         tenant = getattr(request.state, "tenant", "")
         answers = cls()
         try:

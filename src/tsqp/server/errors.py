@@ -62,3 +62,9 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The whole answer."""
         return Response(self.encode(), self.status, self.headers, "application/json")
+
+
+def too_few_pads() -> ApiError:
+    """A request to which the pads that a server keeps can never be promised."""
+    text = "prompt and answer need more one-time pads than this server keeps: ask for fewer tokens, or fewer answers"
+    return ApiError(400, text, param="max_tokens", code="context_length_exceeded")

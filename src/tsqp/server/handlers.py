@@ -20,7 +20,7 @@ from tsqp.errors import (
     UnsupportedModel,
 )
 from tsqp.server.discreet import about, told
-from tsqp.server.errors import ApiError
+from tsqp.server.errors import ApiError, too_few_pads
 
 _log = logging.getLogger("tsqp.server")
 
@@ -59,8 +59,7 @@ def translated(error: Exception) -> ApiError:
             text = "prompt and answer need more memory than this server has for one: ask for fewer tokens"
             return ApiError(400, text, param="max_tokens", code="context_length_exceeded")
         case InputError() if "guard.pads_empty" in error.fields:
-            text = "prompt and answer need more one-time pads than this server keeps: ask for fewer tokens"
-            return ApiError(400, text, param="max_tokens", code="context_length_exceeded")
+            return too_few_pads()
         case InputError() | UnsupportedModel():
             fields = [_API_NAMES.get(name, name) for name in error.fields]
             text = error.explained(lambda name: _API_NAMES.get(name, name))
