@@ -25,7 +25,7 @@ from tests.trusted.guard.scan import shared_pads
 from tests.trusted.step_runs import CALLS
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, WorkerConfig
 from tsqp.api.config import GuardConfig, PartitionName, ProtectionName
-from tsqp.errors import ChannelClosed, PadsExhausted, QueueFull, WorkerLost, WorkerUnreachable
+from tsqp.errors import ChannelClosed, InputError, QueueFull, WorkerLost, WorkerUnreachable
 from tsqp.wire.transport import connect
 
 OPEN = ComputeConfig(dtype="float32", threads=1)
@@ -171,7 +171,7 @@ def test_promised_pads_are_made_again_before_an_answer_goes_on(
         assert llm.worker_state.reconnects == 2  # type: ignore[union-attr]
         assert llm.guard is not None
         assert llm.guard.report()["pads_missed"] == 0
-        with pytest.raises(PadsExhausted):
+        with pytest.raises(InputError, match="kept for 160 tokens"):
             llm.generate([1], SamplingParams(max_tokens=1000))
     assert not secrets_of(blocks)
     assert not shared_pads(mortal.rows(np.uint32))
