@@ -64,8 +64,8 @@ async def _answered(service: Service, request: Request, body: CompletionBody) ->
             service, len(prompt.tokens), asked, default, param="max_tokens", prompt="prompt", choices=choices
         )
         bounded = replace(params, max_tokens=most)
-        choices = (of_choice(bounded, index) for index in range(body.choices))
-        every += [Asked(prompt.tokens, choice, lora=lora, goes_on=True) for choice in choices]
+        sampled = [of_choice(bounded, index) for index in range(body.choices)]
+        every += [Asked(prompt.tokens, one, lora=lora, goes_on=True) for one in sampled]
     draft = await draft_of(service, request, "/v1/completions", body, every, body.choices)
     reply = Reply(service, body, [(prompt.tokens, prompt.text) for prompt in prompts])
     answers = await Answers.open(service, request, "completions", every, salt_of(body))
