@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +10,17 @@ import torch
 
 from tests.untrusted.calls import CHECKPOINT, CONFIG, HELLO, answer, arrival, greet
 from tests.untrusted.fake_driver import FakeDriver
+from tests.untrusted.shm_worker import connected, serving
+from tests.wire.links import WAIT_S
 from tsqp.untrusted import worker as worker_module
+from tsqp.untrusted.backends.base import Backend
 from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.backends.cuda import CudaBackend
 from tsqp.untrusted.paths import plain
 from tsqp.untrusted.store import WeightStore
 from tsqp.untrusted.worker import Worker
-from tsqp.wire.codec import encode
+from tsqp.wire.channel import Frames
+from tsqp.wire.codec import decode_reply, encode
 from tsqp.wire.messages import (
     PROTOCOL_VERSION,
     AttentionScores,
@@ -29,6 +33,8 @@ from tsqp.wire.messages import (
     Message,
     Refused,
 )
+from tsqp.wire.payload import tensor_bytes
+from tsqp.wire.transport import new_ipc_address
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -88,14 +94,44 @@ def test_another_version_or_model_is_refused(worker: Worker, hello: Hello) -> No
     assert isinstance(answer(worker, GOOD, X), Failed)
 
 
+LARGE: dict[str, tuple[Message, list[torch.Tensor]]] = {
+    "linear": (GOOD, [X]),
+    "embed": (Embed(1, 8), [torch.zeros(8, dtype=torch.int32)]),
+    "scores": (
+        AttentionScores(1, 8, 8),
+        [torch.zeros(CONFIG.num_heads, 8, CONFIG.head_dim), torch.zeros(CONFIG.num_kv_heads, 8, CONFIG.head_dim)],
+    ),
+    "values": (
+        AttentionValues(1, 8, 8),
+        [torch.zeros(CONFIG.num_heads, 8, 8), torch.zeros(CONFIG.num_kv_heads, 8, CONFIG.head_dim)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_a_product_that_no_reply_can_carry_is_refused_before_it_is_computed(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     greet(worker)
-    monkeypatch.setattr(plain, "MAX_FRAME_BYTES", 1000)
-    reply = answer(worker, GOOD, X)
+    message, payloads = LARGE[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "MAX_FRAME_BYTES", 500)
+        reply = answer(worker, message, *payloads)
     assert isinstance(reply, Failed)
     assert "limit" in reply.reason
+    assert isinstance(answer(worker, message, *payloads), Done)
+
+
+@pytest.mark.parametrize("backend", [CpuBackend, lambda: CudaBackend(FakeDriver())], ids=["cpu", "cuda"])
+def test_an_answer_that_the_line_does_not_carry_fails_its_call_alone(backend: Callable[[], Backend]) -> None:
+    """Here because the line has a lower limit than the worker knows of."""
+    tokens = torch.zeros(8, dtype=torch.int32)
+    with serving(backend(), new_ipc_address(), max_frame_bytes=500) as (listener, _), connected(listener) as channel:
+        for rows, expected in ((1, Done), (8, Failed), (1, Done)):
+            channel.send(Frames(encode(Embed(rows, rows)), (tensor_bytes(tokens[:rows]),)))
+            reply = decode_reply(channel.receive(WAIT_S).control)
+            assert isinstance(reply, expected)
+            assert reply.id == rows
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory\nstack"), RuntimeError("x" * 10_000)])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tsqp.untrusted.backends.base import Queued
-from tsqp.wire.channel import Arrival, Frames, Listener
+from tsqp.wire.channel import Arrival, Frames
 from tsqp.wire.device_memory import Payload
 from tsqp.wire.messages import Call
 
@@ -29,10 +29,10 @@ class UnderWay(NamedTuple):
 
 
 class Pipeline:
-    """At most ``depth`` calls. ``end`` waits for one and makes its answer."""
+    """At most ``depth`` calls. ``end`` waits for one and makes its answer, ``send`` sends it."""
 
-    def __init__(self, listener: Listener, end: Callable[[UnderWay], Frames], depth: int) -> None:
-        self._listener, self._end, self._depth = listener, end, depth
+    def __init__(self, send: Callable[[Arrival, Frames], None], end: Callable[[UnderWay], Frames], depth: int) -> None:
+        self._send, self._end, self._depth = send, end, depth
         self._calls: deque[tuple[Arrival, UnderWay | Frames]] = deque()
 
     def __len__(self) -> int:
@@ -63,4 +63,4 @@ class Pipeline:
 
     def _answer(self) -> None:
         arrival, begun = self._calls.popleft()
-        self._listener.send(arrival, begun if isinstance(begun, Frames) else self._end(begun))
+        self._send(arrival, begun if isinstance(begun, Frames) else self._end(begun))

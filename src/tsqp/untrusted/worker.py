@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -79,14 +80,14 @@ class Worker:
             while not listener.interrupted:
                 event = self._received(listener, None)
                 while isinstance(event, Arrival) and (answer := self.answer(event)) is not None:
-                    listener.send(event, answer)
+                    send_answer(listener, event, answer)
                     event = self._repeated(listener, event.peer)
                 if isinstance(event, Departure):
                     self._let_go(event.peer)
 
     def _serve_together(self, listener: Listener) -> None:
         """The same with calls under way together."""
-        pipeline = Pipeline(listener, self._end, self._backend.depth)
+        pipeline = Pipeline(partial(send_answer, listener), self._end, self._backend.depth)
         while not listener.interrupted:
             event = self._received(listener, 0.0 if len(pipeline) else None)
             if isinstance(event, Arrival):
@@ -244,6 +245,18 @@ class Worker:
         stateful = [peer for peer, operators in self._connections.items() if operators.keeps_state]
         if len(stateful) > MAX_STATEFUL_CONNECTIONS:
             del self._connections[stateful[0]]
+
+
+def send_answer(listener: Listener, arrival: Arrival, answer: Frames) -> None:
+    """Answer a message. What the line does not carry is a failure of that call, and nobody else's."""
+    try:
+        listener.send(arrival, answer)
+    except ProtocolError as error:
+        call = decode_to_worker(arrival.frames.control)
+        if isinstance(call, Hello):
+            raise  # a welcome of this worker's own making
+        log.warning("call %d failed: %s", call.id, reason_of(error))
+        listener.send(arrival, Frames(encode(Failed(call.id, reason_of(error)))))
 
 
 def _sent(product: Payload | None) -> tuple[memoryview, ...]:

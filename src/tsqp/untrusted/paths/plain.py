@@ -119,6 +119,7 @@ class Operators:
 
     def _embed(self, call: Embed, payloads: Sequence[Payload]) -> torch.Tensor:
         (payload,) = exactly(1, payloads)
+        check_frame(self._wire.size((call.rows, self._weights.config.hidden_size)))
         tokens = tensor_bytes(self._tokens(payload, call.rows))
         return F.embedding(self._backend.stage_in(tokens, torch.int32, (call.rows,)), self._weights.embedding)
 
