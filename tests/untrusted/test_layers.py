@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -53,6 +53,47 @@ def test_a_sequence_goes_on_where_it_was() -> None:
     state = LayerState(WEIGHTS)
     assert whole_pass(state, Begin(1, (Place(5, 0, 3), Place(6, 0, 1)), 64)).shape == (2, CONFIG.vocab_size)
     assert whole_pass(state, Begin(2, (Place(5, 3, 1),), 64)).shape == (1, CONFIG.vocab_size)
+
+
+# What a client may leave out, or do in another order, before its next pass.
+LEFT_OUT: dict[str, Sequence[Message]] = {
+    "no layer": [Begin(1, (Place(1, 0, 64),), 64), Finish(2, 1, False)],
+    "all but one layer": [
+        Begin(1, (Place(1, 0, 64),), 64),
+        *(Layer(2, 1, layer, 0) for layer in range(1, CONFIG.num_layers)),
+        Finish(2, 1, False),
+    ],
+    "a chunk before the one before it": [
+        Begin(1, (Place(1, 0, 64),), 32),
+        *(Layer(2, 1, layer, chunk) for chunk in (1, 0) for layer in range(CONFIG.num_layers)),
+        Finish(2, 1, False),
+    ],
+}
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out has NaN in it until somebody writes there."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_others_left_in_memory_is_not_attended_to(poisoned_memory: None, name: str) -> None:
+    """A worker's free memory has what its other clients computed."""
+    state, logits = LayerState(WEIGHTS), []
+    with torch.inference_mode():
+        for message in LEFT_OUT[name]:
+            if isinstance(message, Begin):
+                state.begin(message, tokens(64))
+            elif isinstance(message, Layer):
+                state.layer(message)
+            elif isinstance(message, Finish):
+                logits.append(state.finish(message))
+    logits.append(whole_pass(state, Begin(9, (Place(1, 64, 1),), 64)))
+    assert all(one.isfinite().all() for one in logits)
 
 
 BAD: dict[str, Sequence[Message]] = {

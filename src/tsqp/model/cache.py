@@ -136,6 +136,10 @@ class KVCache(Positions):
         By a fixed number of positions: a decode step reads all of a cache anyway, so a copy in every 256 steps costs
         little, and what a budget counts is what is used.
         """
-        new = old.new_empty(old.shape[0], self._capacity(needed), *old.shape[2:])
+        new = self._memory_like(old, (old.shape[0], self._capacity(needed), *old.shape[2:]))
         new[:, : old.shape[1]] = old
         return keep_bits(new)
+
+    def _memory_like(self, old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for positions, most of which nobody has stored: what lies there is whatever was there before."""
+        return old.new_empty(shape)

@@ -19,6 +19,17 @@ from tsqp.model.rotary import Rotary
 from tsqp.model.weights import ModelWeights
 
 
+class ZeroedCache(KVCache):
+    """What nobody has stored is zero, as in a device's pages.
+
+    A client chooses which layers of which chunks it asks for, in any order, and its next pass attends to all positions
+    before it. In free memory of this process lies what was computed for others.
+    """
+
+    def _memory_like(self, old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return old.new_zeros(shape)
+
+
 class HostLayers:
     """See LayerCompute."""
 
@@ -35,9 +46,9 @@ class HostLayers:
             Unmetered(),
         )
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self) -> ZeroedCache:
         """See LayerCompute."""
-        return KVCache(self.weights.config, self.weights.dtype)
+        return ZeroedCache(self.weights.config, self.weights.dtype)
 
     def release(self, cache: Positions) -> None:
         """See LayerCompute: its memory goes with it."""
