@@ -239,10 +239,14 @@ def test_lack_of_memory_for_caches_leaves_those_that_are_there(monkeypatch: pyte
     with both() as (passes, _):
         passes.whole((1, 0, 10))
         large = [(number, 0, 2 * PAGE) for number in range(2, 20)]
+        state = passes.clients[1].state
+        free = list(state._compute.pages._free)  # type: ignore[attr-defined]
         with monkeypatch.context() as patched:
             patched.setattr(Pages, "_new", full)
             with pytest.raises(torch.OutOfMemoryError):
                 passes.clients[1].begin(*large)
+        assert list(state._caches) == [1]
+        assert state._compute.pages._free == free  # type: ignore[attr-defined]
         passes.clients[1]._begun -= 1  # it comes again, with the same tokens
         passes.whole((1, 10, 1))
         passes.whole(*large)

@@ -17,6 +17,7 @@ from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.checkpoint import open_checkpoint
 from tsqp.errors import InputError, ProtocolError, WorkerFailed
 from tsqp.model.batch import Batch
+from tsqp.model.cache import KVCache
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted import layers
 from tsqp.untrusted import worker as worker_module
@@ -123,13 +124,42 @@ def test_bad_calls_fail_and_the_connection_goes_on(name: str) -> None:
     assert isinstance(replies[-1], Failed)
 
 
+ONE_CACHE = KVCache(CONFIG, torch.float32).bytes_for(1)  # as small as one can be
+
+
+def held(state: LayerState) -> int:
+    """Bytes of all caches."""
+    caches = cast("list[KVCache]", list(state._caches.values()))
+    return sum(part.nbytes for cache in caches for part in (*cache._keys, *cache._values))
+
+
 def test_the_caches_of_a_connection_are_bounded() -> None:
-    one_position = 2 * 2 * CONFIG.num_layers * CONFIG.kv_size * 4
-    state = LayerState(WEIGHTS, max_cache_bytes=10 * one_position)
-    whole_pass(state, Begin(1, (Place(1, 0, 8),), 8))
+    """By the memory that they have, which is more than that of their positions."""
+    state = LayerState(WEIGHTS, max_cache_bytes=3 * ONE_CACHE)
+    whole_pass(state, Begin(1, (Place(1, 0, 8), Place(2, 0, 1)), 16))
+    whole_pass(state, Begin(2, (Place(3, 0, 1),), 8))
     with pytest.raises(ProtocolError, match="KV caches"):
-        whole_pass(state, Begin(2, (Place(2, 0, 8),), 8))
-    whole_pass(state, Begin(3, (Place(2, 0, 8),), 8, forget=(1,)))  # what is forgotten makes room
+        whole_pass(state, Begin(3, (Place(4, 0, 1),), 8))
+    whole_pass(state, Begin(4, (Place(4, 0, 1),), 8, forget=(1,)))  # what is forgotten makes room
+    assert held(state) == 3 * ONE_CACHE
+
+
+def test_passes_under_way_count_with_what_they_will_store() -> None:
+    state = LayerState(WEIGHTS, max_cache_bytes=2 * ONE_CACHE)
+    with torch.inference_mode():
+        state.begin(Begin(1, (Place(1, 0, 2),), 8), tokens(2))
+        state.begin(Begin(2, (Place(2, 0, 2),), 8), tokens(2))
+        with pytest.raises(ProtocolError, match="KV caches"):
+            state.begin(Begin(3, (Place(3, 0, 2),), 8), tokens(2))
+
+
+def test_a_pass_that_does_not_begin_leaves_no_sequences() -> None:
+    state = LayerState(WEIGHTS)
+    with torch.inference_mode(), pytest.raises(ProtocolError, match="sequence 3 has 0 positions"):
+        state.begin(Begin(1, (Place(1, 0, 1), Place(2, 0, 1), Place(3, 7, 1)), 8), tokens(3))
+    assert not state._caches
+    whole_pass(state, Begin(2, (Place(1, 0, 1),), 8))
+    assert list(state._caches) == [1]
 
 
 def test_one_connection_cannot_name_what_another_keeps() -> None:
@@ -197,8 +227,7 @@ def test_a_forgotten_sequence_makes_room_on_the_worker(
     """A worker with room for three answers gives thirty, one after another, if it is told which are over."""
     directory = str(tiny_model("llama").directory)
     config = open_checkpoint(directory).config
-    # Three sequences of 5 + 2 positions, keys and values in float32; a cache may be twice as large as its positions.
-    room = 3 * 2 * (5 + 2) * 2 * config.num_layers * config.kv_size * 4
+    room = 3 * KVCache(config, torch.float32).bytes_for(5 + 2)
     monkeypatch.setattr("tsqp.untrusted.paths.plain.LayerState", partial(LayerState, max_cache_bytes=room))
 
     def answer_thirty() -> None:

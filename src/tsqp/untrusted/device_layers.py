@@ -7,7 +7,7 @@ on nothing waits for the device before the logits. A pass of few rows, each of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -65,7 +65,7 @@ class DeviceLayers:
         """See LayerCompute."""
         self.pages.release(cast(PagedSequence, cache))
 
-    def bytes_for(self, lengths: Sequence[int]) -> int:
+    def bytes_for(self, lengths: Iterable[int]) -> int:
         """See LayerCompute. Pages are whole."""
         return sum(map(pages_for, lengths)) * self.pages.page_bytes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -53,10 +53,9 @@ class HostLayers:
     def release(self, cache: Positions) -> None:
         """See LayerCompute: its memory goes with it."""
 
-    def bytes_for(self, lengths: Sequence[int]) -> int:
-        """See LayerCompute. A cache has up to twice the room that its positions need."""
-        config = self.weights.config
-        return 2 * sum(lengths) * 2 * config.num_layers * config.kv_size * self.weights.dtype.itemsize
+    def bytes_for(self, lengths: Iterable[int]) -> int:
+        """See LayerCompute."""
+        return sum(map(self.new_cache().bytes_for, lengths))
 
     def begin(self, tokens: torch.Tensor, batch: Batch[Positions], max_rows: int) -> HostPass:
         """See LayerCompute."""

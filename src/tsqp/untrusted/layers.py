@@ -7,7 +7,7 @@ of the host (``host_layers.py``) or of a device (``device_layers.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,8 +48,8 @@ class LayerCompute(Protocol):
     def release(self, cache: Positions) -> None:
         """A sequence is over."""
 
-    def bytes_for(self, lengths: Sequence[int]) -> int:
-        """The most memory that caches of these lengths take."""
+    def bytes_for(self, lengths: Iterable[int]) -> int:
+        """The memory that caches of these lengths take, with the room that they have for more."""
 
     def begin(self, tokens: torch.Tensor, batch: Batch[Positions], max_rows: int) -> PassCompute:
         """Look up the embedding of int32 tokens (T,) on the host, in chunks of at most ``max_rows`` rows."""
@@ -71,6 +71,7 @@ class LayerState:
         self._weights = weights
         self._max_cache_bytes = max_cache_bytes
         self._caches: dict[int, Positions] = {}
+        self._ends: dict[int, int] = {}  # positions of each, once its passes are over
         self._passes: dict[int, _Pass] = {}
         self._compute: LayerCompute
         if backend.captures:
@@ -85,15 +86,24 @@ class LayerState:
         """
         for sequence in call.forget:
             if (cache := self._caches.pop(sequence, None)) is not None:
+                del self._ends[sequence]
                 self._compute.release(cache)
         if len(self._passes) >= MAX_PASSES:
             raise ProtocolError(f"{MAX_PASSES} passes are under way already")
         if len({place.sequence for place in call.places}) < len(call.places):
             raise ProtocolError("a sequence is in a pass twice")
-        self._check_room(call)
-        caches = [self._cache(place) for place in call.places]
-        batch = Batch(tokens.split([place.rows for place in call.places]), caches)
-        self._passes[call.id] = _Pass(batch, self._compute.begin(tokens, batch, call.max_rows))
+        ends = {place.sequence: place.position + place.rows for place in call.places}
+        self._check_room(ends)
+        caches = {place.sequence: self._cache(place) for place in call.places}
+        batch = Batch(tokens.split([place.rows for place in call.places]), list(caches.values()))
+        try:
+            self._passes[call.id] = _Pass(batch, self._compute.begin(tokens, batch, call.max_rows))
+        except Exception:
+            for sequence in caches.keys() - self._caches.keys():
+                self._compute.release(caches[sequence])
+            raise
+        self._caches |= caches
+        self._ends |= ends
 
     def layer(self, call: Layer) -> None:
         """One chunk through one layer. Raises ProtocolError."""
@@ -129,15 +139,12 @@ class LayerState:
         if cache.length != position:
             raise ProtocolError(f"sequence {sequence} has {cache.length} positions here, not {position}")
         cache.begin(place.begun)
-        self._caches[sequence] = cache
         return cache
 
-    def _check_room(self, call: Begin) -> None:
-        """Before anything is allocated."""
-        if any(place.position + place.rows > self._weights.config.max_positions for place in call.places):
+    def _check_room(self, ends: dict[int, int]) -> None:
+        """Before anything is allocated: for sequences with so many positions, beside all others."""
+        if max(ends.values()) > self._weights.config.max_positions:
             raise ProtocolError(f"a sequence is longer than the context of {self._weights.config.max_positions}")
-        places = {place.sequence: place.position + place.rows for place in call.places}
-        lengths = places | {number: cache.length for number, cache in self._caches.items() if number not in places}
-        needed = self._compute.bytes_for(list(lengths.values()))
+        needed = self._compute.bytes_for((self._ends | ends).values())
         if needed > self._max_cache_bytes:
             raise ProtocolError(f"the KV caches need {needed} bytes; a connection may have {self._max_cache_bytes}")
