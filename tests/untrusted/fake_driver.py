@@ -28,8 +28,8 @@ WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero
 INDEXED = {"index", "index_put", "index_put_"}  # they wait where an index is a mask
 
 
-class ProtocolViolation(AssertionError):
-    """Something that goes wrong on a GPU, some of the time or always."""
+class ProtocolViolation(BaseException):
+    """Something that goes wrong on a GPU, some of the time or always. No worker answers it as a fault of a call."""
 
 
 @dataclass(frozen=True)

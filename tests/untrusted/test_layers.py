@@ -106,6 +106,8 @@ BAD: dict[str, Sequence[Message]] = {
     "no such chunk": [Begin(1, (Place(1, 0, 2),), 8), Layer(2, 1, 0, 1)],
     "no pass to finish": [Finish(1, 3, False)],
     "finished twice": [Begin(1, (Place(1, 0, 2),), 8), Finish(2, 1, False), Finish(3, 1, False)],
+    "a sequence of a pass that is under way": [Begin(1, (Place(1, 0, 2),), 8), Begin(2, (Place(1, 0, 1),), 8)],
+    "to forget one": [Begin(1, (Place(1, 0, 2),), 8), Begin(2, (Place(2, 0, 2),), 8, forget=(1,))],
     "too many passes": [Begin(n, (Place(n, 0, 1),), 8) for n in range(1, layers.MAX_PASSES + 2)],
 }
 
@@ -122,6 +124,21 @@ def test_bad_calls_fail_and_the_connection_goes_on(name: str) -> None:
         replies.append(decode_reply(frames.control))
     assert all(isinstance(reply, Done) for reply in replies[:-1])
     assert isinstance(replies[-1], Failed)
+
+
+def test_what_is_forgotten_too_early_is_still_there() -> None:
+    """On a device its pages would be somebody else's while a pass goes on in them."""
+    state = LayerState(WEIGHTS)
+    with torch.inference_mode():
+        state.begin(Begin(1, (Place(1, 0, 2),), 8), tokens(2))
+        with pytest.raises(ProtocolError, match="sequence 1 is in a pass"):
+            state.begin(Begin(2, (Place(2, 0, 2),), 8, forget=(1,)), tokens(2))
+        for layer in range(CONFIG.num_layers):
+            state.layer(Layer(0, 1, layer, 0))
+        state.finish(Finish(0, 1, False))
+    whole_pass(state, Begin(3, (Place(1, 2, 1),), 8))
+    whole_pass(state, Begin(4, (Place(2, 0, 2),), 8, forget=(1,)))
+    assert list(state._caches) == [2]
 
 
 ONE_CACHE = KVCache(CONFIG, torch.float32).bytes_for(1)  # as small as one can be

@@ -134,7 +134,10 @@ def test_an_answer_that_the_line_does_not_carry_fails_its_call_alone(backend: Ca
             assert reply.id == rows
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory\nstack"), RuntimeError("x" * 10_000)])
+ERRORS = [MemoryError(), RuntimeError("out of memory\nstack"), RuntimeError("x" * 10_000), IndexError(), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_failure_of_the_product_is_an_answer(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -150,6 +153,23 @@ def test_a_failure_of_the_product_is_an_answer(
     assert reply.reason
     assert "\n" not in reply.reason
     assert isinstance(answer(worker, GOOD, X), Done)
+
+
+def test_a_fault_of_the_worker_is_logged_by_its_class_and_place(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not by its text, which may quote what a client has sent."""
+    greet(worker)
+
+    def fail(*_: Any) -> memoryview:
+        return [memoryview(b"")][len("what a client has sent")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plain.Operators, "__call__", fail)
+        reply = answer(worker, GOOD, X)
+    assert isinstance(reply, Failed)
+    assert reply.reason == f"a fault of the worker: IndexError at test_worker.py:{fail.__code__.co_firstlineno + 1}"
+    assert reply.reason in caplog.text
 
 
 def test_the_longest_silent_connection_is_forgotten_first(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ class LayerCompute(Protocol):
 
 @dataclass(frozen=True)
 class _Pass:
+    sequences: frozenset[int]
     batch: Batch[Positions]
     compute: PassCompute
 
@@ -84,6 +85,7 @@ class LayerState:
 
         Raises ProtocolError for what the model or the bounds forbid.
         """
+        self._check_free({*call.forget, *(place.sequence for place in call.places)})
         for sequence in call.forget:
             if (cache := self._caches.pop(sequence, None)) is not None:
                 del self._ends[sequence]
@@ -97,11 +99,12 @@ class LayerState:
         caches = {place.sequence: self._cache(place) for place in call.places}
         batch = Batch(tokens.split([place.rows for place in call.places]), list(caches.values()))
         try:
-            self._passes[call.id] = _Pass(batch, self._compute.begin(tokens, batch, call.max_rows))
+            compute = self._compute.begin(tokens, batch, call.max_rows)
         except Exception:
             for sequence in caches.keys() - self._caches.keys():
                 self._compute.release(caches[sequence])
             raise
+        self._passes[call.id] = _Pass(frozenset(caches), batch, compute)
         self._caches |= caches
         self._ends |= ends
 
@@ -129,6 +132,12 @@ class LayerState:
         if under_way is None:
             raise ProtocolError(f"no pass was begun by call {begin}")
         return under_way
+
+    def _check_free(self, sequences: set[int]) -> None:
+        """That no pass under way has them: its memory would be another's, or hold what the other stores."""
+        for under_way in self._passes.values():
+            if taken := sequences & under_way.sequences:
+                raise ProtocolError(f"sequence {min(taken)} is in a pass that is under way")
 
     def _cache(self, place: Place) -> Positions:
         """The cache of a sequence, which must hold just the positions before those of ``place``."""

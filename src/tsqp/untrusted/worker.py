@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -202,11 +204,11 @@ class Worker:
             tensors, reply = arrival.device or (arrival.frames.tensors, arrival.reply)
             product = operators(call, tensors, reply, arrival.place)
             self._bound_state()
-        except (ProtocolError, RuntimeError, MemoryError) as error:  # torch reports lack of memory as RuntimeError
+        except Exception as error:  # whatever it is, it is this call's and ends no other
             failure, full = self._failed(call, error)
         try:  # also of a call that has failed: the client may use the memory again once it has the answer
             queued = self._backend.submit()
-        except RuntimeError as error:  # of a device that has failed, on which nothing is under way any more
+        except Exception as error:  # of a device that has failed, on which nothing is under way any more
             queued, (failure, full) = NOTHING_QUEUED, self._failed(call, error)
         if failure is None and queued is NOTHING_QUEUED:
             done = Done(call.id, time.perf_counter_ns() - began)
@@ -220,7 +222,7 @@ class Worker:
         try:
             queued.wait()
             stages = queued.stages()
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             failure, full = self._failed(call, error)
         now = time.perf_counter_ns()
         began, self._ended_ns = max(began, self._ended_ns), now  # a device does one call after another
@@ -287,5 +289,13 @@ def group_shapes(weights: PathWeights | ManyWeights) -> tuple[GroupShape, ...]:
 
 
 def reason_of(error: Exception) -> str:
-    """One bounded line, for a person."""
+    """One bounded line, for a person. Of a fault that nobody foresaw its place: its text may quote what was sent."""
+    if not isinstance(error, TsqpError | RuntimeError | MemoryError):
+        return f"a fault of the worker: {type(error).__name__} at {_place_of(error)}"
     return (str(error) or type(error).__name__).splitlines()[0][:500]
+
+
+def _place_of(error: Exception) -> str:
+    """File and line that an error was raised at."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in last) or "an unknown place"
