@@ -7,12 +7,12 @@ GPU would do only with luck raises ``ProtocolViolation``.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +40,25 @@ class FakeEvent:
     at: int | None = field(default=None, compare=False)  # when it was asked for, if it is timed
 
 
-@dataclass(frozen=True)
+class FakePool:
+    """As torch's allocator keeps one: it ends with the last graph that has it, and cannot be begun again."""
+
+    def __init__(self) -> None:
+        self._graphs, self._ended = 0, False
+
+    def take(self, graph: FakeGraph) -> None:
+        """One more graph has it."""
+        if self._ended:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED\nand so on")
+        self._graphs += 1
+        weakref.finalize(graph, self._let_go)
+
+    def _let_go(self) -> None:
+        self._graphs -= 1
+        self._ended = not self._graphs
+
+
+@dataclass(frozen=True, eq=False)
 class FakeGraph:
     driver: FakeDriver
     work: Callable[[], object]
@@ -61,7 +79,7 @@ class FakeHost:
         self.registered: dict[int, int] = {}  # sizes by address
         self.own: dict[int, torch.Tensor] = {}
         self.drivers: list[FakeDriver] = []
-        self._owners: WeakKeyDictionary[torch.UntypedStorage, FakeDriver] = WeakKeyDictionary()
+        self._owners: weakref.WeakKeyDictionary[torch.UntypedStorage, FakeDriver] = weakref.WeakKeyDictionary()
         self._serving = 0
 
     @property
@@ -299,10 +317,15 @@ class FakeDriver:
             self.touched.clear()
         self._in_a_call = False
 
-    def capture(self, work: Callable[[], object]) -> FakeGraph:
+    def new_pool(self) -> FakePool:
+        return FakePool()
+
+    def capture(self, work: Callable[[], object], pool: Any) -> FakeGraph:
         self._not_while_capturing()
         if not self.graphs:
             raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+        graph = FakeGraph(self, work)
+        pool.take(graph)
         self._drain(Stream.COMPUTE)
         with self._by_itself():
             work()
@@ -310,7 +333,7 @@ class FakeDriver:
             work()
         self._capturing = False
         self.captured += 1
-        return FakeGraph(self, work)
+        return graph
 
     def trim(self) -> None:
         self.trimmed += 1

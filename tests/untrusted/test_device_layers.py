@@ -165,6 +165,22 @@ def test_caches_that_move_take_a_pass_along() -> None:
         assert driver.captured > captured, "graphs of caches that have moved would write where these were"
 
 
+def test_graphs_are_made_again_after_the_last_of_them_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """Because the caches have moved, or with their connection. What they shared has gone with them."""
+    weights, driver = weights_of("llama"), FakeDriver()
+    backend = fake_backend(driver)
+    with torch.inference_mode(), backend.serving():
+        for _ in range(2):
+            client = Client(LayerState(weights, backend), weights.config.num_layers)
+            for step in range(2):
+                captured = driver.captured
+                client.whole((1 + step, 0, 3))
+                client.whole((1 + step, 3, 1))
+                assert driver.captured > captured
+                client.whole(*((100 * (1 + step) + n, 0, 2) for n in range(FIRST_PAGES)))  # which is no step
+    assert "CUDA graphs are not used" not in caplog.text
+
+
 def test_without_graphs_the_same_is_launched_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="tsqp.worker")
     with both(driver=FakeDriver(graphs=False)) as (passes, driver):

@@ -78,6 +78,9 @@ def test_sizes_of_the_runtimes_call_have_64_bits(monkeypatch: pytest.MonkeyPatch
     assert [ctypes.sizeof(kind) for kind in library.cudaMemcpy2DAsync.argtypes] == [8, 8, 8, 8, 8, 8, 4, 8]
 
 
+POOL = torch.cuda._POOL_HANDLE((0, 1))
+
+
 class Graph:
     """As ``torch.cuda.CUDAGraph``; ``refused``: CUDA does not end the capture."""
 
@@ -100,7 +103,6 @@ class Graph:
 def graph(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> Graph:
     """What the driver captures into, on device 3; where it has torch's allocator end a capture, that is said too."""
     graph = Graph()
-    driver._pool = torch.cuda._POOL_HANDLE((0, 1))
     driver.device = torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -121,7 +123,7 @@ def test_a_capture_that_fails_is_over_and_says_why(refused: bool, driver: TorchD
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        driver.capture(work)
+        driver.capture(work, POOL)
     assert graph.said == ["begin", "end"]
     assert graph.ended == ([(3, (0, 1))] if refused else [])
 
@@ -129,7 +131,7 @@ def test_a_capture_that_fails_is_over_and_says_why(refused: bool, driver: TorchD
 def test_a_capture_that_cuda_does_not_end_is_over_too(driver: TorchDriver, graph: Graph) -> None:
     graph.refused = True
     with pytest.raises(RuntimeError, match="previous error"):
-        driver.capture(lambda: None)
+        driver.capture(lambda: None, POOL)
     assert graph.ended == [(3, (0, 1))]
 
 

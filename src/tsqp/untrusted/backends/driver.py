@@ -28,6 +28,10 @@ class Event(Protocol):
     """A point in a stream's work."""
 
 
+class Pool(Protocol):
+    """What graphs share; see Driver.new_pool."""
+
+
 class Graph(Protocol):
     """Work that was captured and can be queued again as one."""
 
@@ -86,7 +90,13 @@ class Driver(Protocol):
     def synchronise(self, event: Event) -> None:
         """Wait for an event. Raises RuntimeError for what has failed on the device."""
 
-    def capture(self, work: Callable[[], object]) -> Graph:
+    def new_pool(self) -> Pool:
+        """Memory for graphs of which no two run at the same time. It ends with the last of them, and is of no use then.
+
+        So a graph that has it must be kept while another is captured there.
+        """
+
+    def capture(self, work: Callable[[], object], pool: Pool) -> Graph:
         """Run work of torch's operators once, then capture it. Raises RuntimeError where it cannot be captured."""
 
     def trim(self) -> None:

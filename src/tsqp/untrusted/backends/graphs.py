@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 
 from tsqp.untrusted.backends.base import Bind, Key
-from tsqp.untrusted.backends.driver import Driver, Graph, Stream
+from tsqp.untrusted.backends.driver import Driver, Graph, Pool, Stream
 
 MOST_GRAPHS = 4096  # a model has one for each group, layer and bucket: 32 layers have 645
 
@@ -31,13 +32,15 @@ class Captured:
 
 
 class Graphs:
-    """One for each key and bucket. All share inputs and outputs: no two of them run at the same time."""
+    """One for each key and bucket. All share inputs and outputs, and what they work in: no two run at the same time."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._memory: dict[tuple[str, int], torch.Tensor] = {}
         self._captured: dict[Key, Captured] = {}
         self._refused = False
+        self._living: WeakSet[Graph] = WeakSet()
+        self._pool: Pool | None = None  # of all graphs that live
 
     def of(
         self,
@@ -65,8 +68,11 @@ class Graphs:
         """
         if self._refused:
             return None
+        other = next(iter(self._living), None)  # held while its pool gets another graph: with the last one it ends
+        if other is None or self._pool is None:
+            self._pool = self._driver.new_pool()
         try:
-            return self._driver.capture(work)
+            graph = self._driver.capture(work, self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -74,6 +80,8 @@ class Graphs:
             why = str(error).splitlines() or [type(error).__name__]
             log.warning("CUDA graphs are not used (%s): products of few rows are slower", why[0][:200])
             return None
+        self._living.add(graph)
+        return graph
 
     def _kept(self, name: str, rows: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
         size = rows * columns * dtype.itemsize

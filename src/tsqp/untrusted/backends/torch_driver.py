@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tsqp.errors import OptionError
-from tsqp.untrusted.backends.driver import Event, Graph, Stream
+from tsqp.untrusted.backends.driver import Event, Graph, Pool, Stream
 from tsqp.wire.device_memory import DeviceMemory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of this process
@@ -42,7 +42,6 @@ class TorchDriver:
         self.device = device
         with torch.cuda.device(device):
             self._streams = {stream: torch.cuda.Stream() for stream in Stream}
-            self._pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time, so they share memory
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -106,17 +105,20 @@ class TorchDriver:
     def synchronise(self, event: Event) -> None:
         event.synchronize()  # type: ignore[attr-defined]
 
-    def capture(self, work: Callable[[], object]) -> Graph:
+    def new_pool(self) -> Pool:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], object], pool: Pool) -> Graph:
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph(), which waits for the device, collects garbage and empties the cache for each graph.
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams[Stream.COMPUTE]):
             work()  # libraries set themselves up, and kernels are compiled, which no capture may contain
             try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]
                 work()
                 graph.capture_end()
             except BaseException:
-                self._abandon(graph)
+                self._abandon(graph, pool)
                 raise
         return _ComputeGraph(graph, self._streams[Stream.COMPUTE])
 
@@ -124,7 +126,7 @@ class TorchDriver:
         with suppress(RuntimeError):  # of a device that has failed, or an allocator that was left in a capture
             torch.cuda.empty_cache()
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
         """End a capture that has failed.
 
         Where CUDA refuses its end, torch's allocator would believe for ever that it is under way, and free nothing
@@ -134,7 +136,7 @@ class TorchDriver:
             graph.capture_end()  # if it was not what has failed
             return
         with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)  # type: ignore[arg-type]
 
 
 class _Foreign:
