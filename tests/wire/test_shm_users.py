@@ -39,6 +39,19 @@ except TsqpError as error:
 """
 
 
+# Without this side's checks: it offers a file of the worker's user as its arena, and says what comes back.
+BY_PATH = """
+import os, socket, sys
+from tsqp.wire.transport.shm.packets import *
+me, path, victim = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+os.setgroups([]); os.setgid(me); os.setuid(me)
+line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+line.connect(path)
+line.send(encode_opening(Opening(SHM_VERSION, victim)))
+print(decode_answer(line.recv(8192)).control.decode())
+"""
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A path for a socket in a directory of this user that all may enter, as a service's under /run."""
@@ -77,6 +90,23 @@ def test_a_user_who_was_not_named_is_shut_out_though_the_socket_is_open_to_all(p
             listener.receive(0.01)
         out = process.communicate()[0]
         assert out.startswith("WorkerLost"), out
+
+
+@needs_root
+@pytest.mark.parametrize("user", [OWN, OTHER])
+def test_another_user_does_not_choose_which_file_of_this_one_is_mapped(place: Path, user: int) -> None:
+    """The worker would read it and write products into it, with rights that the client does not have."""
+    victim = place.with_name("a file of the worker")
+    victim.write_bytes(b"S" * 4096)
+    victim.chmod(0o600)
+    command = [sys.executable, "-P", "-c", BY_PATH, str(user), str(place), str(victim)]
+    with (
+        closing(listen(f"shm://{place}", users=[OTHER])) as listener,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        while process.poll() is None:
+            listener.receive(0.01)
+        assert process.communicate()[0] == ("\n" if user == OWN else "a file as arena, and from another user\n")
 
 
 @needs_root

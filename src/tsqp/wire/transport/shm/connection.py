@@ -21,6 +21,7 @@ from tsqp.wire.transport.shm.packets import (
     split_request,
 )
 from tsqp.wire.transport.shm.segment import map_descriptor, map_file
+from tsqp.wire.transport.shm.unix import user_of
 
 MAX_KNOWN_PLACES = 256  # of one connection: more than a model has shapes of calls
 
@@ -119,7 +120,7 @@ class ShmConnection(Connection[memoryview]):
         try:
             if not packet:
                 raise EOFError
-            memory = _map(packet, fds)
+            memory = _map(packet, fds, own=user_of(self.line) == os.geteuid())
         except ProtocolError as error:
             self.answer(OPENING, str(error).encode())
             raise
@@ -135,11 +136,14 @@ class ShmConnection(Connection[memoryview]):
         return memory[region.offset : region.offset + region.size]
 
 
-def _map(packet: bytes, fds: list[int]) -> memoryview:
+def _map(packet: bytes, fds: list[int], *, own: bool) -> memoryview:
+    """``own``: the client is this process's user, so that a name gives it nothing that it could not open itself."""
     opening = decode_opening(packet)
     if opening.version != SHM_VERSION:
         raise ProtocolError(f"shared memory of version {opening.version}; this side speaks {SHM_VERSION}")
     if opening.path is not None and not fds:
+        if not own:
+            raise ProtocolError("a file as arena, and from another user")
         return memoryview(map_file(opening.path))
     if opening.path is None and len(fds) == 1:
         return memoryview(map_descriptor(fds[0]))
