@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tsqp.launch import local as launch
 from tsqp.launch.local import LocalWorker
 
 READY = "import json, sys; address = sys.argv[sys.argv.index('--listen') + 1]; "
+FD_SETSIZE = 1024  # no descriptor from here on is for select()
 SAY = "print(json.dumps({'address': address}), flush=True); "
 
 
@@ -71,6 +74,21 @@ def test_what_it_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path:
         worker.wait_ready()
         grandchild = int(pid_file.read_text())
     wait_gone(grandchild)
+
+
+def test_a_process_with_many_descriptors_starts_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with a raised limit and a connection for each of a thousand clients, whose worker was lost."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 2 * FD_SETSIZE:
+        pytest.skip(f"no process here may have more than {hard} descriptors")
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * FD_SETSIZE), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while stack.enter_context(open(os.devnull)).fileno() < FD_SETSIZE:  # noqa: PTH123
+            pass
+        with start(SAY + "sys.stdin.read()", monkeypatch) as worker:
+            worker.wait_ready()
+            assert worker.listens
 
 
 def test_a_death_by_a_signal_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

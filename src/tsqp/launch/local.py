@@ -113,10 +113,12 @@ class ListeningProcess:
         if output is None:
             raise WorkerUnreachable(f"the {self._what} was started without a pipe")
         deadline = time.monotonic() + timeout_s
+        ready_to_read = select.poll()  # select() knows no descriptor beyond 1,023
+        ready_to_read.register(output, select.POLLIN)
         line = b""
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([output], [], [], left)[0]:
+            if left <= 0 or not ready_to_read.poll(left * 1000):
                 self.close()
                 raise WorkerUnreachable(f"the {self._what} was not ready within {timeout_s:.0f} s")
             piece = os.read(output.fileno(), 4096)
