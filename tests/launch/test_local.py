@@ -91,6 +91,15 @@ def test_a_process_with_many_descriptors_starts_one_too(monkeypatch: pytest.Monk
             assert worker.listens
 
 
+def test_closing_again_kills_nobody_who_has_its_number_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start("", monkeypatch)
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    for _ in range(3):
+        worker.close()
+    assert killed == [worker.pid]
+
+
 def test_a_death_by_a_signal_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         start("import os; os.kill(os.getpid(), 40)", monkeypatch) as worker,

@@ -85,6 +85,7 @@ class ListeningProcess:
             start_new_session=True,  # Ctrl-C is for this side; it ends the process in good order
         )
         self._listens = False
+        self._closed = False
         self._errors: deque[str] = deque(maxlen=50)
         self._drain = threading.Thread(target=self._collect, args=(self._process.stderr,), daemon=True)
         self._drain.start()
@@ -168,8 +169,10 @@ class ListeningProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
+        if not self._closed:  # later the number may be that of somebody else's processes
+            self._closed = True
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # whatever it started: its session is its own
         self._drain.join(timeout=1.0)
 
     def __enter__(self) -> Self:
