@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,10 +15,11 @@ import pytest
 
 from tests.cluster.fake_pool import STARTED
 from tests.commands import wait_until
+from tsqp.cluster import registry as registry_module
 from tsqp.cluster.book import Said
 from tsqp.cluster.registry import Registry, View
 from tsqp.cluster.state import ClusterDirectory, Record
-from tsqp.errors import ClusterError
+from tsqp.errors import ClusterError, WorkerUnreachable
 from tsqp.wire.roster import Member, Roster, read_roster
 
 RECORD = Record(2, "a", "here", "tsqp-a-0", "127.0.0.1:6379", True, "", "/t", "", STARTED, ("0..3",), 2, ())
@@ -75,6 +78,26 @@ def test_a_front_that_ends_is_started_again_at_its_address(directory: ClusterDir
     assert before is not None
     os.kill(before.pid, signal.SIGKILL)
     wait_until(lambda: registry._front is not before and view(registry).front == front)
+
+
+def test_one_whose_front_cannot_start_again_at_once_goes_on_trying(directory: ClusterDirectory) -> None:
+    """Ray starts no actor a second time that fails as it starts. Here somebody has the port; or a disk is full."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        front = f"roster+tcp://127.0.0.1:{taken.getsockname()[1]}"
+        directory.write(msgspec.structs.replace(RECORD, front=front))
+        registry = Registry("a", str(directory.path))
+    with closing(registry):
+        registry.announce(said(0))
+        assert len(roster(directory).workers) == 1
+        wait_until(lambda: view(registry).front == front)
+
+
+def test_a_front_that_never_was_is_an_error_for_who_waits_for_it(
+    directory: ClusterDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "FRONT_COMMAND", (sys.executable, "-c", "raise SystemExit('no room')"))
+    with pytest.raises(WorkerUnreachable, match="the front did not start: no room"):
+        Registry("a", str(directory.path))
 
 
 def test_one_that_is_started_again_has_a_higher_epoch_and_the_same_workers(directory: ClusterDirectory) -> None:

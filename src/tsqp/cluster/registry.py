@@ -37,7 +37,9 @@ class View(msgspec.Struct, frozen=True):
 class Registry:
     """It knows what the cluster's directory says and what workers say, so one that is started again knows the same.
 
-    Its methods are called from Ray's threads, one at a time; the roster is kept by a thread of its own.
+    Ray gives up an actor that raises as it begins. So only the first one raises, as somebody waits for its front; one
+    that is started again begins without a front where there cannot be one yet. Its methods are called from Ray's
+    threads, one at a time; the roster is kept by a thread of its own.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -47,17 +49,21 @@ class Registry:
         self._front: ListeningProcess | None = None
         self._ended = threading.Event()
         self._written = -1
-        self.reload()
-        self._write()
-        self._start_front()
+        record = self._record()
+        self._expect(record)
+        try:
+            self._write()
+            self._start_front()
+        except (TsqpError, OSError) as error:
+            if not record.front:
+                raise
+            log.error("%s", error)
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
 
     def reload(self) -> None:
         """The directory says which workers there are to be. Raises ClusterError."""
-        layout = self._record().layout
-        with self._lock:
-            self._book.expect({number: layout.shard_of(number) for number in range(layout.workers)})
+        self._expect(self._record())
         self._write()
 
     def announce(self, document: bytes) -> None:
@@ -70,20 +76,27 @@ class Registry:
     def view(self) -> bytes:
         """A ``View`` in JSON."""
         self._write()
-        front = "" if self._front is None or self._front.ended else self._front.address
+        process = self._front
+        front = "" if process is None or process.ended else process.address
         with self._lock:
             return msgspec.json.encode(View(self._book.epoch, front, tuple(self._book.entries(time.monotonic()))))
 
     def front(self) -> str:
         """Its address, with the port that it took."""
-        return "" if self._front is None else self._front.address
+        process = self._front
+        return "" if process is None else process.address
 
     def close(self) -> None:
         """End the front. Workers may go on speaking; nobody hears them."""
         self._ended.set()
         self._keeper.join()
-        if self._front is not None:
-            self._front.close()
+        self._close_front()
+
+    def _expect(self, record: Record) -> None:
+        """The workers of a record are those that there are to be."""
+        layout = record.layout
+        with self._lock:
+            self._book.expect({number: layout.shard_of(number) for number in range(layout.workers)})
 
     def _write(self) -> None:
         """The roster, where it has changed."""
@@ -102,13 +115,18 @@ class Registry:
         front.wait_ready(FRONT_TIMEOUT_S)
         self._front = front
 
+    def _close_front(self) -> None:
+        front, self._front = self._front, None
+        if front is not None:
+            front.close()
+
     def _keep(self) -> None:
-        """Drop workers that are silent, and start a front again that has ended."""
+        """Drop workers that are silent, and start a front where there is none, or none any more."""
         while not self._ended.wait(INTERVAL_S):
             try:
                 self._write()
-                if self._front is not None and self._front.ended:
-                    self._front.close()
+                if self._front is None or self._front.ended:
+                    self._close_front()
                     self._start_front()
             except (TsqpError, OSError) as error:  # a full disk, a port that somebody took meanwhile: tried again
                 log.error("%s", error)
