@@ -26,7 +26,7 @@ class FakePool:
         self.known: list[tuple[int, str]] = []
         self.events: list[str] = []
         self.registry = False
-        self.gone = False
+        self.gone = self.silent = False  # nobody listens; somebody does, and cannot be joined
         self.state: State = "listening"
         self.states: Iterator[State] = iter(())  # those of the first looks, of all workers
         self.fails_at: int | str | None = None  # a worker that does not start, or a method
@@ -97,7 +97,7 @@ class FakePool:
 
     @contextmanager
     def _connect(self, directory: ClusterDirectory, record: Record) -> Iterator[Pool]:
-        if self.gone:
+        if self.gone or self.silent:
             raise ClusterError(f"the Ray at {record.ray} cannot be joined")
         self._directory = directory
         yield self

@@ -207,9 +207,53 @@ def test_a_ray_of_somebody_elses_that_is_gone_is_told_and_what_is_here_is_cleare
 ) -> None:
     pool = begin()
     pool.gone = True
-    with pytest.raises(ClusterError, match=r"the Ray at .* cannot be joined; what is here was cleared away"):
+    with pytest.raises(
+        ClusterError, match=r"the Ray at .* cannot be joined; nobody listens there any more, and what is here"
+    ):
         down("a", machinery=pool.machinery)
     assert known_clusters() == []
+    with pytest.raises(ClusterError, match=r"^the Ray at .* cannot be joined$"):
+        begin(pool=pool)
+    assert known_clusters() == []
+
+
+@pytest.mark.parametrize("fails_at", ["connect", "end", "remove_groups"])
+def test_what_was_not_ended_on_a_ray_of_somebody_elses_is_still_known(
+    begin: Callable[..., FakePool], fails_at: str
+) -> None:
+    """Its actors outlive every command, and nobody else knows their names."""
+    pool = begin()
+    pool.silent, pool.fails_at = fails_at == "connect", fails_at
+    with pytest.raises(ClusterError, match=r"tsqp cluster down --name a tries again.*remove /.*/a\b"):
+        down("a", machinery=pool.machinery)
+    assert known_clusters() == ["a"]
+    with pytest.raises(ClusterError, match="cluster a is there already"):
+        begin()
+    pool.silent, pool.fails_at = False, None
+    assert down("a", machinery=pool.machinery)
+    assert (pool.running, pool.groups, pool.registry) == ({}, {}, False)
+    assert known_clusters() == []
+
+
+def test_an_up_that_fails_and_cannot_be_undone_is_still_known(begin: Callable[..., FakePool]) -> None:
+    class Leaving(FakePool):
+        def place(self, groups: tuple[Group, ...], shards: dict[int, str], timeout_s: float) -> None:
+            super().place(groups, shards, timeout_s)
+            self.silent = True
+            raise ClusterError("worker: no such model")
+
+    pool = Leaving()
+    with pytest.raises(ClusterError, match=r"^worker: no such model; the Ray at .* --name a tries again"):
+        begin(pool=pool)
+    assert known_clusters() == ["a"]
+    pool.silent = False
+    assert down("a", machinery=pool.machinery)
+    assert (pool.running, pool.groups, pool.registry) == ({}, {}, False)
+
+
+def test_an_up_that_never_joined_its_ray_leaves_nothing(begin: Callable[..., FakePool]) -> None:
+    pool = FakePool()
+    pool.silent = True
     with pytest.raises(ClusterError, match=r"^the Ray at .* cannot be joined$"):
         begin(pool=pool)
     assert known_clusters() == []

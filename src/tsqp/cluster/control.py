@@ -64,7 +64,7 @@ def up(
     directory = ClusterDirectory(name)
     with directory.locked():
         _clear(directory, _refuse_second(directory, machinery))
-        record = None
+        record, begun = None, False
         try:
             if joined is not None:
                 machinery.check(joined.address, joined.token)
@@ -75,13 +75,20 @@ def up(
                 record = msgspec.structs.replace(record, ray=address)
                 directory.write(record)
             with machinery.connect(directory, record) as pool:
+                begun = True
                 record = msgspec.structs.replace(record, front=pool.open_registry())
                 directory.write(record)
                 _place(pool, record, range(layout.workers), timeout_s)
                 return _view_of_all(pool)
-        except BaseException:  # Ctrl-C too
-            with suppress(ClusterError):  # the first error is the one to be told
-                _end(directory, record, machinery)
+        except BaseException as error:  # Ctrl-C too
+            try:
+                if begun:
+                    _end(directory, record, machinery)
+                else:
+                    _clear(directory, record)
+            except ClusterError as left:
+                if isinstance(error, ClusterError):
+                    raise ClusterError(f"{error}; {left}") from None
             raise
 
 
@@ -105,7 +112,11 @@ def scale(name: str, change: LayoutChange, *, timeout_s: float = START_TIMEOUT_S
 
 
 def down(name: str, *, machinery: Machinery = RAY) -> bool:
-    """End it, and leave nothing. Whether there was anything. Raises ClusterError where a process does not end."""
+    """End it, and leave nothing. Whether there was anything.
+
+    Raises ClusterError where a process does not end; where it runs on somebody else's Ray, that could not be told to
+    end it, it stays known.
+    """
     directory = ClusterDirectory(name)
     with directory.locked():
         record = None
@@ -113,10 +124,7 @@ def down(name: str, *, machinery: Machinery = RAY) -> bool:
             record = directory.read()
         running = _runs(directory, record)
         there = record is not None or running or directory.path.exists()
-        try:
-            _end(directory, record, machinery)
-        except ClusterError as error:
-            raise ClusterError(f"{error}; what is here was cleared away, what runs there was not ended") from None
+        _end(directory, record, machinery)
         return there
 
 
@@ -253,14 +261,24 @@ def _runs(directory: ClusterDirectory, record: Record | None) -> bool:
 
 
 def _end(directory: ClusterDirectory, record: Record | None, machinery: Machinery) -> None:
-    try:
-        if record is not None and not record.own:
+    """Raises ClusterError. On somebody else's Ray its actors outlive every command, and the record is all that names
+    them: it goes when they have ended, or nobody listens there any more.
+    """
+    if record is not None and not record.own:
+        try:
             with machinery.connect(directory, record) as pool:
                 pool.end(tuple(number for group in record.groups for number in group.numbers))
                 pool.close_registry()
                 pool.remove_groups(record.groups)
-    finally:
-        _clear(directory, record)
+        except ClusterError as error:
+            if machinery.listens(record.ray):
+                raise ClusterError(
+                    f"{error}; what runs there was not ended: tsqp cluster down --name {record.name} tries again, or "
+                    f"remove {directory.path} if that Ray is no more"
+                ) from None
+            _clear(directory, record)
+            raise ClusterError(f"{error}; nobody listens there any more, and what is here was cleared away") from None
+    _clear(directory, record)
 
 
 def _clear(directory: ClusterDirectory, record: Record | None) -> None:
