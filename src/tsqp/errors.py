@@ -32,7 +32,7 @@
         ├── WorkerFailed          the worker answered that it could not do the call
         ├── ModelMismatch         the two sides read different checkpoints
         ├── DeadlineExceeded
-        ├── DeviceError           CUDA is not there, or does not do what a cuda address needs
+        ├── DeviceError           CUDA is not there, has failed, or does not do what a cuda address needs
         ├── ChannelClosed         used after close
         ├── ProtocolError         bytes that the protocol does not allow
         │   └── ReplyShapeError   a reply whose size is not that of the product asked for
@@ -262,7 +262,7 @@ class DeadlineExceeded(ChannelError):
 
 
 class DeviceError(ChannelError):
-    """CUDA is not there, or does not do what a connection over device memory needs."""
+    """CUDA is not there, has failed for good, or does not do what a connection over device memory needs."""
 
 
 class ChannelClosed(ChannelError):

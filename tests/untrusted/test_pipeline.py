@@ -21,6 +21,7 @@ from tests.untrusted.many_devices import devices_of, serving_on
 from tests.untrusted.shm_worker import STORE, Watched, connected, fake_backend, serving
 from tests.wire.links import WAIT_S
 from tsqp.config.groups import linear_groups
+from tsqp.errors import DeviceError, WorkerLost
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.driver import Stream
 from tsqp.untrusted.paths.plain import Operators
@@ -200,16 +201,21 @@ def test_what_the_device_reports_belongs_to_the_call_that_was_waited_for(count: 
         drivers[broken].failing = {2}
         asked = [client.ask(MANY, n) for n in range(3)]
         found = [client.answer() for _ in asked]
-        assert [driver.waited for driver in drivers] == [3] * count, "whatever has failed on another"
+        assert client.ask(MANY, 3) == 4
+        assert client.answer() == (4, expected(MANY, 3))
+        probed = 1  # each device, after what one has reported
+        assert [driver.waited for driver in drivers] == [4 + probed] * count, "whatever has failed on another"
     assert found[0] == (asked[0], expected(MANY, 0))
     assert found[1] == (asked[1], "CUDA error: an illegal memory access was encountered")
     assert found[2] == (asked[2], expected(MANY, 2))
 
 
 class Broken(Recording):
-    """Fails once it was asked for something, and then for ever, as CUDA does."""
+    """Fails once what it holds has begun, and then for ever, as CUDA does."""
 
     def done(self, event: FakeEvent) -> bool:
+        if self.late():
+            return False
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     def synchronise(self, event: FakeEvent) -> None:
@@ -218,15 +224,22 @@ class Broken(Recording):
 
 
 @DEVICES
-def test_a_device_that_has_failed_fails_every_call_and_the_worker_says_so(count: int) -> None:
-    with serving_with(count, Broken) as (listener, worker, _):
-        for _ in range(2):  # the second client finds a worker that answers
-            with connected(listener) as channel:
-                client = Asking(channel)
-                asked = [client.ask(MANY, n) for n in range(2)]
-                found = [client.answer() for _ in asked]
-                assert found == [(number, "CUDA error: unspecified launch failure") for number in asked]
-            assert worker.left.acquire(timeout=WAIT_S)
+def test_a_worker_whose_device_has_failed_for_good_answers_what_is_under_way_and_ends(count: int) -> None:
+    """While it went on, clients would find a worker that greets them and fails each call, and nobody would act."""
+    why = "CUDA error: unspecified launch failure"
+
+    def ask_two() -> None:
+        with serving_with(count, Broken) as (listener, _, drivers), connected(listener) as channel:
+            client = Asking(channel)
+            for driver in drivers:
+                driver.hold(2)
+            asked = [client.ask(MANY, n) for n in range(2)]
+            assert [client.answer() for _ in asked] == [(number, why) for number in asked]
+            with pytest.raises(WorkerLost):
+                channel.receive(WAIT_S)
+
+    with pytest.raises(DeviceError, match=rf"^(cpu|cuda:0) has failed for good \({why}\).* start the worker again$"):
+        ask_two()
 
 
 class Crowded(Recording):

@@ -17,7 +17,7 @@ import torch
 
 from tsqp.config.dtype import NumericPath
 from tsqp.config.shard import Shard, said, whole
-from tsqp.errors import ProtocolError, TsqpError
+from tsqp.errors import DeviceError, ProtocolError, TsqpError
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.base import NOTHING_QUEUED
 from tsqp.untrusted.compiled_calls import CompiledCalls
@@ -63,6 +63,7 @@ class Worker:
         self._backend = store.backend
         self._calls = calls
         self._ended_ns = 0  # when the last call ended
+        self._lost: str | None = None  # why the device does nothing any more
         # Those past the handshake, the longest silent first.
         self._connections: dict[bytes, Operators | FieldOperators | ManyOperators] = {}
 
@@ -74,7 +75,7 @@ class Worker:
         return weights
 
     def serve(self, listener: Listener) -> None:
-        """Answer until the listener is interrupted."""
+        """Answer until the listener is interrupted. Raises DeviceError once the device has failed for good."""
         with torch.inference_mode(), self._backend.serving():  # once: each call would pay for it
             if self._backend.depth > 1:
                 self._serve_together(listener)
@@ -98,6 +99,9 @@ class Worker:
                 pipeline.drain()
                 self._let_go(event.peer)
             pipeline.look()
+            if self._lost is not None:
+                pipeline.drain()
+                raise DeviceError(f"{self._lost}, so every call would fail: start the worker again")
         pipeline.drain()
 
     def _received(self, listener: Listener, timeout_s: float | None) -> Arrival | Departure | None:
@@ -172,7 +176,7 @@ class Worker:
         try:
             weights = self.prepare(hello.path)
         except (TsqpError, RuntimeError, MemoryError) as error:
-            full = self._backend.is_out_of_memory(error)
+            full = self._is_full(error)
             reason = self._no_room(f"the weights of the {hello.path} path") if full else reason_of(error)
             log.warning("the %s path cannot be served: %s", hello.path, reason)
         else:
@@ -236,8 +240,20 @@ class Worker:
 
     def _failed(self, call: Call, error: Exception) -> tuple[str, bool]:
         """Why a call has failed, and whether for lack of memory."""
-        full = self._backend.is_out_of_memory(error)
+        full = self._is_full(error)
         return (self._no_room(described(call)) if full else reason_of(error)), full
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether an error is lack of memory. After any other, which a device may have raised, see whether it works.
+
+        CUDA keeps some errors. A worker that went on would greet clients and fail each of their calls, and whoever
+        supervises it would have nothing to act on.
+        """
+        if self._backend.is_out_of_memory(error):
+            return True
+        if self._lost is None and isinstance(error, RuntimeError) and not self._backend.works():
+            self._lost = f"{self._backend.failed} has failed for good ({reason_of(error)})"
+        return False
 
     def _no_room(self, what: str) -> str:
         return f"{self._backend.failed} is out of memory: there was no room for {what}"

@@ -25,7 +25,7 @@ from tests.wire.links import WAIT_S
 from tsqp import LLM, ComputeConfig, SamplingParams, WorkerConfig
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.config.partition import PartitionName
-from tsqp.errors import WorkerLost
+from tsqp.errors import DeviceError, WorkerLost
 from tsqp.untrusted.backends.cpu import CpuBackend
 from tsqp.untrusted.backends.driver import Stream
 from tsqp.wire.channel import Arrival, Departure, Listener
@@ -173,7 +173,7 @@ def test_memory_is_used_no_more_once_another_message_is_looked_for(here: Here, m
     assert not any(under_way)
 
 
-def test_a_device_that_has_failed_fails_the_call_and_not_the_worker(
+def test_a_device_that_has_failed_fails_the_call_and_ends_the_worker(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the end of the work on a client's memory cannot be marked any more."""
@@ -182,10 +182,13 @@ def test_a_device_that_has_failed_fails_the_call_and_not_the_worker(
     def failed(stream: Stream) -> FakeEvent:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    with here.serving() as (listener, _), connected(listener, **here.options) as channel:
-        monkeypatch.setattr(here.driver, "record", failed)  # for good, as CUDA keeps such errors
-        for _ in range(2):
+    def ask() -> None:
+        with here.serving() as (listener, _), connected(listener, **here.options) as channel:
+            monkeypatch.setattr(here.driver, "record", failed)  # for good, as CUDA keeps such errors
             assert "illegal memory access" in failure(channel, call, payload_of(call), 100 * QKV.out_features * 4)
+
+    with pytest.raises(DeviceError, match="has failed for good"):
+        ask()
 
 
 CLIENT = """

@@ -102,6 +102,9 @@ class Devices(Protocol):
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an error says that the device has no room for something."""
 
+    def works(self) -> bool:
+        """Whether each device still does what it is asked, after an error: some errors a device keeps for good."""
+
     def trim(self) -> None:
         """Give back device memory that nothing uses."""
 

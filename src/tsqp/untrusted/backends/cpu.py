@@ -83,6 +83,9 @@ class CpuBackend:
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, MemoryError)
 
+    def works(self) -> bool:
+        return True
+
     def trim(self) -> None: ...
 
     def close(self) -> None: ...

@@ -170,6 +170,13 @@ class CudaBackend:
         text = str(error)  # libraries and locked memory have no class of their own for it
         return isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text)
 
+    def works(self) -> bool:
+        try:
+            self._driver.synchronise(self._driver.record(Stream.COMPUTE))
+        except RuntimeError:  # the error of before: CUDA raises one that it keeps at every call
+            return False
+        return True
+
     def trim(self) -> None:
         self._driver.trim()
 

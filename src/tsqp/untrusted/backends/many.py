@@ -72,6 +72,12 @@ class ManyDevices:
     def is_out_of_memory(self, error: BaseException) -> bool:
         return self.backends[0].is_out_of_memory(error)
 
+    def works(self) -> bool:
+        broken = [device for device, backend in enumerate(self.backends) if not backend.works()]
+        if broken:
+            self._failed = broken[0]
+        return not broken
+
     def trim(self) -> None:
         for backend in self.backends:
             backend.trim()
