@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,31 @@ def still_serves(listener: Listener) -> bool:
         channel.send(Frames(b"good"))
         listener.send(arrived(listener), Frames(b"fine"))
         return channel.receive(WAIT_S).control == b"fine"
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """Whatever opens a file or a socket in here is refused it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_client_for_whom_there_is_no_descriptor_is_turned_away(listener: Listener) -> None:
+    """Left in the queue, it would be announced again and again, for as long as it waits."""
+    with raw_client(listener.address) as first, raw_client(listener.address) as second:
+        with no_more_descriptors():
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(0)
+            for _ in range(2):
+                assert listener.receive(0.0) is None
+        assert first.recv(1) == second.recv(1) == b""
+        assert still_serves(listener)
 
 
 def assert_shut_out(listener: Listener, line: socket.socket, complaint: str) -> None:

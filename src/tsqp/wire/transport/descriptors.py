@@ -1,4 +1,4 @@
-"""How many files and connections this process may still open.
+"""How many files and connections this process may still open, and what a listener does when there are none.
 
 libzmq ends the process where it finds no descriptor for the threads of a new context, so it is asked for one only while
 there are some.
@@ -6,7 +6,10 @@ there are some.
 
 from __future__ import annotations
 
+import os
 import resource
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 PER_CONNECTION = 12  # descriptors of a connection over ZeroMQ, which has the most: ten, and two while it is made
@@ -27,3 +30,36 @@ def descriptors_left() -> int:
 def connections_left() -> int:
     """How many connections may still be made, of any transport."""
     return max(0, descriptors_left() - SPARE) // PER_CONNECTION
+
+
+class TurnAway:
+    """One descriptor that is kept, so that who connects when there is no other can be told so by the end of the line.
+
+    Otherwise the system would announce that client again and again, for as long as it waits.
+    """
+
+    def __init__(self) -> None:
+        self._kept = _nothing()
+
+    def next_of(self, listening: socket.socket) -> bool:
+        """End the next connection as soon as it is there; whether that could be done."""
+        self.close()
+        try:
+            listening.accept()[0].close()
+        except OSError:
+            return False
+        finally:
+            with suppress(OSError):
+                self._kept = _nothing()
+        return True
+
+    def close(self) -> None:
+        """Keep none any more. Closing twice is allowed."""
+        kept, self._kept = self._kept, -1
+        if kept >= 0:
+            os.close(kept)
+
+
+def _nothing() -> int:
+    """A descriptor of nothing. Raises OSError."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -15,6 +16,7 @@ from tsqp.errors import ProtocolError
 from tsqp.wire.channel import MAX_FRAME_BYTES, Arrival, Departure, DirectCalls, Frames
 from tsqp.wire.transport.address import Address
 from tsqp.wire.transport.base import BaseListener, Deadline, check_limits
+from tsqp.wire.transport.descriptors import TurnAway
 from tsqp.wire.transport.shm.connection import Connection, ShmConnection
 from tsqp.wire.transport.shm.packets import PACKET_BYTES
 from tsqp.wire.transport.shm.spin import CROWDED_S, REST_S, SPIN_S, Spin
@@ -85,6 +87,8 @@ class ShmListener(BaseListener):
         self._last: Connection[Any] | None = None  # the one answered last: the likeliest to speak next
         self._left_in_a_row = _MESSAGES_IN_A_ROW
         self._accepted = 0
+        self._turn_away = TurnAway()
+        resources.callback(self._turn_away.close)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         resources.callback(os.close, self._stop)
         self._epoll = resources.enter_context(select.epoll())
@@ -201,29 +205,35 @@ class ShmListener(BaseListener):
     def _look(self, timeout_s: float) -> bool:
         """Sleep until something is here; whether anything was."""
         self._left_in_a_row = _MESSAGES_IN_A_ROW
-        happened = self._epoll.poll(timeout_s)
-        for fd, _ in happened:
+        happened = False
+        for fd, _ in self._epoll.poll(timeout_s):
+            came = True
             if fd in self._by_fd:
                 self._ready.append(self._by_fd[fd])
             elif fd == self._line.fileno():
-                self._accept()
+                came = self._accept()
             else:
                 self._interrupted = True
-        return bool(happened)
+            happened = happened or came
+        return happened
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take in who has connected, or turn it away; False where neither can be done now."""
         try:
             line, _ = self._line.accept()
-        except OSError:
-            return  # it left before it was let in
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return self._turn_away.next_of(self._line)
+            return True  # it left before it was let in
         if len(self._connections) >= MAX_ARENAS or user_of(line) not in self._users:
             line.close()
-            return
+            return True
         line.setblocking(False)
         self._accepted += 1
         connection = self._new_connection(b"%d" % self._accepted, line)
         self._connections[connection.peer] = self._by_fd[line.fileno()] = connection
         self._epoll.register(line.fileno(), select.EPOLLIN)
+        return True
 
     def _new_connection(self, number: bytes, line: socket.socket) -> Connection[Any]:
         return ShmConnection(b"shm-" + number, line, self._max_frame_bytes)
