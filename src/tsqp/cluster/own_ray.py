@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from tsqp.private_path import private_directory
 from tsqp.wire.printable import printable
 
 HEAD_COMMAND = (sys.executable, "-P", "-m", "tsqp.cluster.head")
+START_LIMIT_S = 300.0  # it takes some seconds for each node
 PROBE_LIMIT_S = 30.0
 # Asks Ray for its nodes without a token.
 PROBE = (
@@ -72,13 +74,17 @@ def start_ray(directory: ClusterDirectory, ray_path: Path, nodes: int) -> str:
     if process.stdout is None:
         raise ClusterError("Ray was started without a pipe")
     with process.stdout:
-        line = process.stdout.readline(4096)
+        said = select.poll()
+        said.register(process.stdout, select.POLLIN)
+        in_time = bool(said.poll(START_LIMIT_S * 1000))  # whoever starts it has the cluster's lock
+        line = process.stdout.readline(4096) if in_time else b""
     try:
         return str(json.loads(line)["address"])
     except (ValueError, KeyError, TypeError):
         process.kill()
         process.wait()
-        raise ClusterError(f"Ray did not start: {_last_line(directory.log)}") from None
+        within = "" if in_time else f" within {START_LIMIT_S:.0f} s"
+        raise ClusterError(f"Ray did not start{within}: {_last_line(directory.log)}") from None
 
 
 def check_asks_for_token(address: str, token: Path) -> None:
