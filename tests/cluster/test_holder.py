@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import signal
@@ -77,6 +78,21 @@ def test_with_keys_each_worker_has_a_fresh_pair_that_leaves_no_file(tmp_path: Pa
         found.add(held.said.member.key)
         assert list((tmp_path / "keys").iterdir()) == []
     assert len(found) == 2
+
+
+def test_keys_that_a_killed_actor_left_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    """Not those of an actor that lives: its worker may be about to read them."""
+    left, others = (tmp_path / "keys" / f"tsqp-keys-{name}" for name in ("left", "others"))
+    for directory in (left, others):
+        directory.mkdir(mode=0o700)
+        create_keys(directory, "worker")
+    lock = os.open(others, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with HeldWorker(task()).process:
+            assert list((tmp_path / "keys").iterdir()) == [others]
+    finally:
+        os.close(lock)
 
 
 def test_a_worker_that_cannot_start_is_said_once_and_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:

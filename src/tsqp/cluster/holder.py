@@ -8,14 +8,15 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from tsqp.cluster.book import Said
-from tsqp.cluster.state import Started
+from tsqp.cluster.state import Started, taken
 from tsqp.errors import TsqpError
 from tsqp.launch.local import WORKER_COMMAND, ListeningProcess, worker_environment
 from tsqp.wire.roster import Member
@@ -23,6 +24,7 @@ from tsqp.wire.transport.keys import create_keys, load_public
 
 INTERVAL_S: Final = 1.0  # between two announcements
 LOOK_S: Final = 0.1  # between two looks whether the worker is still there
+PREFIX: Final = "tsqp-keys-"
 AGAIN_S: Final = 5.0  # before a worker that could not be started again is tried once more
 
 
@@ -45,8 +47,7 @@ class HeldWorker:
     """A worker process, with its keys where it has some. Raises WorkerUnreachable with the worker's last words."""
 
     def __init__(self, task: Task) -> None:
-        workshop = Path(tempfile.mkdtemp(prefix="tsqp-keys-"))  # mode 0700
-        try:
+        with _workshop() as workshop:
             key, options = _keys(workshop, task.started.allow)
             address = f"tcp://{task.ip}:0"
             self.process = ListeningProcess(
@@ -55,9 +56,7 @@ class HeldWorker:
                 environment=worker_environment() | task.mark,
                 what="worker",
             )
-            self.process.wait_ready()
-        finally:
-            shutil.rmtree(workshop, ignore_errors=True)  # a worker that listens has read them
+            self.process.wait_ready()  # a worker that listens has read them
         member = Member(self.process.address, task.shard, key)
         self.said = Said(task.number, secrets.token_hex(8), member, os.uname().nodename, self.process.pid)
 
@@ -98,6 +97,41 @@ def _command(task: Task) -> list[str]:
     command = [*WORKER_COMMAND, "--model", started.model, "--device", started.device, "--dtype", "field"]
     command += [] if task.whole else ["--shard", task.shard]
     return command if started.threads is None else [*command, "--threads", str(started.threads)]
+
+
+@contextmanager
+def _workshop() -> Iterator[Path]:
+    """A directory of this user alone, for keys until a worker has read them. It is locked while this process lives.
+
+    What is not locked was left by a process that was killed, and goes: there is a secret key in it.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError), _opened(left) as lock:
+            if os.fstat(lock).st_uid == os.geteuid() and taken(lock, left):
+                shutil.rmtree(left, ignore_errors=True)
+    with ExitStack() as stack:
+        path = _locked(stack)
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+
+
+def _locked(stack: ExitStack) -> Path:
+    """A new directory, locked until the stack ends. One that another process takes for left, before that, is gone."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700
+        with suppress(FileNotFoundError):
+            if taken(stack.enter_context(_opened(path)), path):
+                return path
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    """A descriptor of it. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _keys(directory: Path, allow: tuple[str, ...]) -> tuple[str | None, list[str]]:

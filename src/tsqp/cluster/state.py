@@ -153,7 +153,7 @@ class ClusterDirectory:
         path = self.path.parent / f"{self.name}.lock"  # beside it: the directory may go
         fd = open_private(path, os.O_RDWR | os.O_CREAT, OTHER_DIRECTORY)
         try:
-            if not _taken(fd, path):
+            if not taken(fd, path):
                 raise ClusterError(f"another command is changing cluster {self.name}: try again when it is done")
             try:
                 yield
@@ -164,8 +164,8 @@ class ClusterDirectory:
             os.close(fd)
 
 
-def _taken(fd: int, path: Path) -> bool:
-    """Lock a file, unless another process has it. One that its last holder removed is no lock any more."""
+def taken(fd: int, path: Path) -> bool:
+    """Lock a file or directory, unless another process has it. One that its last holder removed is no lock any more."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(path.stat(), os.fstat(fd))
