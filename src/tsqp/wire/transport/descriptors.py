@@ -61,5 +61,5 @@ class TurnAway:
 
 
 def _nothing() -> int:
-    """A descriptor of nothing. Raises OSError."""
-    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    """A descriptor, and of no file: a worker has none open but its own. Raises OSError."""
+    return os.eventfd(0, os.EFD_CLOEXEC)
