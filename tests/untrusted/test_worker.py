@@ -94,6 +94,24 @@ def test_another_version_or_model_is_refused(worker: Worker, hello: Hello) -> No
     assert isinstance(answer(worker, GOOD, X), Failed)
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), IndexError()], ids=["a disk", "a fault"])
+def test_weights_that_cannot_be_read_are_a_refusal(
+    worker: Worker, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the path that one client asks for: those who have another one go on."""
+
+    def prepare(path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    refused = greet(worker)
+    assert isinstance(refused, Refused)
+    assert type(error).__name__ in refused.reason
+    monkeypatch.undo()
+    greet(worker)
+    assert isinstance(answer(worker, GOOD, X), Done)
+
+
 LARGE: dict[str, tuple[Message, list[torch.Tensor]]] = {
     "linear": (GOOD, [X]),
     "embed": (Embed(1, 8), [torch.zeros(8, dtype=torch.int32)]),

@@ -175,7 +175,7 @@ class Worker:
             )
         try:
             weights = self.prepare(hello.path)
-        except (TsqpError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # also of a disk: it is about this client's path, and no other's
             full = self._is_full(error)
             reason = self._no_room(f"the weights of the {hello.path} path") if full else reason_of(error)
             log.warning("the %s path cannot be served: %s", hello.path, reason)
