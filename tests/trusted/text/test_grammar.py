@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance import LLParserLimits
+from llguidance import LLMatcher, LLParserLimits
 
+from tests.commands import LIMIT_S
 from tests.trusted.text.vocabularies import BYTE_LEVEL, VOCABULARIES
 from tsqp.errors import InputError, OptionError, UnsupportedModel
 from tsqp.trusted.engine.structured_outputs import MAX_CHARACTERS, StructuredOutputsParams
-from tsqp.trusted.text.grammar import Grammar, GrammarMatcher
+from tsqp.trusted.text.grammar import Grammar, GrammarMatcher, _with_a_large_stack
 from tsqp.trusted.text.tokenizer import Tokenizer
 
 PADDED = 700  # tokens that the model has, more than any of these vocabularies
@@ -336,3 +338,19 @@ def test_no_room_for_the_stack_is_an_error_of_one_line(monkeypatch: pytest.Monke
     monkeypatch.setattr("threading.Thread.start", fail)
     with pytest.raises(InputError, match="256 MiB of address space"):
         grammar(json_object=True)
+
+
+def test_several_forms_are_read_at_once() -> None:
+    """One that takes seconds holds up nobody else's."""
+    together, made = threading.Barrier(2, timeout=LIMIT_S), list[object]()
+
+    def make() -> LLMatcher:
+        together.wait()
+        return cast(LLMatcher, object())
+
+    readers = [threading.Thread(target=lambda: made.append(_with_a_large_stack(make))) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(LIMIT_S)
+    assert len(made) == 2

@@ -31,7 +31,7 @@ _LIMITS = LLParserLimits(
 # The library recurses as deep as a form refers from one rule to the next. A form of the most characters allowed goes
 # through less than a sixth of this; pages that are not touched are no memory.
 _STACK_BYTES = 256 << 20
-_one_at_a_time = threading.Lock()
+_starting = threading.Lock()  # the size of stacks is one for the process
 
 _TOO_COMPLEX = "structured_outputs became too complex within an answer"
 _PLACE = re.compile(r"(at )?\d+\(\d+\): (failed to compile JSON schema: )?")  # how an error of the library begins
@@ -83,7 +83,7 @@ def _with_a_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
     """Raises InputError where there is no room for the stack."""
     made: list[LLMatcher] = []
     thread = threading.Thread(target=lambda: made.append(make()))
-    with _one_at_a_time:
+    with _starting:
         usual = threading.stack_size(_STACK_BYTES)
         try:
             thread.start()
@@ -91,7 +91,7 @@ def _with_a_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
             raise InputError(f"structured_outputs take {_STACK_BYTES >> 20} MiB of address space to read") from None
         finally:
             threading.stack_size(usual)
-        thread.join()
+    thread.join()  # others may read forms meanwhile
     (matcher,) = made
     return matcher
 
