@@ -133,5 +133,6 @@ def test_thousands_of_aborted_requests_leave_nothing(server: Served) -> None:
         assert counts.ended["abort"] - ended["abort"] > MANY // 2
         assert counts.added == sum(counts.ended.values())
         assert counts.kv_bytes == 0
+        assert len(server.model.llm.engine._scheduler._prefixes) <= 1  # they were of one prompt
 
     asyncio.run(run())

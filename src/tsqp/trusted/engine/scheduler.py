@@ -163,7 +163,7 @@ class Scheduler:
     def end(self, request: Request, reason: FinishReason) -> None:
         """A request has ended: what it holds is free, or kept for the next turn of its conversation.
 
-        After an abort too: the turn may have taken over what an earlier one had left, and may be asked for again.
+        After an abort its prompt: the turn may have taken over what an earlier one had left, and may be asked for again.
         """
         del self._requests[request.id]
         if self._running.pop(request.id, None) is None:
@@ -173,7 +173,7 @@ class Scheduler:
         self._counts.ended[reason] += 1
         cache = self._release(request)
         if request.scope is not None and reason != "error" and isinstance(cache, ReusableCache):
-            if self._same_bits:
+            if self._same_bits or reason == "abort":  # what thousands give up is one cache, if it is one prompt
                 cache.truncate(request.prompt_length)
             self._prefixes.keep(self._scope_of(request), request.tokens[: cache.length], cache)
 
