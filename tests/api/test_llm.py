@@ -81,6 +81,33 @@ def test_a_prompt_of_anything_else_is_refused_in_one_line() -> None:
                 llm.generate(prompt)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("token", [-1, 10**9, 2**70])
+def test_a_token_that_the_model_has_not_is_refused(token: int) -> None:
+    with LLM(MODEL, protection="local") as llm:
+        with pytest.raises(PromptError, match="vocabulary"):
+            llm.generate([[1, token]])
+        with pytest.raises(PromptError, match="vocabulary"):
+            llm.logits([token])
+
+
+@pytest.mark.parametrize("protection", ["local", "verified"])
+def test_a_closed_model_answers_nothing_more(protection: ProtectionName) -> None:
+    with LLM(MODEL, protection=protection) as llm:
+        stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=8))
+        next(stream)
+    for ask in (lambda: next(stream), lambda: llm.generate([[1]]), lambda: llm.logits([1])):
+        with pytest.raises(ChannelClosed, match="closed"):
+            ask()
+
+
+def test_a_model_may_be_a_path_and_workers_a_list(start_worker: StartWorker) -> None:
+    compute = ComputeConfig(dtype="float32")
+    with LLM(Path(MODEL), protection="open", worker=[start_worker(MODEL, "shm")], compute=compute) as llm:
+        assert llm.generate([[1, 2]], SamplingParams(max_tokens=1))
+    with pytest.raises(CheckpointNotFound, match="/no-such"):
+        LLM(Path("/no-such"))
+
+
 def test_stream_gives_the_same_text_in_pieces() -> None:
     with LLM(MODEL, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
         deltas = list(llm.stream(TEXTS[0], SamplingParams(max_tokens=12)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from tsqp.checkpoint import locate, open_checkpoint, stored_dtype
 from tsqp.checkpoint.contents import read_line
 from tsqp.config.protection import ProtectionName
 from tsqp.cores import cores
-from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost
+from tsqp.errors import ChannelError, OptionError, PromptError, TsqpWarning, WorkerLost, model_closed
 from tsqp.launch.local import LocalWorker
 from tsqp.progress import Progress, Timings, unseen
 from tsqp.tee.hardening import harden_process
@@ -83,10 +84,10 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         protection: ProtectionName = "masked",
-        worker: WorkerConfig | str | None = None,
+        worker: WorkerConfig | str | Sequence[str] | None = None,
         guard: GuardConfig | None = None,
         compute: ComputeConfig | None = None,
         connect: Connect = connect_to,
@@ -96,8 +97,10 @@ class LLM:
         limits: Limits | None = None,
         taps: bool = False,
     ) -> None:
-        if isinstance(worker, str):
-            worker = WorkerConfig(worker)
+        model = os.fspath(model)
+        if worker is not None and not isinstance(worker, WorkerConfig):
+            worker = WorkerConfig(worker if isinstance(worker, str) else tuple(worker))
+        self._closed = False
         run = RunConfig(model, protection, worker or WorkerConfig(), guard or GuardConfig(), compute or ComputeConfig())
         self.plan = Plan.of(run)
         self._dealer = Dealer.of(run) or DealerRoster.of(run)
@@ -394,7 +397,9 @@ class LLM:
 
     def logits(self, prompt: Prompt, *, lora: str | None = None) -> torch.Tensor:
         """Logits after every token of a raw prompt, float32 (T, vocab_size)."""
-        return self._engine.logits(self.encode(prompt, raw=True), lora)
+        tokens = self.encode(prompt, raw=True)
+        self._refuse_closed()
+        return self._engine.logits(tokens, lora)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, **template_args: object) -> list[int]:
         """The tokens of a prompt, as ``generate`` takes it. Raises PromptError, OptionError."""
@@ -413,6 +418,10 @@ class LLM:
         """
         with_template = bool(template_args) or self.tokenizer.chat_template is not None
         return raw or not isinstance(prompt, str) or not with_template
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise model_closed()
 
     def explained(self, error: ChannelError) -> ChannelError:
         """The error, or a better one where more is known of the worker."""
@@ -437,7 +446,8 @@ class LLM:
         session.ping()
 
     def close(self) -> None:
-        """Leave the worker, and stop it if it was started here. Closing twice is allowed."""
+        """Leave the worker, and stop it if it was started here. What is under way ends. Closing twice is allowed."""
+        self._closed = True
         self._resources.close()
 
     def __enter__(self) -> LLM:
@@ -460,8 +470,11 @@ class LLM:
 
         ``go_on``: for each, whether it does so with the text of its prompt; None: no. ``ends``: of the only one.
 
-        Raises OptionError for parameters that name tokens which the model has not, InputError for a form that is none.
+        Raises PromptError; OptionError for parameters that name tokens which the model has not, InputError for a form
+        that is none.
         """
+        for prompt in prompts:
+            self._engine.check_prompt(prompt)
         from tsqp.trusted.engine.oblivious import ObliviousSampler
         from tsqp.trusted.engine.sampling import Sampler
 
@@ -504,13 +517,13 @@ class LLM:
         encoded = [self.encode(prompt, raw=raw, **template_args) for prompt in prompts]
         go_on = [not turn and self.goes_on(prompt, raw=raw, **template_args) for prompt in prompts]
         begun = self.new_answers(encoded, params, go_on=go_on)
-        for answer, _ in begun:
-            self._engine.check_prompt(answer.prompt)
+        self._refuse_closed()
         try:
             with Caller(self._engine) as caller:
                 for answer, sampler in begun:
                     caller.add(answer.prompt, params, salt=salt, patient=patient, sampler=sampler, adapter=lora)
                 for index, output in caller:
+                    self._refuse_closed()
                     delta = begun[index][0].extend(output)
                     if delta.completion is not None:
                         caller.stop(output)
