@@ -312,8 +312,18 @@ def test_an_output_that_cannot_hold_the_answer(home: Home) -> None:
     assert "?" in result.out
 
 
-def test_debug_shows_the_traceback(home: Home) -> None:
-    result = home.run("generate", "a", "--model", "/nowhere/model", "--debug")
+def test_a_variable_for_a_key_is_for_tcp_alone(home: Home, tmp_path: Path) -> None:
+    """Whoever has set it for other commands may start a worker that needs none."""
+    key, model = str(tmp_path / "no.key_secret"), ("--model", "/nowhere/model")
+    result = home.run("worker", *model, "--listen", "shm:///tmp/w.sock", TSQP_KEY=key)
+    assert (result.code, "/nowhere/model" in result.err) == (1, True)
+    result = home.run("worker", *MODEL, TSQP_LISTEN="tcp://127.0.0.1:0", TSQP_KEY=key)
+    assert (result.code, "--allow" in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize("command", [("generate", "a"), ("worker",)], ids=["generate", "worker"])
+def test_debug_shows_the_traceback(command: tuple[str, ...], home: Home) -> None:
+    result = home.run(*command, "--model", "/nowhere/model", "--debug")
     assert result.code == 1
     assert "Traceback" in result.err
     assert "CheckpointNotFound" in result.err

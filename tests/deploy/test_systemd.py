@@ -160,7 +160,7 @@ def test_a_worker_takes_what_its_environment_says(side: str, other_machine: bool
     environment = environment_of(path)
     command, *words = arguments_of(SYSTEMD / f"tsqp-{side}.service", environment)
     assert command == "worker"
-    options = parse_worker_options([*worker_arguments(environment), *words])
+    options = parse_worker_options(worker_arguments(environment, words))
     assert options.dtype == "field"
     if options.listen.startswith("shm:"):
         assert options.allow_user == [settings_of(SYSTEMD / "tsqp-server.service")["User"][0]]

@@ -172,7 +172,7 @@ def worker(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> 
     """Serve the linear algebra of one model, until Ctrl-C."""
     from tsqp.launch.local import WORKER_COMMAND
 
-    chosen = [*arguments_of(os.environ), *arguments]
+    chosen = arguments_of(os.environ, arguments)
     parse_worker_options(chosen)  # refused here as any command's
     sys.stdout.flush()
     command = [*WORKER_COMMAND, *chosen]

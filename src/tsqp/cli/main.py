@@ -57,7 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     try:
-        result = _call([*(argument for argument in arguments[:end] if argument != "--debug"), *arguments[end:]])
+        is_worker = arguments[:1] == ["worker"]  # whose process reads it by itself
+        ours = [argument for argument in arguments[:end] if argument != "--debug" or is_worker]
+        result = _call([*ours, *arguments[end:]])
     except KeyboardInterrupt:
         print(file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED

@@ -188,7 +188,8 @@ def api_key(
     /,
     *,
     file: Annotated[
-        Path | None, Parameter(help="Append the line to this file, which is made for this user alone when missing.")
+        Path | None,
+        Parameter(help="Append the line to this file; it and its folder are made for this user alone when missing."),
     ] = None,
 ) -> None:
     """Make an API key for tsqp serve. The key is shown this once: the file of --api-keys has only its hash.
@@ -202,10 +203,12 @@ def api_key(
 
     key = new_key()
     line = line_for(name, key)
+    sys.stdout.write(f"key, give it to the client, it is shown this once: {key}\n")
+    sys.stdout.flush()  # first: a key that nobody has seen is not to be in force
     if file is not None:
         add_line(file, line)
     where = f"line for the file of --api-keys: {line}" if file is None else f"its hash is in {file}"
-    sys.stdout.write(f"key, give it to the client, it is shown this once: {key}\n{where}\n")
+    sys.stdout.write(f"{where}\n")
 
 
 def _listening(options: ServeOptions) -> Listening:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 REPLACED = "\N{REPLACEMENT CHARACTER}"  # in place of a control character, with which an answer could move the cursor
 
 
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt at once: asyncio would cancel a task that cannot run before there is a line."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Lines:
     """A line of standard input is a turn; answers go to standard output, everything else to ``console``."""
 
@@ -42,7 +57,8 @@ class Lines:
     async def read(self) -> str | None:
         """What the user says next; None at the end. Raises PromptError for bytes that are not text."""
         try:
-            return sys.stdin.readline() or None
+            with _interrupts_raised():
+                return sys.stdin.readline() or None
         except UnicodeDecodeError:
             raise PromptError("the prompt is not UTF-8 text") from None
 

@@ -117,10 +117,16 @@ def _check_shard(options: argparse.Namespace) -> None:
     options.dtype = "field"
 
 
-def arguments_of(environment: Mapping[str, str]) -> list[str]:
-    """The flags that the variables in ``environment`` stand for."""
+def arguments_of(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> list[str]:
+    """The flags that the variables in ``environment`` stand for, before ``arguments``, which win over them.
+
+    A key is for tcp: elsewhere its variable, which may be there for another command, is ignored. Raises OptionError.
+    """
     given = {flag: next(filter(None, map(environment.get, names)), None) for flag, names in VARIABLES.items()}
-    return [f"{flag}={value}" for flag, value in given.items() if value is not None]
+    chosen = [f"{flag}={value}" for flag, value in given.items() if value is not None and flag != "--key"]
+    if given["--key"] and (parse_worker_options([*chosen, *arguments]).listen or "").startswith("tcp:"):
+        chosen.append(f"--key={given['--key']}")
+    return [*chosen, *arguments]
 
 
 def device_name(text: str) -> str:
