@@ -163,7 +163,7 @@ class Scheduler:
     def end(self, request: Request, reason: FinishReason) -> None:
         """A request has ended: what it holds is free, or kept for the next turn of its conversation.
 
-        After an abort its prompt: the turn may have taken over what an earlier one had left, and may be asked for again.
+        After an abort its prompt: the turn may have taken over what an earlier one left, and may be asked for again.
         """
         del self._requests[request.id]
         if self._running.pop(request.id, None) is None:
