@@ -63,11 +63,35 @@ def test_no_field_may_be_unknown(section: str) -> None:
         ({"tdx": {"mrtd": "any"}}, r"\[tdx\] accepts any software"),
         ({"sgx": {"mrenclave": "any"}}, r"\[sgx\] accepts any software"),
         ({"sev_snp": {"measurement": "any"}}, r"\[sev-snp\] accepts any software"),
+        # Anybody's firmware can extend an RTMR, the host chooses MRCONFIGID and HOST_DATA, no ID key is a digest of
+        # zeros, and one who signs enclaves signs several products.
+        ({"tdx": {"mrtd": "any", "mrconfigid": ["aa" * 48]}}, r"\[tdx\] accepts any software"),
+        ({"tdx": {"mrtd": "any", **{f"rtmr{at}": ["aa" * 48] for at in range(4)}}}, r"\[tdx\] accepts any software"),
+        ({"sgx": {"mrenclave": "any", "mrsigner": ["aa" * 32]}}, r"\[sgx\] accepts any software"),
+        ({"sgx": {"mrenclave": "any", "isv-prod-id": [1]}}, r"\[sgx\] accepts any software"),
+        ({"sev_snp": {"measurement": "any", "host-data": ["aa" * 32]}}, r"\[sev-snp\] accepts any software"),
+        ({"sev_snp": {"measurement": "any", "id-key-digest": ["00" * 48]}}, r"\[sev-snp\] accepts any software"),
+        (
+            {"sev_snp": {"measurement": "any", "id-key-digest": ["aa" * 48, "00" * 48]}},
+            r"\[sev-snp\] accepts any software",
+        ),
     ],
 )
 def test_what_is_not_a_policy_is_refused_by_its_field(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(PolicyError, match=told):
         parse_policy(policy_text(KINDS, **changes).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sgx": {"mrenclave": "any", "mrsigner": ["aa" * 32], "isv-prod-id": [1]}},
+        {"sev_snp": {"measurement": "any", "id-key-digest": ["aa" * 48]}},
+        {"sev_snp": {"id-key-digest": ["00" * 48]}},  # beside a measurement
+    ],
+)
+def test_who_signs_the_software_names_it(changes: dict[str, Any]) -> None:
+    parse_policy(policy_text(KINDS, **changes).encode())
 
 
 @pytest.mark.parametrize("kind", SECTIONS)

@@ -7,8 +7,9 @@ are those of honest software. Assumes: the file came to its reader unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -17,6 +18,7 @@ from tsqp.tee.evidence import Kind
 from tsqp.tee.statement import Configuration, EmbeddingLookup, Hex32, Name
 
 MAX_POLICY_BYTES = 256 << 10
+NO_ID_KEY = "00" * 48  # in a report of a guest that was started without an ID block
 
 Any_ = Literal["any"]
 Hex8 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]  # 8 bytes
@@ -131,10 +133,25 @@ class Policy(Section, frozen=True, kw_only=True):
     sev_snp: SnpPolicy | None = None
 
 
-MEASURED = {  # the fields that say which software runs: a policy has to say something of one of them
-    "tdx": ("mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mrconfigid"),
-    "sgx": ("mrenclave", "mrsigner"),
-    "sev_snp": ("measurement", "id_key_digest", "host_data"),
+class Pinned(NamedTuple):
+    """What of a section has to be there so that not just any software is accepted."""
+
+    holds: Callable[[Any], bool]
+    told: str
+
+
+# Of each section. RTMRs, MRCONFIGID and HOST_DATA only add to these: any firmware can extend an RTMR to any value, and
+# the host chooses the other two. One who signs enclaves may sign others, so MRSIGNER goes with a product.
+PINNED = {
+    "tdx": Pinned(lambda one: one.mrtd != "any", "mrtd"),
+    "sgx": Pinned(
+        lambda one: one.mrenclave != "any" or "any" not in (one.mrsigner, one.isv_prod_id),
+        "mrenclave, or mrsigner with isv-prod-id",
+    ),
+    "sev_snp": Pinned(
+        lambda one: one.measurement != "any" or (one.id_key_digest != "any" and NO_ID_KEY not in one.id_key_digest),
+        "measurement, or id-key-digest without that of zeros, which is no key",
+    ),
 }
 
 
@@ -158,14 +175,13 @@ def parse_policy(data: bytes) -> Policy:
         raise PolicyError(f"no policy: {str(error)[:300]}") from None
     if not policy.kinds or not policy.server.protections:
         raise PolicyError("kinds and server.protections must name at least one each, or nothing is ever accepted")
-    for name, fields in MEASURED.items():
+    for name, pinned in PINNED.items():
         section, kind = getattr(policy, name), name.replace("_", "-")
         if (section is None) != (kind not in policy.kinds):
             missing = section is None
             raise PolicyError(f"kinds names {kind}, so [{kind}] is missing" if missing else f"kinds lacks {kind}")
-        if section is not None and all(getattr(section, field) == "any" for field in fields):
-            named = ", ".join(field.replace("_", "-") for field in fields)
-            raise PolicyError(f"[{kind}] accepts any software: say something of one of {named}")
+        if section is not None and not pinned.holds(section):
+            raise PolicyError(f"[{kind}] accepts any software: name {pinned.told}")
     return policy
 
 
