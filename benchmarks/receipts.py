@@ -146,7 +146,7 @@ def main() -> None:
         signed = read_receipt(header)
         signed.check_signature()
         signed.check_request(small.body)
-        signed.check_answer(read_answer(answer))
+        signed.check_answer(read_answer(answer, signed.receipt.path))
 
     cases["verify"] = least_s({"verify_s": verify}, options.rounds)
     for name, figures in cases.items():

@@ -116,7 +116,7 @@ def check(signed: SignedReceipt, path: str, body: bytes, answer: bytes) -> None:
     """It is of these bytes, and no text is in it."""
     signed.check_signature()
     signed.check_request(body)
-    signed.check_answer(read_answer(answer))
+    signed.check_answer(read_answer(answer, signed.receipt.path))
     receipt = signed.receipt
     assert (receipt.path, receipt.identity) == (path, statement().identity().hex())
     assert receipt.id in answer.decode()

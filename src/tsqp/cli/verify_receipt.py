@@ -75,7 +75,7 @@ def verify_receipt(
     if body is not None:
         signed.check_request(body)
     if answer is not None:
-        signed.check_answer(read_answer(read_bytes(answer, MAX_ANSWER_BYTES)))
+        signed.check_answer(read_answer(read_bytes(answer, MAX_ANSWER_BYTES), signed.receipt.path))
     if evidence is not None and policy is not None:
         _check_evidence(signed, evidence, policy, collateral, at)
     else:

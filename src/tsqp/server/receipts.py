@@ -170,7 +170,7 @@ def refuse_receipt(why: str) -> None:
 def with_header(reply: Response, draft: Draft | None, answers: Answers) -> Response:
     """A whole answer, with its receipt."""
     if draft is not None:
-        reader = AnswerReader()
+        reader = AnswerReader(draft.path)
         reader.whole(bytes(reply.body))
         reply.headers[HEADER] = draft.sign(reader, answers.token_ids()).to_header()
     return reply
@@ -186,7 +186,7 @@ def with_receipt(
 async def _with_receipt(
     events: AsyncGenerator[Event, None], draft: Draft, answers: Answers
 ) -> AsyncGenerator[Event, None]:
-    reader, last = AnswerReader(), None
+    reader, last = AnswerReader(draft.path), None
     async with aclosing(events):
         async for event in events:
             last = event.data
