@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,21 @@ def test_a_key_is_verified_again_when_it_is_old(tmp_path: Path) -> None:
         assert pinned.verified == {}
         await pinned.open()
         assert upstream.questions == 2
+
+    run(case, tmp_path)
+
+
+def test_a_key_grows_old_while_the_machine_is_asleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep, read = [0.0], time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda of: read(of) + asleep[0] * (of == time.CLOCK_BOOTTIME))
+
+    async def case(upstream: Upstream, _pinned: PinnedServer, _clock: Clock) -> None:
+        server = parse_server(f"https://127.0.0.1:{upstream.port}")
+        pinned = PinnedServer(server, policy(["none"]), Without(), max_age_s=MAX_AGE_S)
+        await pinned.verify()
+        assert list(pinned.verified) == [key(FIRST)]
+        asleep[0] += MAX_AGE_S
+        assert pinned.verified == {}
 
     run(case, tmp_path)
 

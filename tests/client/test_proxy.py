@@ -269,9 +269,10 @@ def test_the_state_is_shown(tmp_path: Path) -> None:
         before = await state()
         assert (before["verified"], before["keys"], before["passed_on"]) == (False, [], 0)
         await side.ask(side.post())
+        side.clock[0] += 50
         after = await state()
         assert (after["verified"], after["passed_on"], after["refusal"]) == (True, 1, None)
-        assert after["keys"][0]["protection"] == "masked"
+        assert (after["keys"][0]["protection"], after["keys"][0]["age_s"]) == ("masked", 50.0)
         await filled(side.pinned)
         side.upstream.use(SECOND)
         side.clock[0] += 101

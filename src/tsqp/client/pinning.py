@@ -1,8 +1,8 @@
 """Connections to one server whose key was verified, and has been lately.
 
 Covers: a connection is handed out only if the key of its own certificate was in evidence that the policy accepted, no
-longer than ``max_age_s`` ago (tests/client/test_pinning.py). Does not cover: what a verified server does with what it
-is sent. Assumes: TLS 1.3 proves that the other end holds the key of its certificate.
+longer than ``max_age_s`` ago; time asleep counts (tests/client/test_pinning.py). Does not cover: what a verified
+server does with what it is sent. Assumes: TLS 1.3 proves that the other end holds the key of its certificate.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tsqp.client.address import ServerAddress
 from tsqp.client.asking import Shown, ask, unverified_tls
 from tsqp.errors import EvidenceRefused, TsqpError
 from tsqp.tee.collateral import Collateral
+from tsqp.tee.elapsed import elapsed_s
 from tsqp.tee.evidence import Evidence
 from tsqp.tee.policy import Policy
 from tsqp.tee.verification import MAKERS, Roots, spki_sha256, verify_connection
@@ -30,7 +31,7 @@ MAX_KEYS = 64  # of servers behind one address
 
 @dataclass(frozen=True)
 class Verified:
-    """A key that was accepted, with its evidence. ``at``: on the monotonic clock, s."""
+    """A key that was accepted, with its evidence. ``at``: on the clock of its server, s."""
 
     evidence: Evidence
     at: float
@@ -67,7 +68,7 @@ class PinnedServer:
         max_age_s: float,
         roots: Roots = MAKERS,
         told: Callable[[str], None] = lambda _line: None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = elapsed_s,
     ) -> None:
         self.server = server
         self.refusal: str | None = None  # the last one, as long as nothing was accepted after it
@@ -76,7 +77,7 @@ class PinnedServer:
         self._max_age_s = max_age_s
         self._roots = roots
         self._told = told
-        self._clock = clock
+        self.clock = clock
         self._keys: dict[str, Verified] = {}
         self._one_question = asyncio.Lock()
         self._spares: deque[Pinned] = deque()
@@ -111,7 +112,7 @@ class PinnedServer:
         """One that was opened lately, to a key that is believed now."""
         while self._spares:
             one = self._spares.popleft()
-            if one.alive and self._fresh(one.key) and self._clock() - one.at <= SPARE_S:
+            if one.alive and self._fresh(one.key) and self.clock() - one.at <= SPARE_S:
                 return one
             one.close()
         return None
@@ -130,7 +131,7 @@ class PinnedServer:
         asyncio.get_running_loop().call_later(SPARE_S, self._drop_old)
 
     def _drop_old(self) -> None:
-        while self._spares and self._clock() - self._spares[0].at >= SPARE_S:
+        while self._spares and self.clock() - self._spares[0].at >= SPARE_S:
             self._spares.popleft().close()
 
     def close(self) -> None:
@@ -146,14 +147,14 @@ class PinnedServer:
 
     def _fresh(self, key: str) -> bool:
         one = self._keys.get(key)
-        return one is not None and self._clock() - one.at <= self._max_age_s
+        return one is not None and self.clock() - one.at <= self._max_age_s
 
     async def _verify(self, key: str | None) -> None:
         """One question at a time; who has waited for the same answer does not ask again."""
         async with self._one_question:
             if key is not None and self._fresh(key):
                 return
-            asked_at = self._clock()  # before: evidence is not younger than its question
+            asked_at = self.clock()  # before: evidence is not younger than its question
             try:
                 shown = await asyncio.to_thread(self._ask)
             except TsqpError as error:
@@ -192,7 +193,7 @@ class PinnedServer:
             why = str(error) or type(error).__name__
             raise TsqpError(f"no connection to {self.server}: {why[:200]!a}") from None
         try:
-            return Pinned(reader, writer, key_of(writer), self._clock())
+            return Pinned(reader, writer, key_of(writer), self.clock())
         except BaseException:
             writer.transport.abort()
             raise

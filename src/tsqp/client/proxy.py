@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ class Proxy:
 
     def status(self) -> dict[str, object]:
         """What is verified now; of the state of the proxy, and of no request."""
-        now = time.monotonic()
+        now = self._pinned.clock()
         keys = [
             {
                 "key": key,
