@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from tsqp.errors import EvidenceRefused, InputError, TsqpError
+from tsqp.tee.elapsed import elapsed_s
 from tsqp.tee.quotes.amd_certificates import Found, read_found
 from tsqp.tee.quotes.intel import platform_of, qvl
 from tsqp.tee.quotes.snp_report import MalformedReport, SnpReport
@@ -20,6 +23,7 @@ from tsqp.tee.quotes.snp_report import MalformedReport, SnpReport
 MAX_FILE_BYTES = 4 << 20
 MAX_FILES = 256
 TIMEOUT_S = 20.0
+KEPT_S = 3600.0  # then a service is asked again: platforms are found to be out of date, and certificates are revoked
 
 
 class Collateral(Protocol):
@@ -68,23 +72,26 @@ class Without:
 
 
 class Service:
-    """Asked over HTTPS: a PCCS or Intel's own for Intel's kinds, AMD's KDS for SEV-SNP. Kept while the object lives."""
+    """Asked over HTTPS, and again after ``KEPT_S``: a PCCS or Intel's own for Intel's kinds, AMD's KDS for SEV-SNP."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, clock: Callable[[], float] = elapsed_s) -> None:
         if not url.startswith("https://"):
             raise InputError(f"collateral comes from a directory or an https:// address, not from {url}")
         self._url = url.rstrip("/")
-        self._kept: dict[Any, Any] = {}
+        self._clock = clock
+        self._kept: dict[str, tuple[float, Any]] = {}  # by what was asked for, with when
 
     def intel(self, kind: str, quote: bytes) -> str:
         where = platform_of(kind, quote)
-        if where not in self._kept:
+
+        def fetch() -> str:
             try:
                 asked = asyncio.wait_for(qvl().get_collateral(self._url, quote), TIMEOUT_S)
-                self._kept[where] = asyncio.run(asked).to_json()
+                return str(asyncio.run(asked).to_json())
             except (ValueError, RuntimeError, TimeoutError) as error:
                 raise self._failed(error) from None
-        return str(self._kept[where])
+
+        return str(self._lately(where, fetch))
 
     def amd(self, quote: bytes, products: tuple[str, ...]) -> Found:
         try:
@@ -98,21 +105,27 @@ class Service:
         found = Found()
         for product in products:
             for what in (f"{chip}?{levels}", "cert_chain", "crl"):
-                found += self._get(f"{self._url}/vcek/v1/{product}/{what}")
+                url = f"{self._url}/vcek/v1/{product}/{what}"
+                found += self._lately(url, partial(self._get, url))
         return found
 
     def _get(self, url: str) -> Found:
-        if url not in self._kept:
-            import requests
+        import requests
 
-            try:
-                answer = requests.get(url, timeout=TIMEOUT_S, allow_redirects=False)
-                answer.raise_for_status()
-            except requests.RequestException as error:
-                raise self._failed(error) from None
-            self._kept[url] = read_found(answer.content[:MAX_FILE_BYTES])
-        found: Found = self._kept[url]
-        return found
+        try:
+            answer = requests.get(url, timeout=TIMEOUT_S, allow_redirects=False)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise self._failed(error) from None
+        return read_found(answer.content[:MAX_FILE_BYTES])
+
+    def _lately(self, what: str, fetch: Callable[[], Any]) -> Any:
+        """What was fetched at most ``KEPT_S`` ago, or is now."""
+        now = self._clock()
+        self._kept = {one: (at, kept) for one, (at, kept) in self._kept.items() if now - at <= KEPT_S}
+        if what not in self._kept:
+            self._kept[what] = now, fetch()
+        return self._kept[what][1]
 
     def _failed(self, error: Exception) -> TsqpError:
         return TsqpError(f"no collateral from {self._url}: {str(error)[:200] or type(error).__name__}")
