@@ -10,7 +10,7 @@ import requests
 
 from tests.tee.forge.amd import amd_forge
 from tests.tee.forge.intel import intel_forge
-from tsqp.errors import TsqpError
+from tsqp.errors import EvidenceRefused, TsqpError
 from tsqp.tee import collateral
 from tsqp.tee.collateral import KEPT_S, Service
 
@@ -96,3 +96,25 @@ def test_what_is_old_is_not_used_where_the_service_fails(kds: Kds, monkeypatch: 
     kds.own, kds.status = "Genoa", 503
     with pytest.raises(TsqpError, match="no collateral from https://collateral"):
         service.amd(QUOTE, ("Milan",))
+
+
+def test_a_chip_is_of_one_of_the_lines_of_a_policy(kds: Kds) -> None:
+    """The service answers 404 for the others."""
+    service = Service(URL, clock=Clock())
+    assert service.amd(QUOTE, ("Genoa", "Milan")) == service.amd(QUOTE, ("Milan",))
+    service.amd(QUOTE, ("Genoa", "Milan"))
+    assert kds.asked["Genoa", "vcek"] == 1  # what is not there is kept too
+
+
+def test_a_chip_of_none_of_the_lines_is_said(kds: Kds) -> None:
+    service = Service(URL, clock=Clock())
+    with pytest.raises(
+        EvidenceRefused, match=r"sev-snp\.chip-id is .* one that https://collateral\.example knows .* Genoa"
+    ):
+        service.amd(QUOTE, ("Genoa",))
+
+
+def test_another_failure_is_one_for_all_lines(kds: Kds) -> None:
+    kds.status = 429
+    with pytest.raises(TsqpError, match="429"):
+        Service(URL, clock=Clock()).amd(QUOTE, ("Genoa", "Milan"))

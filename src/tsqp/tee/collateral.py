@@ -104,16 +104,33 @@ class Service:
             levels, chip = f"fmcSPL={tcb.fmc}&{levels}", chip[:16]
         found = Found()
         for product in products:
-            for what in (f"{chip}?{levels}", "cert_chain", "crl"):
-                url = f"{self._url}/vcek/v1/{product}/{what}"
-                found += self._lately(url, partial(self._get, url))
+            of_chip = self._file(f"{product}/{chip}?{levels}")
+            if of_chip is not None:  # else the chip is of another line
+                found += sum(map(self._there, (f"{product}/cert_chain", f"{product}/crl")), of_chip)
+        if not found.certificates:
+            expected = f"one that {self._url} knows with its TCB version, of {', '.join(products)}"
+            raise EvidenceRefused("sev-snp.chip-id", report.chip_id, expected)
         return found
 
-    def _get(self, url: str) -> Found:
+    def _there(self, path: str) -> Found:
+        found = self._file(path)
+        if found is None:
+            raise self._failed(ValueError(f"no {path} there"))
+        return found
+
+    def _file(self, path: str) -> Found | None:
+        """None for one that is not there."""
+        url = f"{self._url}/vcek/v1/{path}"
+        found: Found | None = self._lately(url, partial(self._get, url))
+        return found
+
+    def _get(self, url: str) -> Found | None:
         import requests
 
         try:
             answer = requests.get(url, timeout=TIMEOUT_S, allow_redirects=False)
+            if answer.status_code == requests.codes.not_found:
+                return None
             answer.raise_for_status()
         except requests.RequestException as error:
             raise self._failed(error) from None

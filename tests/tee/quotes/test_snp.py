@@ -163,6 +163,14 @@ def test_a_chain_that_others_signed_is_refused() -> None:
         check(found=Found(own[1:]))
 
 
+def test_the_same_certificates_may_come_twice() -> None:
+    """With the report, and as collateral."""
+    forge = amd_forge()
+    own = certificates_in(forge.certificates())
+    assert check(found=own + read_found(forge.vcek.der) + read_found(forge.ask_ark_pem.encode())) == DATA
+    assert check(found=sum((own for _ in range(9)), Found())) == DATA
+
+
 def test_a_certificate_that_has_ended_is_refused() -> None:
     forge = AmdForge(vcek_valid=(NOW - 2 * DAY, NOW - DAY))
     with pytest.raises(EvidenceRefused, match=r"sev-snp\.chain is a certificate not valid at 2026-01-01"):

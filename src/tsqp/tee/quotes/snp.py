@@ -65,7 +65,8 @@ def check_snp(quote: bytes, found: Found, policy: SnpPolicy, now: float, roots: 
 
 def _chain(certificates: Iterable[Certificate], roots: Mapping[str, str]) -> list[Certificate]:
     """Chip, signer of the line, root. Raises EvidenceRefused for one that is not there."""
-    given = list(certificates)[:MAX_CERTIFICATES]
+    # The same ones may come with the report and as collateral.
+    given = list({(one.signed, one.signature): one for one in certificates}.values())[:MAX_CERTIFICATES]
     leaves = [one for one in given if HWID in one.amd]
     if len(leaves) != 1:
         raise EvidenceRefused("sev-snp.certificates", f"{len(leaves)} of chips (VCEK)", "one: give it as collateral")
