@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -92,9 +96,53 @@ def test_a_server_that_never_answers_is_not_waited_for() -> None:
         ask(ServerAddress("127.0.0.1", silent.getsockname()[1]), timeout_s=0.2)
 
 
+@contextmanager
+def dripping(directory: Path, plain: bytes, answer: bytes | None) -> Iterator[ServerAddress]:
+    """A server that sends ``plain`` without TLS, or ``answer`` with it, and then a byte whenever one is waited for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(PAIR.write(directory))
+    ended = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):
+            if answer is not None:
+                connection = context.wrap_socket(connection, server_side=True)
+                connection.recv(4096)
+            connection.sendall(plain if answer is None else answer)
+            for _ in range(300):
+                if ended.wait(0.01):
+                    break
+                connection.sendall(b"x")
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,))
+        thread.start()
+        try:
+            yield ServerAddress("127.0.0.1", listening.getsockname()[1])
+        finally:
+            ended.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("plain", "answer"),
+    [
+        (b"\x16\x03\x03\x40\x00", None),  # a record of 16 KiB
+        (b"", b"HTTP/1.1 200 OK\r\nx-slow: "),
+        (b"", b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n"),
+        (b"", b"HTTP/1.1 200 OK\r\n\r\n"),  # ends with the connection
+    ],
+    ids=["handshake", "head", "body", "body without a length"],
+)
+def test_a_server_that_drips_has_no_more_time(plain: bytes, answer: bytes | None, tmp_path: Path) -> None:
+    with dripping(tmp_path, plain, answer) as server, pytest.raises(TsqpError, match=r"no evidence from .*timed out"):
+        ask(server, timeout_s=0.3)
+
+
 def test_a_server_without_tls_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as plain:
-        import threading
 
         def speak() -> None:
             connection, _ = plain.accept()

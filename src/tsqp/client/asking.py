@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import http.client
 import secrets
+import socket
 import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from tsqp.client.address import ServerAddress
@@ -40,15 +45,21 @@ def unverified_tls() -> ssl.SSLContext:
 
 
 def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S) -> Shown:
-    """Ask with a fresh nonce. Raises EvidenceRefused for what is no evidence, TsqpError where nobody answers."""
+    """Ask with a fresh nonce. Raises EvidenceRefused for what is no evidence, TsqpError where nobody answers.
+
+    ``timeout_s``: from the beginning to the end, however the other end drips. Each address of a name, and then the
+    handshake, has as long before it fails by itself.
+    """
     nonce = secrets.token_bytes(NONCE_BYTES)
     connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=unverified_tls())
+    until = time.monotonic() + timeout_s
     try:
         connection.connect()
-        certificate = connection.sock.getpeercert(binary_form=True)
-        connection.request("GET", f"{PATH}?nonce={nonce.hex()}", headers={"accept": "application/json"})
-        answer = connection.getresponse()
-        body = answer.read(MAX_EVIDENCE_BYTES + 1)
+        with _within(until - time.monotonic(), connection.sock):
+            certificate = connection.sock.getpeercert(binary_form=True)
+            connection.request("GET", f"{PATH}?nonce={nonce.hex()}", headers={"accept": "application/json"})
+            answer = connection.getresponse()
+            body = answer.read(MAX_EVIDENCE_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and TimeoutError are OSErrors
         why = str(error) or type(error).__name__
         raise TsqpError(f"no evidence from {server}: {why[:SHOWN_BYTES]!a}") from None
@@ -60,3 +71,25 @@ def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S) -> Shown:
         found = f"an answer with status {answer.status} ({body[:SHOWN_BYTES].decode('utf-8', 'replace')})"
         raise EvidenceRefused("evidence", found, f"what {server}{PATH} should give")
     return Shown(read_evidence(body), nonce, certificate)
+
+
+@contextmanager
+def _within(left_s: float, tls: ssl.SSLSocket) -> Iterator[None]:
+    """What happens on ``tls`` ends in time, or with TimeoutError: its own limit is for each read, of a byte or more."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        with suppress(OSError):
+            socket.socket.shutdown(tls, socket.SHUT_RDWR)  # not that of ``tls``, after which it reads without TLS
+
+    timer = threading.Timer(left_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # before the socket is closed and its number another's
+        if over.is_set():
+            raise TimeoutError("timed out")
