@@ -102,3 +102,17 @@ def test_a_downgraded_server_is_refused() -> None:
 def test_what_is_no_certificate_is_refused() -> None:
     with pytest.raises(EvidenceRefused, match="certificate is what cannot be read"):
         spki_sha256(b"no certificate")
+
+
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("a003020102", "a003020101"),  # a version 2, which TLS lets pass
+        ("2a8648ce3d0201", "2a8648ce3d0209"),  # a key of an unknown kind
+    ],
+)
+def test_a_certificate_that_is_not_understood_is_refused(there: str, instead: str) -> None:
+    strange = PAIR.der.replace(bytes.fromhex(there), bytes.fromhex(instead), 1)
+    assert strange != PAIR.der
+    with pytest.raises(EvidenceRefused, match="certificate is what cannot be read"):
+        spki_sha256(strange)

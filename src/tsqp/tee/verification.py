@@ -19,7 +19,7 @@ from tsqp.errors import EvidenceRefused
 from tsqp.tee.collateral import Collateral
 from tsqp.tee.evidence import Evidence
 from tsqp.tee.policy import Policy, check_server, one_of
-from tsqp.tee.quotes.amd_certificates import certificates_in
+from tsqp.tee.quotes.amd_certificates import MALFORMED, certificates_in
 from tsqp.tee.quotes.intel import check_sgx, check_tdx
 from tsqp.tee.quotes.snp import AMD_ROOTS, check_snp
 
@@ -70,7 +70,7 @@ def spki_sha256(certificate: bytes) -> bytes:
     """32 bytes: SHA-256 of the public key of a certificate in DER. Raises EvidenceRefused for what is none."""
     try:
         key = x509.load_der_x509_certificate(certificate).public_key()
-    except ValueError:
+    except MALFORMED:
         raise EvidenceRefused("certificate", "what cannot be read", "an X.509 certificate") from None
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
