@@ -17,6 +17,7 @@ from tsqp.tee.evidence import Quote, make_evidence
 from tsqp.tee.verification import spki_sha256
 
 Answer = Callable[[str], tuple[int, bytes]]  # of a nonce, hex
+More = dict[str, str]  # headers
 
 
 def honest(pair: KeyPair) -> Answer:
@@ -31,8 +32,8 @@ def honest(pair: KeyPair) -> Answer:
 
 
 @contextmanager
-def evidence_server(pair: KeyPair, answer: Answer, directory: Path) -> Iterator[str]:
-    """Its address. ``directory``: for the key of its certificate."""
+def evidence_server(pair: KeyPair, answer: Answer, directory: Path, more: More | None = None) -> Iterator[str]:
+    """Its address. ``directory``: for the key of its certificate. ``more``: of each answer."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -40,7 +41,8 @@ def evidence_server(pair: KeyPair, answer: Answer, directory: Path) -> Iterator[
             nonces = parse_qs(asked.query).get("nonce", [])
             status, body = answer(nonces[0]) if asked.path == "/v1/attestation" and nonces else (404, b"")
             self.send_response(status)
-            self.send_header("content-length", str(len(body)))
+            for name, value in {"content-length": str(len(body)), **(more or {})}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.evidence_server import evidence_server, honest
+from tests.commands import LIMIT_S
 from tests.tee.certificates import key_pair
 from tests.tee.policies import policy
 from tsqp.client.address import ServerAddress, parse_server
@@ -94,6 +95,41 @@ def test_nobody_there_is_one_line() -> None:
 def test_a_server_that_never_answers_is_not_waited_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TsqpError, match="timed out"):
         ask(ServerAddress("127.0.0.1", silent.getsockname()[1]), timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "waited_s"),
+    [("3", 3.0), ("", 1.0), ("soon", 1.0), ("-1", 1.0), ("nan", 1.0), ("1e9", 1.0), ("9" * 400, 5.0)],
+)
+def test_a_server_that_many_ask_is_asked_once_more(retry_after: str, waited_s: float, tmp_path: Path) -> None:
+    nonces: list[str] = []
+    slept: list[float] = []
+
+    def busy_once(nonce: str) -> tuple[int, bytes]:
+        nonces.append(nonce)
+        return (429, b"ask again") if len(nonces) == 1 else honest(PAIR)(nonce)
+
+    with evidence_server(PAIR, busy_once, tmp_path, {"retry-after": retry_after}) as address:
+        shown = ask(parse_server(address), sleep=slept.append)
+    assert slept == [waited_s]
+    assert [shown.nonce.hex()] == nonces[1:] != nonces[:1]
+
+
+@pytest.mark.parametrize(("timeout_s", "times"), [(LIMIT_S, 2), (4.5, 1)])
+def test_a_server_that_many_ask_is_not_asked_for_ever(timeout_s: float, times: int, tmp_path: Path) -> None:
+    """Nor where there is no time to wait as long as it wants."""
+    nonces: list[str] = []
+
+    def busy(nonce: str) -> tuple[int, bytes]:
+        nonces.append(nonce)
+        return 429, b"ask again"
+
+    with (
+        evidence_server(PAIR, busy, tmp_path, {"retry-after": "5"}) as address,
+        pytest.raises(EvidenceRefused, match="status 429"),
+    ):
+        ask(parse_server(address), timeout_s, sleep=lambda _s: None)
+    assert len(nonces) == times
 
 
 @contextmanager

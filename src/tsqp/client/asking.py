@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from tsqp.tee.statement import NONCE_BYTES
 
 PATH = "/v1/attestation"
 TIMEOUT_S = 30.0  # a quote takes a TEE milliseconds, or seconds when many ask
+WAIT_S, MAX_WAIT_S = 1.0, 5.0  # before the second question to a server that too many ask
 SHOWN_BYTES = 200  # of an answer that is none
 
 
@@ -44,15 +45,40 @@ def unverified_tls() -> ssl.SSLContext:
     return context
 
 
-def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S) -> Shown:
-    """Ask with a fresh nonce. Raises EvidenceRefused for what is no evidence, TsqpError where nobody answers.
+def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S, sleep: Callable[[float], None] = time.sleep) -> Shown:
+    """Ask with a fresh nonce, and once more where too many ask.
 
     ``timeout_s``: from the beginning to the end, however the other end drips. Each address of a name, and then the
-    handshake, has as long before it fails by itself.
+    handshake, has as long before it fails by itself. Raises EvidenceRefused for what is no evidence, TsqpError where
+    nobody answers.
     """
-    nonce = secrets.token_bytes(NONCE_BYTES)
-    connection = http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=unverified_tls())
     until = time.monotonic() + timeout_s
+    answer = _answered(server, until)
+    if answer.status == http.client.TOO_MANY_REQUESTS and time.monotonic() + answer.wait_s < until:
+        sleep(answer.wait_s)
+        answer = _answered(server, until)
+    if answer.status != http.client.OK:
+        found = f"an answer with status {answer.status} ({answer.body[:SHOWN_BYTES].decode('utf-8', 'replace')})"
+        raise EvidenceRefused("evidence", found, f"what {server}{PATH} should give")
+    return Shown(read_evidence(answer.body), answer.nonce, answer.certificate)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """``wait_s``: before the next question, as the server wants it, within bounds."""
+
+    nonce: bytes
+    certificate: bytes
+    status: int
+    body: bytes
+    wait_s: float
+
+
+def _answered(server: ServerAddress, until: float) -> _Answer:
+    """``until``: on the monotonic clock. Raises EvidenceRefused, TsqpError."""
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    left_s = max(until - time.monotonic(), 1e-3)
+    connection = http.client.HTTPSConnection(server.host, server.port, timeout=left_s, context=unverified_tls())
     try:
         connection.connect()
         with _within(until - time.monotonic(), connection.sock):
@@ -67,10 +93,12 @@ def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S) -> Shown:
         connection.close()
     if certificate is None:
         raise EvidenceRefused("certificate", "missing", "one of TLS")
-    if answer.status != http.client.OK:
-        found = f"an answer with status {answer.status} ({body[:SHOWN_BYTES].decode('utf-8', 'replace')})"
-        raise EvidenceRefused("evidence", found, f"what {server}{PATH} should give")
-    return Shown(read_evidence(body), nonce, certificate)
+    return _Answer(nonce, certificate, answer.status, body, _wait_s(answer.getheader("retry-after", "")))
+
+
+def _wait_s(text: str) -> float:
+    """Of the header: whole seconds; a date is not read."""
+    return min(float(text), MAX_WAIT_S) if text.isascii() and text.isdecimal() else WAIT_S
 
 
 @contextmanager
