@@ -102,6 +102,31 @@ def test_user_defined_tokens_are_found_and_kept(tmp_path: Path) -> None:
     assert tokenizer.decode([VOCAB - 2, VOCAB - 1]) == "<|im_end|>"  # the control token is skipped, this one is not
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>"),
+        *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_a_turn_ends_where_the_name_of_a_token_says_so(tmp_path: Path, name: str) -> None:
+    fields = byte_level_fields()
+    fields["tokens"][-1], fields["eos_token_id"] = name, 3  # as converters do: the end of a text alone
+    ends = {}
+    for kind in (1, 2, 3, 4, 5):
+        fields["types"][-1] = kind
+        ends[kind] = _read(tmp_path, fields).eos_token_ids
+    assert ends == {1: (3,), 2: (3,), 3: (3, VOCAB - 1), 4: (3, VOCAB - 1), 5: (3,)}
+
+
+def test_the_token_of_unknown_characters_ends_an_answer_if_the_file_says_so(tmp_path: Path) -> None:
+    """That of SmolLM is called ``<|endoftext|>``, and its turns end in ``<|im_end|>`` alone."""
+    fields = byte_level_fields() | {"unknown_token_id": VOCAB - 2}
+    fields["tokens"][-2] = "<|endoftext|>"
+    assert _read(tmp_path, fields).eos_token_ids == (VOCAB - 1,)
+    assert _read(tmp_path, fields | {"eot_token_id": VOCAB - 2}).eos_token_ids == (VOCAB - 1, VOCAB - 2)
+
+
 @pytest.fixture(scope="module")
 def pieces() -> sentencepiece.SentencePieceProcessor:
     """A small SentencePiece BPE with Llama's settings."""

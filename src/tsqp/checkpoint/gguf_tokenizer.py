@@ -27,6 +27,12 @@ _SPACE = "▁"  # how SentencePiece writes a space
 
 _SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _END_KEYS = ("eos", "eot", "eom")
+_END_NAMES = frozenset(
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>"),
+        *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+    )
+)
 _NO_TOKEN = 0xFFFF_FFFF
 
 
@@ -59,11 +65,10 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
             )
     _add_special_tokens(tokenizer, tokens, types)
     _add_begin_and_end(tokenizer, file, tokens, kind)
-    ends = [_special_id(file, key, tokens) for key in _END_KEYS]
     special = {name: _special_id(file, key, tokens) for name, key in _SPECIAL_KEYS.items()}
     return TextFormat(
         tokenizer_json=tokenizer.to_str(),
-        eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        eos_token_ids=_ends(file, tokens, types),
         chat_template=file.text("tokenizer.chat_template", "") or None,
         tool_chat_template=file.text("tokenizer.chat_template.tool_use", "") or None,
         special_tokens={name: tokens[i] for name, i in special.items() if i is not None},
@@ -213,6 +218,23 @@ def _add_begin_and_end(tokenizer: Tokenizer, file: GgufFile, tokens: list[str], 
         steps.append(around)
     if steps:
         tokenizer.post_processor = processors.Sequence(steps)
+
+
+def _ends(file: GgufFile, tokens: list[str], types: list[int]) -> tuple[int, ...]:
+    """The tokens that end an answer: those that the file names, and then those whose own name says so.
+
+    A converter often writes the end of a text alone (Gemma 3, Phi-3), and a turn of a chat ends in another token. So
+    names count for llama.cpp too. The token of unknown characters counts by its key alone: SmolLM's is called
+    ``<|endoftext|>``.
+    """
+    named = [_special_id(file, key, tokens) for key in _END_KEYS]
+    unknown = _special_id(file, "unknown", tokens)
+    called = [
+        i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if token in _END_NAMES and kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and i != unknown
+    ]
+    return tuple(dict.fromkeys(i for i in (*named, *called) if i is not None))
 
 
 def _special_id(file: GgufFile, key: str, tokens: list[str]) -> int | None:
