@@ -197,6 +197,34 @@ def test_linear_rope(tmp_path: Path) -> None:
     assert open_checkpoint(str(tmp_path / "m.gguf")).config.rope == RopeConfig(5000.0, "linear", 4.0)
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(tmp_path: Path, key: str) -> None:
+    model = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+
+    def read(metadata: dict[str, Any]) -> RopeConfig:
+        write_gguf(tmp_path / "m.gguf", model, metadata=metadata)
+        return open_checkpoint(str(tmp_path / "m.gguf")).config.rope
+
+    assert read({key: 4.0}) == RopeConfig(5000.0, "linear", 4.0)
+    assert read({"rope.scale_linear": 2.0, key: 4.0}) == RopeConfig(5000.0, "linear", 4.0)  # the newer key counts
+    for nothing in (0.0, 1.0):
+        assert read({key: nothing}) == RopeConfig(5000.0)
+    assert read({"rope.scaling.type": "none", key: 4.0}) == RopeConfig(5000.0)
+    with pytest.raises(CorruptCheckpoint, match="must be positive"):
+        read({key: -4.0})
+
+
+def test_a_factor_beside_the_divisors_of_each_frequency(tmp_path: Path) -> None:
+    model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(LLAMA3))
+    factors = {ROPE_FACTORS: np.array(llama3_factors(LLAMA3, 64), dtype=np.float32)}
+    for nothing in (0.0, 1.0):
+        write_gguf(tmp_path / "m.gguf", model, metadata={"rope.scaling.factor": nothing}, extra_tensors=factors)
+        assert open_checkpoint(str(tmp_path / "m.gguf")).config == parse_config(model.config.to_dict())
+    write_gguf(tmp_path / "m.gguf", model, metadata={"rope.scaling.factor": 32.0}, extra_tensors=factors)
+    with pytest.raises(UnsupportedModel, match="linear rope scaling together with"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
 def test_yarn(tmp_path: Path) -> None:
     """The keys as llama.cpp's converter writes them, and the attention factor as llama.cpp computes it."""
     parameters = {

@@ -68,7 +68,9 @@ def _read(file: GgufFile, name: str, family: Family, head_dim: int, max_position
     default = family.theta if family.local_theta is not None else 10_000.0
     theta = positive_number(file, f"{name}.rope.freq_base", default)
     key, stored = f"{name}.rope.scaling", file.shapes()
-    kind = "longrope" if ROPE_LONG in stored else file.text(f"{key}.type", "none")
+    given = file.number(f"{key}.factor", file.number(f"{name}.rope.scale_linear", 0.0))
+    # llama.cpp takes a file without a type to be linear, and a factor of 0 to be none.
+    kind = "longrope" if ROPE_LONG in stored else file.text(f"{key}.type", "none" if given in (0, 1) else "linear")
     if kind not in _SCALINGS:
         raise UnsupportedModel(
             f"{file.path}: rope scaling {kind!r} is not implemented; supported are {', '.join(_SCALINGS)}"
