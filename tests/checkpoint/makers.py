@@ -137,6 +137,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_bool(key, value)
         case int():
             writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
+        case np.float64():
+            writer.add_float64(key, value)
         case float():
             writer.add_float32(key, value)
         case str():

@@ -311,6 +311,13 @@ def test_llama3_rope_is_read_from_its_factors(tmp_path: Path, factor: float) -> 
     assert open_checkpoint(str(tmp_path / "m.gguf")).config == parse_config(model.config.to_dict())
 
 
+def test_arithmetic_that_no_bound_foresaw(tmp_path: Path) -> None:
+    """The largest divisor is rounded to 4 decimals, and so to 0."""
+    write_gguf(tmp_path / "m.gguf", make_model("llama"), extra_tensors={ROPE_FACTORS: np.full(4, 1e-6, np.float32)})
+    with pytest.raises(CorruptCheckpoint, match="its numbers make no model"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
+
+
 def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     model = make_model("llama", head_dim=64, rope_parameters=_rope_parameters(LLAMA3))
     factors = np.array(llama3_factors(LLAMA3, 64), dtype=np.float32)
@@ -339,7 +346,7 @@ def test_rope_factors_that_divide_nothing(tmp_path: Path, value: float) -> None:
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5}, "ext_factor"),
         ({"rope.dimension_count": 4}, "part of each head"),
         ({"attention.value_length": 4}, "value heads"),
-        ({"block_count": 2**31}, "block_count: 2147483648 layers"),
+        ({"block_count": 2**30}, "block_count: 1073741824 layers"),
     ],
 )
 def test_refuses_by_name(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:
@@ -398,6 +405,13 @@ def test_what_a_family_does_not_allow(
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rope_factors_short"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 0.0}, "attn_factor"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "epsilon"),
+        ({"rope.freq_base": np.float64(1e300)}, "freq_base is 1e"),
+        ({"rope.freq_base": np.float64(1e-300)}, "freq_base is 1e"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": np.float64(1e300)}, "factor is 1e"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 1e29}, "context of"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 9.9e29}, "attention"),
+        ({"context_length": 2**31}, "context_length"),
+        ({"attention.sliding_window": 2**31}, "sliding_window"),
     ],
 )
 def test_names_the_bad_key(tmp_path: Path, metadata: dict[str, Any], named: str) -> None:

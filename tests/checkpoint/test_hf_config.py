@@ -13,7 +13,7 @@ from tsqp.checkpoint.hf_config import hf_config_of, parse_config
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
-from .makers import SMALL
+from .extremes import EXTREMES, REQUIRED, SIZES
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -22,8 +22,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-SIZES = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
-REQUIRED = {**SIZES, "num_attention_heads": 4}
 
 VARIANTS: list[dict[str, Any]] = [
     {"model_type": "llama"},
@@ -358,9 +356,23 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
             "sliding_window",
         ),
         ({"model_type": "qwen2", "num_key_value_heads": 2, "max_window_layers": "all"}, "max_window_layers"),
+        ({"hidden_size": 2**31}, "hidden_size must be"),
+        ({"rope_theta": 1e31}, "rope_theta must be"),
+        ({"rope_theta": 1e-31}, "rope_theta must be"),
+        *EXTREMES,
     ],
     ids=str,
 )
 def test_names_the_bad_key(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(CorruptCheckpoint, match=named):
+    with pytest.raises(CorruptCheckpoint, match=named) as refused:
         parse_config({"model_type": "llama", **REQUIRED, **change})
+    assert len(str(refused.value)) < 250
+
+
+def test_arithmetic_that_no_bound_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("tsqp.checkpoint.hf_config.parse_ropes", fail)
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json: its numbers make no model: float division by zero"):
+        parse_config({"model_type": "llama", **REQUIRED})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
+from tests.checkpoint.extremes import EXTREMES, REQUIRED
 from tests.checkpoint.gguf_blocks import write_mix
 from tests.commands import Result
 from tests.families import tiny_model
@@ -123,6 +124,17 @@ def test_what_is_refused_is_said_with_why(tsqp: Command, tmp_path: Path) -> None
     assert text.code == 1
     assert text.out.splitlines()[-1].startswith("refused: ")
     assert "mixtral" in text.out
+
+
+@pytest.mark.parametrize(("change", "named"), EXTREMES, ids=str)
+def test_numbers_that_no_model_has_are_one_line(
+    tsqp: Command, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **REQUIRED, **change}))
+    result = tsqp("model", "check", tmp_path)
+    assert (result.code, result.err) == (1, "")
+    assert result.out.splitlines()[-1].startswith("refused: ")
+    assert named in result.out.splitlines()[-1]
 
 
 def test_a_tokenizer_that_is_not_read(tsqp: Command, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+from tsqp.checkpoint.config_bounds import MAX_NUMBER, MAX_SIZE, MIN_NUMBER, shown
 from tsqp.errors import CorruptCheckpoint
 
 
@@ -17,14 +17,16 @@ class Keys:
         self._where = where
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; required when there is no default. A default also replaces null."""
+        """A positive integer of 31 bits; required when there is no default. A default also replaces null."""
         value = self._values.get(key)
         if value is None:
             value = default
         if value is None:
             raise CorruptCheckpoint(f"{self._where} has no {key}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CorruptCheckpoint(f"{self._where}: {key} must be a positive integer, not {value!r}")
+            raise CorruptCheckpoint(f"{self._where}: {key} must be a positive integer, not {shown(value)}")
+        if value > MAX_SIZE:
+            raise CorruptCheckpoint(f"{self._where}: {key} must be at most {MAX_SIZE}, not {shown(value)}")
         return value
 
     def optional_size(self, key: str, default: int | None) -> int | None:
@@ -34,19 +36,20 @@ class Keys:
         return default
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; required when there is no default."""
+        """A number from 1e-30 to 1e30; required when there is no default."""
         value = self._values.get(key)
         if value is None:
             value = default
         if value is None:
             raise CorruptCheckpoint(f"{self._where} has no {key}")
-        # JSON's integers have no bound, so a float has to be asked for the largest.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise CorruptCheckpoint(f"{self._where}: {key} must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise CorruptCheckpoint(f"{self._where}: {key} must be a positive number, not {shown(value)}")
+        if not MIN_NUMBER <= value <= MAX_NUMBER:
+            raise CorruptCheckpoint(f"{self._where}: {key} must be from 1e-30 to 1e30, not {shown(value)}")
         return float(value)
 
     def optional_number(self, key: str, default: float | None) -> float | None:
-        """A positive finite number or null; the default only replaces an absent key."""
+        """A number from 1e-30 to 1e30, or null; the default only replaces an absent key."""
         if key in self._values:
             return None if self._values[key] is None else self.number(key)
         return default
@@ -58,7 +61,7 @@ class Keys:
         return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of so many positive finite numbers."""
+        """A list of so many numbers from 1e-30 to 1e30."""
         values = self._values.get(key)
         if not isinstance(values, list) or len(values) != count:
             raise CorruptCheckpoint(f"{self._where}: {key} must list {count} numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tsqp.checkpoint.config_bounds import MAX_SIZE, check_derived, refusing_arithmetic
 from tsqp.checkpoint.gguf_families import GGUF_FAMILIES, GgufFamily
 from tsqp.checkpoint.gguf_rope import positive_integer, positive_number, read_rope, read_window_rope
 from tsqp.checkpoint.hf_config import ropes_of_layers
@@ -27,6 +28,11 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for missing metadata.
     """
+    with refusing_arithmetic(str(file.path)):
+        return check_derived(_read(file), str(file.path))
+
+
+def _read(file: GgufFile) -> ModelConfig:
     name = file.text("general.architecture")
     row = GGUF_FAMILIES.get(name)
     if row is None:
@@ -101,8 +107,8 @@ def _windows(file: GgufFile, name: str, family: Family, num_layers: int) -> tupl
     key = f"{name}.attention.sliding_window"
     default = family.window if name == "gemma2" else None  # as llama.cpp has it
     window = file.integer(key, default or 0) or None
-    if window is not None and window < 1:
-        raise CorruptCheckpoint(f"{file.path}: {key} must be positive, not {window}")
+    if window is not None and not 1 <= window <= MAX_SIZE:
+        raise CorruptCheckpoint(f"{file.path}: {key} must be from 1 to {MAX_SIZE}, not {window}")
     if family.pattern is None:
         if window is not None and family.windows in ("none", "listed") and name != "llama":
             raise UnsupportedModel(f"{file.path}: {key} is not implemented for this architecture")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tsqp.checkpoint.config_bounds import in_bounds
 from tsqp.checkpoint.gguf_forms import Form, dequantised, form_name, form_of
 from tsqp.checkpoint.gguf_header import Bytes, GgufHeader, TensorPlace
 from tsqp.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedModel
@@ -75,8 +76,14 @@ class GgufFile:
         return bool(self._value(key, bool, default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A float. The file has 32 bits of it: the shortest decimal that rounds to them is what the author wrote."""
-        return float(str(np.float32(self._value(key, (int, float), default))))
+        """A float. The file has 32 bits of it: the shortest decimal that rounds to them is what the author wrote.
+
+        Of 64 bits, 0 and what float32 can be computed with are taken.
+        """
+        value = self._value(key, (int, float), default)
+        if not in_bounds(value):
+            raise CorruptCheckpoint(f"{self.path}: {key} is {value}, and a number is 0 or of 1e-30 to 1e30")
+        return float(str(np.float32(value)))
 
     def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
         """A list of values of one kind."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tsqp.checkpoint.config_bounds import MAX_SIZE
 from tsqp.checkpoint.hf_families import Family
 from tsqp.config.model import RopeConfig
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
@@ -35,6 +36,8 @@ def positive_integer(file: GgufFile, key: str, default: int | None = None) -> in
     value = file.integer(key, default)
     if value < 1:
         raise CorruptCheckpoint(f"{file.path}: {key} must be positive, not {value}")
+    if value > MAX_SIZE:
+        raise CorruptCheckpoint(f"{file.path}: {key} must be at most {MAX_SIZE}, not {value}")
     return value
 
 

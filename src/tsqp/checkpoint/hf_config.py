@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tsqp.checkpoint.config_bounds import check_derived, refusing_arithmetic
 from tsqp.checkpoint.config_keys import Keys
 from tsqp.checkpoint.hf_families import FAMILIES, TEXT_PARTS, Family
 from tsqp.checkpoint.hf_numbers import family_numbers
@@ -24,7 +25,11 @@ def parse_config(given: Mapping[str, Any], where: str = "config.json") -> ModelC
 
     Raises UnsupportedModel for what is not implemented, by name, and CorruptCheckpoint for a missing or invalid key.
     """
-    given = text_part(given, where)
+    with refusing_arithmetic(where):
+        return check_derived(_parsed(text_part(given, where), where), where)
+
+
+def _parsed(given: Mapping[str, Any], where: str) -> ModelConfig:
     architecture = _architecture(given, where)
     family = FAMILIES[architecture]
     _refuse_what_changes_the_computation(given, family, where)

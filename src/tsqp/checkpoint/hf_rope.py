@@ -173,6 +173,10 @@ class _Reader:
 
     def _longrope(self) -> RopeConfig:
         original = self._original()
+        if original < 2:  # whose logarithm divides
+            raise CorruptCheckpoint(
+                f"{self.where} (rope): original_max_position_embeddings of longrope must be at least 2, not {original}"
+            )
         factor = self.keys.number("factor", self.max_positions / original)
         default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         return self._rope(
