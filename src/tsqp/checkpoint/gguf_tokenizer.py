@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from tsqp.checkpoint.base import TextFormat
 from tsqp.checkpoint.gguf_pretokenizers import BY_NAME, NO_PATTERN_NAMED, PreTokenizer
+from tsqp.checkpoint.tokenizers_library import call
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -162,10 +163,10 @@ def _tokenizer(file: GgufFile, tokens: list[str], merges: Merges, **options: Any
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):  # the library would panic
         raise CorruptCheckpoint(f"{file.path}: {len(tokens) - len(vocabulary)} tokens of the vocabulary are duplicates")
-    try:
-        return Tokenizer(BPE(vocab=vocabulary, merges=merges, **options))
-    except Exception as error:  # the library raises bare Exceptions
-        raise CorruptCheckpoint(f"{file.path}: the vocabulary and its merges do not agree: {error}") from error
+    return call(
+        lambda: Tokenizer(BPE(vocab=vocabulary, merges=merges, **options)),
+        lambda told: CorruptCheckpoint(f"{file.path}: the vocabulary and its merges do not agree: {told}"),
+    )
 
 
 def _pre_tokenizer(file: GgufFile) -> PreTokenizer:

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from tsqp.checkpoint.tokenizers_library import call, encode, unusable
 from tsqp.errors import CorruptCheckpoint, PromptError
 from tsqp.trusted.text.traced import Traced, origin
 
@@ -43,9 +44,10 @@ class ControlTokens:
     def encode(self, text: Traced, *, special_tokens: bool) -> list[int]:
         """Token ids of a text; ``special_tokens`` adds those around it that the model expects, such as BOS.
 
-        Raises PromptError when the tokenizer makes control tokens from the user's text whatever is done.
+        Raises PromptError when the tokenizer cannot encode the text, or makes control tokens from the user's part of
+        it whatever is done.
         """
-        encoding = self._tokenizer.encode(str.__str__(text), add_special_tokens=special_tokens)
+        encoding = encode(self._tokenizer, str.__str__(text), special_tokens)
         tokens = encoding.ids
         if all(self._is_allowed(text, *found) for found in _places(encoding, tokens, self._control)):
             return list(tokens)
@@ -92,18 +94,15 @@ class _AliasedTokenizer:
         self._by_id = {token_id: alias for alias, token_id in self._ids.items()}
         longest_first = sorted(contents, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        try:
-            data = _renamed(json.loads(tokenizer.to_str()), self._aliases)
-            self._tokenizer = FastTokenizer.from_str(json.dumps(data))
-        except Exception as error:  # the library raises plain Exception
-            raise CorruptCheckpoint(f"the checkpoint's tokenizer cannot be used: {error}") from None
+        data = call(lambda: _renamed(json.loads(tokenizer.to_str()), self._aliases), unusable)
+        self._tokenizer = call(lambda: FastTokenizer.from_str(json.dumps(data)), unusable)
         self._unknown_id = _unknown_id(self._tokenizer, data["model"])
         if any(self._tokenizer.token_to_id(alias) != token_id for alias, token_id in self._ids.items()):
             raise CorruptCheckpoint("the checkpoint's tokenizer gives ids to its added tokens that are not theirs")
 
     def encode(self, text: Traced, special_tokens: bool, single_words: frozenset[str]) -> list[int]:
         plain, count = self._rewritten(text, single_words)
-        encoding = self._tokenizer.encode(plain, add_special_tokens=special_tokens)
+        encoding = encode(self._tokenizer, plain, special_tokens)
         tokens, found = encoding.ids, 0
         for token_id, start, end in _places(encoding, tokens, self._by_id):
             if self._by_id[token_id] in plain[start:end]:

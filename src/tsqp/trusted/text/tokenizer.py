@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer as FastTokenizer
 
 from tsqp.checkpoint.base import TextFormat
+from tsqp.checkpoint.tokenizers_library import call, encode, probe
 from tsqp.errors import CorruptCheckpoint, OptionError, PromptError
 from tsqp.trusted.text.control import ControlTokens
 from tsqp.trusted.text.conversation import ChatMessage, Messages, template_values
@@ -47,12 +48,13 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template."""
 
     def __init__(self, text_format: TextFormat) -> None:
-        try:
-            self._tokenizer = FastTokenizer.from_str(text_format.tokenizer_json)
-        except Exception as error:  # the library raises plain Exception
-            raise CorruptCheckpoint(f"the checkpoint's tokenizer cannot be read: {error}") from None
+        self._tokenizer = call(
+            lambda: FastTokenizer.from_str(text_format.tokenizer_json),
+            lambda told: CorruptCheckpoint(f"the checkpoint's tokenizer cannot be read: {told}"),
+        )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        probe(self._tokenizer)
         self.bytes = TokenBytes(self._tokenizer)
         self._template = text_format.chat_template
         self._tool_template = text_format.tool_chat_template or self._template
@@ -67,10 +69,10 @@ class Tokenizer:
         """Token ids of a raw text, in which a control token that is written out is that control token.
 
         ``special_tokens`` adds those that the model expects around it, such as BOS. Raises PromptError for text that
-        is not Unicode, as bytes that are not UTF-8 become.
+        is not Unicode, as bytes that are not UTF-8 become, and for text that the tokenizer cannot encode.
         """
         _refuse_surrogates(text)
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        return encode(self._tokenizer, text, special_tokens).ids
 
     def has_more_tokens(self, text: str, than: int) -> bool:
         """Whether a text has more than so many tokens, as far as that shows without making them all at once.
@@ -84,7 +86,7 @@ class Tokenizer:
             return False
         plain, count = str.__str__(text), 0
         for start in range(0, len(plain), _PIECE):
-            count += len(self._tokenizer.encode(plain[start : start + _PIECE], add_special_tokens=False))
+            count += len(encode(self._tokenizer, plain[start : start + _PIECE], special_tokens=False))
             if count > 2 * than:
                 return True
         return False
