@@ -18,13 +18,13 @@ from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 from .makers import TEXTS, VOCAB, byte_level_fields, byte_level_tokenizer, write_gguf
 
 
-def _read(path: Path, fields: dict[str, Any]) -> TextFormat:
-    write_gguf(path / "vocabulary.gguf", tokenizer=fields)
+def _read(path: Path, fields: dict[str, Any], arch: str = "llama") -> TextFormat:
+    write_gguf(path / "vocabulary.gguf", arch=arch, tokenizer=fields)
     return text_format_from_gguf(GgufFile(path / "vocabulary.gguf"))
 
 
-def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
-    return Tokenizer.from_str(_read(path, fields).tokenizer_json)
+def _tokenizer(path: Path, fields: dict[str, Any], arch: str = "llama") -> Tokenizer:
+    return Tokenizer.from_str(_read(path, fields, arch).tokenizer_json)
 
 
 @pytest.mark.slow
@@ -184,6 +184,32 @@ def test_sentencepiece_without_prefix(tmp_path: Path, pieces: sentencepiece.Sent
     ids = tokenizer.encode("the word", add_special_tokens=False).ids
     assert ids != pieces.encode("the word")
     assert tokenizer.decode(ids) == "the word"
+
+
+def test_special_tokens_of_phi_3_take_the_white_space_behind_them(tmp_path: Path) -> None:
+    """As in its own tokenizer.json, which GGUF has no keys for; its templates write a line feed behind each token."""
+    bytes_ = [f"<0x{code:02X}>" for code in range(256)]
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>"]
+    tokens = [*special, *bytes_, "▁", "h", "i", "▁h", "hi"]
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "types": [2, 3, 4, 3, 3, 3, *[6] * 256, *[1] * 5],
+        "scores": [-float(i) for i in range(len(tokens))],
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+        "unknown_token_id": 0,
+        "add_bos_token": False,
+        "add_space_prefix": False,
+    }
+    text = "<|user|>\nhi<|end|> \n</s>\nhi<|endoftext|>\n<s> hi"
+    plain, phi3 = (
+        [tokens[i] for i in _tokenizer(tmp_path, fields, arch).encode(text).ids] for arch in ("llama", "phi3")
+    )
+    assert phi3 == ["<|user|>", "hi", "<|end|>", "</s>", "hi", "<|endoftext|>", "<0x0A>", "<s>", "▁h", "i"]
+    assert plain.count("<0x0A>") == 4
+    byte_level = _tokenizer(tmp_path, byte_level_fields(), "phi3")  # Phi-4's
+    assert byte_level.encode("<|im_start|>\na").tokens == ["<|im_start|>", "Ċ", "a"]
 
 
 def test_gemma4_merges_over_words_and_falls_back_to_bytes(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ _END_NAMES = frozenset(
         *("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
     )
 )
+_KEEPING = ("<unk>", "<s>", "<|endoftext|>")  # tokens of Phi-3 that leave the white space behind them
 _NO_TOKEN = 0xFFFF_FFFF
 
 
@@ -64,7 +65,8 @@ def text_format_from_gguf(file: GgufFile) -> TextFormat:
             raise UnsupportedModel(
                 f"{file.path}: tokenizer {kind!r} is not implemented; supported are gpt2, llama, gemma4"
             )
-    _add_special_tokens(tokenizer, tokens, types)
+    strips = kind == "llama" and file.text("general.architecture", "") == "phi3"
+    _add_special_tokens(tokenizer, tokens, types, strips=strips)
     _add_begin_and_end(tokenizer, file, tokens, kind)
     special = {name: _special_id(file, key, tokens) for name, key in _SPECIAL_KEYS.items()}
     return TextFormat(
@@ -186,10 +188,18 @@ def _token_types(file: GgufFile, tokens: list[str]) -> list[int]:
     return types
 
 
-def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are found in the text before anything else; they keep the ids that they have in the vocabulary."""
+def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], *, strips: bool) -> None:
+    """Tokens that are found in the text before anything else; they keep the ids that they have in the vocabulary.
+
+    ``strips``: they take the white space behind them, but for ``_KEEPING``. GGUF has no key for it.
+    """
     added = [
-        AddedToken(token, special=kind != TokenType.USER_DEFINED, normalized=False)
+        AddedToken(
+            token,
+            special=kind != TokenType.USER_DEFINED,
+            normalized=False,
+            rstrip=strips and token not in _KEEPING,
+        )
         for token, kind in zip(tokens, types, strict=True)
         if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
