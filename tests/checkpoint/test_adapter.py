@@ -97,6 +97,34 @@ def test_a_regular_expression_is_not_evaluated(targets: str, tmp_path: Path) -> 
     assert {part for _, part in read(tmp_path)} == {"self_attn.q_proj", "self_attn.v_proj"}
 
 
+@pytest.mark.parametrize(
+    "excluded",
+    [["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "no_such"], r".*\.0\..*q_proj|.*1.*up_proj", "(a+)+$"],
+    ids=["list", "expression", "evil"],
+)
+def test_modules_that_are_excluded_may_be_missing(excluded: object, tmp_path: Path) -> None:
+    write_adapter(tmp_path, LLAMA, targets=("q_proj", "up_proj"), exclude_modules=excluded)
+    change_tensors(
+        tmp_path,
+        lambda tensors: [
+            tensors.pop(f"{PREFIX}model.layers.{module}.lora_{letter}.weight")
+            for module in ("0.self_attn.q_proj", "1.mlp.up_proj")
+            for letter in "AB"
+        ],
+    )
+    assert set(read(tmp_path)) == {(1, "self_attn.q_proj"), (0, "mlp.up_proj")}
+
+
+@pytest.mark.parametrize(
+    ("excluded", "layer"), [(None, 0), ([], 0), ("", 0), (["proj"], 0), (["0.self_attn.q_proj"], 1)], ids=str
+)
+def test_modules_that_are_not_excluded_are_all_stored(excluded: object, layer: int, tmp_path: Path) -> None:
+    write_adapter(tmp_path, LLAMA, targets=("q_proj", "k_proj"), exclude_modules=excluded)
+    change_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if "q_proj" in name])
+    with pytest.raises(CorruptCheckpoint, match=rf"model\.layers\.{layer}\.self_attn\.q_proj are missing"):
+        read(tmp_path)
+
+
 def test_some_layers(tmp_path: Path) -> None:
     assert {layer for layer, _ in read(write_adapter(tmp_path, LLAMA, layers=[1]))} == {1}
 
@@ -144,6 +172,9 @@ def test_what_is_an_adapter(tmp_path: Path) -> None:
         ({"target_modules": [*SEVEN, "lm_head"]}, UnsupportedModel, "'lm_head'"),
         ({"target_modules": [*SEVEN, "embed_tokens"]}, UnsupportedModel, "'embed_tokens'"),
         ({"target_modules": list(SEVEN[1:])}, CorruptCheckpoint, "q_proj is stored"),
+        ({"exclude_modules": ["q_proj"]}, CorruptCheckpoint, "q_proj is stored"),
+        ({"exclude_modules": [3]}, CorruptCheckpoint, "exclude_modules"),
+        ({"exclude_modules": {"q_proj": True}}, CorruptCheckpoint, "exclude_modules"),
         ({"target_modules": None}, CorruptCheckpoint, "target_modules"),
         ({"target_modules": []}, CorruptCheckpoint, "target_modules"),
         ({"target_modules": [3]}, CorruptCheckpoint, "target_modules"),

@@ -109,6 +109,8 @@ class Adapter:
         targets, layers = self.config.targets, self.config.layers
         if targets is not None and not any(ends_with(module, end) for end in targets):
             return False
+        if any(ends_with(module, end) for end in self.config.excluded or ()):
+            return False
         layer = _LAYER.search(module)
         return layers is None or (layer is not None and int(layer[1]) in layers)
 
@@ -125,7 +127,7 @@ class Adapter:
                     f"{self._where}: the target {shown(end)} is none of the linear layers of this model, "
                     "which adapters can change"
                 )
-        if self.config.targets is not None:
+        if None not in (self.config.targets, self.config.excluded):
             missing = sorted(module for module in modules if self._asked_for(module) and module not in self._pairs)
             if missing:
                 raise CorruptCheckpoint(f"{self._where}: the tensors of {missing[0]} are missing")

@@ -20,13 +20,13 @@ MAX_RANK = 1 << 16
 _NO_PART = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-        *("lora_dropout", "exclude_modules", "megatron_core", "qalora_group_size"),
+        *("lora_dropout", "megatron_core", "qalora_group_size"),
     )
 )
 _PARSED = frozenset(
     (
         *("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"),
-        *("layers_to_transform", "layers_pattern", "init_lora_weights", "bias"),
+        *("exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias"),
     )
 )
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")  # ``init_lora_weights`` that leave the weights beside them alone
@@ -38,15 +38,16 @@ _MODULE_KEY = re.compile(r"\^?((?:[\w.]|\\\.)+)\$?", re.ASCII)
 class AdapterConfig:
     """What an adapter's configuration says.
 
-    ``targets``: ends of names of modules; None for a regular expression, which is not evaluated. ``ranks`` and
-    ``alphas`` are those of modules whose names end so; for others ``rank`` and ``alpha``. ``layers``: None for all.
-    ``base``: the model that it says it is for.
+    ``targets``: ends of names of modules; None for a regular expression, which is not evaluated. ``excluded``: the
+    same of modules that are left out. ``ranks`` and ``alphas`` are those of modules whose names end so; for others
+    ``rank`` and ``alpha``. ``layers``: None for all. ``base``: the model that it says it is for.
     """
 
     rank: int
     alpha: float
     rslora: bool
     targets: tuple[str, ...] | None
+    excluded: tuple[str, ...] | None
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     layers: frozenset[int] | None
@@ -71,6 +72,7 @@ def parse_adapter_config(settings: Mapping[str, Any], where: str) -> AdapterConf
         alpha=_number(settings.get("lora_alpha"), f"{where}: lora_alpha"),
         rslora=_flag(settings, "use_rslora", where),
         targets=_targets(settings.get("target_modules"), where),
+        excluded=_excluded(settings.get("exclude_modules"), where),
         ranks={end: _rank(value, at) for end, value, at in _patterns(settings, "rank_pattern", where)},
         alphas={end: _number(value, at) for end, value, at in _patterns(settings, "alpha_pattern", where)},
         layers=_layers(settings, where),
@@ -131,6 +133,15 @@ def _targets(value: object, where: str) -> tuple[str, ...] | None:
     names = value if isinstance(value, list) else []
     if not names or not all(isinstance(name, str) and _MODULE_NAME.fullmatch(name) for name in names):
         raise CorruptCheckpoint(f"{where}: target_modules must be names of modules or a regular expression")
+    return tuple(names)
+
+
+def _excluded(value: object, where: str) -> tuple[str, ...] | None:
+    if isinstance(value, str) and value:
+        return None
+    names = value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorruptCheckpoint(f"{where}: exclude_modules must be names of modules or a regular expression")
     return tuple(names)
 
 
