@@ -13,6 +13,7 @@ from tsqp.checkpoint.config_keys import Keys
 from tsqp.checkpoint.safetensors_files import SafetensorsFiles
 from tsqp.checkpoint.shapes import EMBEDDING
 from tsqp.checkpoint.stored_forms.base import DTYPES, QuantisedMatrix, RowReader, StoredForm, scaled
+from tsqp.checkpoint.stored_forms.name_patterns import check_pattern
 from tsqp.checkpoint.stored_forms.packing import unpacked, unpacked_part, words_for
 from tsqp.checkpoint.stored_forms.weight_scales import (
     FLOAT8,
@@ -226,14 +227,12 @@ def _described(block: tuple[int, int]) -> str:
 
 
 def _texts(values: Any, where: str) -> tuple[str, ...]:
-    """A list of names and patterns. Raises CorruptCheckpoint for another, or for a pattern that is none."""
+    """A list of names and patterns. Raises CorruptCheckpoint for another, and as ``check_pattern``."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise CorruptCheckpoint(f"{where} must be a list of names")
     for value in values:
-        try:
-            re.compile(value.removeprefix(_REGEX) if value.startswith(_REGEX) else "")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CorruptCheckpoint(f"{where}: {value!r} is no pattern: {error}") from error
+        if value.startswith(_REGEX):
+            check_pattern(value.removeprefix(_REGEX), where)
     return tuple(values)
 
 
