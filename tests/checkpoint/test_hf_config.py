@@ -321,6 +321,7 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": 10**400}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "KV heads"),
         ({"head_dim": 5}, "head_dim"),
         ({"rope_theta": 0}, "rope_theta"),

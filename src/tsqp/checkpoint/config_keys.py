@@ -57,7 +57,7 @@ class Keys:
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._values.get(key, default)
         if not isinstance(value, bool):
-            raise CorruptCheckpoint(f"{self._where}: {key} must be true or false, not {value!r}")
+            raise CorruptCheckpoint(f"{self._where}: {key} must be true or false, not {shown(value)}")
         return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
