@@ -172,9 +172,9 @@ class DecodeStep:
         unsent = plan.packet(call) if why == exchange.UNSENT else b""
         came = bytes(plan.answer[:size]) if why == exchange.UNUSUAL else b""
         control = self._line.settle(plan.slot(call), number, self._session.deadline_s, unsent=unsent, came=came)
-        number = int(plan.at[loops.ID])
+        asked = int(plan.at[loops.ID])
         # As a plain answer, for which there is room: a worker may say more than how long it was busy.
-        plan.keep_answer(call, encode(Done(number, self._session.busy_ns(control, number))))
+        plan.keep_answer(call, encode(Done(asked, self._session.busy_ns(control, asked))))
         plan.at[loops.NEXT] = loops.TAKE
 
     def _count(self, plan: _Plan, ids: int) -> None:
@@ -235,10 +235,10 @@ class _Plan:
         self._adapters = no_adapters if model.adapters is None else model.adapters.tables
         self._work = np.float32(config.rms_norm_eps), np.float32(config.attention_scale), config.num_kv_heads
         self.times = np.zeros((len(groups), loops.TIMES), np.int64)
-        self._line_of(line, session)
+        self._line_of(line)
         self._lay_out(model.norms, linears, session, line)
 
-    def _line_of(self, line: DirectLine, session: WorkerSession) -> None:
+    def _line_of(self, line: DirectLine) -> None:
         socket = np.zeros(exchange.LINE_NUMBERS, np.int64)
         put_line(socket, line)
         self.answer = np.zeros(line.packet_bytes, np.uint8)
