@@ -12,6 +12,7 @@ from importlib import import_module
 from math import inf, prod
 from typing import Any
 
+from tsqp.checkpoint.config_bounds import shown
 from tsqp.errors import CorruptCheckpoint, UnsupportedModel
 
 MAX_WAYS = 20_000_000
@@ -23,15 +24,14 @@ _parser: Any = import_module("re._parser")  # Python's own: what it matches is w
 
 def check_pattern(pattern: str, where: str) -> None:
     """Raises CorruptCheckpoint for what is no pattern, UnsupportedModel for one that can take too long."""
-    shown = repr(pattern) if len(pattern) <= 60 else f"{pattern[:57]!r}..."
     try:
         found = ways(pattern)
         if found <= MAX_WAYS:
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise CorruptCheckpoint(f"{where}: {shown} is no pattern: {error}") from error
+        raise CorruptCheckpoint(f"{where}: {shown(pattern)} is no pattern: {error}") from error
     if found > MAX_WAYS:
-        raise UnsupportedModel(f"{where}: the pattern {shown} can take too long to match")
+        raise UnsupportedModel(f"{where}: the pattern {shown(pattern)} can take too long to match")
 
 
 def ways(pattern: str) -> float:
