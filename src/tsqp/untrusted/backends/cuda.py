@@ -10,7 +10,7 @@ Over ``cuda`` payloads and products are device memory already: what is computed 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -64,8 +64,7 @@ class CudaBackend:
     def drain(self) -> None:
         """Wait for all that was computed here, also for what no answer waits for."""
         self.settle()
-        with suppress(RuntimeError):  # of a device that has failed, on which nothing is under way any more
-            self._driver.synchronise(self._driver.record(Stream.COMPUTE))  # graphs of the connection may be
+        self.works()  # once it has answered, no graph is under way; nor is one on a device that has failed
 
     def field_weights(self, wq: torch.Tensor, kernel: DigitKernel) -> FieldWeights:
         return DeviceFieldWeights.of(wq.to(self.device), kernel)
