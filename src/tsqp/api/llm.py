@@ -473,11 +473,11 @@ class LLM:
         Raises PromptError; OptionError for parameters that name tokens which the model has not, InputError for a form
         that is none.
         """
-        for prompt in prompts:
-            self._engine.check_prompt(prompt)
         from tsqp.trusted.engine.oblivious import ObliviousSampler
         from tsqp.trusted.engine.sampling import Sampler
 
+        for prompt in prompts:
+            self._engine.check_prompt(prompt)
         kind = ObliviousSampler if self.plan.oblivious else Sampler
         vocab_size, form = self.config.vocab_size, params.structured_outputs
         params.check_vocabulary(vocab_size)
