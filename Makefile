@@ -79,6 +79,7 @@ bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write th
 	$(BIN)/tsqp bench private --mode masked_drained --tokens 16 --steps 256 --runs 3 --results benchmarks/results
 	$(BIN)/tsqp bench offload --results benchmarks/results
 	$(BIN)/tsqp bench load --results benchmarks/results
+	$(BIN)/tsqp bench serve --no-http --results benchmarks/results
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.quality
