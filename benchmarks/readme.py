@@ -1,9 +1,9 @@
-"""Writes the results of both READMEs and the pictures of docs/plots from the files under benchmarks/results/.
+"""Writes the results of both READMEs and of docs/offload.md, and the pictures of docs/plots, from benchmarks/results/.
 
     python -m benchmarks.readme [--check]
 
 The files are those of `tsqp bench all` and of `python -m benchmarks.startup`. With --check nothing is written; the
-exit code is 1 when a README does not say what the files say. A result of a tree that no commit names is refused.
+exit code is 1 when a page does not say what the files say. A result of a tree that no commit names is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tsqp.bench.tree import DIRTY, UNKNOWN
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CHINESE_README = ROOT / "README.zh.md"
+OFFLOAD = ROOT / "docs" / "offload.md"
 PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- results: written by python -m benchmarks.readme -->", "<!-- end of results -->"
 MODELS = {"llama-3.2-1b": "Llama-3.2-1B shape", "default": "SmolLM2-135M"}
@@ -33,6 +34,7 @@ OFFLOADED = {
 }
 WAYS = {"": "", "-layer": ", `layer`"}  # suffixes of the files, and what the rows say
 TRANSPORTS = ("ipc", "tcp", "shm")
+SHORT = 1025  # tokens of a case, with what it decodes
 QUALITY = ("float32", "bfloat16", "int8", "verified", "masked")
 
 LANGUAGES = {README: ENGLISH, CHINESE_README: CHINESE}
@@ -42,8 +44,8 @@ def main() -> int:
     """Write or check. Returns the exit code."""
     if unnamed := unnamed_results():
         raise SystemExit(f"measured from a tree that no commit names, measure again: {', '.join(unnamed)}")
-    old = {path: path.read_text(encoding="utf-8") for path in LANGUAGES}
-    new = {path: with_table(text, LANGUAGES[path]) for path, text in old.items()}
+    old = {path: path.read_text(encoding="utf-8") for path in (*LANGUAGES, OFFLOAD)}
+    new = {path: with_results(text, results_of(path)) for path, text in old.items()}
     if "--check" in sys.argv[1:]:
         return int(old != new)
     for path, text in new.items():
@@ -65,11 +67,16 @@ def unnamed_results() -> list[str]:
     return unnamed
 
 
-def with_table(readme: str, words: Words = ENGLISH) -> str:
-    """A README with its results replaced."""
-    before, _, rest = readme.partition(BEGIN)
+def with_results(page: str, results: str) -> str:
+    """A page with its results replaced."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(words)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{results}\n{END}{after}"
+
+
+def results_of(path: Path) -> str:
+    """What a page says of the files, as Markdown."""
+    return "\n".join(all_offload_lines()).rstrip() if path == OFFLOAD else table(LANGUAGES[path])
 
 
 def table(words: Words = ENGLISH) -> str:
@@ -133,19 +140,26 @@ def origin_lines(words: Words) -> list[str]:
 
 
 def offload_lines(words: Words) -> list[str]:
-    """What the split saves the trusted side."""
+    """What the split saves the trusted side: the cases of one sequence that is not long, of each model."""
     result = load("offload")
     if result is None:
         return []
-    commits = dict.fromkeys(case.get("commit", result["machine"]["commit"]) for case in result["cases"])
+    cases = [case for case in result["cases"] if case["sequences"] == 1 and case["tokens"] + case["context"] <= SHORT]
+    commits = dict.fromkeys(case.get("commit", result["machine"]["commit"]) for case in cases)
     setting = words["offload"].format(**{**result["machine"], **result, "commit": ", ".join(commits)})
-    return [setting, "", *offload_table(result, words), ""]
+    return [setting, "", *offload_table(cases, words), ""]
 
 
-def offload_table(result: dict[str, Any], words: Words) -> list[str]:
+def all_offload_lines() -> list[str]:
+    """Every case, for the page that explains them."""
+    result = load("offload")
+    return [] if result is None else offload_table(result["cases"], ENGLISH)
+
+
+def offload_table(cases: list[dict[str, Any]], words: Words) -> list[str]:
     """A row for each case."""
     rows = [words["offload columns"], f"|{'---|' * 9}"]
-    for case in result["cases"]:
+    for case in cases:
         kind = "prefill" if case["tokens"] > 1 else "decodes" if case["sequences"] > 1 else "decode"
         title = words[f"offload {kind}"].format(**{**case, "model": words[OFFLOADED[case["model"]]]})
         times = [seconds_text(case.get(f"{name}_s")) for name in (*WHOLE, "trusted")]
@@ -207,18 +221,29 @@ def server_lines(words: Words) -> list[str]:
         f"| {words.get(name, name)} | {' | '.join(_rates(points))} | {seconds_text(points[-1]['first']['p95_s'])} |"
         for name, points in result["sweep"].items()
     ]
-    commit = result["machine"]["commit"]
+    commit, first = result["machine"]["commit"], words["first token"].format(most=result["streams"][-1])
     fields = {"http": result["http"], "gaps": engine["gaps"], "turns": engine["turns"]}
     return [
         words["server"].format(**{**result, "commit": commit, "answers": result["steps"] + 1}),
         "",
-        f"| {words['clients']} | {' | '.join(map(str, result['streams']))} | {words['first token']} |",
+        f"| {words['clients']} | {' | '.join(map(str, result['streams']))} | {first} |",
         f"|{'---|' * (len(result['streams']) + 2)}",
         *rows,
         "",
+        *peers_lines(result, words),
         words["sharing"].format(**fields, commit=engine["machine"]["commit"], long=engine["long"], turn=engine["turn"]),
         "",
     ]
+
+
+def peers_lines(result: dict[str, Any], words: Words) -> list[str]:
+    """Where llama.cpp is the faster one, and what bounds a masked server that is never idle."""
+    sweep, ours = result["sweep"], result["sweep"]["masked"]
+    theirs = [points[0]["tokens_per_s"] for name, points in sweep.items() if name.startswith("llama.cpp")]
+    if not theirs:
+        return []
+    one = max(theirs) / ours[0]["tokens_per_s"]
+    return [words["peers"].format(one=one, made=result["made_pads"]["masked"]["made_per_s"]), ""]
 
 
 def _rates(points: list[dict[str, Any]]) -> Iterator[str]:

@@ -25,20 +25,25 @@ ENGLISH: Words = {
         "what the split itself costs."
     ),
     "split columns": "| | TSQP | transformers | ratio | limit |",
-    "startup": "| `tsqp generate`, start to first token{mode} | {warm:.1f} s warm, {cold:.1f} s cold | | | |",
+    "startup": (
+        "| `tsqp generate`, start to first token{mode}, loops compiled before | {warm:.1f} s, with nothing of it in "
+        "memory {cold:.1f} s | | | |"
+    ),
     "origin": (
         "Against the configuration this project began with, on the same machine (`tsqp bench origin`): "
         "{origin[seconds]:.1f} s for a {tokens}-token prefill in {origin[calls]} calls that move {moved:.1f} GiB, now "
-        "{best[seconds]:.2f} s in {best[calls]} calls: **{speedup:.0f}×** ({speedup_float32:.1f}× in float32)."
+        "{best[seconds]:.2f} s in {best[calls]} calls: **{speedup:.1f}×** ({speedup_float32:.1f}× in float32)."
     ),
     "private": (
         "What protection costs, {model}, {tokens}-token prompt, in alternation (`tsqp bench private`, commit {commit}):"
     ),
     "private columns": "| | prefill | ratio to `open` | decode, a token | ratio |",
     "offload": (
-        "What the split saves the trusted side (`tsqp bench offload`, {cpu}, medians of {runs} runs, commit {commit}): "
-        "the whole model there, over what `masked` leaves there with pads ready and the worker's kernels not counted. "
-        "[docs/offload.md](docs/offload.md) has the formula for other machines."
+        "What the split saves the trusted side (`tsqp bench offload`, {cpu}, medians of {runs} runs, commit {commit}). "
+        "*Whole*: the time of the whole model there. *Left*: the time of a `masked` pass with pads ready, less the "
+        "worker's kernels. *Gain*: whole over left; below 1 the split loses. *Gain with pads* counts the pads too, "
+        "made by the trusted side itself. [docs/offload.md](docs/offload.md) has longer prompts, many sequences, and "
+        "the formula for other machines."
     ),
     "offload columns": (
         "| | whole, bfloat16 | whole, int8 | llama.cpp, Q8_0 | left | gain, bfloat16 | gain, int8 | gain with pads | "
@@ -60,14 +65,19 @@ ENGLISH: Words = {
         "{commit}; [plot](docs/plots/load-default.png)):"
     ),
     "clients": "clients",
-    "first token": "first token, 95 of 100, of the last column",
+    "first token": "first token at {most} clients, 95th percentile",
     "sharing": (
         "Over HTTP a token of a single answer takes {http[open][ratio]:.2f} (`open`) and {http[masked][ratio]:.2f} "
-        "(`masked`) of what it takes in the library. While a prompt of {long} tokens comes in, 95 of 100 gaps between "
-        "tokens of four running answers are at most {gaps[open][ratio]:.1f} and {gaps[masked][ratio]:.1f} times as "
-        "long as before; the second turn of a conversation of {turn} tokens has its first token after "
-        "{turns[open][ratio]:.2f} and {turns[masked][ratio]:.2f} of the first turn's time (`tsqp bench serve`, commit "
-        "{commit})."
+        "(`masked`) of what it takes in the library. While a prompt of {long} tokens is read, the gaps between tokens "
+        "of four running answers grow: their 95th percentile is {gaps[open][ratio]:.1f} (`open`) and "
+        "{gaps[masked][ratio]:.1f} (`masked`) times as long as before. The second turn of a conversation of {turn} "
+        "tokens has its first token in {turns[open][ratio]:.2f} and {turns[masked][ratio]:.2f} of the first turn's "
+        "time (`tsqp bench serve`, commit {commit})."
+    ),
+    "peers": (
+        "llama.cpp gives one client {one:.1f} times the tokens of `masked`. Its prebuilt package uses AVX2 alone: "
+        "built for this processor it may be faster, most of all in prefill. `masked` keeps its rate while pads last; "
+        "then it gives no more tokens, prompts included, than pads are made: {made:.0f} a second in idle time."
     ),
     "quality": "Quality, perplexity of {tokens} tokens of prose, {model} (`python -m benchmarks.quality`):",
     "int8": (
@@ -98,21 +108,25 @@ CHINESE: Words = {
         "模式为 `open`，不隐藏任何数据：表中是拆分本身的开销。"
     ),
     "split columns": "| | TSQP | transformers | 比值 | 极限 |",
-    "startup": "| `tsqp generate` 从启动到首个 token{mode} | 热启动 {warm:.1f} s，冷启动 {cold:.1f} s | | | |",
+    "startup": (
+        "| `tsqp generate` 从启动到首个 token{mode}，循环已编译 | {warm:.1f} s；"
+        "内存中没有任何缓存时 {cold:.1f} s | | | |"
+    ),
     "origin": (
         "与本项目最初的配置在同一台机器上相比（`tsqp bench origin`）：最初 {tokens} token 的 prefill 需要 "
         "{origin[seconds]:.1f} s，{origin[calls]} 次调用，传输 {moved:.1f} GiB；现在需要 {best[seconds]:.2f} s，"
-        "{best[calls]} 次调用：**{speedup:.0f}×**（float32 下为 {speedup_float32:.1f}×）。"
+        "{best[calls]} 次调用：**{speedup:.1f}×**（float32 下为 {speedup_float32:.1f}×）。"
     ),
     "private": (
         "保护的代价：{model}，{tokens} token 的 prompt，各模式交替运行（`tsqp bench private`，commit {commit}）："
     ),
     "private columns": "| | prefill | 与 `open` 之比 | decode（每 token） | 比值 |",
     "offload": (
-        "拆分为可信一侧省下多少（`tsqp bench offload`，{cpu}，{runs} 次的中位数，commit {commit}）："
-        "整个模型都在可信一侧运行的时间，除以 `masked` 在 pad 已备好时留在可信一侧的时间"
-        "（不计 worker 的 kernel 时间）。"
-        "其他机器的计算公式见 [docs/offload.md](docs/offload.md)。"
+        "拆分为可信一侧省下多少（`tsqp bench offload`，{cpu}，{runs} 次的中位数，commit {commit}）。"
+        "*整个模型*：整个模型都在可信一侧运行的时间。*留在可信一侧*：pad 已备好时 `masked` 一次运行的时间，"
+        "不计 worker 的 kernel 时间。*增益*：前者除以后者；低于 1 时拆分不划算。"
+        "*计入 pad 的增益*：再计入由可信一侧自己生成 pad 的时间。"
+        "更长的 prompt、多个序列以及其他机器的计算公式见 [docs/offload.md](docs/offload.md)。"
     ),
     "offload columns": (
         "| | 整个模型，bfloat16 | 整个模型，int8 | llama.cpp，Q8_0 | 留在可信一侧 | 增益，bfloat16 | 增益，int8 | "
@@ -134,13 +148,18 @@ CHINESE: Words = {
         "[图](docs/plots/load-default.png)）："
     ),
     "clients": "客户端数",
-    "first token": "最后一列的首 token，100 次中 95 次不超过",
+    "first token": "{most} 个客户端时的首 token，第 95 百分位",
     "sharing": (
         "单个回答经 HTTP 时，每 token 时间为直接用库时的 {http[open][ratio]:.2f}（`open`）与 "
-        "{http[masked][ratio]:.2f}（`masked`）。{long} token 的 prompt 进入期间，四个进行中的回答的 token 间隔，"
-        "100 次中有 95 次不超过平时的 {gaps[open][ratio]:.1f} 与 {gaps[masked][ratio]:.1f} 倍；{turn} token 的对话，"
-        "第二轮的首 token 时间为第一轮的 {turns[open][ratio]:.2f} 与 {turns[masked][ratio]:.2f}"
+        "{http[masked][ratio]:.2f}（`masked`）。读入 {long} token 的 prompt 期间，四个进行中的回答的 token 间隔变长："
+        "第 95 百分位为平时的 {gaps[open][ratio]:.1f} 倍（`open`）与 {gaps[masked][ratio]:.1f} 倍（`masked`）。"
+        "{turn} token 的对话，第二轮的首 token 时间为第一轮的 {turns[open][ratio]:.2f} 与 {turns[masked][ratio]:.2f}"
         "（`tsqp bench serve`，commit {commit}）。"
+    ),
+    "peers": (
+        "只有一个客户端时，llama.cpp 每秒的 token 数为 `masked` 的 {one:.1f} 倍。它的预编译包只用 AVX2："
+        "为本机处理器编译可能更快，prefill 尤其如此。`masked` 在 pad 用完之前保持上面的速度；"
+        "之后，连同 prompt 在内，每秒的 token 数不会超过生成 pad 的速度：空闲时每秒 {made:.0f} 个。"
     ),
     "quality": "质量：{tokens} token 英文文章的 perplexity，{model}（`python -m benchmarks.quality`）：",
     "int8": (

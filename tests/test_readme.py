@@ -11,7 +11,7 @@ from string import Formatter
 
 import pytest
 from benchmarks import readme
-from benchmarks.readme import CHINESE_README, LANGUAGES, README, ROOT, with_table
+from benchmarks.readme import CHINESE_README, LANGUAGES, OFFLOAD, README, ROOT, results_of, with_results
 from benchmarks.words import CHINESE, ENGLISH, Words
 
 from tsqp.bench.offload import MODELS as OFFLOADED_MODELS
@@ -39,9 +39,9 @@ def commands_of(path: Path) -> list[str]:
     return [line.partition(" < ")[0].strip() for line in lines]
 
 
-@BOTH
+@pytest.mark.parametrize("path", [*LANGUAGES, OFFLOAD], ids=lambda path: path.name)
 def test_the_results_are_those_of_the_files(path: Path) -> None:
-    assert with_table(text_of(path), LANGUAGES[path]) == text_of(path)
+    assert with_results(text_of(path), results_of(path)) == text_of(path)
 
 
 def test_the_results_are_those_of_commits() -> None:
@@ -56,12 +56,12 @@ def test_a_result_without_a_commit_is_refused_by_its_file(
     for name, value in (("rpc-shm", "0123abc"), ("memory", commit)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"commit": value}}))
     (tmp_path / "gpu-field.json").write_text(json.dumps({"device": "a GPU", "commit": "0123abc"}))
-    before = {path: path.read_bytes() for path in LANGUAGES}
+    before = {path: path.read_bytes() for path in (*LANGUAGES, OFFLOAD)}
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["readme", *arguments])
     with pytest.raises(SystemExit, match=r"measure again: memory\.json$"):
         readme.main()
-    assert {path: path.read_bytes() for path in LANGUAGES} == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_result_that_names_no_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +99,26 @@ def test_an_offload_case_is_a_row_with_its_figures(
     result = {"runs": 5, "threads": 2, "cases": cases, "machine": {"cpu": "a CPU", "commit": "0123abc"}}
     (tmp_path / "offload.json").write_text(json.dumps(result))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    setting, _, columns, rule, *rows, _ = readme.offload_lines(words)
+    setting, _, *short, _ = readme.offload_lines(words)
     assert "0123abc" in setting
+    assert len(short) == 4
+    columns, rule, *rows = readme.offload_table(cases, words)
+    assert short == [columns, rule, rows[0], rows[2]], "many sequences are for docs/offload.md"
     assert columns.count("|") == rule.count("|") == rows[0].count("|") == 10
     assert rows[0].endswith("| 170 ms | 85 ms | – | 10 ms | **17.0** | 8.5 | 6.0 | 2 ms |")
     assert "16" in rows[1]
     assert "| 85 ms | 90 ms | 10 ms |" in rows[1]
     assert "| 2.50 s |" in rows[2]
+
+
+def test_what_the_readmes_say_of_decode_is_what_was_measured() -> None:
+    """One sequence decodes no slower than at ``open``, 16 at once do."""
+    names = ("private-llama-3.2-1b", "decode-llama-3.2-1b-int8", "serve-default")
+    private, int8, serve = (json.loads((readme.RESULTS / f"{name}.json").read_text()) for name in names)
+    ready = private["modes"]["masked"]
+    assert ready["decode_ratio"] <= 1
+    assert ready["decode_s"] <= int8["seconds"]
+    assert serve["rates"]["masked"]["many"] < serve["rates"]["open"]["many"]
 
 
 def test_both_readmes_have_the_same_code() -> None:

@@ -41,6 +41,13 @@ SHARD = st.none() | st.sampled_from(["8..17", "0..17/0..1of2", "99999..99999/999
 DEVICE = st.just("cpu") | st.integers(0, 999).map("cuda:{}".format)
 REASON = st.text(st.characters(codec="utf-8"), max_size=500)
 
+# As docs/protocol.md shows it: a stranger who writes a worker compares with this.
+HELLO = (
+    bytes.fromhex("95 a5 68656c6c6f 04 d940"),
+    b"0123456789abcdef" * 4,
+    bytes.fromhex("a7 666c6f61743332 a5 6669656c64"),
+)
+
 TO_WORKER = st.one_of(
     st.builds(Hello, INDEX, FINGERPRINT, st.sampled_from(WIRE_DTYPES), PATH),
     st.builds(Linear, CALL_ID, GROUP, st.none() | INDEX, st.none() | INDEX, COUNT),
@@ -229,3 +236,9 @@ def test_size_is_checked_before_anything_is_decoded() -> None:
     floats: Any = memoryview(bytearray(4 * MAX_CONTROL_BYTES)).cast("f")
     with pytest.raises(ProtocolError, match="limit is 4096"):
         decode_reply(floats)
+
+
+def test_a_hello_has_the_bytes_of_the_page_on_the_protocol() -> None:
+    begin, fingerprint, end = HELLO
+    assert encode(Hello(4, fingerprint.decode(), "float32", "field")) == begin + fingerprint + end
+    assert len(begin + fingerprint + end) == 88
