@@ -12,6 +12,7 @@ import pytest
 from tests.deploy.systemd import MOST_EXPOSED, analyzed, exposure, needs_systemd
 from tests.deploy.unit_files import COMMAND, DEPLOY, UNITS, arguments_of, environment_of, settings_of
 from tsqp.cli.commands import app
+from tsqp.cli.main import EXIT_USAGE
 from tsqp.cli.options import RunOptions
 from tsqp.cli.serve import ServeOptions
 from tsqp.config.worker_options import arguments_of as worker_arguments
@@ -111,6 +112,16 @@ def test_there_is_time_for_answers_under_way() -> None:
     stop_s = int(settings_of(SYSTEMD / "tsqp-server.service")["TimeoutStopSec"][0])
     assert stop_s > ServeOptions().drain_s + 15
     assert settings_of(SYSTEMD / "tsqp-server.service")["KillMode"] == ["mixed"]  # the signal is not for a worker
+
+
+@each_unit
+def test_a_start_that_fails_is_tried_again_for_as_long_as_it_takes(unit: Path) -> None:
+    """The other side's machine may be there an hour later. Options that are wrong are wrong the next time, too."""
+    found = settings_of(unit)
+    assert found["StartLimitIntervalSec"] == ["0"]
+    assert "StartLimitBurst" not in found
+    assert 5 <= int(found["RestartSec"][0]) <= 10
+    assert found["RestartPreventExitStatus"] == [str(EXIT_USAGE)]
 
 
 def uncommented(path: Path) -> str:
