@@ -16,6 +16,7 @@ from tests.deploy.unit_files import DEPLOY
 from tests.tee.certificates import key_pair
 from tsqp.server.guards.affinity import HEADER
 from tsqp.server.health import OPEN_PATHS
+from tsqp.server.run import KEPT_S
 from tsqp.server.settings import ServerSettings
 
 BALANCER = DEPLOY / "balancer"
@@ -70,18 +71,34 @@ def test_the_one_outside_has_no_key_and_reads_no_http() -> None:
     assert re.search(r"balance source\n\s+hash-type consistent", text)
 
 
-def test_a_stream_that_is_silent_is_not_cut() -> None:
-    """A comment comes every ``keep_alive_s``; every balancer waits longer."""
-    found = [
-        *(text_of(path.name) for path in HAPROXY),
-        text_of("affinity.nginx.conf"),
-        (BALANCER / "affinity.envoy.yaml").read_text("utf-8"),
-    ]
-    for text in found:
-        waits = re.findall(r"(?:timeout (?:client|server)|proxy_read_timeout|stream_idle_timeout:) (\d+)s", text)
-        assert waits
-        assert min(map(int, waits)) > 3 * ServerSettings.keep_alive_s
+@pytest.mark.parametrize("name", sorted(path.name for path in BALANCER.iterdir()))
+def test_an_answer_is_waited_for(name: str) -> None:
+    """One that is not streamed is silent until it is whole: longer than a stream, which has a comment every
+    ``keep_alive_s``. OpenAI's clients wait 600 s.
+    """
+    waits = re.findall(r"(?:timeout (?:client|server)|proxy_read_timeout|stream_idle_timeout:) (\d+)s", text_of(name))
+    assert waits
+    assert min(map(int, waits)) >= 600 > 3 * ServerSettings.keep_alive_s
+    if name.endswith(".yaml"):
+        (chain,) = envoy()["listeners"][0]["filter_chains"]
+        (host,) = chain["filters"][0]["typed_config"]["route_config"]["virtual_hosts"]
+        assert host["routes"][0]["route"]["timeout"] == "0s"  # none; without the line it is 15 s
+
+
+def test_events_go_on_as_they_come() -> None:
     assert "proxy_buffering off;" in text_of("affinity.nginx.conf")
+
+
+def test_a_connection_without_a_request_is_ended_by_the_balancer_before_the_server_does() -> None:
+    """A request that is on its way when the server ends the connection fails."""
+    (nginx,) = re.findall(r"(?m)^    keepalive_timeout (\d+)s;", text_of("affinity.nginx.conf"))
+    (options,) = envoy()["clusters"][0]["typed_extension_protocol_options"].values()
+    assert options["explicit_http_config"] == {"http_protocol_options": {}}  # HTTP/1.1, which the server speaks
+    waits = [int(nginx), int(options["common_http_protocol_options"]["idle_timeout"].removesuffix("s"))]
+    assert max(waits) < KEPT_S
+    haproxy = text_of("affinity.cfg")
+    assert re.search(r"(?m)^    option http-server-close$", haproxy)  # it has no limit of its own for these
+    assert re.findall(r"timeout http-keep-alive (\d+)s", haproxy) == [str(KEPT_S)]  # its clients see no difference
 
 
 def test_nothing_of_a_request_is_logged() -> None:
