@@ -1,7 +1,9 @@
 """Binds a configuration that is not part of the measured image to the quotes of a confidential VM.
 
-    python -P measure_config.py show FILE       what a client's policy has to name
-    python -P measure_config.py measure FILE    in the guest, as root, once after each boot
+    python -P measure_config.py show FILE            what a client's policy has to name
+    python -P measure_config.py measure FILE COPY    in the guest, as root, once after each boot
+
+The server reads COPY, in memory of the guest: FILE may be another one the next time that the host is asked for it.
 
 TDX: RTMR 3 is extended by the SHA-384 of the file; it has to be fresh, or to hold that already. SEV-SNP has no such
 register: the host gives the SHA-256 of the file as HOST_DATA when it starts the guest, and here the file is compared
@@ -73,15 +75,18 @@ def measure(configuration: bytes, provider: ConfigfsTsm, *, register: Path = RTM
 
 
 def main() -> None:
-    command, file = sys.argv[1:]
-    configuration = Path(file).read_bytes()
-    if command == "show":
-        sys.stdout.write(shown(configuration))
-        return
-    try:
-        measure(configuration, ConfigfsTsm())
-    except (NotMeasured, MalformedReport, TsqpError) as error:
-        raise SystemExit(f"not measured: {error}") from None
+    match sys.argv[1:]:
+        case ["show", file]:
+            sys.stdout.write(shown(Path(file).read_bytes()))
+        case ["measure", file, copy]:
+            configuration = Path(file).read_bytes()  # once: what is measured is what is copied
+            try:
+                measure(configuration, ConfigfsTsm())
+            except (NotMeasured, MalformedReport, TsqpError) as error:
+                raise SystemExit(f"not measured: {error}") from None
+            Path(copy).write_bytes(configuration)
+        case _:
+            raise SystemExit(__doc__)
 
 
 if __name__ == "__main__":

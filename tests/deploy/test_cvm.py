@@ -122,6 +122,40 @@ def test_swap_is_refused_before_anything_is_measured(register: Register, swaps: 
     assert register.value == bytes(48)
 
 
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A configuration, and where its copy shall be, as the unit calls the script."""
+    file, copy = tmp_path / "server.env", tmp_path / "copy"
+    file.write_bytes(CONFIGURATION)
+    monkeypatch.setattr(sys, "argv", ["measure_config.py", "measure", str(file), str(copy)])
+    return file, copy
+
+
+def test_the_copy_is_what_was_measured_whatever_the_file_is_by_then(
+    configured: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, copy = configured
+    measured = []
+
+    def measure(configuration: bytes, _provider: ConfigfsTsm) -> None:
+        measured.append(configuration)
+        file.write_bytes(b"LD_PRELOAD=/host/evil.so\n")
+
+    monkeypatch.setattr(MEASURE, "measure", measure)
+    MEASURE.main()
+    assert copy.read_bytes() == CONFIGURATION == measured[0]
+
+
+def test_what_was_not_measured_has_no_copy(configured: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_configuration: bytes, _provider: ConfigfsTsm) -> None:
+        raise MEASURE.NotMeasured("swap is on")
+
+    monkeypatch.setattr(MEASURE, "measure", measure)
+    with pytest.raises(SystemExit, match="not measured: swap is on"):
+        MEASURE.main()
+    assert not configured[1].exists()
+
+
 # --- Units ---
 
 
@@ -142,8 +176,14 @@ def test_the_server_needs_what_measures_and_has_a_report_of_its_own() -> None:
 
 
 def test_what_is_measured_is_what_the_server_reads() -> None:
-    (command,) = settings_of(CVM / "tsqp-measure.service")["ExecStart"]
-    assert command.split()[-2:] == ["measure", settings_of(SYSTEMD / "tsqp-server.service")["EnvironmentFile"][0]]
+    """A file of the host's may be another one each time that it is read, so it is read once."""
+    measuring = settings_of(CVM / "tsqp-measure.service")
+    (directory,) = measuring["RuntimeDirectory"]
+    assert (measuring["RemainAfterExit"], measuring["UMask"]) == (["yes"], ["0077"])  # the directory stays
+    (file,) = settings_of(SYSTEMD / "tsqp-server.service")["EnvironmentFile"]
+    copy = f"/run/{directory}/{Path(file).name}"
+    assert measuring["ExecStart"][0].split()[-3:] == ["measure", file, copy]
+    assert settings_of(DROP_IN)["EnvironmentFile"] == ["", copy]  # the first resets the list of the unit
     # Its certificate is made inside, and evidence refuses another.
     assert not {"TSQP_TLS_CERT", "TSQP_TLS_KEY"} & environment_of(SYSTEMD / "server.env").keys()
 
