@@ -64,7 +64,11 @@ class Cut:
     """The stream ends here without its end mark."""
 
 
-Step = str | Named | Failure | Gate | Cut  # a string is a piece of text
+class Broken:
+    """The connection ends here, in the middle of the body: the last chunk of HTTP does not come."""
+
+
+Step = str | Named | Failure | Gate | Cut | Broken  # a string is a piece of text
 
 
 ABOUT = {
@@ -152,6 +156,8 @@ class FakeServer:
                         await step.passed()
                     case Cut():
                         return
+                    case Broken():
+                        raise RuntimeError("the script breaks the connection")  # uvicorn closes it
             yield b"data: [DONE]\r\n\r\n"
         except asyncio.CancelledError:
             self.left.set()

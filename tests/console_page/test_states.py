@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from selenium.webdriver import Keys
 
-from tests.console_page.fake_server import Cut, Failure, FakeServer, Gate, Named, Step
+from tests.console_page.fake_server import Broken, Cut, Failure, FakeServer, Gate, Named, Step
 from tests.console_page.page import Page
 from tests.console_page.seen_events import noise
 
@@ -61,6 +61,7 @@ def test_a_caught_worker_beside_others_does_not_end_the_answer(page: Page, serve
         ([Failure(503, "worker_lost", "the worker cannot be reached")], "The worker cannot be reached."),
         (["a", LOST, Failure(503, "worker_lost", "the worker cannot be reached")], "The worker cannot be reached"),
         (["a", Cut()], "The connection ended before the answer did."),
+        (["a", Broken()], "The connection ended before the answer did."),
         ([Failure(400, "context_length_exceeded", "the prompt is too long")], "The prompt is too long."),
     ],
 )

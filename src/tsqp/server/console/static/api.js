@@ -36,7 +36,7 @@ export class Server {
       body: JSON.stringify({ ...body, stream: true, n: 1 }),
       signal,
     });
-    for await (const { name, data } of eventsOf(response.body)) {
+    for await (const { name, data } of eventsWhileConnected(response.body)) {
       if (data === "[DONE]") return;
       const value = JSON.parse(data);
       if (value.error) throw new Refused(response.status, value.error.code, value.error.message);
@@ -48,7 +48,7 @@ export class Server {
       if (choice?.delta?.content) yield { kind: "text", value: choice.delta.content };
       if (choice?.finish_reason) yield { kind: "finish", value: choice.finish_reason };
     }
-    throw new Refused(0, "cut", "The connection ended before the answer did.");
+    throw cut();
   }
 
   async #fetch(path, options) {
@@ -71,6 +71,18 @@ export class Server {
     if (!response.ok) throw await refusal(response);
     return response;
   }
+}
+
+async function* eventsWhileConnected(body) {
+  try {
+    yield* eventsOf(body);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : cut();
+  }
+}
+
+function cut() {
+  return new Refused(0, "cut", "The connection ended before the answer did.");
 }
 
 async function refusal(response) {
