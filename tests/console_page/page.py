@@ -65,7 +65,7 @@ class Page:
     # What somebody does.
 
     def ask(self, text: str) -> None:
-        self.wait_for("Ready", "Failed", "Worker caught", "Key needed")
+        self.wait_for("Ready", "Failed", "Caught", "Key needed")
         self.field("prompt").send_keys(text, Keys.ENTER)
 
     def press(self, *keys: str) -> None:

@@ -90,7 +90,7 @@ def states(chrome: Chrome, folder: Path) -> None:
     plays: dict[str, tuple[list[Step], str]] = {
         "answering": ([BEGINNING, Gate()], "Answering"),
         "paused": ([BEGINNING, lost, Gate()], "Paused"),
-        "caught": ([BEGINNING, caught], "Worker caught"),
+        "caught": ([BEGINNING, caught], "Caught"),
         "failed": ([BEGINNING, Cut()], "Failed"),
         "busy": ([busy], "Ready"),
     }

@@ -98,8 +98,8 @@ def test_a_worker_that_lies_is_said_to_be_caught(opened: Open) -> None:
     with living(Cheat(at=400)) as address, console("verified", address) as url:
         page = opened(url)
         page.ask(QUESTION)
-        page.wait_for("Worker caught")
-        assert page.text('.note[role="alert"] strong') == "A worker was caught."
+        page.wait_for("Caught")
+        assert page.text('.note[role="alert"] strong') == "A worker or dealer was caught."
         assert page.answer
         assert page.texts(".numbers") == []
 

@@ -36,8 +36,8 @@ def test_a_lost_worker_is_a_pause_and_the_answer_goes_on(page: Page, server: Fak
 def test_a_caught_worker_is_said_plainly(page: Page, server: FakeServer) -> None:
     server.script = ["before", CHEATED]
     page.ask("hello")
-    page.wait_for("Worker caught")
-    assert "A worker was caught." in page.text('.note[role="alert"]')
+    page.wait_for("Caught")
+    assert "A worker or dealer was caught." in page.text('.note[role="alert"]')
     assert page.answer == "before"
     assert page.texts(".numbers") == []
 
@@ -47,12 +47,23 @@ def test_a_caught_worker_beside_others_does_not_end_the_answer(page: Page, serve
     page.ask("hello")
     page.wait(lambda: page.texts(".numbers"))
     assert page.answer == "before after"
-    assert "A worker was caught." in page.text(".note")
+    assert "A worker or dealer was caught." in page.text(".note")
     assert "sent away: b." in page.text(".note")
-    server.script = ["once more", LOST, CAUGHT_ONE, SEEN]
-    page.ask("again")
-    page.wait(lambda: page.answer == "once more" and page.status == "Ready")
-    assert "caught" not in page.text(".turn:last-child .notes")  # it was said when it happened
+
+
+def test_who_was_caught_is_said_once(page: Page, server: FakeServer) -> None:
+    first, second = Gate(), Gate()
+    both = Named("state", {"state": "ready", "since_s": 0.0, "expelled": ["b", "c"]})
+    server.script = [CAUGHT_ONE, "one", first, CAUGHT_ONE, " still", second, both, " two", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.answer == "one")
+    page.run("document.querySelector('.note').dataset.seen = 1")
+    first.open()
+    page.wait(lambda: page.answer == "one still")
+    assert page.one(".note").get_attribute("data-seen") == "1"  # a new one would be read out again
+    second.open()
+    page.wait_for("Ready")
+    assert "sent away: b, c." in page.text(".note")
 
 
 @pytest.mark.parametrize(

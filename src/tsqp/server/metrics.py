@@ -130,7 +130,7 @@ class EngineCollector(Collector):
         silent_s = self._model.llm.silent_s()
         yield self._gauge("tsqp:worker_up", "1 while there is a worker.", state.state == "ready")
         yield self._gauge("tsqp:worker_silent_seconds", "Time since the worker's last sign of life.", silent_s)
-        yield self._gauge("tsqp:workers_expelled", "Workers that nothing is asked of any more.", len(state.expelled))
+        yield self._gauge("tsqp:workers_expelled", "Workers and dealers that are not asked again.", len(state.expelled))
         yield self._counter("tsqp:worker_losses", "Sessions with workers that were lost.", state.losses)
         yield self._counter("tsqp:worker_reconnects", "Sessions after the first one.", state.reconnects)
         yield self._counter("tsqp:pauses", "Times that all answers waited for a worker.", state.pauses)

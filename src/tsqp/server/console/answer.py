@@ -129,7 +129,7 @@ async def _events(service: Service, asked: Prepared, answers: Answers, watch: Wa
             async for chunk in chunks:
                 yield chunk
     except CheckFailed:
-        text = "a worker was caught: a product of it was wrong, and nothing was made of it"
+        text = "a worker or dealer was caught: a product of it was wrong, and nothing was made of it"
         raise ApiError(503, text, kind="server_error", code="worker_cheated") from None
     seconds = time.perf_counter() - began
     yield Event(_seen(service, watch, await watch.look(), asked.reply.answer_tokens, seconds), "seen")

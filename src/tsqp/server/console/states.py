@@ -18,7 +18,7 @@ LOOK_S = 0.1  # how often
 
 
 class State(msgspec.Struct, frozen=True):
-    """``state``: ready, reconnecting or failed, since so many seconds. ``expelled``: the names of those workers."""
+    """``state``: ready, reconnecting or failed, since so many seconds. ``expelled``: who was, since the first look."""
 
     state: str
     since_s: float
@@ -30,14 +30,15 @@ async def with_states(
 ) -> AsyncGenerator[Event, None]:
     """All of ``events``; before the next one, and while none comes, changes of the state. It is ready at first."""
     first = state()
-    told = ("ready", [] if first is None else sorted(first.expelled))
+    before = () if first is None else tuple(first.expelled)
+    told: tuple[str, list[str]] = ("ready", [])
     coming = asyncio.ensure_future(_next(events))
     try:
         while True:
             await asyncio.wait((coming,), timeout=LOOK_S)
             now = state()
-            if now is not None and (now.state, sorted(now.expelled)) != told:
-                told = (now.state, sorted(now.expelled))
+            if now is not None and (news := (now.state, sorted(now.expelled.keys() - before))) != told:
+                told = news
                 yield Event(State(now.state, round(now.since_s, 3), told[1]), "state")
             if coming.done():
                 event = coming.result()

@@ -26,7 +26,6 @@ let conversation = new Conversation();
 let about = null; // what the server says of itself, once it lets us in
 let running = null; // stops the answer under way
 let shown = null; // the turn that the panel shows
-const knownExpelled = new Set(); // workers whose end was told
 
 /** Asks the server who it is, and for a key until one is right. False where none was given. */
 async function connect() {
@@ -123,13 +122,12 @@ function passing(seconds, signal) {
   });
 }
 
-/** The worker's state has changed while it answers; `expelled` are all that were ever sent away. */
+/** The worker's state has changed while it answers; `expelled` are those that were sent away since the answer began. */
 function workerChanged(turn, { state, expelled }) {
-  const caught = expelled.filter((name) => !knownExpelled.has(name));
-  if (caught.length > 0) {
-    const names = caught.join(", ");
-    caught.forEach((name) => knownExpelled.add(name));
-    turn.note("caught", "A worker was caught.", `It gave a wrong product and was sent away: ${names}. Nothing of it was used.`);
+  if (expelled.length > turn.caught) {
+    turn.caught = expelled.length;
+    const text = `It gave a wrong product, or broke the protocol, and was sent away: ${expelled.join(", ")}. Nothing of it was used.`;
+    turn.note("caught", "A worker or dealer was caught.", text);
   }
   if (state === "reconnecting") {
     turn.note("paused", "Paused.", "The worker is lost. The answer goes on by itself when there is one again.");

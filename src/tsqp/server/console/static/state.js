@@ -8,7 +8,7 @@ const WORDS = {
   ready: "Ready",
   answering: "Answering",
   paused: "Paused",
-  caught: "Worker caught",
+  caught: "Caught",
   failed: "Failed",
 };
 

@@ -15,7 +15,7 @@ export function troubleOf(error) {
   }
   if (CHEATED.includes(error.code)) {
     const text = "It gave a wrong product, and a check found that. Nothing was made of the product; the answer ends here.";
-    return { kind: "caught", title: "A worker was caught.", text, state: "caught", again: false };
+    return { kind: "caught", title: "A worker or dealer was caught.", text, state: "caught", again: false };
   }
   if (error.status === 401) {
     const text = "The server asks for a key. Ask again to give one.";

@@ -4,6 +4,7 @@ import { element } from "./elements.js";
 
 /** A turn; `node` is its element. Text of the answer is appended as it comes and read by nobody. */
 export class Turn {
+  caught = 0; // workers and dealers, as far as it was said
   #answer = document.createTextNode("");
   #notes = element("div", { class: "notes" });
   #foot = element("div", { class: "foot" });
