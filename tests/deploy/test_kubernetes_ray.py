@@ -170,3 +170,14 @@ def test_servers_ask_for_the_roster_where_they_ask_without_ray() -> None:
     assert with_ray["metadata"] == without["metadata"]
     assert with_ray["spec"]["ports"] == without["spec"]["ports"]
     assert selects({"matchLabels": with_ray["spec"]["selector"]}, PODS["head"][1]["metadata"]["labels"])
+
+
+def test_a_node_can_be_drained() -> None:
+    """Of pods that a controller makes which Kubernetes does not know, it counts those that are there: a share of the
+    wanted ones, or a number that may be missing, lets it evict none.
+    """
+    (budget,) = of_kind(FOUND, "PodDisruptionBudget")
+    (group,) = CLUSTER["spec"]["workerGroupSpecs"]
+    assert selects(budget["spec"]["selector"], group["template"]["metadata"]["labels"])
+    assert budget["spec"].keys() == {"minAvailable", "selector"}
+    assert budget["spec"]["minAvailable"] == group["replicas"] - 1
