@@ -144,6 +144,18 @@ def test_a_key_is_asked_for_kept_nowhere_and_sent(page: Page, server: FakeServer
     assert page.run("return document.forms.length") == 0
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "s3\u200bcret", "s3 cret", "ключ"])
+def test_a_key_that_no_server_can_have_given_is_not_tried(page: Page, server: FakeServer, key: str) -> None:
+    """A header cannot carry it: the browser itself would refuse."""
+    server.key = "s3cret"
+    page.chrome.refresh()
+    page.wait(lambda: page.focused() == "key-input")
+    page.press(key, Keys.ENTER)
+    page.wait(lambda: "letters, digits and signs" in page.text("#key-problem"))
+    page.press(Keys.CONTROL, "a", Keys.NULL, "s3cret", Keys.ENTER)
+    page.wait_for("Ready")
+
+
 def test_a_key_dialog_can_be_left_and_comes_back(page: Page, server: FakeServer) -> None:
     server.key = "s3cret"
     server.script = ["let in", SEEN]

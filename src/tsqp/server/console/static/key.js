@@ -2,6 +2,8 @@
 
 import { part } from "./elements.js";
 
+const KEY = /^[\x21-\x7e]+$/; // what a header can carry, and a browser sends
+
 /** Opens the dialog; resolves with a key, or with null where it was left by Escape. `problem`: why the last did not do. */
 export function askKey(problem = "") {
   const dialog = part("key");
@@ -21,8 +23,8 @@ export function askKey(problem = "") {
     };
     const use = () => {
       const key = input.value.trim();
-      if (key) done(key);
-      else told.textContent = "Type a key first.";
+      if (KEY.test(key)) done(key);
+      else told.textContent = key ? "A key has Latin letters, digits and signs, and no spaces." : "Type a key first.";
     };
     part("key-use").addEventListener("click", use, { signal });
     input.addEventListener("keydown", (event) => event.key === "Enter" && use(), { signal });
