@@ -153,6 +153,35 @@ def test_enter_that_ends_a_composition_sends_nothing(page: Page, server: FakeSer
     assert (server.asked, page.texts(".question")) == ([], [])
 
 
+def test_escape_that_ends_a_composition_stops_nothing(page: Page, server: FakeServer) -> None:
+    gate = Gate()
+    server.script = ["a beginning", gate, " and an end", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.answer == "a beginning")
+    page.run(
+        "arguments[0].dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', isComposing: true, bubbles: true}))",
+        page.field("prompt"),
+    )
+    gate.open()
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "a beginning and an end"
+
+
+def test_the_panel_is_of_the_answer_that_was_stopped_and_of_no_earlier_one(page: Page, server: FakeServer) -> None:
+    server.script = ["first", SEEN]
+    page.ask("one")
+    page.wait(lambda: page.texts(".numbers"))
+    server.script = ["second", Gate()]
+    page.ask("two")
+    page.wait(lambda: page.answer == "second")
+    page.click(".look")
+    assert page.text("#seen-body .about") == "one"
+    page.press(Keys.ESCAPE)
+    page.wait_for("Ready")
+    assert "You stopped this answer" in page.text("#seen-body")
+    assert page.one(".look").get_attribute("aria-pressed") == "false"
+
+
 def test_a_new_chat_forgets_the_old_one(page: Page, server: FakeServer) -> None:
     server.script = ["yes", SEEN]
     page.ask("first")

@@ -10,7 +10,7 @@ export class Composer {
   constructor(send, stop) {
     this.#text.addEventListener("input", () => this.#grow());
     this.#text.addEventListener("keydown", (event) => {
-      // While an input method composes a character, Enter is a part of it.
+      // While an input method composes a character, Enter and Escape are a part of it.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       this.#submit(send);
@@ -18,7 +18,7 @@ export class Composer {
     part("send").addEventListener("click", () => this.#submit(send));
     part("stop").addEventListener("click", stop);
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.#answering) stop();
+      if (event.key === "Escape" && this.#answering && !event.isComposing) stop();
     });
     for (const example of part("examples").querySelectorAll("button")) {
       example.addEventListener("click", () => this.fill(example.textContent));

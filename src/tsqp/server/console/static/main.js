@@ -150,6 +150,7 @@ function broken(turn, error) {
   const button = element("button", { type: "button", class: "quiet" }, "Ask again");
   button.addEventListener("click", () => composer.fill(turn.question));
   turn.note(kind, title, text, again ? button : null);
+  showTurn(null);
   if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
