@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from selenium.webdriver import Keys
 
 from tests.commands import LIMIT_S
@@ -115,6 +116,23 @@ def test_parameters_are_sent_as_typed_and_left_to_the_server_otherwise(page: Pag
         "max_tokens": None,
         "messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "with all"}],
     }
+
+
+@pytest.mark.parametrize("name", ["prompt", "system", "key-input"])
+def test_what_is_typed_is_not_for_the_browsers_own_services(page: Page, name: str) -> None:
+    """A spelling checker may send it to somebody who makes browsers. So may a translator, with the answers."""
+    assert page.field(name).get_attribute("spellcheck") == "false"
+    assert page.run("return document.documentElement.translate") is False
+
+
+@pytest.mark.parametrize("temperature", ["0.75", "1.333"])
+def test_a_temperature_may_be_any_number(page: Page, server: FakeServer, temperature: str) -> None:
+    server.script = ["yes", SEEN]
+    page.click("#options summary")
+    page.field("temperature").send_keys(temperature)
+    page.ask("hello")
+    page.wait(lambda: page.texts(".numbers"))
+    assert server.asked[-1]["temperature"] == float(temperature)
 
 
 def test_a_parameter_that_cannot_be_is_not_sent(page: Page, server: FakeServer) -> None:
