@@ -50,6 +50,10 @@ class Gate:
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def reached(self) -> bool:
+        return self._loop is not None
+
     async def passed(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._event.wait()
@@ -83,6 +87,7 @@ ABOUT = {
 class FakeServer:
     """``script``: the steps of each answer, after ``refusals``. ``asked``: all bodies. ``key``: what they must have.
 
+    ``about``: what it says of itself, once ``about_gate`` is open. ``answers_at``: the mode of answers, if not its own.
     ``left`` is set when a client goes before the end of its answer.
     """
 
@@ -96,6 +101,8 @@ class FakeServer:
         self.refusals: list[Failure] = []
         self.asked: list[dict[str, Any]] = []
         self.about: dict[str, Any] = dict(ABOUT)
+        self.about_gate: Gate | None = None
+        self.answers_at: str | None = None
         self.key: str | None = None
         self.left = threading.Event()
 
@@ -119,6 +126,8 @@ class FakeServer:
         return FileResponse(names[request.path_params["name"]], headers=HEADERS)
 
     async def _about(self, request: Request) -> Response:
+        if self.about_gate is not None:
+            await self.about_gate.passed()
         return self._refused(request) or JSONResponse(self.about)
 
     async def _answer(self, request: Request) -> Response:
@@ -130,7 +139,8 @@ class FakeServer:
             return _failed(self.refusals.pop(0))
         if self.script and isinstance(self.script[0], Failure):
             return _failed(self.script[0])
-        return StreamingResponse(self._stream(self.script), media_type="text/event-stream")
+        headers = {"x-tsqp-protection": self.answers_at or self.about["protection"]}
+        return StreamingResponse(self._stream(self.script), headers=headers, media_type="text/event-stream")
 
     def _refused(self, request: Request) -> Response | None:
         if self.key in (None, request.headers.get("authorization", "").removeprefix("Bearer ")):

@@ -171,11 +171,14 @@ def test_a_key_dialog_can_be_left_and_comes_back(page: Page, server: FakeServer)
     assert page.answer == "let in"
 
 
-def test_a_key_that_has_ended_is_asked_for_again(page: Page, server: FakeServer) -> None:
+def test_a_key_that_has_ended_is_asked_for_again_before_the_message_leaves(page: Page, server: FakeServer) -> None:
     page.wait_for("Ready")
     server.key = "new"
     page.ask("hello")
-    page.wait_for("Key needed")
+    page.wait(lambda: page.focused() == "key-input")
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: page.texts(".note"))
+    assert (page.status, page.text(".note strong"), server.asked) == ("Key needed", "Key needed.", [])
     server.script = ["let in", SEEN]
     page.click(".note button")
     page.press(Keys.ENTER)
@@ -183,3 +186,54 @@ def test_a_key_that_has_ended_is_asked_for_again(page: Page, server: FakeServer)
     page.press("new", Keys.ENTER)
     page.wait(lambda: page.texts(".numbers"))
     assert page.answer == "let in"
+
+
+def test_a_message_that_is_sent_while_the_page_connects_waits_for_the_key(page: Page, server: FakeServer) -> None:
+    server.key = "s3cret"
+    server.script = ["let in", SEEN]
+    server.about_gate = Gate()
+    page.chrome.refresh()
+    page.wait(lambda: server.about_gate and server.about_gate.reached)
+    page.field("prompt").send_keys("hello", Keys.ENTER)
+    server.about_gate.open()
+    page.wait(lambda: page.focused() == "key-input")
+    page.press("s3cret", Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "let in"
+
+
+def test_a_message_is_not_sent_while_the_server_does_not_say_who_it_is(page: Page, server: FakeServer) -> None:
+    page.wait_for("Ready")
+    server.about_gate = Gate()
+    page.ask("hello")
+    page.wait(lambda: server.about_gate and server.about_gate.reached)
+    assert page.status == "Answering"
+    page.press(Keys.ESCAPE)
+    page.wait_for("Ready")
+    assert (page.text(".note strong"), server.asked) == ("Stopped.", [])
+    server.about_gate.open()
+
+
+def test_a_message_is_not_sent_to_a_server_that_came_back_in_another_mode(page: Page, server: FakeServer) -> None:
+    page.wait_for("Ready")
+    server.about = {**server.about, "protection": "open"}
+    server.script = ["fine", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.texts(".note"))
+    assert "at open now, and was at masked. Your message was not sent." in page.text('.note[role="alert"]')
+    assert (page.status, page.text("#protection"), server.asked) == ("Ready", "open", [])
+    assert "not begun" in page.text("#seen-body")
+    assert "nothing is hidden" in page.text("#promise")
+    page.click(".note button")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "fine"
+
+
+def test_an_answer_in_another_mode_than_the_page_says_is_not_shown(page: Page, server: FakeServer) -> None:
+    server.answers_at = "open"
+    server.script = ["an answer", SEEN]
+    page.ask("hello")
+    page.wait_for("Failed")
+    assert "This answer is at open, and the server said masked." in page.text('.note[role="alert"]')
+    assert page.answer == ""

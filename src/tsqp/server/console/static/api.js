@@ -15,6 +15,7 @@ export class Refused extends Error {
 /** The server, asked with a key that is kept in this object alone. */
 export class Server {
   #key = "";
+  #protection = ""; // what it said last
 
   useKey(key) {
     this.#key = key;
@@ -23,12 +24,15 @@ export class Server {
   /** Model, protection, fingerprint, context, version. Throws Refused. */
   async about() {
     const response = await this.#fetch("console/about", { method: "GET" });
-    return response.json();
+    const about = await response.json();
+    this.#protection = about.protection;
+    return about;
   }
 
   /**
    * Yields `{kind, value}` of one answer: "text" with a piece of it, "finish" with the reason, "state" and "seen" with
-   * what those events say. Throws Refused where the server ends it by an error or the stream breaks off.
+   * what those events say. Throws Refused where the server ends it by an error, the stream breaks off, or the answer is at
+   * another protection than `about` said.
    */
   async *answer(body, signal) {
     const response = await this.#fetch("console/answer", {
@@ -36,6 +40,11 @@ export class Server {
       body: JSON.stringify({ ...body, stream: true, n: 1 }),
       signal,
     });
+    const protection = response.headers.get("x-tsqp-protection");
+    if (protection !== this.#protection) {
+      await response.body.cancel();
+      throw new Refused(0, "other_mode", `This answer is at ${protection}, and the server said ${this.#protection}.`);
+    }
     for await (const { name, data } of eventsWhileConnected(response.body)) {
       if (data === "[DONE]") return;
       const value = JSON.parse(data);

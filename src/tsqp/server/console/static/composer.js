@@ -18,7 +18,8 @@ export class Composer {
     part("send").addEventListener("click", () => this.#submit(send));
     part("stop").addEventListener("click", stop);
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.#answering && !event.isComposing) stop();
+      if (event.isComposing || event.target.closest("dialog")) return; // there Escape ends something else
+      if (event.key === "Escape" && this.#answering) stop();
     });
     for (const example of part("examples").querySelectorAll("button")) {
       example.addEventListener("click", () => this.fill(example.textContent));

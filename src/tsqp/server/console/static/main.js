@@ -23,12 +23,18 @@ const server = new Server();
 const chat = new Chat();
 const composer = new Composer(ask, stop);
 let conversation = new Conversation();
-let about = null; // what the server says of itself, once it lets us in
+let about = null; // what the server said of itself when it was asked last
+let connecting = null; // the question that asks for that, while there is one
 let running = null; // stops the answer under way
 let shown = null; // the turn that the panel shows
 
-/** Asks the server who it is, and for a key until one is right. False where none was given. */
-async function connect() {
+/** Asks the server who it is, and for a key until one is right. False where none was given. One question at a time. */
+function connect() {
+  connecting ??= connected().finally(() => (connecting = null));
+  return connecting;
+}
+
+async function connected() {
   let problem = "";
   for (;;) {
     try {
@@ -45,7 +51,7 @@ async function connect() {
     part("model").textContent = about.model;
     part("protection").textContent = about.protection;
     part("promise").textContent = PROMISES[about.protection] ?? "";
-    showState("ready");
+    showState(running ? "answering" : "ready");
     return true;
   }
 }
@@ -57,8 +63,9 @@ async function ask(question) {
   composer.answering(true);
   showTurn(null);
   showWords("Not yet.", "What the worker saw is told when the answer is whole.");
+  showState("answering");
   try {
-    if (about === null && !(await connect())) throw new Refused(401, "invalid_api_key", "The server asks for a key.");
+    await stillTheSame(running.signal);
     await answer(turn);
   } catch (error) {
     broken(turn, error);
@@ -68,6 +75,15 @@ async function ask(question) {
     part("reset").hidden = false;
     chat.settle();
   }
+}
+
+/** Before each message: a server that came back may be another one. Throws Refused before the message leaves. */
+async function stillTheSame(signal) {
+  const before = about?.protection;
+  if (!(await unlessStopped(connect(), signal))) throw new Refused(401, "invalid_api_key", "The server asks for a key.");
+  if (before === undefined || before === about.protection) return;
+  const text = `The server is at ${about.protection} now, and was at ${before}. Your message was not sent.`;
+  throw new Refused(0, "changed", text);
 }
 
 async function answer(turn) {
@@ -109,16 +125,21 @@ async function received(turn, request) {
     } catch (error) {
       if (error.code !== "console_busy" || tries === PATIENCE) throw error;
       turn.note("busy", "Waiting.", "The server looks at one answer at a time, and at another one now.");
-      await passing(error.retryAfter ?? 1, signal);
+      await unlessStopped(passing(error.retryAfter ?? 1), signal);
     }
   }
 }
 
-/** Resolves after so many seconds. Rejects when stopped. */
-function passing(seconds, signal) {
+/** Resolves after so many seconds. */
+function passing(seconds) {
+  return new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+}
+
+/** What comes of a promise. Rejects when stopped before. */
+function unlessStopped(promise, signal) {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, 1000 * seconds);
-    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+    promise.then(resolve, reject);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
 }
 
@@ -154,12 +175,11 @@ function broken(turn, error) {
   if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
-  } else if (error.status >= 400 && error.status < 500) {
+  } else if (error.code === "changed" || (error.status >= 400 && error.status < 500)) {
     showWords("Nothing.", "This answer was not begun.");
   } else {
     showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
   }
-  if (state === "nokey") about = null;
   showState(state);
 }
 

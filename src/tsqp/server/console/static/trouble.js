@@ -17,6 +17,9 @@ export function troubleOf(error) {
     const text = "It gave a wrong product, and a check found that. Nothing was made of the product; the answer ends here.";
     return { kind: "caught", title: "A worker or dealer was caught.", text, state: "caught", again: false };
   }
+  if (error.code === "changed") {
+    return { kind: "failed", title: "Protection changed.", text: error.message, state: "ready", again: true };
+  }
   if (error.status === 401) {
     const text = "The server asks for a key. Ask again to give one.";
     return { kind: "failed", title: "Key needed.", text, state: "nokey", again: true };
