@@ -109,7 +109,7 @@ clean:
 	rm -rf .venv .venv-conformance .venv-latest .venv-lock .venv-sbom .gpu-wheels conformance/node/node_modules dist build
 
 .venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python .venv-sbom/bin/python:
-	$(PYTHON) -m venv $(@D:/bin=)
+	$(PYTHON) -m venv $(@D:/bin=) || { rm -rf $(@D:/bin=); exit 1; }
 
 .venv/.runtime: pyproject.toml constraints.txt requirements/run.lock | .venv/bin/python
 	$(PIP) $(LOCKED) requirements/run.lock
