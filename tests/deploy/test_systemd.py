@@ -89,6 +89,18 @@ def test_the_sides_are_different_users_with_different_files() -> None:
         assert len({settings_of(unit)[name][0] for unit in UNITS}) == len(UNITS)
 
 
+def test_there_are_places_for_keys_before_a_unit_ran() -> None:
+    """A unit makes its directory when it starts, and does not start without its keys."""
+    wanted = []
+    for unit in UNITS:
+        (user,), (group,), (state,) = (settings_of(unit)[name] for name in ("User", "Group", "StateDirectory"))
+        wanted.append(f"d /var/lib/{state} {settings_of(unit)['StateDirectoryMode'][0]} {user} {group}".split())
+    lines = (SYSTEMD / "tsqp.tmpfiles").read_text("utf-8").splitlines()
+    assert sorted(line.split() for line in lines if not line.startswith("#")) == sorted(wanted)
+    told = (DEPLOY.parent / "docs" / "operations.md").read_text("utf-8")
+    assert "deploy/systemd/tsqp.tmpfiles /etc/tmpfiles.d/tsqp.conf && systemd-tmpfiles --create" in told
+
+
 def test_the_worker_beside_the_server_has_no_network_and_cannot_see_the_servers_files() -> None:
     worker, server = (settings_of(SYSTEMD / f"tsqp-{side}.service") for side in ("worker", "server"))
     assert worker["PrivateNetwork"] == ["yes"]
