@@ -21,7 +21,7 @@ def test_an_environment_that_was_half_made_is_not_believed_to_be_there(directory
     python = tmp_path / "python"
     python.write_text(WITHOUT_PIP)
     python.chmod(0o755)
-    command = ["make", "--file", MAKEFILE, f"PYTHON={python}", f"{directory}/bin/python"]
+    command = ["make", "--file", str(MAKEFILE), f"PYTHON={python}", f"{directory}/bin/python"]
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode != 0
