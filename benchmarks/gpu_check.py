@@ -1,11 +1,11 @@
 """``make gpu-check``: every CUDA test, then every CUDA benchmark, in at most 8 minutes on one machine.
 
 Tests and the compilation of loops for the benchmarks run together, since neither is timed; what looks at the memory of
-the whole device, and then the benchmarks, follow one after the other. Each part has a budget of its own: one that
-outlasts it is ended with all that it started, tests shortly after an interrupt that has them say how far they came;
-then the next one begins. Files go into ``--output``: ``gpu-NAME.json`` of each benchmark with the device and the
-commit (with the device's ceilings too, but for ``rpc`` and ``use``), ``gpu-check.json`` with how each part ended, and
-``gpu-check.log`` with all that was written.
+the whole device, and then the benchmarks, follow one after the other. Each part has a budget, and of those that follow
+each has what the ones before it have left of theirs too. One that outlasts it is ended with all that it started, tests
+shortly after an interrupt that has them say how far they came; then the next one begins. Files go into ``--output``:
+``gpu-NAME.json`` of each benchmark with the device and the commit (with the device's ceilings too, but for ``rpc`` and
+``use``), ``gpu-check.json`` with how each part ended, and ``gpu-check.log`` with all that was written.
 
 The exit code is 0 when every part passed, 1 otherwise or without a CUDA device, 2 for wrong options.
 """
@@ -37,7 +37,8 @@ TSQP = (sys.executable, "-c", "import sys; from tsqp.cli.main import main; sys.e
 BENCH = (*TSQP, "bench")
 # Without the plugins that a machine happens to have: one that does not fit would end every test.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--disable-plugin-autoload", "-p", "pytest_timeout", "-m", "gpu")
-PRODUCTS, MEMORY = "tests/gpu/test_field.py", "tests/gpu/test_memory.py"
+WORKER = "tests/gpu/test_worker.py"
+SHORT = ("--tokens", "8", "--steps", "2", "--runs", "1")
 OPEN = ("--protection", "open", "--model", MODEL, "--device", "cuda", "--tokens", "1024", "--runs", "3", "--json")
 
 Outcome = Literal["passed", "failed", "over its budget", "no time left", "no result"]
@@ -58,31 +59,19 @@ class Part:
 
 
 PARTS = (
-    Part("products", (*PYTEST, PRODUCTS), 150, measures=False, alone=False),
-    Part(
-        "tests", (*PYTEST, "tests/gpu", f"--ignore={PRODUCTS}", f"--ignore={MEMORY}"), 150, measures=False, alone=False
-    ),
+    Part("products", (*PYTEST, "tests/gpu/test_field.py"), 130, measures=False, alone=False),
+    Part("ipc", (*PYTEST, "tests/gpu/test_cuda_ipc.py", "tests/gpu/test_many.py"), 130, measures=False, alone=False),
+    Part("captures", (*PYTEST, WORKER, "-k", "not answers"), 130, measures=False, alone=False),
+    Part("private_answers", (*PYTEST, WORKER, "-k", "test_answers"), 130, measures=False, alone=False),
+    Part("open_answers", (*PYTEST, WORKER, "-k", "answers and not test_answers"), 130, measures=False, alone=False),
     Part(
         "loops",
-        (
-            *BENCH,
-            "private",
-            "--mode",
-            "masked",
-            "--model",
-            "synthetic:tiny",
-            "--tokens",
-            "8",
-            "--steps",
-            "2",
-            "--runs",
-            "1",
-        ),
-        150,
+        (*BENCH, "private", "--mode", "masked", "--model", "synthetic:tiny", *SHORT),
+        130,
         measures=False,
         alone=False,
     ),
-    Part("memory", (*PYTEST, MEMORY), 25, measures=False),
+    Part("memory", (*PYTEST, "tests/gpu/test_memory.py"), 45, measures=False),
     Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 65),
     Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 35),
     Part(
@@ -111,11 +100,15 @@ class Ended:
 class Check:
     """Runs parts and keeps what they say. ``gpu`` describes the device in every result."""
 
-    def __init__(self, output: Path, gpu: dict[str, Any], *, total_s: float = TOTAL_S) -> None:
+    def __init__(
+        self, output: Path, gpu: dict[str, Any], *, total_s: float = TOTAL_S, kernels: Path | None = None
+    ) -> None:
         self._output = output
         self._gpu = gpu
         self._total_s = total_s
+        self._environment = _environment(kernels)
         self._begun = time.monotonic()
+        self._budgets_s = 0.0  # of all parts that have begun: by then, counted from the beginning, they have ended
         self._log_lock = threading.Lock()
         output.mkdir(parents=True, exist_ok=True)
         self._log = output / "gpu-check.log"
@@ -126,24 +119,28 @@ class Check:
         together = [part for part in parts if not part.alone]
         ended: list[Ended] = []
         if together:
+            self._budgets_s += max(part.budget_s for part in together)
             with ThreadPoolExecutor(len(together)) as pool:
                 ended += pool.map(self._run, together)
         self._summary(ended)
         for part in parts:
             if part.alone:
+                self._budgets_s += part.budget_s
                 ended.append(self._run(part))
                 self._summary(ended)
         return ended
 
     def _run(self, part: Part) -> Ended:
         began = time.monotonic()
-        budget = min(part.budget_s, self._total_s - (began - self._begun))
+        since_s = began - self._begun
+        own_s = self._budgets_s - since_s if part.alone else part.budget_s  # alone: with what those before it have left
+        budget = min(own_s, self._total_s - since_s)
         if budget <= 1:
             return self._say(Ended(part.name, "no time left", 0.0, part.budget_s, None, part.command), "")
         with _file() as out, _file() as errors:
             # A benchmark says nothing before its end: it has all of its time.
             last_words = 0.0 if part.measures else min(LAST_WORDS_S, budget / 4)
-            code = run_for(part.command, budget, last_words, out, errors)
+            code = run_for(part.command, budget, last_words, out, errors, self._environment)
             said, complaints = _read(out), _read(errors)
         outcome: Outcome = "over its budget" if code is None else "failed" if code else "passed"
         if outcome == "passed" and part.measures and not self._keep(part, said):
@@ -178,13 +175,20 @@ class Check:
         _write(self._output / "gpu-check.json", {**about, "seconds": seconds, "parts": [asdict(one) for one in ended]})
 
 
-def run_for(command: Sequence[str], seconds: float, last_words_s: float, out: IO[str], errors: IO[str]) -> int | None:
+def run_for(
+    command: Sequence[str],
+    seconds: float,
+    last_words_s: float,
+    out: IO[str],
+    errors: IO[str],
+    environment: dict[str, str],
+) -> int | None:
     """The exit code, or None for a command that was ended after its seconds, with all that it had started.
 
     ``last_words_s`` before that it is interrupted: pytest then says what has failed so far.
     """
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=_environment()
+        command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=environment
     )
     try:
         return process.wait(seconds - last_words_s)
@@ -199,10 +203,23 @@ def run_for(command: Sequence[str], seconds: float, last_words_s: float, out: IO
         process.wait()
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would interpret kernels. Output is not held back: an ended part has said what it did."""
+def _environment(kernels: Path | None) -> dict[str, str]:
+    """Ours, without what would interpret kernels. Output is not held back: an ended part has said what it did.
+
+    ``kernels``: where Triton keeps them.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**environment, "PYTHONUNBUFFERED": "1"}
+    kept = {} if kernels is None else {"TRITON_CACHE_DIR": str(kernels)}
+    return {**environment, **kept, "PYTHONUNBUFFERED": "1"}
+
+
+def workers_kernels() -> Path | None:
+    """Where workers have Triton keep kernels: what one part compiles no other has to. Raises PathRefused."""
+    from tsqp.arith.jit import cache_name
+    from tsqp.checkpoint.cache import code_directory
+
+    own = code_directory("worker-kernels", cache_name())
+    return None if own is None else own / "triton"
 
 
 def _file() -> IO[str]:
@@ -246,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu-check: there is no CUDA device here, so nothing was run", file=sys.stderr)
         return 1
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
-    ended = Check(options.output, found, total_s=options.seconds).run(parts)
+    ended = Check(options.output, found, total_s=options.seconds, kernels=workers_kernels()).run(parts)
     bad = [one.name for one in ended if one.outcome != "passed"]
     print(
         f"gpu-check: {len(ended) - len(bad)} of {len(ended)} parts passed" + (f"; not {', '.join(bad)}" if bad else "")

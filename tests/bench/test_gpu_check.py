@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import gpu_check
-from benchmarks.gpu_check import PARTS, TOTAL_S, Check, Part, main
+from benchmarks.gpu_check import PARTS, PYTEST, TOTAL_S, Check, Part, main
 from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
 
 from tests.arith import interpreted
 from tests.commands import LIMIT_S, wait_until
 from tsqp.arith.field import MAX_FIELD_TERMS
+from tsqp.arith.jit import cache_name
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
 from tsqp.arith.triton_field import Tiles
@@ -127,6 +129,40 @@ def test_the_budgets_fit_into_eight_minutes() -> None:
     assert together + sum(one.budget_s for one in PARTS if one.alone) <= TOTAL_S == 480
     assert len({one.name for one in PARTS}) == len(PARTS)
     assert len([one for one in PARTS if one.measures]) + 2 <= 8  # files, with the summary and the log
+
+
+@pytest.mark.slow
+def test_every_test_is_in_one_part(request: pytest.FixtureRequest) -> None:
+    """Of those that need a GPU. Parts run at the same time, but for what looks at the memory of the whole device."""
+
+    def collected(*options: str) -> list[str]:
+        command = [*PYTEST, "--collect-only", "-q", "-q", *options]
+        found = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=True)
+        return re.findall(r"^tests/gpu/.+::.+$", found.stdout, re.MULTILINE)
+
+    parts = {one.name: collected(*one.command[len(PYTEST) :]) for one in PARTS if one.command[: len(PYTEST)] == PYTEST}
+    assert sorted(test for tests in parts.values() for test in tests) == sorted(collected("tests/gpu"))
+    assert all(parts.values())
+    assert [one.name for one in PARTS if one.name in parts and one.alone] == ["memory"]
+    assert all("test_memory" in test for test in parts["memory"])
+
+
+def test_tests_and_their_workers_keep_kernels_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TSQP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_check, "gpu", lambda: GPU)
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    monkeypatch.setattr(gpu_check, "PARTS", (part("rpc", code),))
+    assert main(["--output", str(tmp_path)]) == 0
+    kept = Path(read(tmp_path / "gpu-rpc.json")["TRITON_CACHE_DIR"])
+    assert kept == tmp_path / "cache" / "worker-kernels" / cache_name() / "triton"
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+def test_a_part_that_ends_early_leaves_its_time_to_those_after_it(tmp_path: Path) -> None:
+    ended = Check(tmp_path, GPU).run([part("rpc", "print('{}')"), part("field", "print('{}')", budget_s=0)])
+    assert [one.outcome for one in ended] == ["passed", "passed"]
 
 
 def test_without_a_device_one_line_says_so(
