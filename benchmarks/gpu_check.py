@@ -190,17 +190,36 @@ def run_for(
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True, env=environment
     )
+    apart = set[int]()  # in sessions of their own, as workers are
     try:
         return process.wait(seconds - last_words_s)
     except subprocess.TimeoutExpired:
+        apart = below(process.pid)
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGINT)
             process.wait(last_words_s)
+        apart |= below(process.pid)
         return None
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for other in apart:
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGKILL)
         process.wait()
+
+
+def below(pid: int) -> set[int]:
+    """The processes that one has started, and that those have started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = set[int]()
+    while more := {one for one, parent in parents.items() if parent in (pid, *found)} - found:
+        found |= more
+    return found
 
 
 def _environment(kernels: Path | None) -> dict[str, str]:

@@ -67,15 +67,17 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["child in a session of its own", "child in its session"])
 @pytest.mark.parametrize("heeds", [True, False], ids=["heeds an interrupt", "ignores it"])
 def test_a_part_over_its_budget_has_last_words_and_is_ended_with_what_it_started(
-    heeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heeds: bool, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = tmp_path / "child"
     code = (
         "import pathlib, signal, subprocess, sys, time\n"
         f"signal.signal(signal.SIGINT, signal.{'default_int_handler' if heeds else 'SIG_IGN'})\n"
-        "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        f"started = subprocess.Popen(command, start_new_session={apart})\n"
         f"print('began'); path = pathlib.Path({str(child)!r}); new = path.with_suffix('.new')\n"
         "try: new.write_text(str(started.pid)); new.rename(path); time.sleep(600)\n"
         "except KeyboardInterrupt: print('what has failed so far')"
