@@ -38,8 +38,8 @@ BENCH = (*TSQP, "bench")
 # Without the plugins that a machine happens to have: one that does not fit would end every test.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--disable-plugin-autoload", "-p", "pytest_timeout", "-m", "gpu")
 WORKER = "tests/gpu/test_worker.py"
-SHORT = ("--tokens", "8", "--steps", "2", "--runs", "1")
-OPEN = ("--protection", "open", "--model", MODEL, "--device", "cuda", "--tokens", "1024", "--runs", "3", "--json")
+MASKED = (*BENCH, "private", "--mode", "masked")
+OPEN = (sys.executable, "-m", "benchmarks.gpu_open", "--model", MODEL)
 
 Outcome = Literal["passed", "failed", "over its budget", "no time left", "no result"]
 
@@ -66,22 +66,22 @@ PARTS = (
     Part("open_answers", (*PYTEST, WORKER, "-k", "answers and not test_answers"), 130, measures=False, alone=False),
     Part(
         "loops",
-        (*BENCH, "private", "--mode", "masked", "--model", "synthetic:tiny", *SHORT),
+        (*MASKED, "--model", "synthetic:tiny", "--tokens", "8", "--steps", "2", "--runs", "1"),
         130,
         measures=False,
         alone=False,
     ),
     Part("memory", (*PYTEST, "tests/gpu/test_memory.py"), 45, measures=False),
     Part("field", (sys.executable, "-m", "benchmarks.gpu_field", "--candidates"), 65),
-    Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 35),
+    Part("rpc", (*BENCH, "rpc", "--calls", "1000", "--runs", "3", "--json"), 25),
     Part(
         "private",
-        (*BENCH, "private", "--mode", "masked", "--model", MODEL, "--device", "cuda", "--runs", "2", "--json"),
+        (*MASKED, "--model", MODEL, "--device", "cuda", "--micro-batches", "1", "--runs", "2", "--json"),
         85,
     ),
-    Part("use", (sys.executable, "-m", "benchmarks.gpu_use", "--model", MODEL), 30),
-    Part("prefill", (*BENCH, "prefill", *OPEN), 40),
-    Part("decode", (*BENCH, "decode", *OPEN), 50),
+    Part("use", (sys.executable, "-m", "benchmarks.gpu_use", "--model", MODEL, "--tokens", "4096", "1024"), 35),
+    Part("linear", (*OPEN, "--partition", "linear", "--micro-batches", "1", "2"), 55),
+    Part("layer", (*OPEN, "--partition", "layer"), 40),
 )
 
 

@@ -89,15 +89,12 @@ def shares_between(lines: Sequence[tuple[float, str]], begin: float, end: float)
 
 
 def measured(llm: LLM, tokens: int, command: Sequence[str]) -> dict[str, object]:
-    """The use of a model that is open. Raises NotTold."""
+    """The use of a model that is open, by prompts of so many tokens. Raises NotTold."""
     prompt, ours = Workload(tokens, 0, 1).prompt(), Ours(llm)
     ours.run(prompt, 0)  # libraries set themselves up
     found = use_during(lambda: ours.run(prompt, 0)[0], command)
     return {
-        "benchmark": "gpu-use",
         "tokens": tokens,
-        "protection": "open",
-        "partition": "layer",
         "gpu_use": statistics.median(found.shares),
         "prefill_s": statistics.median(found.runs),
         "all_shares": found.shares,
@@ -108,7 +105,7 @@ def measured(llm: LLM, tokens: int, command: Sequence[str]) -> dict[str, object]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_use")
     parser.add_argument("--model", default="synthetic:llama-3.2-1b")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=[4096, 1024], nargs="+", help="of a prompt, one after the other")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-use: there is no CUDA device here", file=sys.stderr)
@@ -118,11 +115,12 @@ def main() -> int:
     compute = ComputeConfig(partition="layer", dtype="bfloat16")
     try:
         with LLM(options.model, protection="open", worker=WorkerConfig(device=str(device)), compute=compute) as llm:
-            result = measured(llm, options.tokens, (*SMI, f"--id=GPU-{uuid}"))
+            found = [measured(llm, tokens, (*SMI, f"--id=GPU-{uuid}")) for tokens in options.tokens]
     except (NotTold, ChannelError) as error:
         print(f"gpu-use: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({**result, "gpu": described(device), "model": options.model}))
+    about = {"benchmark": "gpu-use", "model": options.model, "protection": "open", "partition": "layer"}
+    print(json.dumps({**about, "prompts": found, "gpu": described(device)}))
     return 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu_check
-from benchmarks.gpu_check import PARTS, PYTEST, TOTAL_S, Check, Part, main
+from benchmarks import gpu_check, gpu_open
+from benchmarks.gpu_check import BENCH, OPEN, PARTS, PYTEST, TOTAL_S, TSQP, Check, Part, main
 from benchmarks.gpu_field import Case, candidates, compare, measure, product_mod_p
 
 from tests.arith import interpreted
@@ -25,6 +25,7 @@ from tsqp.arith.product import BlockedKernel
 from tsqp.arith.triton_field import Tiles
 from tsqp.bench.gpu import Work
 from tsqp.bench.gpu_ceilings import Sizes, ceilings
+from tsqp.cli.commands import app
 
 GPU = {"device": "a fake", "commit": "0123abc"}
 CPU = torch.device("cpu")
@@ -131,6 +132,19 @@ def test_the_budgets_fit_into_eight_minutes() -> None:
     assert together + sum(one.budget_s for one in PARTS if one.alone) <= TOTAL_S == 480
     assert len({one.name for one in PARTS}) == len(PARTS)
     assert len([one for one in PARTS if one.measures]) + 2 <= 8  # files, with the summary and the log
+
+
+def test_what_is_measured_is_one_setting_and_no_search() -> None:
+    """Options are those that the commands have, and say in how many micro-batches a prompt is taken."""
+    asked = {}
+    for one in PARTS:
+        if one.command[: len(BENCH)] == BENCH:
+            _, bound, unknown = app.parse_args(one.command[len(TSQP) :], exit_on_error=False, print_error=False)
+            assert not unknown
+            asked[one.name] = bound.arguments.get("micro_batches")
+        elif one.command[: len(OPEN)] == OPEN:
+            asked[one.name] = gpu_open.parsed(one.command[3:]).micro_batches
+    assert asked == {"loops": None, "rpc": None, "private": 1, "linear": [1, 2], "layer": [1]}
 
 
 @pytest.mark.slow

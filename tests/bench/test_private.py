@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
@@ -14,6 +15,7 @@ from tests.conftest import StartWorker
 from tsqp import LLM, ComputeConfig, GuardConfig
 from tsqp.api.config import RunConfig
 from tsqp.api.pads import pool_bytes
+from tsqp.bench.opened import opened
 from tsqp.bench.pads import PadsDrained, PadsReady, drain, fill, pads_of, with_pads
 from tsqp.bench.private import MODES
 from tsqp.checkpoint import open_checkpoint
@@ -78,6 +80,7 @@ def test_private_compares_every_mode_with_open(tsqp: Command, tmp_path: Path) ->
     done = tsqp(*run, *QUICK, "--plot", plot)
     assert done.code == 0, done.err
     result = done.json
+    assert result["micro_batches"] is None
     assert result["modes"].keys() == MODES.keys()
     for row in result["modes"].values():
         for phase in ("prefill", "decode"):
@@ -93,6 +96,19 @@ def test_private_compares_every_mode_with_open(tsqp: Command, tmp_path: Path) ->
     assert is_measured(result)
     assert is_picture(plot)
     assert json.loads((tmp_path / "private-tiny.json").read_text()) == result
+
+
+def test_every_mode_has_the_micro_batches_that_were_asked_for(tsqp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def opens(run: RunConfig, console: Console) -> LLM:
+        asked[run.protection] = run.compute.micro_batches
+        return opened(run, console)
+
+    monkeypatch.setattr("tsqp.bench.private.opened", opens)
+    run = ("bench", "private", "-m", TINY, "--mode", "masked", "--tokens", 4, "--steps", 1, "--micro-batches", 2)
+    assert tsqp(*run, *QUICK).json["micro_batches"] == 2
+    assert asked == {"open": 2, "masked": 2}
 
 
 def test_guard_counts_each_part(tsqp: Command, tmp_path: Path) -> None:

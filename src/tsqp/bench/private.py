@@ -68,6 +68,7 @@ def bench_private(run: RunConfig, work: Workload, console: Console, only: Sequen
         "transport": "shm",
         "device": run.worker.device,
         "threads": threads,
+        "micro_batches": run.compute.micro_batches,  # None: as the first prompts have shown to be fastest
         "tokens": work.tokens,
         "decode_steps": work.steps,
         "runs": work.runs,
@@ -96,6 +97,7 @@ def _open_modes(
         return stack.enter_context(opened(options, console))
 
     bare = plain(run)
+    bare = replace(bare, compute=replace(bare.compute, micro_batches=run.compute.micro_batches))
     modes: dict[str, Peer] = {"open": Ours(model(replace(bare, compute=replace(bare.compute, dtype="bfloat16"))))}
     if wanted == {"open"}:
         return modes

@@ -16,7 +16,7 @@ from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.names import PeerName, TransportName
 from tsqp.cli.bench_options import BenchOptions
 from tsqp.cli.one_adapter import no_adapter
-from tsqp.cli.options import BenchRunOptions, Device, Model, Threads
+from tsqp.cli.options import BenchRunOptions, Device, MicroBatches, Model, Threads
 from tsqp.config.dtype import DtypeName
 from tsqp.errors import OptionError
 
@@ -159,6 +159,7 @@ def private(
         tuple[str, ...], Parameter(help="Measure this mode beside open, and not all; may be given again.")
     ] = (),
     checks: Checks = 2,
+    micro_batches: MicroBatches = None,
     threads: Threads = None,
     results: Results = None,
     dirty_ok: DirtyOk = False,
@@ -169,8 +170,8 @@ def private(
     from tsqp.bench.private import bench_private
     from tsqp.bench.workload import Workload
 
-    asked = WorkerConfig(device=device), GuardConfig(checks), ComputeConfig(threads=threads)
-    run = RunConfig(model, "masked", *asked)
+    compute = ComputeConfig(threads=threads, micro_batches=micro_batches)
+    run = RunConfig(model, "masked", WorkerConfig(device=device), GuardConfig(checks), compute)
     result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
     _finish(result, options, console, results, device)
 

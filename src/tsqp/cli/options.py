@@ -87,14 +87,16 @@ if TYPE_CHECKING:
     Model: TypeAlias = str
     Device: TypeAlias = str
     Threads: TypeAlias = int | None
+    MicroBatches: TypeAlias = int | None
 else:
     RunOptions = flags_of(RunConfig)
     BenchRunOptions = flags_of(RunConfig, protection="open")  # a benchmark measures the split itself
     SamplingOptions = flags_of(SamplingParams)
-    Model, Device, Threads = (
+    Model, Device, Threads, MicroBatches = (
         option_type("", "model"),
         option_type("worker", "device"),
         option_type("compute", "threads"),
+        option_type("compute", "micro_batches"),
     )
 
 
