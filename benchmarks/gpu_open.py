@@ -29,13 +29,16 @@ def measured(run: RunConfig, work: Workload, others: Sequence[int], peer: PeerNa
     alone = []
     for count in others:
         other = replace(run, compute=replace(run.compute, micro_batches=count))
-        alone.append({"micro_batches": count, **bench_split(other, replace(work, steps=0), "none", None, console)})
+        found = bench_split(other, replace(work, steps=0), "none", None, console)
+        alone.append({"micro_batches": count, "prefill": found["prefill"]})
+    both = bench_split(run, work, peer, None, console)
     return {
         "benchmark": "gpu-open",
         "model": run.model,
         "partition": run.compute.partition,
         "micro_batches": run.compute.micro_batches,
-        **bench_split(run, work, peer, None, console),
+        "prefill": both["prefill"],
+        "decode": both["decode"],
         "prefill_in_others": alone,
         **device_figures(run.worker.device),
     }
@@ -61,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-open: there is no CUDA device here", file=sys.stderr)
         return 1
-    first, *others = options.micro_batches if options.partition == "linear" else [None]
+    first, *others = options.micro_batches
+    if options.partition == "layer":
+        first, others = None, []
     compute = ComputeConfig(partition=options.partition, micro_batches=first)
     run = RunConfig(options.model, "open", WorkerConfig(device=options.device), compute=compute)
     work = Workload(options.tokens, options.steps, options.runs)

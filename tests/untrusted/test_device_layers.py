@@ -8,9 +8,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.families import FAMILIES, MORE_FAMILIES, random_tokens, tiny_model
 from tests.untrusted.fake_driver import FakeDriver
@@ -103,6 +106,32 @@ def test_logits_are_those_of_the_host(family: str) -> None:
         passes.whole((4, 0, 1), forget=[2])
         passes.whole((1, long + 6, 1))
         assert driver.replayed == 5 * (weights_of(family).config.num_layers + 2)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views of memory that is there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        found = func(*args, **(kwargs or {}))
+        writes = func._schema.is_mutable
+        own = [one.untyped_storage().data_ptr() for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+        self.count += writes or (not held.issuperset(own) and "empty" not in func.__name__)
+        return found
+
+
+def test_a_layer_is_few_launches() -> None:
+    """Two norms, one rotation of queries and keys together, three stores, four products, SiLU, attention, two sums."""
+    with both("llama") as (passes, _):
+        there = passes.clients[1]
+        call = there.begin((1, 0, 5))
+        with Launches() as launches:
+            there.state.layer(Layer(0, call.id, 0, 0))
+        assert launches.count <= 22
 
 
 def test_a_step_that_comes_again_is_not_captured_again() -> None:

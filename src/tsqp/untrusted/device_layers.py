@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from tsqp.model.batch import Batch, Chunk
 from tsqp.model.cache import Positions
 from tsqp.model.decoder_layers import ChunkWork, DecoderLayers
-from tsqp.model.kernels import TorchKernels
 from tsqp.model.meter import Unmetered
 from tsqp.model.operators import ChunkAttention
 from tsqp.model.pending import run
 from tsqp.model.rotary import Rotary
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.base import Backend
+from tsqp.untrusted.device_kernels import DeviceKernels
 from tsqp.untrusted.host_layers import final_logits
 from tsqp.untrusted.paged_rows import NO_SPANS, DeviceLinears, PagedKernels, PagedSpan, SpanAttention
 from tsqp.untrusted.pages import PagedSequence, Pages, pages_for
@@ -52,7 +52,7 @@ class DeviceLayers:
             weights.norms,
             DeviceLinears(weights.groups),
             BroughtAlong(),
-            weights.kernels or TorchKernels(),
+            weights.kernels or DeviceKernels(),
             Unmetered(),
         )
         self.graphs = StepGraphs(weights, backend, self.rotary, self.pages, self.block)

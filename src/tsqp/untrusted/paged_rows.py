@@ -65,8 +65,14 @@ class PagedKernels:
         """See Kernels; ``spans`` are not looked at."""
         held_keys, held_values = self._pages.slots(layer)
         heads, head_dim = held_keys.shape[1:]
-        q.copy_(rotate(_split(queries, len(q), head_dim), cos, sin).transpose(0, 1))
-        held_keys.index_copy_(0, self._slots, rotate(_split(keys, heads, head_dim), cos, sin))
+        both = (len(q), heads)
+        if keys.rows is queries.rows and keys.column == queries.column + len(q) * head_dim:
+            turned, turned_keys = rotate(_split(queries, sum(both), head_dim), cos, sin).split(both, dim=1)
+        else:  # normed, each in memory of its own
+            turned = rotate(_split(queries, len(q), head_dim), cos, sin)
+            turned_keys = rotate(_split(keys, heads, head_dim), cos, sin)
+        q.copy_(turned.transpose(0, 1))
+        held_keys.index_copy_(0, self._slots, turned_keys)
         held_values.index_copy_(0, self._slots, _split(values, heads, head_dim))
 
 
