@@ -26,6 +26,13 @@ def test_pages_for_is_the_least_that_holds_them(positions: int) -> None:
     assert (pages_for(positions) - 1) * PAGE < positions <= pages_for(positions) * PAGE
 
 
+@given(st.permutations(range(1, 6)), st.integers(0, 5 * PAGE), st.integers(0, 5 * PAGE))
+def test_slots_of_a_range_are_those_of_its_positions(pages: list[int], one: int, other: int) -> None:
+    sequence, (first, end) = PagedSequence(), sorted((one, other))
+    sequence.pages = pages
+    assert sequence.slots(first, end).tolist() == [sequence.slot(position) for position in range(first, end)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3 * PAGE)), max_size=12))
 def test_every_sequence_keeps_its_own(steps: list[tuple[int, int]]) -> None:

@@ -130,10 +130,10 @@ class DevicePass:
     def _chunk_rows(self, chunk: Chunk[PagedSequence]) -> _ChunkRows:
         layers, config = self._layers, self._layers.weights.config
         positions, rows = chunk.positions(), chunk.rows
-        slots = [span.cache.slot(position) for span in chunk.spans for position in range(span.position, span.end)]
+        slots = [span.cache.slots(span.position, span.end) for span in chunk.spans]
         tables = [span.cache.pages[: pages_for(span.end)] for span in chunk.spans]
-        numbers = [*positions.tolist(), *slots, *(page for table in tables for page in table)]
-        staged = self._staged(torch.tensor(numbers, dtype=torch.int32))
+        numbers = torch.cat((positions, *slots, *map(torch.tensor, tables)))
+        staged = self._staged(numbers.to(torch.int32))
         index = staged[2 * rows :].split([len(table) for table in tables])
         following = [self._floats(angles) for angles in layers.rotary.following(chunk.lengths(positions))]
         cos, sin = layers.rotary.of(staged[:rows], following)

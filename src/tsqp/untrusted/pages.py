@@ -30,6 +30,12 @@ class PagedSequence(Positions):
         """Where a position is, counted from the beginning of the memory."""
         return self.pages[position // PAGE] * PAGE + position % PAGE
 
+    def slots(self, first: int, end: int) -> torch.Tensor:
+        """Where positions from ``first`` to ``end`` are, int64 (end - first,) on the host."""
+        pages = torch.tensor(self.pages[first // PAGE : pages_for(end)]).unsqueeze(1)
+        skipped = first - first % PAGE
+        return (pages * PAGE + torch.arange(PAGE)).flatten()[first - skipped : end - skipped]
+
 
 class Pages:
     """The memory, (layers, 2, pages, PAGE, kv_heads, head_dim): keys and values. It doubles when it is full.
