@@ -85,10 +85,10 @@ bench: .venv/.dev  ## measure everything, into benchmarks/results/, and write th
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.readme
 
-gpu-check: .venv/.dev  ## every CUDA test and benchmark in at most 8 minutes, on a machine with a GPU (docs/gpu-check.md)
+gpu-check: .venv/.dev  ## every CUDA test and benchmark in at most 8 minutes, on a machine with a GPU and a network (docs/gpu-check.md)
 	$(BIN)/python -m benchmarks.gpu_check
 
-gpu-bundle: .venv/.dev  ## what a machine with a GPU and no network needs beside this tree, into .gpu-wheels
+gpu-bundle: .venv/.dev  ## the same without a network: wheels into .gpu-wheels, and the one line to run there
 	$(BIN)/python -m scripts.gpu_bundle
 
 wheel: .venv/.dev

@@ -59,6 +59,7 @@ PLATFORMS = (
 )
 
 SITE = "/tmp/tsqp-site"
+CACHE = "/tmp/tsqp-cache"  # the home may be one in which others can write, where no code would be kept
 
 
 def wanted(run: str, dev: str, have: Iterable[str]) -> str:
@@ -121,7 +122,8 @@ def command(output: Path, commit: str) -> str:
     return (
         "python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade"
         f" --target {SITE} {output}/*.whl"
-        f' && export PYTHONPATH="$PWD/src:$PWD:{SITE}" TSQP_COMMIT={commit}'
+        f" && install -d -m 700 {CACHE}"
+        f' && export PYTHONPATH="$PWD/src:$PWD:{SITE}" TSQP_CACHE={CACHE} TSQP_COMMIT={commit}'
         f' && python3 -m benchmarks.gpu_check --output "${{OUT:-benchmarks/results}}"'
     )
 

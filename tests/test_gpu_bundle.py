@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import stat
 import subprocess
 import zipfile
 from pathlib import Path
@@ -111,6 +112,22 @@ def test_the_report_names_sizes_and_one_command(tmp_path: Path, tree: Path) -> N
     assert "TSQP_COMMIT=0123abc" in line
     assert "-m benchmarks.gpu_check" in line
     assert subprocess.run(["bash", "-n", "-c", line], check=False).returncode == 0
+
+
+def test_what_is_compiled_there_is_kept_in_a_directory_of_ones_own(tmp_path: Path) -> None:
+    """The home of a machine that was set up by others may be one in which others can write: no code is kept there."""
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$TSQP_CACHE"\n')
+    python.chmod(0o700)
+    line = gpu_bundle.command(Path(".gpu-wheels"), "0123abc").replace("/tmp/tsqp", str(tmp_path / "own"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for _ in range(2):  # a second time as well
+        run = subprocess.run(
+            ["bash", "-c", f"umask 0; {line}"], env=environment, capture_output=True, text=True, check=True
+        )
+        kept = Path(run.stdout.splitlines()[-1])
+        assert kept.is_relative_to(tmp_path)
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o700
 
 
 def test_too_much_to_travel_is_refused_with_the_largest_wheels(
