@@ -77,6 +77,18 @@ def test_rows_are_rounded_up_and_other_rows_stay_on_the_device() -> None:
     assert driver.captured == 2  # for 16 rows and for 4
 
 
+@pytest.mark.parametrize("payloads", [1, 2, 3])
+def test_a_call_has_stages_where_all_of_its_input_comes_before_all_of_its_work(payloads: int) -> None:
+    """Attention of partition op is computed from several payloads, of which each is computed with as it is there."""
+    backend = fake_backend(FakeDriver())
+    with backend.serving():
+        staged = [backend.stage_in(memoryview(bytes(64)), torch.float32, (16,)) for _ in range(payloads)]
+        backend.stage_out(sum(staged[1:], staged[0]), None)
+        queued = backend.submit()
+        queued.wait()
+        assert (queued.stages() is not None) == (payloads == 1)
+
+
 def test_layers_do_not_share_a_graph() -> None:
     driver = FakeDriver()
     with serving(fake_backend(driver)) as (listener, _), connected(listener) as channel:

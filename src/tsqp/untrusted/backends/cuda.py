@@ -93,7 +93,7 @@ class CudaBackend:
         self._last = self._driver.record(Stream.IN, timed=True)
         self._marks[Stream.IN] = [self._marks.get(Stream.IN, [begin])[0], self._last]
         self._driver.wait_on(Stream.COMPUTE, self._last)
-        self._marks[Stream.COMPUTE] = [self._driver.record(Stream.COMPUTE, timed=True)]
+        self._marks.setdefault(Stream.COMPUTE, []).append(self._driver.record(Stream.COMPUTE, timed=True))
         return raw.view(dtype).view(shape)
 
     def floats_in(self, payload: Payload, wire: WireFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
