@@ -141,3 +141,29 @@ def test_memory_that_cannot_be_given_back_ends_no_worker(driver: TorchDriver, mo
 
     monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
     driver.trim()
+
+
+def test_the_stream_that_serves_is_entered_once(driver: TorchDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step has three calls there for each product, and entering a stream takes some microseconds of Python."""
+    entered = list[object]()
+
+    def stream(one: object) -> nullcontext[None]:
+        entered.append(one)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    compute, inwards = (driver._streams[one] for one in (Stream.COMPUTE, Stream.IN))
+    compute.wait_stream = lambda _: None  # type: ignore[method-assign]
+    memory, replayed = torch.zeros(2, dtype=torch.uint8), list[None]()
+    graph = torch_driver._ComputeGraph(SimpleNamespace(replay=lambda: replayed.append(None)), driver)  # type: ignore[arg-type]
+    with driver.serving():
+        driver.copy(memory, memory, Stream.COMPUTE)
+        graph.replay()
+        driver.copy(memory, memory, Stream.IN)
+        driver.copy(memory, memory, Stream.COMPUTE)
+        assert entered == [compute, inwards]
+    driver.copy(memory, memory, Stream.COMPUTE)
+    graph.replay()
+    assert entered == [compute, inwards, compute, compute]
+    assert len(replayed) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 
 import torch
@@ -38,6 +38,8 @@ def cuda_runtime() -> ctypes.CDLL:
 class TorchDriver:
     """See Driver."""
 
+    _serving = False  # whether COMPUTE is the device's current stream, on the one thread that works with it
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
@@ -48,7 +50,11 @@ class TorchDriver:
         compute = self._streams[Stream.COMPUTE]
         compute.wait_stream(torch.cuda.current_stream(self.device))  # weights may be on their way on that one
         with torch.cuda.device(self.device), torch.cuda.stream(compute), sdpa_kernel(_ATTENTION):
-            yield
+            self._serving = True
+            try:
+                yield
+            finally:
+                self._serving = False
 
     def register(self, memory: torch.Tensor) -> str | None:
         result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
@@ -64,8 +70,12 @@ class TorchDriver:
     def locked(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        """Where torch's operators go. Entering a stream that is current already would take as long as a launch."""
+        return nullcontext() if self._serving and stream is Stream.COMPUTE else torch.cuda.stream(self._streams[stream])
+
     def empty(self, size: int, stream: Stream) -> torch.Tensor:
-        with torch.cuda.stream(self._streams[stream]):
+        with self.on(stream):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def alias(self, memory: DeviceMemory) -> torch.Tensor:
@@ -75,7 +85,7 @@ class TorchDriver:
         memory.record_stream(self._streams[stream])
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        with torch.cuda.stream(self._streams[stream]):
+        with self.on(stream):
             target.copy_(source, non_blocking=True)
 
     def copy_rows(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
@@ -120,7 +130,7 @@ class TorchDriver:
             except BaseException:
                 self._abandon(graph, pool)
                 raise
-        return _ComputeGraph(graph, self._streams[Stream.COMPUTE])
+        return _ComputeGraph(graph, self)
 
     def trim(self) -> None:
         with suppress(RuntimeError):  # of a device that has failed, or an allocator that was left in a capture
@@ -154,10 +164,10 @@ class _Foreign:
 class _ComputeGraph:
     """See Graph."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, driver: TorchDriver) -> None:
         self._graph = graph
-        self._stream = stream
+        self._driver = driver
 
     def replay(self) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._driver.on(Stream.COMPUTE):
             self._graph.replay()
