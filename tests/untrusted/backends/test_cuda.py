@@ -6,9 +6,11 @@ import logging
 import subprocess
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.arith.kernels import CPU
 from tests.untrusted.calls import CHECKPOINT
@@ -18,6 +20,7 @@ from tests.untrusted.shm_worker import CLIENT, connected, failure, fake_backend,
 from tests.wire.links import WAIT_S
 from tsqp.config.dtype import NumericPath, WireDtype
 from tsqp.model.weights import ModelWeights
+from tsqp.untrusted.backends.base import Place, Run
 from tsqp.untrusted.backends.cuda import CudaBackend
 from tsqp.untrusted.paths.plain import Operators
 from tsqp.wire.messages import Call, Linear, MultiplyPads, Product
@@ -87,6 +90,42 @@ def test_a_call_has_stages_where_all_of_its_input_comes_before_all_of_its_work(p
         queued = backend.submit()
         queued.wait()
         assert (queued.stages() is not None) == (payloads == 1)
+
+
+class Cuts(TorchDispatchMode):
+    """Which operators make views of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [func.__name__] if func.__name__.startswith(("slice", "split")) else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_call_that_comes_again_cuts_no_memory() -> None:
+    """Each cut is a microsecond of Python, between two launches that take as long."""
+    driver = FakeDriver()
+    backend, memory = fake_backend(driver), memoryview(bytearray(256))
+    backend.attach(b"client", memory)
+    x, y = (Place(memory[first : first + 64], torch.uint8, (4, 16)) for first in (0, 128))
+    memory[:64] = bytes([7] * 64)
+
+    def bind(source: torch.Tensor, target: torch.Tensor) -> Run:
+        return lambda: torch.add(source, source, out=target)
+
+    with backend.serving():
+        again = backend.prepare(
+            ("doubled",), x, y, lambda source, target: lambda: torch.add(source, source, out=target)
+        )
+        assert again is not None
+        with Cuts() as cuts:
+            again()
+        backend.settle()
+    assert bytes(memory[128:192]) == bytes([14] * 64)
+    assert cuts.seen == []
+    backend.detach(b"client")
 
 
 def test_layers_do_not_share_a_graph() -> None:

@@ -154,7 +154,7 @@ def test_the_stream_that_serves_is_entered_once(driver: TorchDriver, monkeypatch
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     compute, inwards = (driver._streams[one] for one in (Stream.COMPUTE, Stream.IN))
-    compute.wait_stream = lambda _: None  # type: ignore[method-assign]
+    monkeypatch.setattr(compute, "wait_stream", lambda _: None, raising=False)
     memory, replayed = torch.zeros(2, dtype=torch.uint8), list[None]()
     graph = torch_driver._ComputeGraph(SimpleNamespace(replay=lambda: replayed.append(None)), driver)  # type: ignore[arg-type]
     with driver.serving():

@@ -19,13 +19,18 @@ from tsqp.arith.field import FieldWeights
 from tsqp.arith.product import DigitKernel
 from tsqp.arith.tensor_cores import DeviceFieldWeights
 from tsqp.untrusted.backends.base import NOTHING_QUEUED, Bind, Finish, Key, Place, Queued, Run, Stages
-from tsqp.untrusted.backends.driver import Driver, Event, Stream
-from tsqp.untrusted.backends.graphs import Captured, Graphs
+from tsqp.untrusted.backends.driver import Driver, Event, Graph, Stream
+from tsqp.untrusted.backends.graphs import Graphs
 from tsqp.untrusted.backends.host_memory import Arenas, Buffers
 from tsqp.wire.device_memory import DeviceMemory, Payload
 from tsqp.wire.payload import WireFormat, bytes_tensor, check_size, tensor_bytes
 
 STAGED_BYTES = 256 << 20  # of payloads in buffers, before a call waits for the first of them to be copied
+
+
+# Device memory that stays, a payload, and copies between the two; None for memory that is not locked.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Bound = tuple[torch.Tensor, Payload, Sequence[_Pair] | None]
 
 
 class CudaBackend:
@@ -135,7 +140,12 @@ class CudaBackend:
         captured = self._graphs.of(key, rows, (x.dtype, x.shape[1]), (y.dtype, y.shape[1]), bind)
         if captured is None:
             return None
-        return partial(self._again, captured, x.memory, y.memory, self._pieces(x.memory), self._pieces(y.memory))
+        own_x, own_y = captured.x[: x.memory.nbytes], captured.y[: y.memory.nbytes]
+        sources, targets = self._pieces(x.memory), self._pieces(y.memory)
+        # Bound once, since a call has little time for Python.
+        inwards = None if sources is None else _pairs(own_x, sources)
+        outwards = None if targets is None else _pairs(own_y, targets)
+        return partial(self._again, captured.graph, (own_x, x.memory, inwards), (own_y, y.memory, outwards))
 
     def stage_into(self, payload: memoryview, memory: torch.Tensor) -> None:
         check_size(payload, memory.dtype, tuple(memory.shape))
@@ -183,26 +193,19 @@ class CudaBackend:
         self.settle()
         self._arenas.close()
 
-    def _again(
-        self,
-        captured: Captured,
-        source: Payload,
-        target: Payload,
-        sources: Sequence[torch.Tensor] | None,
-        targets: Sequence[torch.Tensor] | None,
-    ) -> None:
-        """Copy in, multiply, copy out, in this order on one stream. Pieces are None for memory that is not locked."""
-        x, y = captured.x[: source.nbytes], captured.y[: target.nbytes]
-        self._copy(x, sources or self._source(source), Stream.COMPUTE, inwards=True)
-        captured.graph.replay()
-        self._copy(y, targets or self._target(target), Stream.COMPUTE, inwards=False)
+    def _again(self, graph: Graph, x: _Bound, y: _Bound) -> None:
+        """Copy in, multiply, copy out, in this order on one stream."""
+        own_x, source, inwards = x
+        for part, piece in inwards or _pairs(own_x, self._source(source)):
+            self._driver.copy(part, piece, Stream.COMPUTE)
+        graph.replay()
+        own_y, target, outwards = y
+        for part, piece in outwards or _pairs(own_y, self._target(target)):
+            self._driver.copy(piece, part, Stream.COMPUTE)
         self._last = self._driver.record(Stream.COMPUTE)
 
     def _copy(self, device: torch.Tensor, host: Sequence[torch.Tensor], stream: Stream, *, inwards: bool) -> None:
-        at = 0
-        for piece in host:
-            part = device[at : at + len(piece)]
-            at += len(piece)
+        for part, piece in _pairs(device, host):
             if inwards:
                 self._driver.copy(part, piece, stream)
             else:
@@ -278,6 +281,11 @@ class CopiesQueued:
 
     def _after(self, first: Event, event: Event) -> int:
         return max(0, self._driver.elapsed_ns(first, event))
+
+
+def _pairs(device: torch.Tensor, host: Sequence[torch.Tensor]) -> list[_Pair]:
+    """Device memory, cut as the host's pieces of the same bytes are, with each piece."""
+    return list(zip(device.split([len(piece) for piece in host]), host, strict=True))
 
 
 def _moved(buffer: torch.Tensor, out: memoryview) -> None:
