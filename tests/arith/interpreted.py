@@ -6,6 +6,7 @@ when triton was loaded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -16,6 +17,7 @@ import triton  # noqa: F401  (before the variable is set: what it loads later mu
 from tsqp.arith.triton_field import Tiles, TritonKernel
 
 FEW, MANY = Tiles(16, 32, 64, warps=4, stages=3, split=False), Tiles(16, 32, 64, warps=4, stages=3, split=True)
+AT_ONCE = replace(MANY, at_once=True)
 
 
 def kernel(tiles: Tiles | None = FEW, processors: int = 1) -> TritonKernel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -34,12 +36,21 @@ def compiled(function: Any, constants: dict[str, int], **options: int) -> Any:
 def test_products_use_the_integer_tensor_cores(tiles: Tiles, digits: Any) -> None:
     constants = _options(tiles, digits)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    done = compiled(triton_loops.many_rows if tiles.split else triton_loops.few_rows, constants, **options)
+    many = triton_loops.digits_at_once if tiles.at_once else triton_loops.many_rows
+    done = compiled(many if tiles.split else triton_loops.few_rows, constants, **options)
     wanted = "wgmma.mma_async.sync.aligned" if tiles.rows >= 64 else "mma.sync.aligned"
     lines = [line for line in done.asm["ptx"].splitlines() if wanted in line]
     assert lines
     assert all(".s32.s8.s8" in line for line in lines)
     assert done.metadata.shared <= 227 * 1024
+    assert sum(spilled_bytes(done.asm["ptx"])) <= (0 if tiles.at_once else 64)
+
+
+def spilled_bytes(ptx: str) -> list[int]:
+    """What registers had no room for, stored and loaded, by NVIDIA's assembler, which travels with triton."""
+    command = [triton.knobs.nvidia.ptxas.path, "--verbose", "--gpu-name=sm_90a", "--output-file=/dev/null", "-"]
+    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    return [int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
 
 
 @pytest.mark.slow

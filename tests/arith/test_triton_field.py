@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.arith import interpreted
-from tests.arith.interpreted import FEW, MANY
+from tests.arith.interpreted import AT_ONCE, FEW, MANY
 from tests.arith.kernels import SATURATES
 from tsqp import arith
 from tsqp.arith import self_test
@@ -25,7 +26,7 @@ from tsqp.arith.tensor_cores import DeviceFieldKernel, DeviceFieldWeights, Tenso
 from tsqp.arith.triton_field import CANDIDATES, TABLE, Tiles, TritonKernel, tiles_for
 from tsqp.errors import TsqpWarning
 
-TILES = pytest.mark.parametrize("tiles", [FEW, MANY], ids=["few_rows", "many_rows"])
+TILES = pytest.mark.parametrize("tiles", [FEW, MANY, AT_ONCE], ids=["few_rows", "many_rows", "digits_at_once"])
 DIGITS = pytest.mark.parametrize("digits", [4, 2])
 
 # Where a digit carries, where the sign turns, and numbers whose digits are all -128 or all 127.
@@ -92,7 +93,7 @@ def test_the_inner_size_is_split_where_columns_do_not_fill_the_device(digits: Di
 @TILES
 @pytest.mark.parametrize(("number", "weight"), [(P // 2 - 63, 127), (P - 0x808080, 127), (P - 0x808080, -127)])
 def test_the_largest_sums_fit_into_32_bits(tiles: Tiles, number: int, weight: int) -> None:
-    wide = Tiles(1, 1, 8_192, warps=4, stages=3, split=tiles.split)  # no tile of a device
+    wide = replace(tiles, rows=1, columns=1, inner=8_192)  # no tile of a device
     x, w = np.full((1, MAX_FIELD_TERMS), number, np.int32), np.full((1, MAX_FIELD_TERMS), weight, np.int8)
     assert product(x, w, 4, interpreted.kernel(wide)) == [[number * weight * MAX_FIELD_TERMS % P]]
 
@@ -142,7 +143,7 @@ def test_every_number_of_rows_has_tiles() -> None:
         assert tiles.rows >= min(rows, 64)
         assert tiles.split == (rows > 64)
     for tiles in (*(tiles for _, tiles in TABLE), tiles_for(65), *CANDIDATES):
-        accumulators = (1 if tiles.split else 4) * tiles.rows * tiles.columns / (32 * tiles.warps)
+        accumulators = (1 if tiles.split and not tiles.at_once else 4) * tiles.rows * tiles.columns / (32 * tiles.warps)
         assert accumulators <= 128  # registers of a thread, of 255
         assert tiles.inner % 32 == 0  # what an instruction multiplies
 

@@ -2,7 +2,8 @@
 
 Few rows are bound by reading the weights: the digits are taken in registers, an accumulator each, and the inner size is
 split over programs where the columns alone do not fill the device. Many rows are bound by multiplying: one pass writes
-the digits as int8, as many bytes as x has, and a tile of one accumulator goes over them digit by digit.
+the digits as int8, as many bytes as x has, and a tile of one accumulator goes over them digit by digit, or over all of
+them at once.
 
 Loads without triton; making a ``TritonKernel`` needs it.
 """
@@ -32,6 +33,7 @@ class Tiles:
     warps: int
     stages: int
     split: bool  # whether the digits are written first, with one pass for each
+    at_once: bool = False  # of digits that are written first: one pass for all, side by side in one accumulator
 
 
 # By the most rows. Those for 16 are what a laboratory kernel was fastest with on an H200 (docs/log.md); the others are
@@ -52,6 +54,7 @@ CANDIDATES = (
     Tiles(128, 128, 64, warps=8, stages=4, split=True),
     Tiles(128, 128, 128, warps=8, stages=4, split=True),
     Tiles(128, 64, 128, warps=4, stages=4, split=True),
+    Tiles(64, 128, 128, warps=8, stages=3, split=True, at_once=True),
 )
 
 
@@ -103,7 +106,8 @@ class TritonKernel(DeviceFieldKernel):
         programs = (_over(rows * inner, AT_ONCE),)
         self._loops.split[programs](x, planes, rows, inner, x.stride(0), DIGITS=digits, SIZE=AT_ONCE)
         grid = (_over(rows, tiles.rows), _over(columns, tiles.columns))
-        self._loops.many_rows[grid](planes, w, out, rows, columns, inner, out.stride(0), **_options(tiles, digits))
+        product = self._loops.digits_at_once if tiles.at_once else self._loops.many_rows
+        product[grid](planes, w, out, rows, columns, inner, out.stride(0), **_options(tiles, digits))
 
     def _part(self, inner: int, programs: int, step: int, x: torch.Tensor) -> int:
         """How much of the inner size one program has: two programs for each processor, where that can be."""

@@ -31,8 +31,19 @@ def digit_bytes(x, DIGITS: tl.constexpr):
 @triton.jit
 def append(residue, sums):
     """256·residue + sums mod p: a residue (uint32) of sums int32, |sums| < p."""
-    turned = ((residue << 8) & 2147483647) | (residue >> 23)
-    return folded(turned + tl.where(sums < 0, sums + 2147483647, sums).to(tl.uint32))
+    return folded(turned(residue, 8) + of_sums(sums))
+
+
+@triton.jit
+def of_sums(sums):
+    """A residue (uint32) of sums int32, |sums| < p."""
+    return tl.where(sums < 0, sums + 2147483647, sums).to(tl.uint32)
+
+
+@triton.jit
+def turned(residue, BITS: tl.constexpr):
+    """2^BITS·residue mod p."""
+    return ((residue << BITS) & 2147483647) | (residue >> (31 - BITS))
 
 
 @triton.jit
@@ -154,3 +165,52 @@ def many_rows(
         y = append(y, sums)
     place = y_ptr + row.to(tl.int64)[:, None] * y_stride + column[None, :]
     tl.store(place, stored(y), mask=(row[:, None] < rows) & (column[None, :] < columns))
+
+
+@triton.jit
+def added(residues, COLUMNS: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr):
+    """The first half of (COLUMNS, 2·OTHERS) and 2^BITS times the second, mod p: (COLUMNS, OTHERS).
+
+    Where OTHERS is a multiple of 8, a thread of a tensor core's accumulator has the numbers of both halves.
+    """
+    low, high = tl.split(tl.permute(tl.reshape(residues, (COLUMNS, 2, OTHERS)), (0, 2, 1)))
+    return folded(low + turned(high, BITS))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def digits_at_once(
+    digits_ptr,
+    w_ptr,
+    y_ptr,
+    rows,
+    columns,
+    inner,
+    y_stride,
+    DIGITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """As ``many_rows``, in one pass over the inner size: all digits of a row are columns of one accumulator.
+
+    That is yᵀ, (COLUMNS, DIGITS·ROWS), the lowest digit first; w is read once, where ``many_rows`` reads it four times.
+    """
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    each = tl.arange(0, DIGITS * ROWS)
+    digit_row = tl.program_id(0) * ROWS + each % ROWS
+    inside = digit_row < rows
+    d_row = digits_ptr + ((each // ROWS) * rows.to(tl.int64) + digit_row)[None, :] * inner
+    w_row = w_ptr + column.to(tl.int64)[:, None] * inner
+    sums = tl.full((COLUMNS, DIGITS * ROWS), 0, tl.int32)
+    for first in range(0, inner, INNER):
+        k = first + tl.arange(0, INNER)
+        w = tl.load(w_row + k[None, :], mask=(column[:, None] < columns) & (k[None, :] < inner), other=0)
+        d = tl.load(d_row + k[:, None], mask=inside[None, :] & (k[:, None] < inner), other=0)
+        sums = tl.dot(w, d, sums, out_dtype=tl.int32)
+    y = of_sums(sums)
+    if DIGITS == 4:
+        y = added(y, COLUMNS, 2 * ROWS, 16)
+    y = added(y, COLUMNS, ROWS, 8)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = y_ptr + row.to(tl.int64)[None, :] * y_stride + column[:, None]
+    tl.store(place, stored(y), mask=(row[None, :] < rows) & (column[:, None] < columns))
