@@ -24,7 +24,9 @@ from tsqp.bench.workload import Workload
 from tsqp.errors import TsqpError
 
 
-def measured(run: RunConfig, work: Workload, others: Sequence[int], peer: PeerName, console: Console) -> dict[str, Any]:
+def measured(
+    run: RunConfig, work: Workload, others: Sequence[int], peer: PeerName | None, console: Console
+) -> dict[str, Any]:
     """Both phases beside ``peer``, and prompts by themselves in ``others`` micro-batches. Raises TsqpError."""
     alone = []
     for count in others:
@@ -49,7 +51,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="synthetic:llama-3.2-1b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--partition", choices=["linear", "layer"], required=True)
-    parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
+    parser.add_argument("--peer", choices=["transformers", "none"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3)

@@ -26,7 +26,7 @@ from tsqp.bench.workload import Workload
 from tsqp.errors import ChannelError
 
 SMI = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100")
-SECONDS = 6.0
+SECONDS = 5.0
 PERIOD_S = 1.0  # drivers count over 1/6 of a second to a second: an earlier sample may be of the time before
 LEAST = 5  # samples
 FIRST_WORD_S = 5.0  # one that holds back what it says would be waited for until the part is ended
