@@ -33,7 +33,7 @@ from tsqp.cores import cores
 from tsqp.plan.cluster import Link, Setting, Team
 from tsqp.plan.constants import Constants, PrivateMode, load
 from tsqp.plan.pads import pad_times
-from tsqp.plan.passes import Model, attention_flop, calls_of, in_tee, numbers_by_part, weights_of
+from tsqp.plan.passes import Model, attention_flop, calls_of, in_tee
 from tsqp.plan.shapes import shape_of
 
 NEAR = 0.25  # how far a prediction may be from what is measured
@@ -71,7 +71,8 @@ def kept_rows(constants: Constants, offload: dict[str, Any]) -> Iterator[Row]:
         yield row(
             case["name"], "all on the trusted side, int8", _local_s(constants, setting, decodes), least["local_int8"]
         )
-        yield row(case["name"], "pads", case["sequences"] * _pads(constants, setting, decodes), least["pads"])
+        pads = pad_times(constants, setting, 1 if decodes else setting.prompt)
+        yield row(case["name"], "pads", case["sequences"] * pads.own, least["pads"])
 
 
 def _local_s(constants: Constants, setting: Setting, decodes: bool) -> float:
@@ -82,18 +83,6 @@ def _local_s(constants: Constants, setting: Setting, decodes: bool) -> float:
         flop = attention_flop(setting.config, setting.prompt)
         seconds += flop * (trusted.alone_flop_s - trusted.flop_s) / setting.cores
     return seconds
-
-
-def _pads(constants: Constants, setting: Setting, decodes: bool) -> float:
-    """Of one sequence: a prompt needs one row of the LM head."""
-    if decodes:
-        return pad_times(constants, setting).own
-    layers, head = weights_of(setting.config)
-    trusted = constants.trusted
-    of_layers, of_head = (sum(numbers) for numbers in numbers_by_part(setting.config))
-    layer_s = layers * trusted.pad_weight_s + of_layers * trusted.pad_number_s
-    head_s = head * trusted.pad_weight_s + of_head * trusted.pad_number_s
-    return (setting.prompt * layer_s + head_s) / setting.cores
 
 
 def at_work(model: str, of: Team, mode: PrivateMode, console: Console) -> AbstractContextManager[LLM]:

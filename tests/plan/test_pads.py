@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,18 @@ def test_pads_are_made_here() -> None:
     here = pad_times(known, Setting(TINY, "masked", SHM, 2, "cpu"))
     assert here.own == pytest.approx((3 * WEIGHTS + 5 * (X + Y)) / 2)
     assert (here.by_themselves, here.beside) == (here.own, 0)
+
+
+def test_a_prompt_has_one_row_of_the_head() -> None:
+    known = constants(NOTHING, pad_weight_s=3.0, pad_number_s=5.0)
+    here = pad_times(known, Setting(TINY, "masked", SHM, 2, "cpu"), rows=32)
+    layers, head = 3 * 2 * WEIGHTS_LAYER + 5 * 2 * (X_LAYER + Y_LAYER), 3 * 64 * 512 + 5 * (64 + 512)
+    assert here.own == pytest.approx((32 * layers + head) / 2)
+    known = constants(ProductTimes(0.0, 256.0, 1.0, 1.0), pad_number_s=5.0)
+    dealt = pad_times(known, replace(DEALT, link=Link(1e-3)), rows=32)
+    assert dealt.own == pytest.approx(5 * (32 * 2 * (X_LAYER + Y_LAYER) + 64 + 512) / 2)
+    assert dealt.made == pytest.approx((32 * 2 * WEIGHTS_LAYER + 64 * 512) * 2 / 2)
+    assert dealt.crossed == pytest.approx(4 * (32 * 2 * Y_LAYER + 512) / 1e-3)
 
 
 def test_dealers_multiply_and_the_trusted_side_expands_and_checks() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.plan.numbers import SHM, TINY, model, running
 from tsqp.checkpoint.synthetic import SHAPES
+from tsqp.config.groups import linear_groups
 from tsqp.config.shard import Shard
 from tsqp.config.tiling import MOST_SLICES, Tiling
 from tsqp.errors import OptionError
@@ -18,6 +19,7 @@ from tsqp.plan.cluster import Setting, Team, teams
 from tsqp.plan.constants import ProductTimes, load
 from tsqp.plan.memory import memory
 from tsqp.plan.pads import pad_times
+from tsqp.plan.passes import Model
 from tsqp.plan.report import WORDS, found, lines, plan
 from tsqp.plan.shapes import NAMES, shape_of
 from tsqp.plan.units import parse_rate, parse_seconds, rate_text, seconds_text, size_text
@@ -87,9 +89,8 @@ def test_only_what_fits_is_chosen() -> None:
 def test_pads_made_here_slow_what_lasts() -> None:
     known = running(worker=SLOW_WORKER, pad_number_s=1e3)
     here = found(model(known))
-    for name in ("decode", "prefill"):
-        one, pad = 1 / here[name]["tokens_per_s"], 1 / here["pads"]["tokens_per_s"]
-        assert 1 / here[name]["lasting_tokens_per_s"] == pytest.approx(one + pad)
+    one, pad = 1 / here["decode"]["tokens_per_s"], 1 / here["pads"]["tokens_per_s"]
+    assert 1 / here["decode"]["lasting_tokens_per_s"] == pytest.approx(one + pad)
     assert here["decode"]["lasting_largest"] == "pads"
     assert here["decode"]["largest"] in ("reading", "multiplying")
     clear = found(model(known, mode="verified"))
@@ -100,11 +101,27 @@ def test_pads_made_here_slow_what_lasts() -> None:
 def test_pads_of_dealers_are_expanded_and_checked_by_the_cores_that_passes_need() -> None:
     known = running(worker=SLOW_WORKER, pad_number_s=1e3)
     setting = model(known, dealers=1)
-    own = pad_times(known, setting.setting).own
     dealt = found(setting)
-    for name in ("decode", "prefill"):
-        one = 1 / dealt[name]["tokens_per_s"]
-        assert 1 / dealt[name]["lasting_tokens_per_s"] == pytest.approx(one + own)
+    for name, rows in (("decode", 1), ("prefill", 32)):
+        own = pad_times(known, setting.setting, rows).own / rows
+        assert 1 / dealt[name]["lasting_tokens_per_s"] == pytest.approx(1 / dealt[name]["tokens_per_s"] + own)
+
+
+@pytest.mark.parametrize("name", ["prefill-1b-1024", "decode-1b"])
+def test_what_pads_add_is_what_a_benchmark_of_pads_adds_up(name: str) -> None:
+    from tsqp.bench.offload import CASES, _pads_seconds
+
+    case = next(case for case in CASES if case.name == name)
+    prompt, config, known = case.tokens > 1, SHAPES["llama-3.2-1b"], load()
+    setting = Setting(config, "masked", SHM, 2, "cpu", prompt=case.tokens if prompt else case.context)
+    row_s = {
+        name: (known.trusted.pad_weight_s * one.in_features * one.out_features / 2)
+        + known.trusted.pad_number_s * (one.in_features + one.out_features) / 2
+        for name, one in linear_groups(config).items()
+    }
+    planned = found(Model(known, setting, Team()))["prefill" if prompt else "decode"]
+    added = 1 / planned["lasting_tokens_per_s"] - 1 / planned["tokens_per_s"]
+    assert added * case.tokens == pytest.approx(_pads_seconds(config, case, row_s))
 
 
 def test_rates_are_of_all_sequences() -> None:

@@ -64,9 +64,11 @@ def found(model: Model) -> dict[str, Any]:
     step, prompt = model.decode(), model.prefill()
     prompt_s = prompt.overlapped(setting.micro_batches)
     tee_prompt_s, tee_step_s = in_tee(constants, setting)
-    pads = pad_times(constants, setting) if setting.mode == "masked" else PadTimes(0.0)
-    token_s, row_s = step.total / setting.batch, prompt_s / setting.prompt
-    lasting = [pads.lasting(one) for one in (token_s, row_s)]
+    pads = prompt_pads = PadTimes(0.0)
+    if setting.mode == "masked":
+        pads, prompt_pads = pad_times(constants, setting), pad_times(constants, setting, setting.prompt)
+    token_s = step.total / setting.batch
+    lasting_s, lasting_prompt_s = pads.lasting(token_s), prompt_pads.lasting(prompt_s)
     link, held = setting.link, memory(setting, team)
     return {
         "mode": setting.mode,
@@ -81,24 +83,24 @@ def found(model: Model) -> dict[str, Any]:
         "dealers": setting.dealers,
         "decode": {
             "tokens_per_s": 1 / token_s,
-            "lasting_tokens_per_s": 1 / lasting[0],
+            "lasting_tokens_per_s": 1 / lasting_s,
             "in_tee_tokens_per_s": setting.batch / tee_step_s,
             "gain": tee_step_s / setting.batch / token_s,
-            "lasting_gain": tee_step_s / setting.batch / lasting[0],
+            "lasting_gain": tee_step_s / setting.batch / lasting_s,
             "step_s": step.total,
             "largest": step.largest,
             "lasting_largest": "pads" if pads.bind(token_s) else step.largest,
             "parts_s": asdict(step),
         },
         "prefill": {
-            "tokens_per_s": 1 / row_s,
-            "lasting_tokens_per_s": 1 / lasting[1],
+            "tokens_per_s": setting.prompt / prompt_s,
+            "lasting_tokens_per_s": setting.prompt / lasting_prompt_s,
             "in_tee_tokens_per_s": setting.prompt / tee_prompt_s,
             "gain": tee_prompt_s / prompt_s,
-            "lasting_gain": tee_prompt_s / setting.prompt / lasting[1],
+            "lasting_gain": tee_prompt_s / lasting_prompt_s,
             "prompt_s": prompt_s,
             "largest": prompt.largest,
-            "lasting_largest": "pads" if pads.bind(row_s) else prompt.largest,
+            "lasting_largest": "pads" if prompt_pads.bind(prompt_s) else prompt.largest,
             "parts_s": asdict(prompt),
         },
         "pads": _pads(setting, pads.by_themselves),
@@ -151,7 +153,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     if plan["pads"] is not None:
         pads = plan["pads"]
         rate, size = _rate(pads["tokens_per_s"]), size_text(pads["bytes_per_token"])
-        yield f"pads by {pads['makers']}: those of {rate} tokens a second, {size} for each"
+        yield f"pads by {pads['makers']}: those of {rate} tokens of answers a second, {size} for each"
     yield f"a worker holds {size_text(held['worker'])} of weights"
     yield (
         f"the trusted side holds {size_text(held['trusted'])}: embedding {size_text(held['embedding'])}, weights "
