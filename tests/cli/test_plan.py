@@ -41,6 +41,30 @@ def test_a_plan_for_a_person_names_the_bottleneck_and_what_is_held(tsqp: Command
         assert words in result.out
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("1b", "--prompt", 256), []),
+        (("1b", "--protection", "verified"), []),
+        (("1b",), ["pads of 1024 tokens are ready where a run has --pads-ahead 1024 --pad-memory 1577MB"]),
+        (("1b", "--prompt", 1, "--batch", 300), ["pads of 304 tokens are ready where a run has --pads-ahead 304"]),
+        (
+            ("70b", "--prompt", 1000),
+            [
+                "pads of 256 tokens are ready where a run has --pad-memory 6912MB",
+                "pads of 1008 tokens are ready where a run has --pads-ahead 1008 --pad-memory 27119MB",
+            ],
+        ),
+    ],
+)
+def test_a_plan_says_what_a_run_needs_for_pads_that_are_ready(
+    asked: tuple[str | int, ...], told: list[str], tsqp: Command
+) -> None:
+    """For a step and for a prompt; nothing of what a run does anyway."""
+    out = tsqp("plan", "--model", *asked).out
+    assert [line for line in out.splitlines() if "--pad" in line] == told
+
+
 @pytest.mark.parametrize("memory", ["2G", "2GB", "2000000000"])
 def test_memory_is_a_size_as_for_every_command(memory: str, tsqp: Command) -> None:
     assert "and has 2 GB" in tsqp("plan", "--worker-memory", memory).err

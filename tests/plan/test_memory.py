@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tsqp.api.config import GuardConfig, RunConfig
-from tsqp.api.memory_plan import integer_bytes, memory_plan
+from tsqp.api.memory_plan import integer_bytes, memory_plan, pool_size
+from tsqp.api.pads import pool_bytes
 from tsqp.api.plan import Plan
+from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.checkpoint import open_checkpoint, stored_dtype
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.plan.cluster import Link, Setting, Team
-from tsqp.plan.memory import memory
+from tsqp.plan.memory import PAD_MEMORY, PADS_AHEAD, memory, ready_tokens
 
 CONFIG = SHAPES["llama-3.2-1b"]
 SETTING = Setting(CONFIG, "masked", Link(None), 2, "cpu", prompt=1024)
@@ -28,6 +30,7 @@ def test_one_worker_holds_what_the_plan_of_a_run_says(mode: str, dealers: int) -
     assert found.worker == wanted.worker
     assert found.embedding + found.weights + found.vectors == pytest.approx(wanted.trusted, rel=0.001)  # without norms
     assert found.kv == wanted.kv
+    assert found.pads == wanted.pads  # 419 MB, for which a run has room unless told otherwise
     assert (found.pads > 0) == masked
 
 
@@ -55,4 +58,21 @@ def test_replicas_hold_the_same() -> None:
 def test_a_batch_has_keys_and_pads_of_its_own() -> None:
     many = memory(Setting(CONFIG, "masked", Link(None), 2, "cpu", batch=512, prompt=100), Team())
     assert many.kv == 512 * 100 * 32_768
-    assert many.pads == 512 * 4 * (16 * (3072 + 2048 + 16_384 + 2048) + 128_256)
+    of_layers = 512 * 4 * 16 * (3072 + 2048 + 16_384 + 2048) + 512 // 16 * 64 * 32  # each block of 16 rows has a key
+    assert many.pads == of_layers + 64 * 4 * 128_256 + 64 // 16 * 32  # of the head no more than 64 rows
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-70b", "llama-3.1-405b"])
+def test_pads_are_those_that_a_run_keeps_whose_memory_allows_them(name: str, batch: int) -> None:
+    config = SHAPES[name]
+    found = memory(Setting(config, "masked", Link(None), 2, "cpu", batch=batch), Team()).pads
+    ahead = ready_tokens(batch)
+    assert ahead >= batch
+    for room, kept in ((0, found), (-1, pool_bytes(config, ahead - BLOCK_ROWS))):
+        guard = GuardConfig(pads_ahead=ahead, pad_memory=found + room)
+        assert pool_size(config, guard) == kept
+
+
+def test_what_a_run_keeps_unless_told_otherwise_is_what_a_plan_takes_for_it() -> None:
+    assert (PADS_AHEAD, PAD_MEMORY) == (GuardConfig().pads_ahead, GuardConfig().pad_memory)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.plan.numbers import SHM, SLOW, TINY, WEIGHTS_LAYER, X_LAYER, Y_LAYER, constants, model
 from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.config.tiling import MOST_SLICES
-from tsqp.plan import cluster, pads, passes
+from tsqp.plan import cluster, memory, pads, passes
 from tsqp.plan.cluster import WINDOW_BYTES, Link, Setting, Team
 from tsqp.plan.constants import FEW_ROWS, NumberTimes, ProductTimes
 from tsqp.plan.passes import Parts, calls_of, in_tee, numbers_by_part, numbers_of, scaled, weights_of
@@ -52,7 +52,9 @@ def test_a_team_has_no_compiled_step() -> None:
 
 def test_what_the_formula_says_of_the_code_is_so() -> None:
     from tsqp.api.roster_place import MOST_REPLICAS
+    from tsqp.arith.expand import KEY_BYTES
     from tsqp.trusted.decode_step import MOST_ROWS
+    from tsqp.trusted.filler import HEAD_ROWS
     from tsqp.trusted.guard.pool import MAKE_BLOCKS
     from tsqp.trusted.remote.team import SHARE_ROWS
     from tsqp.wire.roster import MOST_MEMBERS
@@ -60,6 +62,7 @@ def test_what_the_formula_says_of_the_code_is_so() -> None:
     assert cluster.MOST_WORKERS == MOST_MEMBERS
     assert (passes.SHARE_ROWS, passes.MOST_REPLICAS, FEW_ROWS) == (SHARE_ROWS, MOST_REPLICAS, MOST_ROWS)
     assert pads.PAD_ROWS == MAKE_BLOCKS * BLOCK_ROWS
+    assert (memory.BLOCK_ROWS, memory.HEAD_ROWS, memory.KEY_BYTES) == (BLOCK_ROWS, HEAD_ROWS, KEY_BYTES)
 
 
 def test_numbers_are_those_of_x_and_y() -> None:

@@ -114,7 +114,7 @@ def test_what_pads_add_is_what_a_benchmark_of_pads_adds_up(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     prompt, config, known = case.tokens > 1, SHAPES["llama-3.2-1b"], load()
     setting = Setting(config, "masked", SHM, 2, "cpu", prompt=case.tokens if prompt else case.context)
-    row_s = {
+    row_s: dict[str, float] = {
         name: (known.trusted.pad_weight_s * one.in_features * one.out_features / 2)
         + known.trusted.pad_number_s * (one.in_features + one.out_features) / 2
         for name, one in linear_groups(config).items()

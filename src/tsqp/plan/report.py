@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from tsqp.errors import OptionError
 from tsqp.plan.cluster import Link, Setting, Team
 from tsqp.plan.constants import Constants
-from tsqp.plan.memory import memory
+from tsqp.plan.memory import PAD_MEMORY, PADS_AHEAD, memory, pad_bytes, ready_tokens
 from tsqp.plan.pads import PadTimes, pad_times
 from tsqp.plan.passes import Model, Parts, in_tee, numbers_of
 from tsqp.plan.units import counted, rate_text, seconds_text, size_text
@@ -113,14 +114,19 @@ def _link(link: Link) -> dict[str, Any]:
 
 
 def _pads(setting: Setting, pad_s: float) -> dict[str, Any] | None:
-    """How fast pads come, what of them is kept, and what dealers send of them; None where there are none."""
+    """How fast pads come, what of them is kept, and what dealers send of them; None where there are none.
+
+    ``ready``: how many are ready before a step and before a prompt, and their bytes.
+    """
     if setting.mode != "masked":
         return None
     kept = 4 * numbers_of(setting.config)[1]
+    ready = sorted({ready_tokens(rows) for rows in (setting.batch, setting.prompt)})
     return {
         "tokens_per_s": 1 / pad_s,
         "bytes_per_token": kept,
         "made_bytes_per_s": kept / pad_s,
+        "ready": [{"tokens": tokens, "bytes": pad_bytes(setting.config, tokens)} for tokens in ready],
         "makers": counted(setting.dealers, "dealer") if setting.dealers else "trusted side",
     }
 
@@ -154,6 +160,8 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         pads = plan["pads"]
         rate, size = _rate(pads["tokens_per_s"]), size_text(pads["bytes_per_token"])
         yield f"pads by {pads['makers']}: those of {rate} tokens of answers a second, {size} for each"
+        for one in pads["ready"]:
+            yield from _pad_flags(one["tokens"], one["bytes"])
     yield f"a worker holds {size_text(held['worker'])} of weights"
     yield (
         f"the trusted side holds {size_text(held['trusted'])}: embedding {size_text(held['embedding'])}, weights "
@@ -171,6 +179,14 @@ def _parts(name: str, one: dict[str, Any]) -> Iterator[str]:
     if one["lasting_largest"] == "pads":
         yield "  and once pads run out, making pads"
     yield "  " + ", ".join(f"{key} {share:.0%}" for key, share in shares if share > 0.005)
+
+
+def _pad_flags(tokens: int, size: int) -> Iterator[str]:
+    """What a run has to be told, so that it keeps the pads of so many tokens ready; nothing where it does so anyway."""
+    flags = [f"--pads-ahead {tokens}"] if tokens > PADS_AHEAD else []
+    flags += [f"--pad-memory {ceil(size / 1e6)}MB"] if size > PAD_MEMORY else []
+    if flags:
+        yield f"pads of {tokens} tokens are ready where a run has {' '.join(flags)}"
 
 
 def _rate(value: float) -> str:
