@@ -81,6 +81,7 @@ def test_memory_is_a_size_as_for_every_command(memory: str, tsqp: Command) -> No
         (("--worker-memory", "1GB"), "a worker holds"),
         (("--device", "h100"), "--device h100 was not measured: use cpu, h200"),
         (("--loss", "1"), "--loss must be at least 0 and below 1, not 1.0"),
+        (("--checks", "17"), "--checks must be at most 16, not 17"),
         (("--batch", "0"), "--batch must be at least 1, not 0"),
         (("--batch", "2000000"), "--batch must be at most 1,048,576, not 2,000,000"),
         (("--prompt", "2000000"), "--prompt must be at most 1,048,576, not 2,000,000"),

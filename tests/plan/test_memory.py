@@ -75,4 +75,4 @@ def test_pads_are_those_that_a_run_keeps_whose_memory_allows_them(name: str, bat
 
 
 def test_what_a_run_keeps_unless_told_otherwise_is_what_a_plan_takes_for_it() -> None:
-    assert (PADS_AHEAD, PAD_MEMORY) == (GuardConfig().pads_ahead, GuardConfig().pad_memory)
+    assert (GuardConfig().pads_ahead, GuardConfig().pad_memory) == (PADS_AHEAD, PAD_MEMORY)

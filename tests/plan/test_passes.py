@@ -52,6 +52,7 @@ def test_a_team_has_no_compiled_step() -> None:
 
 def test_what_the_formula_says_of_the_code_is_so() -> None:
     from tsqp.api.roster_place import MOST_REPLICAS
+    from tsqp.api.rules import MAX_CHECKS
     from tsqp.arith.expand import KEY_BYTES
     from tsqp.trusted.decode_step import MOST_ROWS
     from tsqp.trusted.filler import HEAD_ROWS
@@ -59,7 +60,7 @@ def test_what_the_formula_says_of_the_code_is_so() -> None:
     from tsqp.trusted.remote.team import SHARE_ROWS
     from tsqp.wire.roster import MOST_MEMBERS
 
-    assert cluster.MOST_WORKERS == MOST_MEMBERS
+    assert (cluster.MOST_WORKERS, cluster.MOST_CHECKS) == (MOST_MEMBERS, MAX_CHECKS)
     assert (passes.SHARE_ROWS, passes.MOST_REPLICAS, FEW_ROWS) == (SHARE_ROWS, MOST_REPLICAS, MOST_ROWS)
     assert pads.PAD_ROWS == MAKE_BLOCKS * BLOCK_ROWS
     assert (memory.BLOCK_ROWS, memory.HEAD_ROWS, memory.KEY_BYTES) == (BLOCK_ROWS, HEAD_ROWS, KEY_BYTES)

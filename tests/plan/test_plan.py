@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,39 @@ def test_other_constants_are_refused(change: dict[str, object], tmp_path: Path) 
     file = tmp_path / "constants.json"
     file.write_text(json.dumps({**json.loads(_packaged()), **change}))
     with pytest.raises(OptionError, match="not what tsqp bench constants writes"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (("trusted", "call_s"), "trusted.call_s has no step, shm, tcp, team_shm, team_tcp"),
+        (("trusted", "further_call_s"), "trusted.further_call_s has no shm, tcp"),
+        (("trusted", "number_s"), "trusted.number_s has no masked, verified"),
+        (("devices", "cpu", "products"), "devices.cpu.products has no masked, verified"),
+        (("devices",), "devices"),
+    ],
+)
+def test_constants_that_lack_something_are_refused_by_its_name(
+    place: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    changed = json.loads(_packaged())
+    *way, last = place
+    reduce(getitem, way, changed)[last] = {}
+    file = tmp_path / "constants.json"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(OptionError, match=told) as refused:
+        load(file)
+    assert "not what tsqp bench constants writes" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_constants_that_lack_one_mode_are_refused_by_its_name(tmp_path: Path) -> None:
+    changed = json.loads(_packaged())
+    del changed["trusted"]["call_s"]["team_tcp"]
+    file = tmp_path / "constants.json"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(OptionError, match=r"call_s has no team_tcp$"):
         load(file)
 
 

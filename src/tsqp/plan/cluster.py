@@ -14,6 +14,7 @@ from tsqp.plan.units import parse_rate, parse_seconds
 
 DEFAULT_RTT = "0.1ms"
 MOST_WORKERS = 4096  # of a roster
+MOST_CHECKS = 16  # vectors of a run
 MOST_TOKENS = 1 << 20  # of a prompt, and of sequences that decode together
 WINDOW_BYTES = 4 << 20  # under way on one connection at most: what Linux gives a socket that asks for nothing
 
@@ -99,9 +100,9 @@ class Setting:
         for name in names:
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("batch", "prompt"):
-            if getattr(self, name) > MOST_TOKENS:
-                raise OptionError(f"--{name} must be at most {MOST_TOKENS:,}, not {getattr(self, name):,}")
+        for name, most in (("batch", MOST_TOKENS), ("prompt", MOST_TOKENS), ("checks", MOST_CHECKS)):
+            if getattr(self, name) > most:
+                raise OptionError(f"--{name} must be at most {most:,}, not {getattr(self, name):,}")
         if self.worker_cores is not None and self.worker_cores < 1:
             raise OptionError(f"--worker-cores must be at least 1, not {self.worker_cores}")
         if self.dealers < 0:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -99,7 +100,7 @@ class Constants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     benchmark: Literal["constants"]
     cores: Count
     trusted: Trusted
-    devices: dict[str, Device]
+    devices: Annotated[dict[str, Device], Meta(min_length=1)]
     machine: dict[str, Any]
 
 
@@ -118,6 +119,24 @@ def load(path: Path | None = None) -> Constants:
             f"--constants {path}: {error.strerror}; give a file that tsqp bench constants --results wrote"
         ) from None
     try:
-        return msgspec.json.decode(text, type=Constants)
+        found = msgspec.json.decode(text, type=Constants)
+        _check_whole(found)
     except msgspec.MsgspecError as error:
         raise OptionError(f"--constants: {path} is not what tsqp bench constants writes: {error}") from None
+    return found
+
+
+def _check_whole(found: Constants) -> None:
+    """Raises ValidationError where a key is missing that a plan may look up: the types allow any of them to be."""
+    trusted = found.trusted
+    modes, links = get_args(PrivateMode), get_args(TransportKind)
+    tables: list[tuple[str, Container[str], tuple[str, ...]]] = [
+        ("trusted.call_s", trusted.call_s, get_args(CallKind)),
+        ("trusted.further_call_s", trusted.further_call_s, links),
+        ("trusted.number_s", trusted.number_s, modes),
+    ]
+    tables += [(f"devices.{name}.products", device.products, modes) for name, device in found.devices.items()]
+    for name, table, needed in tables:
+        missing = [key for key in needed if key not in table]
+        if missing:
+            raise msgspec.ValidationError(f"{name} has no {', '.join(missing)}")
