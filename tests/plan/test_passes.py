@@ -222,6 +222,21 @@ def test_micro_batches_overlap_all_but_the_busiest() -> None:
     assert parts.largest == "multiplying"
 
 
+def test_a_chunk_of_few_rows_has_no_more_parts_than_rows() -> None:
+    known = constants(ProductTimes(3.0, 0.0, 0.0, 0.0), call_s=dict.fromkeys(("step", "shm", "tcp"), 1.0))
+    for prompt in (1, 3, 8):
+        one = model(known, prompt=prompt, micro_batches=8)
+        assert one.prefill_s() == one.prefill().overlapped(prompt)
+    last = model(known, prompt=17, chunk=16, micro_batches=8)  # of the last chunk there is one row
+    assert last.prefill_s() == pytest.approx(8 * 8 * (3 + 1 / 8) + 9 * (3 + 1))
+    assert last.prefill_s() <= last.prefill().total == 9 * 8 * 4 + 4
+
+
+def test_attention_of_chunks_is_that_of_the_prompt() -> None:
+    known = constants(flop_s=1.0)
+    assert model(known, prompt=33, chunk=16).prefill() == model(known, prompt=33).prefill()
+
+
 def test_cores_of_a_worker_are_not_those_of_a_gpu() -> None:
     product = ProductTimes(1.0, 2.0, 4.0, 8.0, 16.0)
     assert scaled(product, 2, 8) == ProductTimes(1.0, 0.5, 1.0, 2.0, 4.0)

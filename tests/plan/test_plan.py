@@ -134,6 +134,12 @@ def test_rates_are_of_all_sequences() -> None:
     assert one["decode"]["gain"] == pytest.approx(one["decode"]["tokens_per_s"] / one["decode"]["in_tee_tokens_per_s"])
 
 
+def test_a_prompt_of_one_token_is_no_faster_in_parts() -> None:
+    known = running(worker=SLOW_WORKER, call_s={"step": 1.0, "shm": 1.0, "tcp": 1.0})
+    one, more = (found(model(known, prompt=1, micro_batches=count))["prefill"] for count in (1, 8))
+    assert one == more
+
+
 def test_each_part_has_words() -> None:
     text = "\n".join(lines(found(model(running(worker=SLOW_WORKER)))))
     assert "the workers' reading of weights" in text or "the workers' multiplying" in text

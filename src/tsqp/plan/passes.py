@@ -90,16 +90,23 @@ class Model:
         return self._calls(one.batch, one.batch, compiled=one.batch <= FEW_ROWS) + attention
 
     def prefill(self) -> Parts:
-        """One prompt. It crosses the layers in chunks, and each chunk as so many micro-batches."""
-        one, done = self.setting, Parts()
+        """One prompt, one part after another."""
+        return sum((parts for parts, _ in self._chunks()), Parts())
+
+    def prefill_s(self) -> float:
+        """Seconds of one prompt, the parts of each chunk in turn."""
+        return sum(parts.overlapped(turns) for parts, turns in self._chunks())
+
+    def _chunks(self) -> Iterator[tuple[Parts, int]]:
+        """A prompt crosses the layers in chunks, and each of them as micro-batches, no more than it has rows."""
+        one = self.setting
         for first in range(0, one.prompt, one.chunk):
-            rows = min(one.chunk, one.prompt - first)
-            parts = min(one.micro_batches, rows)
-            last = first + rows == one.prompt
-            done = done + self._calls(rows / parts, 0, compiled=False) * parts
-            done = done + (self._head(1, compiled=False) if last else Parts())
-        flop = attention_flop(one.config, one.prompt)
-        return done + Parts(attention=flop * self.constants.trusted.flop_s / one.cores)
+            end = min(first + one.chunk, one.prompt)
+            turns = min(one.micro_batches, end - first)
+            calls = self._calls((end - first) / turns, 0, compiled=False) * turns
+            head = self._head(1, compiled=False) if end == one.prompt else Parts()
+            flop = attention_flop(one.config, end) - attention_flop(one.config, first)
+            yield calls + head + Parts(attention=flop * self.constants.trusted.flop_s / one.cores), turns
 
     def _calls(self, rows: float, sampled: float, *, compiled: bool) -> Parts:
         """All calls of a pass over ``rows`` rows, ``sampled`` of which ask for logits."""

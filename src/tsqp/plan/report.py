@@ -63,7 +63,7 @@ def found(model: Model) -> dict[str, Any]:
     """What a team gives. Rates are tokens a second; of decode they are those of all sequences together."""
     constants, setting, team = model.constants, model.setting, model.team
     step, prompt = model.decode(), model.prefill()
-    prompt_s = prompt.overlapped(setting.micro_batches)
+    prompt_s = model.prefill_s()
     tee_prompt_s, tee_step_s = in_tee(constants, setting)
     pads = prompt_pads = PadTimes(0.0)
     if setting.mode == "masked":
