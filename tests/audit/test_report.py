@@ -42,9 +42,13 @@ def test_every_mode_in_one_object(tsqp: Callable[..., Result], directory: str) -
         assert in_clear["deeper"][0]["recovered_fraction"] > 0.9  # the first token has no context to be listed by
         assert in_clear["uniformity_p"] < 1e-9
         assert in_clear["dealer"] is None
-    one_token = 1 / len("attack at dawn")
-    for attack in (masked, *masked["deeper"], *masked["dealer"]["recoveries"]):
-        assert attack["recovered_fraction"] <= attack["noise_fraction"] + one_token
+    # Of noise a guess is right 0.0032 of the time, as for one token of 320 (measured, 40,000 rows). Of 14 guesses four
+    # are right with C(14, 4) · 0.0032⁴ = 1.0e-7; of four attacks one has so many with 4.2e-7. In clear 13 are, or 14.
+    chance = 3 / len("attack at dawn")
+    attacks = (masked, *masked["deeper"], *masked["dealer"]["recoveries"])
+    assert len(attacks) == 4
+    for attack in attacks:
+        assert attack["recovered_fraction"] <= attack["noise_fraction"] + chance
     assert masked["uniformity_p"] > 1e-6
     assert masked["dealer"]["uniformity_p"] > 1e-6
     assert masked["dealer"]["bytes_seen"] >= 32 * masked["dealer"]["keys"] > 0
