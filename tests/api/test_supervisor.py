@@ -260,13 +260,27 @@ def test_a_team_goes_on_without_the_one_that_an_error_names() -> None:
     assert list(seen.supervisor.state().expelled) == ["y"]
 
 
+def test_a_loss_after_a_cheat_is_no_cheat() -> None:
+    seen = scene("a", "b", patience_s=3.0)
+    seen.lose(ProductMismatch("wrong"))
+    assert seen.supervisor.state().cheated
+    seen.decoder()
+    assert not seen.supervisor.state().cheated  # b answers
+    seen.places[1].down = WorkerUnreachable("nobody there")
+    seen.lose()
+    with pytest.raises(WorkerLost):
+        seen.decoder()
+    state = seen.supervisor.state()
+    assert (state.state, state.cheated, list(state.expelled)) == ("failed", False, ["a"])
+
+
 def test_where_no_team_is_left_others_are_waited_for_and_then_every_request_hears_why() -> None:
     seen = scene("team", patience_s=5.0)
     seen.lose(cheat_of("x"))
     seen.places[0].down = RosterError("the workers do not make one model; expelled: x")
     with pytest.raises(WorkerLost, match="no worker within 5 s: the workers do not make one model; expelled: x"):
         seen.decoder()
-    assert seen.supervisor.state().state == "failed"
+    assert (seen.supervisor.state().state, seen.supervisor.state().cheated) == ("failed", True)
     seen.places[0].down = None  # another one was started in its place
     assert seen.decoder() == "decoder 1"
     assert list(seen.supervisor.state().expelled) == ["x"]
@@ -327,7 +341,7 @@ def test_pads_that_fail_their_check_end_everything_and_accuse_no_worker() -> Non
         seen.decoder()
     assert caught.value is wrong
     state = seen.supervisor.state()
-    assert (state.expelled, state.failed_checks, state.state) == ({}, 1, "failed")
+    assert (state.expelled, state.failed_checks, state.state, state.cheated) == ({}, 1, "failed", True)
     assert dialled(seen) == [1, 0]
 
 

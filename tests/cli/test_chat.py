@@ -207,10 +207,10 @@ class Slow:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while not any(self._terminal.statuses):
             await asyncio.sleep(0)
-        self.worker_state = WorkerState("reconnecting", 0.0, "", 1, 0, 1, 0.0, 0, {}, None)
+        self.worker_state = WorkerState("reconnecting", 0.0, "", 1, 0, 1, 0.0, 0, {}, None, False)
         while not self._terminal.notes:
             await asyncio.sleep(0)
-        self.worker_state = WorkerState("ready", 0.0, "", 1, 1, 1, 0.0, 0, {}, None)
+        self.worker_state = WorkerState("ready", 0.0, "", 1, 1, 1, 0.0, 0, {}, None, False)
         yield Delta("there")
 
 

@@ -110,8 +110,9 @@ def test_a_round_trip_that_fails_says_why_and_no_more(error: Exception, code: st
     ("state", "code"),
     [
         (worker_state("reconnecting", expelled={"canary": "canary"}), "worker_lost"),
-        (worker_state("failed", expelled={"canary": "canary"}), "check_failed"),
-        (worker_state("failed", failed_checks=1), "check_failed"),
+        (worker_state("failed", cheated=True, expelled={"canary": "canary"}), "check_failed"),
+        (worker_state("failed", cheated=True, failed_checks=1), "check_failed"),
+        (worker_state("failed", failed_checks=1, expelled={"canary": "canary"}), "worker_lost"),  # by another, before
         (worker_state("failed"), "worker_lost"),
     ],
 )

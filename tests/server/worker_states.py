@@ -16,7 +16,9 @@ def worker_state(
     paused_s: float = 0.0,
     failed_checks: int = 0,
     expelled: dict[str, str] | None = None,
+    cheated: bool = False,
 ) -> WorkerState:
     """A state with these figures."""
     expelled = expelled or {}
-    return WorkerState(state, 0.0, "shm:///x", losses, reconnects, pauses, paused_s, failed_checks, expelled, None)
+    counted = (losses, reconnects, pauses, paused_s, failed_checks)
+    return WorkerState(state, 0.0, "shm:///x", *counted, expelled, None, cheated)

@@ -83,6 +83,7 @@ class Supervisor:
         self._lost_at: float | None = None  # since no pass was completed
         self._given_up = self._mending = False
         self._error: str | None = None
+        self._cheated = False  # whether the last session ended by a cheat
         self._tried = 0  # connections since the loss
         self._losses = self._reconnects = self._failed_checks = self._pauses = 0
         self._paused_since: float | None = None
@@ -188,6 +189,7 @@ class Supervisor:
             self._failed_checks,
             {name: str(reason) for name, reason in list(self._expelled.items())},
             error,
+            not ready and self._cheated,
         )
 
     def readmit(self, name: str) -> None:
@@ -228,9 +230,10 @@ class Supervisor:
         of_pads = link.guard is not None and link.guard.failed_pads(error)
         self._since, self._given_up = self._clock(), False
         self._failed_checks += isinstance(error, CheckFailed)
-        if of_pads and isinstance(error, CHEATS):
+        self._cheated = isinstance(error, CHEATS)
+        if of_pads and self._cheated:
             self._judge_pads(error)
-        elif isinstance(error, CHEATS):
+        elif self._cheated:
             name = place.expel(error.worker)
             self._expelled[name] = error
             self._left.append(place)

@@ -13,7 +13,8 @@ class WorkerState:
     ``since_s``: how long it has been so, in seconds. ``address``: of the worker in use or the last one; ``losses``: of
     sessions; ``reconnects``: sessions after the first; ``pauses``, ``paused_s``: how often, and for how
     many seconds in all, a worker was waited for; ``failed_checks``: by workers and dealers. ``expelled``: the names of
-    those that nothing is asked of any more, with what they did.
+    those that nothing is asked of any more, with what they did. ``cheated``: whether there is no worker because the
+    last one cheated, or a dealer; a worker that is lost after another has cheated is lost.
     """
 
     state: Literal["ready", "reconnecting", "failed"]
@@ -26,3 +27,4 @@ class WorkerState:
     failed_checks: int
     expelled: dict[str, str]
     error: str | None
+    cheated: bool

@@ -99,7 +99,7 @@ def _of_state(state: WorkerState | None) -> Problem | None:
         return None
     if state.state == "reconnecting":
         return Problem("worker_lost", "the worker is lost, and another one is waited for")
-    return _CHEATED if state.expelled or state.failed_checks else _LOST
+    return _CHEATED if state.cheated else _LOST
 
 
 def _explained(error: BaseException) -> Problem:
