@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -205,7 +206,7 @@ def test_what_endpoints_tell_is_there(meters: PrometheusMeters) -> None:
 
 def test_losses_and_cheats_show(meters: PrometheusMeters, monkeypatch: pytest.MonkeyPatch) -> None:
     expelled = {"tcp://canary:1": "canary"}
-    figures = {"losses": 5, "reconnects": 4, "pauses": 2, "failed_checks": 3}
+    figures: dict[str, Any] = {"losses": 5, "reconnects": 4, "pauses": 2, "failed_checks": 3}
     state = worker_state("reconnecting", **figures, paused_s=1.5, expelled=expelled)
     monkeypatch.setattr(AsyncLLM, "worker_state", state)
     page = meters.page()
