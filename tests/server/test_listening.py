@@ -88,6 +88,25 @@ def test_options_that_belong_together() -> None:
         Listening(unix_socket=Path("s"), tls_cert=Path("c"), tls_key=Path("k")).check(has_keys=False)
 
 
+@pytest.mark.parametrize(
+    ("listening", "fields"),
+    [
+        (Listening(metrics_host="0.0.0.0"), ("server.metrics_host", "server.metrics_port")),
+        (Listening(unix_socket=Path("s"), host="0.0.0.0"), ("server.host", "server.unix_socket")),
+        (Listening(unix_socket=Path("s"), port=0), ("server.port", "server.unix_socket")),
+    ],
+)
+def test_an_address_that_nobody_would_listen_on_is_refused(listening: Listening, fields: tuple[str, str]) -> None:
+    with pytest.raises(OptionError, match=f"leave out {fields[0]}") as raised:
+        listening.check(has_keys=True)
+    assert raised.value.fields == fields
+
+
+def test_what_a_server_has_anyway_may_be_said() -> None:
+    Listening(unix_socket=Path("s"), host="127.0.0.1", port=8000, metrics_host="127.0.0.1").check(has_keys=False)
+    Listening(metrics_host="0.0.0.0", metrics_port=0).check(has_keys=False)
+
+
 def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("no certificate")

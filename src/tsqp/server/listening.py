@@ -55,6 +55,7 @@ class Listening:
                 "a socket in the file system has no TLS: leave out server.tls_cert and server.tls_key",
                 fields=("server.tls_cert", "server.tls_key"),
             )
+        self._check_in_use()
         if self.unix_socket is not None or is_loopback(self.host) or self.insecure_exposed:
             return
         missing = {"server.api_keys": has_keys, "server.tls_cert": self.tls_cert is not None or own_tls}
@@ -64,6 +65,22 @@ class Listening:
                 f"other machines can reach {self.host}: give {' and '.join(names)}, listen on 127.0.0.1, or add "
                 "server.insecure_exposed: then anyone on the way can read prompts, or use the server",
                 fields=(*names, "server.insecure_exposed"),
+            )
+
+    def _check_in_use(self) -> None:
+        """Raises OptionError for an address on which nobody would listen. One that is there unless told otherwise is
+        not told apart from one that was given.
+        """
+        for name in ("host", "port"):
+            if self.unix_socket is not None and getattr(self, name) != getattr(Listening, name):
+                raise OptionError(
+                    f"server.unix_socket takes the place of host and port: leave out server.{name}",
+                    fields=(f"server.{name}", "server.unix_socket"),
+                )
+        if self.metrics_port is None and self.metrics_host != Listening.metrics_host:
+            raise OptionError(
+                "there are no metrics without server.metrics_port: give it, or leave out server.metrics_host",
+                fields=("server.metrics_host", "server.metrics_port"),
             )
 
     def tls(self) -> ssl.SSLContext | None:
