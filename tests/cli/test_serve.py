@@ -21,6 +21,7 @@ from tsqp.cli.commands import app
 from tsqp.cli.options import RunOptions
 from tsqp.cli.serve import ServeOptions
 from tsqp.server.api_keys import KeyFile
+from tsqp.server.listening import bind_unix
 
 MODEL = ("--model", str(tiny_model("llama").directory))
 OPEN = (*MODEL, "--protection", "open", "--dtype", "float32")
@@ -192,6 +193,20 @@ def test_a_second_signal_ends_at_once_though_a_worker_is_silent(home: Home) -> N
             pass  # the worker does not let itself be stopped, so the end takes seconds
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 128 + signal.SIGTERM
+
+
+def test_an_end_at_once_leaves_the_socket_of_a_successor(home: Home) -> None:
+    path = home.runtime / "api.sock"
+    with serving(home, *OPEN, "--served-model-name", "llama", "--unix-socket", path, "--drain-s", "600") as server:
+        assert server.worker is not None
+        os.kill(server.worker, signal.SIGSTOP)
+        path.unlink()
+        with bind_unix(path):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                server.process.send_signal(number)
+            assert server.ended() in (128 + signal.SIGINT, 128 + signal.SIGTERM)  # they may come in any order
+            assert path.exists()
+    path.unlink()
 
 
 @pytest.mark.slow

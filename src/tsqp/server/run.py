@@ -14,6 +14,7 @@ import signal
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, NoReturn
@@ -87,7 +88,10 @@ def serve(
     provider = None if evidence is None else provider_of(evidence, evidence_entry)
     tls = listening.tls() if attested is None else attested.tls(ENCLAVE_MEMORY if evidence == Gramine.name else None)
     with ExitStack() as held:
-        sockets = [held.enter_context(one) for one in _sockets(listening, held)]
+        sockets, unlink = _sockets(listening)
+        held.callback(unlink)
+        for one in sockets:
+            held.enter_context(one)
         metrics_sockets = (
             []
             if listening.metrics_port is None
@@ -102,27 +106,28 @@ def serve(
         if provider is not None and attested is not None:
             attester = attester_of(llm, provider, attested)
             attester.check()
-        running = Running(llm, listening, settings, tuple(names), keys, attester)
+        running = Running(llm, listening, settings, tuple(names), keys, attester, unlink)
         asyncio.run(running.run(sockets, metrics_sockets, tls, announce))
 
 
-def _sockets(listening: Listening, held: ExitStack) -> list[socket]:
-    if listening.unix_socket is None:
-        return bind(listening.host, listening.port)
-    bound = bind_unix(listening.unix_socket)
-    held.callback(_unlink, listening.unix_socket, listening.unix_socket.lstat().st_ino)
-    return [bound]
+def _sockets(listening: Listening) -> tuple[list[socket], Callable[[], None]]:
+    """Bound, and what removes the one that is in the file system, once it is over."""
+    path = listening.unix_socket
+    if path is None:
+        return bind(listening.host, listening.port), lambda: None
+    bound = bind_unix(path)
+    return [bound], partial(_unlink, path, path.lstat().st_ino)
 
 
-def _unlink(path: Path, inode: int | None = None) -> None:
+def _unlink(path: Path, inode: int) -> None:
     """Remove a socket, unless another has taken its place."""
     with suppress(OSError):
-        if inode in (None, path.lstat().st_ino):
+        if path.lstat().st_ino == inode:
             path.unlink()
 
 
 class Running:
-    """The model and what answers for it, from the moment on at which it is loaded."""
+    """The model and what answers for it, from the moment on at which it is loaded. ``unlink``: see ``_sockets``."""
 
     def __init__(
         self,
@@ -131,7 +136,8 @@ class Running:
         settings: ServerSettings,
         names: tuple[str, ...],
         keys: KeyFile | None,
-        attester: Attester | None = None,
+        attester: Attester | None,
+        unlink: Callable[[], None],
     ) -> None:
         self._llm = llm
         self._listening = listening
@@ -139,6 +145,7 @@ class Running:
         self._names = names
         self._keys = keys
         self._attester = attester
+        self._unlink = unlink
         self._lifecycle = Lifecycle()
         self._servers: list[uvicorn.Server] = []
         self._tls: ssl.SSLContext | None = None
@@ -278,8 +285,7 @@ class Running:
         if self._llm.worker_pid is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._llm.worker_pid, signal.SIGKILL)  # it has a session of its own
-        if self._listening.unix_socket is not None:
-            _unlink(self._listening.unix_socket)
+        self._unlink()
         os._exit(code)
 
 
