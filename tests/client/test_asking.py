@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +96,49 @@ def test_nobody_there_is_one_line() -> None:
 def test_a_server_that_never_answers_is_not_waited_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TsqpError, match="timed out"):
         ask(ServerAddress("127.0.0.1", silent.getsockname()[1]), timeout_s=0.2)
+
+
+def test_a_name_that_nobody_resolves_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def silent(*_: object, **__: object) -> list[object]:
+        over.wait(LIMIT_S)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    began = time.monotonic()
+    try:
+        with pytest.raises(TsqpError, match=r"no evidence from https://model\.example:443: 'its name was not resolved"):
+            ask(ServerAddress("model.example", 443), timeout_s=0.2)
+        assert time.monotonic() - began < LIMIT_S / 2
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "tsqp-resolve")
+    finally:
+        over.set()
+
+
+def test_a_name_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object, **__: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    with pytest.raises(TsqpError, match=r"no evidence from https://model\.example:443: .*not known"):
+        ask(ServerAddress("model.example", 443))
+
+
+def test_a_name_that_is_none_is_one_line() -> None:
+    with pytest.raises(TsqpError, match=r"no evidence from .*label too long"):
+        ask(ServerAddress("x" * 64, 443))
+
+
+def test_each_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with evidence_server(PAIR, honest(PAIR), tmp_path) as address, socket.create_server(("127.0.0.1", 0)) as closed:
+        port, nobody = parse_server(address).port, closed.getsockname()[1]
+        closed.close()
+        other = (9999, socket.SOCK_STREAM, 0, "", ("::1", port))  # of a family that this machine has not
+        ours = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", one)) for one in (nobody, port)]
+        found = [other, *ours]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert ask(ServerAddress("model.example", port)).certificate == PAIR.der
 
 
 @pytest.mark.parametrize(

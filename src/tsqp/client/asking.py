@@ -12,9 +12,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from tsqp.client.address import ServerAddress
 from tsqp.errors import EvidenceRefused, TsqpError
@@ -25,6 +27,8 @@ PATH = "/v1/attestation"
 TIMEOUT_S = 30.0  # a quote takes a TEE milliseconds, or seconds when many ask
 WAIT_S, MAX_WAIT_S = 1.0, 5.0  # before the second question to a server that too many ask
 SHOWN_BYTES = 200  # of an answer that is none
+
+_Addresses = Sequence[tuple[int, int, int, str, Any]]  # as socket.getaddrinfo gives them
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,8 @@ def unverified_tls() -> ssl.SSLContext:
 def ask(server: ServerAddress, timeout_s: float = TIMEOUT_S, sleep: Callable[[float], None] = time.sleep) -> Shown:
     """Ask with a fresh nonce, and once more where too many ask.
 
-    ``timeout_s``: from the beginning to the end, however the other end drips. Each address of a name, and then the
-    handshake, has as long before it fails by itself. Raises EvidenceRefused for what is no evidence, TsqpError where
-    nobody answers.
+    ``timeout_s``: from the beginning to the end, however slow the name's resolver is and however the other end drips.
+    Raises EvidenceRefused for what is no evidence, TsqpError where nobody answers.
     """
     until = time.monotonic() + timeout_s
     answer = _answered(server, until)
@@ -77,16 +80,16 @@ class _Answer:
 def _answered(server: ServerAddress, until: float) -> _Answer:
     """``until``: on the monotonic clock. Raises EvidenceRefused, TsqpError."""
     nonce = secrets.token_bytes(NONCE_BYTES)
-    left_s = max(until - time.monotonic(), 1e-3)
-    connection = http.client.HTTPSConnection(server.host, server.port, timeout=left_s, context=unverified_tls())
+    context = unverified_tls()
+    connection = http.client.HTTPSConnection(server.host, server.port, context=context)
     try:
-        connection.connect()
-        with _within(until - time.monotonic(), connection.sock):
-            certificate = connection.sock.getpeercert(binary_form=True)
+        connection.sock = tls = context.wrap_socket(_connected(server, until), server_hostname=server.host)
+        with _within(_left_s(until), tls):
+            certificate = tls.getpeercert(binary_form=True)
             connection.request("GET", f"{PATH}?nonce={nonce.hex()}", headers={"accept": "application/json"})
             answer = connection.getresponse()
             body = answer.read(MAX_EVIDENCE_BYTES + 1)
-    except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and TimeoutError are OSErrors
+    except (OSError, UnicodeError, http.client.HTTPException) as error:  # ssl.SSLError and TimeoutError are OSErrors
         why = str(error) or type(error).__name__
         raise TsqpError(f"no evidence from {server}: {why[:SHOWN_BYTES]!a}") from None
     finally:
@@ -94,6 +97,47 @@ def _answered(server: ServerAddress, until: float) -> _Answer:
     if certificate is None:
         raise EvidenceRefused("certificate", "missing", "one of TLS")
     return _Answer(nonce, certificate, answer.status, body, _wait_s(answer.getheader("retry-after", "")))
+
+
+def _connected(server: ServerAddress, until: float) -> socket.socket:
+    """To the first address of a server that takes a connection, each in its share of the time. Raises OSError."""
+    failed = OSError("its name has no address")
+    addresses = _addresses(server, until)
+    for number, (family, kind, protocol, _, address) in enumerate(addresses):
+        with ExitStack() as unless_connected:
+            try:
+                one = unless_connected.enter_context(socket.socket(family, kind, protocol))
+                one.settimeout(_left_s(until) / (len(addresses) - number))
+                one.connect(address)
+            except OSError as error:
+                failed = error
+            else:
+                unless_connected.pop_all()
+                one.settimeout(_left_s(until))
+                return one
+    raise failed
+
+
+def _addresses(server: ServerAddress, until: float) -> _Addresses:
+    """Of the server's name. The system's resolver cannot be told to end: one that is too slow goes on beside us."""
+    found: Future[_Addresses] = Future()
+
+    def resolve() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM))
+        except Exception as error:  # whatever it is, it is raised below
+            found.set_exception(error)
+
+    threading.Thread(target=resolve, name="tsqp-resolve", daemon=True).start()
+    try:
+        return found.result(_left_s(until))
+    except TimeoutError:
+        raise TimeoutError("its name was not resolved in time") from None
+
+
+def _left_s(until: float) -> float:
+    """More than 0, which would mean no limit to a socket."""
+    return max(until - time.monotonic(), 1e-3)
 
 
 def _wait_s(text: str) -> float:
