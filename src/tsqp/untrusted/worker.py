@@ -176,8 +176,7 @@ class Worker:
         try:
             weights = self.prepare(hello.path)
         except Exception as error:  # also of a disk: it is about this client's path, and no other's
-            full = self._is_full(error)
-            reason = self._no_room(f"the weights of the {hello.path} path") if full else reason_of(error)
+            reason, full = self._failed(f"the weights of the {hello.path} path", error)
             log.warning("the %s path cannot be served: %s", hello.path, reason)
         else:
             return self._welcome(peer, hello, weights)
@@ -209,11 +208,11 @@ class Worker:
             product = operators(call, tensors, reply, arrival.place)
             self._bound_state()
         except Exception as error:  # whatever it is, it is this call's and ends no other
-            failure, full = self._failed(call, error)
+            failure, full = self._failed(described(call), error)
         try:  # also of a call that has failed: the client may use the memory again once it has the answer
             queued = self._backend.submit()
         except Exception as error:  # of a device that has failed, on which nothing is under way any more
-            queued, (failure, full) = NOTHING_QUEUED, self._failed(call, error)
+            queued, (failure, full) = NOTHING_QUEUED, self._failed(described(call), error)
         if failure is None and queued is NOTHING_QUEUED:
             done = Done(call.id, time.perf_counter_ns() - began)
             return Frames(encode(done), _sent(product))
@@ -227,7 +226,7 @@ class Worker:
             queued.wait()
             stages = queued.stages()
         except Exception as error:
-            failure, full = self._failed(call, error)
+            failure, full = self._failed(described(call), error)
         now = time.perf_counter_ns()
         began, self._ended_ns = max(began, self._ended_ns), now  # a device does one call after another
         if failure is None:
@@ -238,25 +237,22 @@ class Worker:
             self._backend.trim()  # no error holds anything of the call any more
         return Frames(encode(Failed(call.id, failure)))
 
-    def _failed(self, call: Call, error: Exception) -> tuple[str, bool]:
-        """Why a call has failed, and whether for lack of memory."""
-        full = self._is_full(error)
-        return (self._no_room(described(call)) if full else reason_of(error)), full
-
-    def _is_full(self, error: Exception) -> bool:
-        """Whether an error is lack of memory. After any other, which a device may have raised, see whether it works.
-
-        CUDA keeps some errors. A worker that went on would greet clients and fail each of their calls, and whoever
-        supervises it would have nothing to act on.
-        """
+    def _failed(self, what: str, error: Exception) -> tuple[str, bool]:
+        """Why ``what`` was not to be had, and whether for lack of memory."""
         if self._backend.is_out_of_memory(error):
-            return True
-        if self._lost is None and isinstance(error, RuntimeError) and not self._backend.works():
-            self._lost = f"{self._backend.failed} has failed for good ({reason_of(error)})"
-        return False
+            return f"{self._backend.failed} is out of memory: there was no room for {what}", True
+        if isinstance(error, RuntimeError):  # which the device may have raised
+            self._see_whether_it_works(error)
+        return reason_of(error), False
 
-    def _no_room(self, what: str) -> str:
-        return f"{self._backend.failed} is out of memory: there was no room for {what}"
+    def _see_whether_it_works(self, error: Exception) -> None:
+        """Ask the device, after an error that it may keep, as CUDA keeps some.
+
+        A worker that went on would greet clients and fail each of their calls, and whoever supervises it would have
+        nothing to act on.
+        """
+        if self._lost is None and not self._backend.works():
+            self._lost = f"{self._backend.failed} has failed for good ({reason_of(error)})"
 
     def _bound_state(self) -> None:
         """Forget the longest silent of too many connections with state: ZeroMQ does not say which have ended."""
