@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tsqp import SamplingParams
-from tsqp.trusted.engine import sampling
+from tsqp.trusted.engine import oblivious, sampling
 from tsqp.trusted.engine.logprobs import token_logprobs
 from tsqp.trusted.engine.oblivious import ObliviousSampler, kept_weights, kth_largest, nucleus, oblivious_logprobs
 from tsqp.trusted.engine.sampling import Sampler
@@ -211,3 +216,81 @@ def test_without_the_option_they_do_not(params: dict[str, Any]) -> None:
     """So the watching sees what it is to see."""
     first, second = (trace_of(Sampler, seed, text, params) for seed, text in ((1, [3, 3, 7, 7]), (2, [9, 1, 2, 30])))
     assert first != second
+
+
+HIDDEN = """
+import ctypes, mmap, os, resource
+import numpy as np
+from tsqp.model.oblivious_loops import BLOCK, scan_rows
+from tsqp.trusted.engine.oblivious import either, first_of, value_at
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None)
+libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+floats = 3 * PAGE // 8
+no, yes, other = np.zeros(floats, bool), np.ones(floats, bool), np.ones(floats)
+
+def scan(array, token):
+    table, tokens = array.view(np.uint64).reshape(-1, 64), np.array([token // 64])
+    masks, out = np.empty((1, 1, BLOCK), np.uint64), np.zeros((1, 1, 64), np.uint64)
+    scan_rows(table, tokens, masks, out, 0, 1)
+
+CASES = {
+    "value_at": value_at,
+    "first_of": lambda array, index: first_of(array.view(bool)),
+    "either, the first": lambda array, index: either(no, array, other),
+    "either, the second": lambda array, index: either(yes, other, array),
+    "where": lambda array, index: np.where(no, array, other),
+    "the scan of the embedding": scan,
+}
+for work in CASES.values():
+    work(np.zeros(floats), 0)  # what is compiled and imported is there
+for name, work in CASES.items():
+    for hidden in range(3):
+        child = os.fork()
+        if not child:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            memory = mmap.mmap(-1, 3 * PAGE)
+            array = np.frombuffer(memory, np.float64)
+            assert libc.mprotect(array.ctypes.data + hidden * PAGE, PAGE, 0) == 0
+            work(array, 0 if hidden else floats - 1)
+            os._exit(0)
+        print(f"{name}: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
+"""
+
+
+def test_every_page_is_read_whatever_is_looked_for() -> None:
+    """Whoever reads a page that is hidden dies of it: what is looked for lies on another one."""
+    done = subprocess.run([sys.executable, "-c", HIDDEN], capture_output=True, text=True, timeout=120, check=True)
+    ends = [line.rpartition(": ") for line in done.stdout.splitlines()]
+    read = {name: [int(end) for of, _, end in ends if of == name] for name, _, _ in ends}
+    assert read.pop("where") == [0, 0, 0], "the test sees what is left out"
+    assert len(read) == 5
+    assert all(ended == [-signal.SIGSEGV] * 3 for ended in read.values()), read
+
+
+def test_numpy_does_nothing_here_but_what_goes_over_everything() -> None:
+    """``where`` reads what it takes, ``argmax`` and ``any`` of flags stop early, an index by flags reads some."""
+    tree = ast.parse(inspect.getsource(oblivious))
+    named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    of_numpy = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np"
+    }
+    kinds = {"bool_", "dtype", "float64", "iinfo", "inf", "int32", "int64"}
+    made = {"arange", "array", "full_like", "ones", "zeros"}
+    assert of_numpy - kinds - made == {"bitwise_or", "count_nonzero", "cumsum", "floor"}
+    assert not named & {
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "choose",
+        "compress",
+        "item",
+        "nonzero",
+        "searchsorted",
+        "take",
+    }
+    assert not any(node.arg == "where" for node in ast.walk(tree) if isinstance(node, ast.keyword))

@@ -7,8 +7,8 @@ watches which memory is touched learns the parameters and the length of the text
 Covers: bias, penalties, temperature, ``top_k``, ``top_p``, ``min_p``, the draw, log-probabilities
 (tests/trusted/engine/test_oblivious.py). Does not cover: the grammar of a structured output, which walks a tree of
 tokens; stop strings, and the text itself; a chosen token as a number of Python's; the time that each step takes.
-Assumes: numpy's elementwise loops, sums, ``cumsum`` and ``where`` go through memory in order (its ``exp`` reads a table
-where the processor has no AVX-512).
+Assumes: numpy's elementwise loops, sums and ``cumsum`` go through memory in order (its ``exp`` reads a table where the
+processor has no AVX-512). Its ``where`` does not: of each element it reads the one value that it takes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ObliviousSampler(Sampler):
         if self._bias_of_all is None:
             self._bias_of_all = np.zeros(len(scores))
             for token, value in (self._params.logit_bias or {}).items():
-                self._bias_of_all += np.where(_is(len(scores), token), value, 0.0)
+                self._bias_of_all += value * _is(len(scores), token)
         scores += self._bias_of_all
 
     def _new_history(self, vocab_size: int) -> History:
@@ -70,11 +70,11 @@ class ObliviousHistory(History):
     def penalise(self, scores: NDArray[np.float64], params: SamplingParams) -> None:
         if params.repetition_penalty != 1.0:
             penalty = params.repetition_penalty
-            changed = np.where(scores > 0, scores / penalty, scores * penalty)
-            scores[...] = np.where(self._in_text, changed, scores)
+            changed = either(scores > 0, scores / penalty, scores * penalty)
+            scores[...] = either(self._in_text, changed, scores)
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
             less = scores - (params.frequency_penalty * self._in_answer + params.presence_penalty)
-            scores[...] = np.where(self._in_answer > 0, less, scores)
+            scores[...] = either(self._in_answer > 0, less, scores)
 
 
 def kept_weights(scores: Scores, params: SamplingParams) -> NDArray[np.float64]:
@@ -132,10 +132,10 @@ def oblivious_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLog
     scores = log_softmax(given)
     ids = np.arange(len(given))
     top: list[tuple[int, float]] = []
-    left = np.ones(len(given), dtype=bool)
+    left, taken = np.ones(len(given), dtype=bool), np.full_like(given, -np.inf)
     for _ in range(min(count, len(given))):
         # Minus infinity stands for what is taken, and may be a logit too: only what is left counts.
-        largest = np.where(left, given, -np.inf).max()
+        largest = either(left, given, taken).max()
         one = first_of(left & (given == largest))
         top.append((one, bounded(value_at(scores, one))))
         left &= ids != one
@@ -144,12 +144,27 @@ def oblivious_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLog
 
 def first_of(marked: Mask) -> int:
     """The first index that is marked; the length, where none is."""
-    return int(np.where(marked, np.arange(len(marked)), len(marked)).min())
+    before_end = np.arange(len(marked), 0, -1)
+    return len(marked) - int((before_end * marked).max(initial=0))
 
 
 def value_at(values: NDArray[np.float64], index: int) -> float:
     """One element."""
-    return float(np.where(_is(len(values), index), values, -np.inf).max())
+    bits = values.view(np.int64) & _bits_of(_is(len(values), index), 8)
+    return float(np.bitwise_or.reduce(bits).view(np.float64))
+
+
+def either(mask: Mask, one: Scores, other: Scores) -> Scores:
+    """``one`` where the mask holds, else ``other``, floats of one width: of both every element is read."""
+    bits = _bits_of(mask, one.itemsize)
+    chosen: Scores = ((one.view(bits.dtype) & bits) | (other.view(bits.dtype) & ~bits)).view(one.dtype)
+    return chosen
+
+
+def _bits_of(mask: Mask, width: int) -> NDArray[Any]:
+    """Integers of ``width`` bytes: all bits where the mask holds, else none."""
+    bits: NDArray[Any] = -mask.astype(f"i{width}")
+    return bits
 
 
 def _is(size: int, index: int) -> Mask:
