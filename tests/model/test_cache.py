@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,3 +158,34 @@ def test_memory_is_where_a_view_lies() -> None:
             assert address == view.data_ptr()
             assert apart == view[1].data_ptr() - view[0].data_ptr()
             assert apart == view.stride(0) * size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fails_at"), [(torch.float32, n) for n in (0, 1)] + [(torch.int8, n) for n in range(4)]
+)
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_after_growing_has_failed_addresses_name_what_is_there(
+    dtype: torch.dtype, fails_at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, grown = KVCache(CONFIG, dtype), KVCache._grown
+    write(cache, 0, 0, 100)
+    calls = iter(range(8))
+
+    def failing(self: KVCache, old: torch.Tensor, needed: int) -> torch.Tensor:
+        if next(calls) == fails_at:
+            raise error
+        return grown(self, old, needed)
+
+    monkeypatch.setattr(KVCache, "_grown", failing)
+    with pytest.raises(error):
+        cache.reserve(0, GROW_ROWS + 1)
+    monkeypatch.undo()
+    for end in (100, GROW_ROWS + 1):
+        held = (*cache.reserve(0, end), *cache.scales(0))
+        assert cache.addresses(end)[0].tolist() == list(cache.memory(0))
+        assert [*cache.memory(0)[:2], *cache.memory(0)[3:]] == [
+            one.data_ptr() for one in held[: len(held) if dtype == torch.int8 else 2]
+        ]
+        assert held[0].shape == held[1].shape
+        assert held[0].shape[1] >= end
+        assert held[0][0, :100, 0].tolist() == torch.arange(100).to(dtype).tolist()

@@ -147,7 +147,7 @@ ONE_CACHE = KVCache(CONFIG, torch.float32).bytes_for(1)  # as small as one can b
 def held(state: LayerState) -> int:
     """Bytes of all caches."""
     caches = cast("list[KVCache]", list(state._caches.values()))
-    return sum(part.nbytes for cache in caches for part in (*cache._keys, *cache._values))
+    return sum(part.nbytes for cache in caches for layer in cache._layers for part in (layer.keys, layer.values))
 
 
 def test_the_caches_of_a_connection_are_bounded() -> None:

@@ -6,6 +6,8 @@ Keys and values are of one float dtype, or int8 with a float32 scale for each po
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -42,6 +44,16 @@ def query_dtype(kept: torch.dtype) -> torch.dtype:
     return torch.float32 if kept == torch.int8 else kept
 
 
+class _Layer(NamedTuple):
+    """Memory of one layer: keys and values, their scales, empty where those are floats, and where all of it lies."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+    memory: tuple[int, ...]
+
+
 class KVCache(Positions):
     """Keys and values of every layer, (kv_heads, capacity, head_dim) each; capacity grows by ``GROW_ROWS``.
 
@@ -55,54 +67,49 @@ class KVCache(Positions):
         self.kv_heads = config.num_kv_heads
         self._max_positions = config.max_positions
         empty = torch.empty(config.num_kv_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self._keys = [empty] * config.num_layers
-        self._values = [empty] * config.num_layers
         scales = torch.empty(empty.shape[:2], dtype=torch.float32, device=device)
-        self._scales = [(scales, scales)] * config.num_layers  # of keys and of values; empty where those are floats
-        self._memory: list[tuple[int, ...]] = [(0, 0, 0)] * config.num_layers
+        self._layers = [_Layer(empty, empty, scales, scales, (0, 0, 0))] * config.num_layers
         self._addresses: Array | None = None
 
     def reserve(self, layer: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, (kv_heads, capacity, head_dim), with room for positions up to ``end``."""
-        if end > self._keys[layer].shape[1]:
-            self._keys[layer] = self._grown(self._keys[layer], end)
-            self._values[layer] = self._grown(self._values[layer], end)
-            if self.dtype == torch.int8:
-                of_keys, of_values = self._scales[layer]
-                self._scales[layer] = self._grown(of_keys, end), self._grown(of_values, end)
-            self._locate(layer)
-        return self._keys[layer], self._values[layer]
+        here = self._layers[layer]
+        if end > here.keys.shape[1]:
+            here = self._replace(layer, here, end)
+        return here.keys, here.values
 
     def view(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions first to end: (kv_heads, end - first, head_dim) each, not copied."""
-        return self._keys[layer][:, first:end], self._values[layer][:, first:end]
+        here = self._layers[layer]
+        return here.keys[:, first:end], here.values[:, first:end]
 
     def scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The scales of one layer's keys and values where those are int8: float32 (kv_heads, capacity) each."""
-        return self._scales[layer]
+        here = self._layers[layer]
+        return here.key_scales, here.value_scales
 
     def memory(self, layer: int) -> tuple[int, ...]:
         """The addresses of one layer's keys and values, and the bytes from one of their heads to the next: for loops.
 
         Of int8 the addresses of their scales too. Good until ``reserve`` is called for the layer.
         """
-        return self._memory[layer]
+        return self._layers[layer].memory
 
     def addresses(self, end: int) -> Array:
         """``memory`` of every layer, int64 (layers, 3), of int8 (layers, 5), with room for positions up to ``end``."""
-        for layer, keys in enumerate(self._keys):
-            if end > keys.shape[1]:
-                self.reserve(layer, end)
+        for layer, here in enumerate(self._layers):
+            if end > here.keys.shape[1]:
+                self._replace(layer, here, end)
         if self._addresses is None:
-            self._addresses = np.array(self._memory, np.int64)
+            self._addresses = np.array([here.memory for here in self._layers], np.int64)
         return self._addresses
 
     def bytes_for(self, end: int) -> int:
         """Memory of all layers once there is room for positions up to ``end``; a cache never shrinks."""
-        like = self._keys[0]
+        like = self._layers[0].keys
         capacity = max(like.shape[1], self._capacity(end))
-        of_scales = self._scales[0][0].itemsize if self.dtype == torch.int8 else 0
-        return 2 * len(self._keys) * like.shape[0] * capacity * (like.shape[2] * like.itemsize + of_scales)
+        of_scales = self._layers[0].key_scales.itemsize if self.dtype == torch.int8 else 0
+        return 2 * len(self._layers) * like.shape[0] * capacity * (like.shape[2] * like.itemsize + of_scales)
 
     def truncate(self, length: int) -> None:
         """Hold the first ``length`` positions only; their memory stays."""
@@ -110,25 +117,29 @@ class KVCache(Positions):
 
     def copy_from(self, other: KVCache, length: int) -> None:
         """Hold the first ``length`` positions of another cache, in memory of its own and in the place of all before."""
-        for layer in range(len(self._keys)):
-            self._keys[layer] = self._grown(other._keys[layer][:, :length], length)
-            self._values[layer] = self._grown(other._values[layer][:, :length], length)
-            if self.dtype == torch.int8:
-                of_keys, of_values = (self._grown(scales[:, :length], length) for scales in other._scales[layer])
-                self._scales[layer] = of_keys, of_values
-            self._locate(layer)
+        for layer, there in enumerate(other._layers):
+            self._replace(layer, there, length, first=length)
         self.length = length
 
     def _capacity(self, needed: int) -> int:
         """Positions that there is room for once ``needed`` are asked for."""
         return min(-(-needed // GROW_ROWS) * GROW_ROWS, max(needed, self._max_positions))
 
-    def _locate(self, layer: int) -> None:
-        keys, values = self._keys[layer], self._values[layer]
-        self._memory[layer] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
+    def _replace(self, layer: int, old: _Layer, end: int, first: int | None = None) -> _Layer:
+        """A layer with room up to ``end`` that holds what ``old`` does, or its ``first`` positions.
+
+        It is there as a whole or not at all, whatever fails or interrupts: addresses never name memory that is freed.
+        """
+        keys, values = (self._grown(one[:, :first], end) for one in (old.keys, old.values))
+        scales = old.key_scales, old.value_scales
+        memory: tuple[int, ...] = keys.data_ptr(), values.data_ptr(), keys.stride(0) * keys.itemsize
         if self.dtype == torch.int8:
-            self._memory[layer] += tuple(scales.data_ptr() for scales in self._scales[layer])
+            scales = self._grown(scales[0][:, :first], end), self._grown(scales[1][:, :first], end)
+            memory += scales[0].data_ptr(), scales[1].data_ptr()
+        new = _Layer(keys, values, *scales, memory)
         self._addresses = None
+        self._layers[layer] = new
+        return new
 
     def _grown(self, old: torch.Tensor, needed: int) -> torch.Tensor:
         """Larger memory with what ``old`` holds.
