@@ -99,7 +99,7 @@ def test_a_tree_that_cannot_be_built_leaves_passes_over_the_table(
 ) -> None:
     table = torch.randn(70, 6)
     growing = GrowingEmbedding(table, Stats())
-    monkeypatch.setattr("tsqp.model.oram.put_in", lambda *_: False)
+    monkeypatch.setattr("tsqp.model.oram.put_back", lambda *_: False)
     held.set()
     growing._thread.join(20)
     assert not by_paths(growing)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from tsqp.model import oram, oram_loops
 from tsqp.model.oram import Oram, _reversed
-from tsqp.model.oram_loops import evict, new_position, put_in, take_out
+from tsqp.model.oram_loops import access, evict, new_position, put_back, put_in, take_out
 
 
 def full(words: np.ndarray[Any, np.dtype[np.int64]]) -> Oram:
@@ -47,8 +50,8 @@ def test_every_access_gives_the_row(count: int, width: int, data: Any) -> None:
 def test_rows_are_in_the_stash_or_on_the_path_to_their_leaf_and_the_stash_stays_small() -> None:
     words = np.arange(2000, dtype=np.int64).reshape(1000, 2)
     memory, most = full(words), 0
-    for access in range(4000):
-        memory.row(access % 7 if access % 2 else random.randrange(1000))
+    for turn in range(4000):
+        memory.row(turn % 7 if turn % 2 else random.randrange(1000))
         most = max(most, memory.waiting())
     assert most < oram.STASH // 2
     for slot in np.flatnonzero(memory._ids >= 0):
@@ -65,6 +68,53 @@ def test_a_full_stash_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oram, "EVICTIONS", 0)
     with pytest.raises(OverflowError, match="stash"):
         full(np.zeros((2, 1), np.int64))
+
+
+def test_what_did_not_fit_into_the_stash_is_never_handed_out_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = full(np.ones((8, 2), np.int64))
+    monkeypatch.setattr(oram, "STASH", 0)
+    with pytest.raises(OverflowError, match="stash"):
+        memory.row(3)
+    monkeypatch.undo()
+    for _ in range(3):
+        with pytest.raises(LookupError, match="row"):
+            memory.row(3)
+    assert memory.row(4).tolist() == [1, 1]
+
+
+class Interrupt:
+    """A tracer that raises KeyboardInterrupt before the n-th instruction of the ORAM."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Interrupt | None:
+        if frame.f_code.co_filename != oram.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_an_access_that_is_interrupted_anywhere_loses_no_row() -> None:
+    words = np.random.default_rng(0).integers(1, 9, (20, 3))
+    memory, before = full(words), sys.gettrace()
+    for at in range(1000):
+        try:
+            sys.settrace(Interrupt(at))
+            memory.row(at % 20)
+        except KeyboardInterrupt:
+            sys.settrace(before)
+            assert memory.row(at % 20).tolist() == words[at % 20].tolist()
+        else:
+            break
+        finally:
+            sys.settrace(before)
+    assert 50 < at < 999, "every instruction was interrupted once, and then it was done"
+    assert [memory.row(token).tolist() for token in range(20)] == words.tolist()
 
 
 def test_each_access_draws_a_leaf_and_leaves_are_even() -> None:
@@ -114,11 +164,13 @@ def trace_of(token: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[Any
         seen: list[Any] = []
         for name in ("_ids", "_leaves", "_words", "_positions", "_held", "_room"):
             setattr(memory, name, Watched(getattr(memory, name), seen))
-        for loop in (evict, new_position, put_in, take_out):
-            patch.setattr(oram, loop.__name__, loop.py_func)  # type: ignore[attr-defined]
+        for loop in (evict, new_position, put_back, put_in, take_out):
+            patch.setattr(oram_loops, loop.__name__, loop.py_func)  # type: ignore[attr-defined]
+        patch.setattr(oram, "access", access.py_func)  # type: ignore[attr-defined]
         for name in ("_mask", "_either", "_common_levels", "_bucket", "_move"):
             patch.setattr(oram_loops, name, getattr(oram_loops, name).py_func)
-        memory.row(token)
+        with suppress(LookupError):  # the row may not lie on the path that is read
+            memory.row(token)
         return seen
 
 

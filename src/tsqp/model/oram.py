@@ -3,7 +3,8 @@
 Whoever watches sees for each access one path of a tree, drawn at random, and two more in a fixed order: nothing of
 which row was asked for. The map of positions and the stash are gone through as a whole.
 
-Covers: rows and their bits, and that a leaf is drawn anew for each access (tests/model/test_oram.py). Does not cover:
+Covers: rows and their bits, also after an access that was interrupted, and that a leaf is drawn anew for each access
+(tests/model/test_oram.py). Does not cover:
 how many rows are asked for; a host that sees whether a line of encrypted memory was written with what was there before.
 Assumes: the operating system's entropy; a stash of ``STASH`` rows does not overflow, and an access fails if it does.
 """
@@ -11,11 +12,12 @@ Assumes: the operating system's entropy; a stash of ``STASH`` rows does not over
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tsqp.model.oram_loops import evict, new_position, put_in, take_out
+from tsqp.model.oram_loops import access, new_position, put_back
 
 STASH = 48
 PER_NODE = 2
@@ -53,33 +55,43 @@ class Oram:
             leaf = self._drawn()
             new_position(self._positions, token, leaf)
             self._row[:] = self._source[token]
-            self._put_back(token, leaf)
+            _refuse_overflow(put_back(*self._memory, token, leaf, *self._around()))
             self._put = token + 1
 
     def row(self, token: int) -> NDArray[np.int64]:
-        """A copy of one row (W,). Raises OverflowError, with a probability that can be neglected."""
+        """A copy of one row (W,). Raises OverflowError, with a probability that can be neglected.
+
+        Raises LookupError for a row that is not in: never what is no row.
+        """
         fresh = self._drawn()
-        leaf = new_position(self._positions, token, fresh)
-        self._row[:] = 0
-        take_out(self._ids, self._words, token, leaf, self.depth, STASH, PER_NODE, self._row, self._room)
-        found = self._row.copy()
-        self._put_back(token, fresh)
-        return found
+        found, fitted = access(*self._memory, self._positions, token, fresh, *self._around())
+        _refuse_overflow(fitted)
+        if not found:
+            raise LookupError("a row of the oblivious memory is not where it was put")
+        return self._row.copy()
 
     def waiting(self) -> int:
         """Rows in the stash."""
         return int((self._ids[:STASH] >= 0).sum())
 
-    def _put_back(self, token: int, leaf: int) -> None:
-        if not put_in(self._ids, self._leaves, self._words, token, leaf, STASH, self._row, self._room):
-            raise OverflowError("the stash of the oblivious memory is full")
-        for _ in range(EVICTIONS):
-            path = _reversed(self._turn, self.depth)
-            self._turn = (self._turn + 1) % (1 << self.depth)
-            evict(self._ids, self._leaves, self._words, path, self.depth, STASH, PER_NODE, self._held, self._room)
+    @property
+    def _memory(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        return self._ids, self._leaves, self._words
+
+    def _around(self) -> tuple[Any, ...]:
+        """The paths of the next evictions, sizes, and room to work in."""
+        turns = range(self._turn, self._turn + EVICTIONS)
+        paths = np.array([_reversed(turn % (1 << self.depth), self.depth) for turn in turns], np.int64)
+        self._turn = turns.stop % (1 << self.depth)
+        return paths, self.depth, STASH, PER_NODE, self._row, self._held, self._room
 
     def _drawn(self) -> int:
         return int.from_bytes(os.urandom(8), "little") >> (64 - self.depth)
+
+
+def _refuse_overflow(fitted: bool) -> None:
+    if not fitted:
+        raise OverflowError("the stash of the oblivious memory is full")
 
 
 def depth_of(count: int) -> int:

@@ -58,16 +58,19 @@ def new_position(positions, token, fresh):  # type: ignore[no-untyped-def]
 
 @kernel
 def take_out(ids, words, token, path, depth, stash, per_node, out, room):  # type: ignore[no-untyped-def]
-    """Move the row of a token from the stash or a path into ``out`` (W,), which is 0 before."""
+    """Move the row of a token from the stash or a path into ``out`` (W,), which is 0 before. A mask: was it there?"""
+    found = np.int64(0)
     for level in range(depth + 2):
         first, count = _bucket(level, path, depth, stash, per_node)
         for at in range(count):
             room[6, at] = _mask(ids[first + at] == token)
             ids[first + at] |= room[6, at]
+            found |= room[6, at]
         for at in range(count):
             mask = room[6, at]  # as a number from memory, no compiler makes a branch of it
             for i in range(out.shape[0]):
                 out[i] |= words[first + at, i] & mask
+    return found
 
 
 @kernel
@@ -154,3 +157,25 @@ def _move(words, first, count, held, room):  # type: ignore[no-untyped-def]
             leaving |= here & room[6, at]
             words[first + at, i] = (here & ~room[7, at]) | (arriving & room[7, at])
         held[i] = leaving
+
+
+@kernel
+def put_back(ids, leaves, words, token, leaf, paths, depth, stash, per_node, row, held, room):  # type: ignore[no-untyped-def]
+    """Put a row into the stash, then evict along ``paths``. Whether there was room for it."""
+    fitted = put_in(ids, leaves, words, token, leaf, stash, row, room)
+    for i in range(paths.shape[0]):
+        evict(ids, leaves, words, paths[i], depth, stash, per_node, held, room)
+    return fitted
+
+
+@kernel
+def access(ids, leaves, words, positions, token, fresh, paths, depth, stash, per_node, row, held, room):  # type: ignore[no-untyped-def]
+    """Take the row of a token, put it back with the leaf ``fresh``: whether it was there, and whether it is again.
+
+    One call, which no signal ends: whatever came in between would lose the row. What was not found is not put back.
+    """
+    row[:] = 0
+    leaf = new_position(positions, token, fresh)
+    found = take_out(ids, words, token, leaf, depth, stash, per_node, row, room)
+    kept = np.int64(token) | ~found
+    return found != 0, put_back(ids, leaves, words, kept, fresh, paths, depth, stash, per_node, row, held, room)
