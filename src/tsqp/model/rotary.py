@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tsqp.config.model import ModelConfig, RopeConfig
+from tsqp.model import vector_math
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> torch.Tensor:
@@ -79,6 +80,7 @@ class Rotary:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        vector_math.settle()
         self._ropes, self._head_dim = config.ropes, config.head_dim
         self._fixed = [
             None if rope.follows_length else inverse_frequencies(rope, config.head_dim).to(device)

@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from tsqp.errors import InputError
+from tsqp.model import vector_math
 from tsqp.model.batch import Batch
 from tsqp.model.cache import Positions
 from tsqp.model.norms import soft_capped
@@ -40,6 +41,7 @@ class LayerDecoder:
     caches_on_worker = True
 
     def __init__(self, session: WorkerSession, *, max_rows: int) -> None:
+        vector_math.settle()  # the soft cap of logits
         self.config = session.config
         self._session = session
         self._max_rows = max_rows
