@@ -13,10 +13,11 @@ from tests.commands import LIMIT_S
 from tests.families import tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.api import plan as plans
-from tsqp.api.config import RunConfig
+from tsqp.api.config import ProtectionName, RunConfig
 from tsqp.api.plan import Plan
 from tsqp.model.local import LocalEmbedding
 from tsqp.model.oblivious_embedding import GrowingEmbedding, OramEmbedding, ScannedEmbedding
+from tsqp.model.oram import Oram
 from tsqp.server.attestation import configuration_of
 from tsqp.tee.memory import may_lock_all
 from tsqp.trusted.engine.oblivious import ObliviousSampler
@@ -114,16 +115,19 @@ def test_no_tree_is_built_where_the_host_may_compare_ciphertexts(monkeypatch: py
 
 
 @pytest.mark.slow
-def test_a_closed_run_builds_no_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protection", ["local", "masked"])
+def test_a_closed_run_builds_no_tree(protection: ProtectionName, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody could use it, and the thread would go on for minutes."""
     made = list[GrowingEmbedding]()
     monkeypatch.setattr(GrowingEmbedding, "__init__", kept(GrowingEmbedding.__init__, made))
+    monkeypatch.setattr(Oram, "filled", False)  # never done
     compute = ComputeConfig(threads=1, oblivious=True)
-    with LLM(str(tiny_model("llama").directory), protection="masked", compute=compute) as llm:
+    path = str(tiny_model("llama").directory)
+    with LLM(path, protection=protection, compute=compute) as llm:
         answer = llm.generate([[1, 2, 3]], DRAWN)
-        assert made[0]._thread.is_alive() or isinstance(made[0]._now, OramEmbedding)
+        assert made[0]._thread.is_alive()
     assert not made[0]._thread.is_alive()
-    with LLM(str(tiny_model("llama").directory), protection="masked", compute=ComputeConfig(threads=1)) as llm:
+    with LLM(path, protection=protection, compute=ComputeConfig(threads=1)) as llm:
         assert llm.generate([[1, 2, 3]], DRAWN) == answer
 
 

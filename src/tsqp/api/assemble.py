@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +19,7 @@ from tsqp.model.cache import cache_dtype
 from tsqp.model.decoder_layers import DecoderLayers, Norms
 from tsqp.model.kernels import pick_kernels
 from tsqp.model.local import LocalLinears, pick_attention
-from tsqp.model.oblivious_embedding import embedding_here
+from tsqp.model.oblivious_embedding import GrowingEmbedding, embedding_here
 from tsqp.model.operators import Attention, Embedding, Linears
 from tsqp.model.weights import ModelWeights
 from tsqp.progress import Progress, unseen
@@ -45,16 +46,19 @@ def build_local_engine(
     plan: Plan,
     eos_token_ids: tuple[int, ...],
     stats: Stats,
+    opened: ExitStack,
     limits: Limits | None = None,
     progress: Progress = unseen,
     adapters: LoadedAdapters = NO_ADAPTERS,
 ) -> Engine:
-    """Everything on the trusted side."""
+    """Everything on the trusted side. ``opened`` ends what works beside the engine."""
     dtype = cast(PlainDtype, plan.linear_dtype)
     weights = ModelWeights.load(checkpoint, dtype, torch.device("cpu"), progress=progress)
     progress("compiling loops")
     way = plan.oblivious_embedding
     embedding = embedding_here(weights.embedding, stats, oblivious=plan.oblivious, way=way, room=available_bytes())
+    if isinstance(embedding, GrowingEmbedding):
+        opened.callback(embedding.close)
     linears = LocalLinears(weights.groups, stats)
     placement = Placement(embedding, linears, attention_here(checkpoint, plan, stats))
     laid_out = adapters.for_layers(checkpoint.config, stats, own_products=True)

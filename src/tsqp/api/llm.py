@@ -255,7 +255,9 @@ class LLM:
         links: PrivateLinks | SplitLinks
         dealers: RosterPlace | None = None
         if self.plan.partition is None:
-            return build_local_engine(checkpoint, self.plan, ends, self.stats, self._limits, progress, self._adapters)
+            return build_local_engine(
+                checkpoint, self.plan, ends, self.stats, stack, self._limits, progress, self._adapters
+            )
         if self.plan.protection.checked:
             dial = None
             if self._dealer is not None:
