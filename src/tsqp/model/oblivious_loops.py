@@ -29,3 +29,13 @@ def scan_rows(table, tokens, masks, out, first, end):  # type: ignore[no-untyped
                     mask = masks[slot, at, row]
                     for i in range(width):
                         out[slot, at, i] |= table[start + row, i] & mask
+
+
+@kernel
+def count_tokens(tokens, counts):  # type: ignore[no-untyped-def]
+    """Add to counts int64 (V,) how often each id is in tokens int64 (n,): n passes over all counts."""
+    for start in range(0, counts.shape[0], BLOCK):
+        here = counts[start : start + BLOCK]
+        for at in range(tokens.shape[0]):
+            for i in range(here.shape[0]):
+                here[i] += np.int64(tokens[at] == start + i)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tsqp import SamplingParams
+from tsqp.model.oblivious_loops import count_tokens
 from tsqp.trusted.engine import oblivious, sampling
 from tsqp.trusted.engine.logprobs import token_logprobs
 from tsqp.trusted.engine.oblivious import ObliviousSampler, kept_weights, kth_largest, nucleus, oblivious_logprobs
@@ -122,6 +123,30 @@ def test_log_probabilities_are_the_same(values: list[float], token: int, count: 
     assert oblivious_logprobs(logits, token, count) == token_logprobs(logits, token, count)
 
 
+@pytest.mark.parametrize(
+    ("penalty", "passes"),
+    [("presence_penalty", [0, 1, 1]), ("frequency_penalty", [0, 1, 1]), ("repetition_penalty", [5000, 0, 1, 1, 1, 1])],
+)
+def test_a_penalty_of_the_answer_alone_makes_no_pass_for_a_token_of_the_prompt(
+    penalty: str, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, counted = [3] * 5000, list[int]()
+
+    def counting(tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        counted.append(len(tokens))
+        count_tokens(tokens, counts)
+
+    monkeypatch.setattr(oblivious, "count_tokens", counting)
+    options: dict[str, Any] = {penalty: 1.5}
+    sampler, plain = (kind(SamplingParams(**options)) for kind in (ObliviousSampler, Sampler))
+    for _ in range(3):
+        logits = torch.randn(VOCAB)
+        token = sampler.choose(logits, text)
+        assert token == plain.choose(logits, text)
+        text.append(token)
+    assert counted == passes
+
+
 class Watched(np.ndarray[Any, np.dtype[Any]]):
     """An array that writes down what is done with it: operations, shapes, and the elements that are named."""
 
@@ -221,7 +246,7 @@ def test_without_the_option_they_do_not(params: dict[str, Any]) -> None:
 HIDDEN = """
 import ctypes, mmap, os, resource
 import numpy as np
-from tsqp.model.oblivious_loops import BLOCK, scan_rows
+from tsqp.model.oblivious_loops import BLOCK, count_tokens, scan_rows
 from tsqp.trusted.engine.oblivious import either, first_of, value_at
 
 PAGE = mmap.PAGESIZE
@@ -242,6 +267,7 @@ CASES = {
     "either, the second": lambda array, index: either(yes, other, array),
     "where": lambda array, index: np.where(no, array, other),
     "the scan of the embedding": scan,
+    "the counts of penalties": lambda array, token: count_tokens(np.array([token]), array.view(np.int64)),
 }
 for work in CASES.values():
     work(np.zeros(floats), 0)  # what is compiled and imported is there
@@ -265,7 +291,7 @@ def test_every_page_is_read_whatever_is_looked_for() -> None:
     ends = [line.rpartition(": ") for line in done.stdout.splitlines()]
     read = {name: [int(end) for of, _, end in ends if of == name] for name, _, _ in ends}
     assert read.pop("where") == [0, 0, 0], "the test sees what is left out"
-    assert len(read) == 5
+    assert len(read) == 6
     assert all(ended == [-signal.SIGSEGV] * 3 for ended in read.values()), read
 
 

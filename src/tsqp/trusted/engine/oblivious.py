@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tsqp.model.oblivious_loops import count_tokens
 from tsqp.trusted.engine.logprobs import TokenLogprobs, bounded, log_softmax
 from tsqp.trusted.engine.sampling import History, Sampler, Scores, mass_scale, tempered
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -41,7 +42,8 @@ class ObliviousSampler(Sampler):
         scores += self._bias_of_all
 
     def _new_history(self, vocab_size: int) -> History:
-        return ObliviousHistory(vocab_size, self._prompt_tokens or 0)
+        prompt_tokens = self._prompt_tokens or 0
+        return ObliviousHistory(vocab_size, prompt_tokens, reads_prompt=self._params.repetition_penalty != 1.0)
 
     def _largest(self, scores: Scores) -> int:
         return first_of(scores == scores.max())
@@ -56,22 +58,23 @@ class ObliviousSampler(Sampler):
 
 
 class ObliviousHistory(History):
-    """See ``History``."""
+    """See ``History``. The prompt is passed over where no penalty asks for it: each token costs a pass."""
+
+    def __init__(self, vocab_size: int, prompt_tokens: int, *, reads_prompt: bool) -> None:
+        super().__init__(vocab_size, prompt_tokens)
+        self._times_in_text = np.zeros(vocab_size, dtype=np.int64) if reads_prompt else None
 
     def follow(self, text: Sequence[int]) -> None:
-        size = len(self._in_text)
-        for at in range(self._read, len(text)):
-            here = _is(size, text[at])
-            self._in_text |= here
-            if at >= self._prompt_tokens:
-                self._in_answer += here
+        if self._times_in_text is not None:
+            count_tokens(np.array(text[self._read :], np.int64), self._times_in_text)
+        count_tokens(np.array(text[max(self._read, self._prompt_tokens) :], np.int64), self._in_answer)
         self._read = len(text)
 
     def penalise(self, scores: NDArray[np.float64], params: SamplingParams) -> None:
-        if params.repetition_penalty != 1.0:
+        if self._times_in_text is not None:
             penalty = params.repetition_penalty
             changed = either(scores > 0, scores / penalty, scores * penalty)
-            scores[...] = either(self._in_text, changed, scores)
+            scores[...] = either(self._times_in_text > 0, changed, scores)
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
             less = scores - (params.frequency_penalty * self._in_answer + params.presence_penalty)
             scores[...] = either(self._in_answer > 0, less, scores)
