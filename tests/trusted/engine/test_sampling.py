@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from transformers.generation.logits_process import (
 )
 
 from tsqp import SamplingParams
+from tsqp.trusted.engine.logprobs import TokenLogprobs
+from tsqp.trusted.engine.oblivious import ObliviousSampler
 from tsqp.trusted.engine.sampling import Sampler, narrowed, nucleus, pick, uniform
 
 VOCAB = 50
@@ -139,9 +142,35 @@ def test_only_what_the_grammar_allows_is_chosen_whatever_else_is_asked_for() -> 
     for params in every:
         matcher = Only(7, 9)
         sampler = Sampler(SamplingParams(seed=1, **params), matcher=matcher)
-        chosen = [sampler.choose(random_logits(seed), [0] * (seed + 1)) for seed in range(40)]
-        assert set(chosen) <= {7, 9}
-        assert matcher.accepted == chosen
+        text = [0]
+        for seed in range(40):
+            text.append(sampler.choose(random_logits(seed), text))
+        assert set(text[1:]) <= {7, 9}
+        assert matcher.accepted == text[1:-1], "the last one once something is to come after it"
+
+
+@pytest.mark.parametrize("kind", [Sampler, ObliviousSampler])
+def test_a_choice_that_is_interrupted_is_made_again_as_if_it_had_not_been(
+    kind: type[Sampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(interrupted: int | None) -> tuple[list[int], list[int], list[TokenLogprobs]]:
+        params = SamplingParams(temperature=2.0, seed=1, logprobs=2, frequency_penalty=0.5)
+        matcher, text = Only(*range(0, VOCAB, 3)), [0, 5]
+        sampler = kind(params, prompt_tokens=2, matcher=matcher)
+        for position in range(6):
+            for part in ("_changed", "_logprobs_of") if position == interrupted else ():
+                with monkeypatch.context() as patch:
+                    patch.setattr(sampler, part, Mock(side_effect=KeyboardInterrupt))
+                    with pytest.raises(KeyboardInterrupt):
+                        sampler.choose(random_logits(position), text)
+            if position == interrupted:
+                sampler.choose(random_logits(position), text)  # interrupted before anybody has the token
+            text.append(sampler.choose(random_logits(position), text))
+        return text, matcher.accepted, sampler.logprobs
+
+    expected = answer(None)
+    assert all(answer(position) == expected for position in range(6))
+    assert [one.token for one in expected[2]] == expected[0][2:]
 
 
 def test_the_logits_are_not_changed() -> None:

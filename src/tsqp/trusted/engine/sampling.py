@@ -41,7 +41,7 @@ class TokenMatcher(Protocol):
         """(vocab_size,). Raises InputError where nothing may come, or where that took too long to find out."""
 
     def accept(self, token: int) -> None:
-        """The token that was chosen, one of those allowed."""
+        """The next token of the answer, one of those allowed."""
 
 
 class Sampler:
@@ -57,6 +57,7 @@ class Sampler:
         self._params = params
         self._prompt_tokens = prompt_tokens
         self._matcher = matcher
+        self._accepted = 0  # tokens of the answer that the grammar has gone on with
         self._key = secrets.token_bytes(16) if params.seed is None else params.seed.to_bytes(8, "little", signed=True)
         self._history: History | None = None
         self.logprobs: list[TokenLogprobs] = []  # of the tokens so far, where they are asked for
@@ -65,18 +66,20 @@ class Sampler:
     def choose(self, logits: torch.Tensor, text: Sequence[int]) -> int:
         """The next token from logits (vocab_size,), float32; ``text`` holds every token so far.
 
-        Its log-probabilities are added to ``logprobs``. Raises InputError when the grammar cannot go on.
+        Its log-probabilities are added to ``logprobs``. Raises InputError when the grammar cannot go on. A choice that
+        was interrupted is made again, for the same text, as if it had not been: a token counts once it is in the text.
         """
         params = self._params
         if self._prompt_tokens is None:
             self._prompt_tokens = len(text)
-        scores = self._changed(logits.numpy(), text)
-        if params.temperature == 0.0:
-            token = self._largest(scores)
-        else:
-            token = self._drawn(scores, uniform(self._key, len(text) - self._prompt_tokens))
+        answer = len(text) - self._prompt_tokens
+        del self.logprobs[answer:]
         if self._matcher is not None:
-            self._matcher.accept(token)
+            for token in text[self._prompt_tokens + self._accepted :]:
+                self._matcher.accept(token)
+                self._accepted += 1
+        scores = self._changed(logits.numpy(), text)
+        token = self._largest(scores) if params.temperature == 0.0 else self._drawn(scores, uniform(self._key, answer))
         if params.logprobs is not None:
             self.logprobs.append(self._logprobs_of(logits, token, params.logprobs))
         return token
