@@ -31,6 +31,36 @@ def test_the_limit_of_a_group_and_of_those_above_it(
     assert list(limits_left(None)) == [1000 * MIB]
 
 
+@pytest.mark.parametrize(
+    ("groups", "root", "files"),
+    [
+        (VERSION_2, "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (
+            VERSION_1,
+            "/sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_what_a_group_has_used_is_not_left_but_files_that_nobody_reads_are(
+    limits: dict[str, str], groups: str, root: str, files: tuple[str, str, str]
+) -> None:
+    limit, used, let_go = files
+    limits |= {
+        "/proc/self/cgroup": groups,
+        f"{root}/a/b/{limit}": str(1000 * MIB),
+        f"{root}/a/{limit}": str(3000 * MIB),
+    }
+    limits |= {f"{root}/a/b/{used}": f"{700 * MIB}\n", f"{root}/a/{used}": str(2900 * MIB)}
+    assert list(limits_left(None)) == [300 * MIB, 100 * MIB]
+    limits[f"{root}/a/b/memory.stat"] = f"anon 5\ninactive_file_of_others 9\n{let_go} {200 * MIB}\nactive_file 7\n"
+    assert list(limits_left(None)) == [500 * MIB, 100 * MIB]
+    assert available_bytes() == 100 * MIB
+    limits[f"{root}/a/{used}"] = str(3100 * MIB)  # as where a limit was made smaller
+    assert available_bytes() == 0
+
+
 def test_a_group_without_a_limit(limits: dict[str, str]) -> None:
     limits["/sys/fs/cgroup/a/memory.max"] = "max"
     assert list(limits_left(None)) == []

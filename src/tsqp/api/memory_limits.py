@@ -1,13 +1,13 @@
 """How much memory this process may take: what the system has available, and what the limits found leave.
 
-A limit on addresses (``ulimit -v``) counts all that is mapped, touched or not; a limit on memory (a control group's, of
-version 2 or 1) counts what is touched.
+A limit on addresses (``ulimit -v``) counts all that is mapped, touched or not. A limit on memory (a control group's, of
+version 2 or 1) counts what is touched, by all processes of the group, and files that are held for who reads them next.
 """
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,16 +32,29 @@ def limits_left(worker: int | None) -> Iterator[int]:
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
-            yield from _limits_of_groups(_GROUPS, group, "memory.max")
+            yield from _left_by_groups(_GROUPS, group, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):  # version 1, whose greatest number stands for no limit
-            yield from _limits_of_groups(_GROUPS / "memory", group, "memory.limit_in_bytes")
+            files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            yield from _left_by_groups(_GROUPS / "memory", group, *files)
 
 
-def _limits_of_groups(root: Path, group: str, file: str) -> Iterator[int]:
-    """Of a group and of all above it. In a container they may be the root's, whatever the name of the group says."""
+def _left_by_groups(root: Path, group: str, limit: str, used: str, let_go: str) -> Iterator[int]:
+    """Of a group and of all above it. In a container they may be the root's, whatever the name of the group says.
+
+    ``limit`` and ``used`` are files of a group, ``let_go`` a line of its statistics: files that nobody reads now.
+    """
     here = root / group.lstrip("/")
     for place in (here, *here.parents):
-        yield from (int(line) for line in _lines(place / file) if line.isdecimal())
+        for line in _lines(place / limit):
+            if line.isdecimal():
+                taken = _first_number(_lines(place / used))
+                kept = _first_number(one for one in _lines(place / "memory.stat") if one.startswith(f"{let_go} "))
+                yield int(line) - max(0, taken - kept)
+
+
+def _first_number(lines: Iterable[str]) -> int:
+    """The number that the first line ends with; 0 where there is none."""
+    return int(next((line.split()[-1] for line in lines), "0"))
 
 
 def _mapped_bytes(process: int | str) -> int:
