@@ -28,6 +28,7 @@ _NOTHING = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 # Arguments of loops are these, as numba would compile a loop once for each constant of type int that it is called with.
 _FIRST, _KEYS, _ROWS, _COLUMNS, _BLOCK = (np.int64(n) for n in (0, KEYS, ROWS, COLUMNS, BLOCK_KEYS))
+_COARSE = np.float32(2**24)  # above it float32 has not all integers
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)  # of a word
 
@@ -141,6 +142,10 @@ def _soften(scores, weights, row, begin, seen, count, scale, cap, state):  # typ
     for j in range(len(own)):
         rank = max(rank, _rank(own[j]))
     top = max(old, np.float32(_unrank(rank) * scale))
+    if abs(top) > _COARSE:  # the greatest score would differ from top, which is rounded: at 2^32 by up to 256
+        for j in range(len(own)):
+            own[j] = own[j] * scale
+        scale = _ONE
     factor = _exp(old - top) if old > _NOTHING else _ZERO
     for j in range(begin):
         others[j] = _narrow(_ZERO, others[j])
