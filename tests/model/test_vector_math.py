@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # Torch hands every call to this mode, with what it is of.
 FIRST_CALLS = """
 import torch
@@ -29,6 +31,7 @@ print(first)
 """
 
 
+@pytest.mark.slow
 def test_the_first_call_of_each_function_is_of_one_number() -> None:
     """In a process of its own: in this one other tests have called them."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, timeout=300, check=True)
