@@ -14,6 +14,7 @@ from tests.commands import Result
 from tsqp import LLM, ComputeConfig
 from tsqp.bench import offload
 from tsqp.bench.offload import CASES, MODELS, Case, Effort, attention_flop, bench_offload, chosen, guard_bytes
+from tsqp.bench.pads import pads_of
 from tsqp.bench.plot import draw
 from tsqp.bench.show import chart, table
 from tsqp.checkpoint import locate, open_checkpoint
@@ -113,6 +114,21 @@ def test_a_pass_needs_pads_for_each_token_and_the_head_for_each_sequence() -> No
         expected = DECODE.sequences if name == "lm_head" else DECODE.tokens * CONFIG.num_layers
         alone: dict[str, float] = {other: float(other == name) for other in names}
         assert offload._pads_seconds(CONFIG, DECODE, alone) == expected
+
+
+def test_no_pads_are_made_beside_what_is_measured_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    asked = PROMPT, PROMPT.tokens, Effort(runs=1, steps=1, threads=1), Console(quiet=True)
+    with offload._open(offload.MASKED, *asked) as llm:
+        _, filler = pads_of(llm)
+        offload._passes(offload.MASKED, llm, PROMPT, 1)
+        assert not filler.make_some()
+    with offload._open(offload.MASKED, *asked) as llm:
+        pool, filler = pads_of(llm)
+        for _ in range(2):
+            offload._pad_row_seconds(llm)
+            assert not filler.make_some()
+            assert not any(map(pool.ready, pool.keys))
 
 
 def test_cases_fit_their_models() -> None:

@@ -35,7 +35,7 @@ from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.opened import opened
-from tsqp.bench.pads import drain, fill, pads_of
+from tsqp.bench.pads import drain, pads_of, ready_for
 from tsqp.bench.peer import Peer
 from tsqp.bench.progress import watched
 from tsqp.bench.workload import Workload
@@ -232,7 +232,7 @@ def _passes(way: str, llm: LLM, case: Case, steps: int) -> Times:
     times: Times = {way: []} if way != MASKED else {way: [], "trusted": []}
     for _ in range(steps):
         if way == MASKED:
-            fill(*pads_of(llm))  # then its thread is idle until so much is used that a call would wait
+            ready_for(llm, case.tokens, case.sequences)
         stats.reset()
         start = time.perf_counter()
         engine.run(Batch(tokens, caches))
@@ -255,6 +255,7 @@ def filled(cache: KVCache, config: ModelConfig, positions: int) -> KVCache:
 
 def _pad_row_seconds(llm: LLM) -> dict[str, float]:
     """Making the pads of one row of each group, as the filler does in idle time: many rows at once, each checked."""
+    ready_for(llm, 0, 0)  # the filler itself makes none meanwhile, nor afterwards
     pool, _ = pads_of(llm)
     found: dict[str, float] = {}
     for name in linear_groups(llm.config):
