@@ -179,14 +179,3 @@ def test_a_missing_library_is_one_line(
     assert result.code == 2
     assert f"{option}" in result.error
     assert "tsqp[bench]" in result.error
-
-
-def test_the_peer_runs_the_same_model() -> None:
-    from tsqp.bench.peer import TransformersPeer
-
-    peer = TransformersPeer(TINY, torch.float32, "cpu")
-    prompt = [1, 2, 3, 250]
-    with torch.inference_mode():
-        theirs = peer._model(torch.tensor([prompt])).logits[0]
-    with LLM(TINY, protection="local", compute=ComputeConfig(dtype="float32")) as llm:
-        torch.testing.assert_close(theirs, llm.logits(prompt), rtol=1e-4, atol=1e-4)

@@ -35,7 +35,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.workers: list[tuple[str, str]] = []  # protection and device
-        self.peers: list[tuple[str, torch.dtype]] = []
+        self.peers: list[tuple[str, str]] = []
         self.rates: list[str] = []
 
 
@@ -60,8 +60,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
         name = "transformers"
 
-        def __init__(self, model: str, dtype: torch.dtype, where: str) -> None:
+        def __init__(self, model: str, dtype: str, where: str, threads: int) -> None:
             found.peers.append((where, dtype))
+
+        def __enter__(self) -> PeerHere:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """There is nothing to end."""
 
         def run_together(self, prompts: list[list[int]], steps: int) -> tuple[float, float]:
             return 1.0, 1.0 * steps
@@ -109,7 +115,7 @@ def test_worker_and_peer_are_on_the_device(seen: Seen, tsqp: Command) -> None:
     options = ("-m", TINY, "--tokens", 8, "--device", ON, *QUICK)
     result = tsqp("bench", "prefill", *options, "--peer", "transformers").json
     assert seen.workers == [("open", ON)]
-    assert seen.peers == [(ON, torch.bfloat16)]
+    assert seen.peers == [(ON, "bfloat16")]
     assert set(seen.rates) == {ON}
     assert {name: result[name] for name in FIGURES} == FIGURES
 
@@ -185,7 +191,7 @@ def test_a_server_and_its_peer_are_on_the_device(seen: Seen, monkeypatch: pytest
             "transformers, one batch, no server"
         ]
         assert serve._peers(run, serve.Traffic(), stack, console).keys() == {"transformers"}
-    assert seen.peers == [(ON, torch.bfloat16)] * 2
+    assert seen.peers == [(ON, "bfloat16")] * 2
 
 
 @pytest.mark.parametrize(("devices", "layer"), [("cpu", True), (ON, True), ("cuda:0,cuda:1", False)])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from tests.bench.results import TINY, is_picture
@@ -17,7 +16,6 @@ from tsqp.bench import serve
 from tsqp.bench.modes import in_mode
 from tsqp.bench.opened import opened
 from tsqp.bench.pads import pads_of
-from tsqp.bench.peer import TransformersPeer
 from tsqp.bench.plot import draw
 from tsqp.bench.serve import Traffic, bench_serve
 from tsqp.bench.show import chart, table
@@ -89,16 +87,3 @@ def test_pads_are_ready_for_what_is_measured_and_none_are_made_meanwhile() -> No
         serve._turns(llm, QUICK)
         assert pool.missed == 0 < pool.used
         assert not filler.make_some()  # what runs next has the cores to itself
-
-
-def test_a_batch_of_the_peer_is_its_prompts() -> None:
-    peer, seen = TransformersPeer(TINY, torch.float32, "cpu"), list[tuple[int, ...]]()
-    real = peer._model.forward
-
-    def forward(ids: torch.Tensor, **options: Any) -> Any:
-        seen.append(tuple(ids.shape))
-        return real(ids, **options)
-
-    peer._model.forward = forward
-    peer.run_together([[1, 2, 3], [4, 5, 6]], 2)
-    assert seen == [(2, 3), (2, 1), (2, 1)]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 
 from tsqp.api.config import RunConfig
@@ -135,17 +133,16 @@ class Batches:
         self._prompts = prompts(load.tokens, load.seed)
 
     def at_once(self, streams: int, bar: Steps) -> dict[str, Any]:
-        """See Target.at_once: a batch begins when the one before it has ended."""
+        """See Target.at_once: a batch begins when the one before it has ended, by that process's clock alone."""
         bar.begin(f"{self.name}: {streams} at once")
-        start = now = time.perf_counter()
-        answers = list[Answer]()
-        while now < start + self._load.seconds:
+        answers, now = list[Answer](), 0.0
+        while now < self._load.seconds:
             batch = [next(self._prompts) for _ in range(streams)]
             first_s, more_s = self._peer.run_together(batch, self._load.steps)
             arrived = now + first_s, now + first_s + more_s
             answers += streams * [Answer(now, SERVED, arrived, self._load.count)]
-            now = time.perf_counter()
-        return figures(answers, start, now)
+            now = arrived[-1]
+        return figures(answers, 0.0, now)
 
 
 def peers(run: RunConfig, load: Load, stack: ExitStack, console: Console) -> Iterator[Target]:
@@ -162,6 +159,7 @@ def peers(run: RunConfig, load: Load, stack: ExitStack, console: Console) -> Ite
             server.one(load.count)  # its first answer takes longer
             yield server
     if importlib.util.find_spec("transformers") is not None:
-        transformers = TransformersPeer(model, torch.bfloat16, first_device(run.worker.device))
+        device = first_device(run.worker.device)
+        transformers = stack.enter_context(TransformersPeer(model, "bfloat16", device, threads))
         transformers.run([1] * load.tokens, 1)
         yield Batches(transformers, load)

@@ -1,22 +1,18 @@
-"""What is measured beside ours: the same weights unsplit, in Hugging Face transformers, in this process."""
+"""What is measured beside ours: the same weights unsplit, in Hugging Face transformers."""
 
 from __future__ import annotations
 
 import importlib.util
-import time
-from importlib.metadata import version
-from inspect import signature
 from typing import Any, Protocol
 
-import torch
-
 from tsqp.api.llm import LLM
-from tsqp.bench.ceilings import synchronize
+from tsqp.bench.child import Child
 from tsqp.bench.names import PEER_PACKAGES, PeerName
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.hf_config import hf_config_of
-from tsqp.checkpoint.shapes import tensor_shapes
-from tsqp.errors import CorruptCheckpoint, OptionError
+from tsqp.config.dtype import DtypeName
+from tsqp.errors import OptionError, WorkerFailed
+from tsqp.launch.local import worker_environment
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
 
@@ -55,51 +51,50 @@ class Ours:
 
 
 class TransformersPeer:
-    """A causal language model of transformers with a checkpoint's weights."""
+    """transformers with a checkpoint's weights and ``threads`` threads, in a process of its own. A context manager.
 
-    def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    Our own processes wait passively (docs/adr/0013). No user of transformers asks for that, and its tokens take longer
+    by it: so its process does not. Raises UnsupportedModel, WorkerUnreachable, WorkerFailed.
+    """
 
-        self.name = f"transformers {version('transformers')}"
-        self._device = torch.device(device)
-        checkpoint = open_checkpoint(model)
-        fields = hf_config_of(checkpoint.config, "float32")
-        del fields["torch_dtype"]
-        models: Any = AutoModelForCausalLM
-        theirs = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with torch.device("meta"):
-            peer = models.from_config(theirs, dtype=dtype)
-        weights = {name: checkpoint.tensor(name).to(self._device, dtype) for name in tensor_shapes(checkpoint.config)}
-        peer.load_state_dict(weights, strict=False, assign=True)
-        peer.tie_weights()
-        # Built on the meta device, its frequency table has no values yet.
-        peer.model.rotary_emb = type(peer.model.rotary_emb)(theirs).to(self._device)
-        left = [name for name, parameter in peer.named_parameters() if parameter.is_meta]
-        if left:
-            raise CorruptCheckpoint(f"the peer lacks weights: {left[0]}")
-        self._model: Any = peer.eval()
-        # What transformers calls the KV cache, in the arguments and in the answer: renamed in 5.24.
-        self._cache = "cache" if "cache" in signature(peer.forward).parameters else "past_key_values"
+    def __init__(self, model: str, dtype: DtypeName, device: str, threads: int) -> None:
+        hf_config_of(open_checkpoint(model).config, dtype)  # what cannot be written is refused here, in our words
+        environment = worker_environment()
+        del environment["OMP_WAIT_POLICY"]
+        arguments = model, dtype, device, str(threads)
+        self._process = Child("tsqp.bench.transformers_server", *arguments, environment=environment)
+        try:
+            self.name = str(_checked(self._process.ready)["name"])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def run(self, tokens: list[int], steps: int) -> tuple[float, float]:
-        """See Peer.run."""
+        """See Peer.run. Raises WorkerFailed."""
         return self.run_together([tokens], steps)
 
     def run_together(self, prompts: list[list[int]], steps: int) -> tuple[float, float]:
-        """Seconds of one pass over prompts of one length, and of ``steps`` tokens of each after it, as one batch."""
-        with torch.inference_mode():
-            prompt = torch.tensor(prompts, device=self._device)
-            synchronize(self._device)
-            start = time.perf_counter()
-            out = self._model(prompt, use_cache=True, logits_to_keep=1)
-            token = self._choose(out)
-            prefilled = time.perf_counter()
-            for _ in range(steps):
-                out = self._model(token, **{self._cache: out[self._cache]}, use_cache=True)
-                token = self._choose(out)
-            return prefilled - start, time.perf_counter() - prefilled
+        """See TransformersModel.run_together: by that process's clock. Raises WorkerFailed."""
+        answer = _checked(self._process.ask({"prompts": prompts, "steps": steps}))
+        return answer["prefill_s"], answer["decode_s"]
 
-    def _choose(self, out: Any) -> torch.Tensor:
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        synchronize(self._device)
-        return token  # type: ignore[no-any-return]
+    def close(self) -> None:
+        """End its process."""
+        self._process.close()
+
+    def __enter__(self) -> TransformersPeer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer that is no error. Raises WorkerFailed."""
+    if "error" in answer:
+        raise WorkerFailed(f"transformers failed: {answer['error']}")
+    return answer

@@ -192,13 +192,13 @@ def _idle_share(pid: int | None) -> dict[str, float] | None:
     """Share of one core that each side uses while connected and idle; None where the sides share a process."""
     if pid is None:
         return None
-    start, client, worker = time.perf_counter(), time.process_time(), _cpu_seconds(pid)
+    start, client, worker = time.perf_counter(), time.process_time(), cpu_seconds(pid)
     time.sleep(IDLE_SAMPLE_S)
     wall_s = time.perf_counter() - start
-    return {"client": (time.process_time() - client) / wall_s, "worker": (_cpu_seconds(pid) - worker) / wall_s}
+    return {"client": (time.process_time() - client) / wall_s, "worker": (cpu_seconds(pid) - worker) / wall_s}
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Processor time of all threads of a process, from the kernel's count in nanoseconds."""
     stats = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(path.read_text().split()[0]) for path in stats) * 1e-9

@@ -149,7 +149,8 @@ def _peers(run: RunConfig, traffic: Traffic, stack: ExitStack, console: Console)
     found: dict[str, Decode] = {}
     model, threads = locate(run.model), run.compute.threads or cores()
     if importlib.util.find_spec("transformers") is not None:
-        peer = TransformersPeer(model, torch.bfloat16, first_device(run.worker.device))
+        device = first_device(run.worker.device)
+        peer = stack.enter_context(TransformersPeer(model, "bfloat16", device, threads))
         found[peer.name] = lambda prompts, steps: len(prompts) * steps / peer.run_together(prompts, steps)[1]
     if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
         work = Workload(traffic.tokens, traffic.steps, traffic.runs)

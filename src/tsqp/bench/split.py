@@ -29,7 +29,6 @@ from tsqp.config.protection import PROTECTIONS, Protection
 from tsqp.cores import cores
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.trace import Trace
-from tsqp.wire.payload import TORCH_DTYPES
 
 Phase = Literal["prefill", "decode"]
 
@@ -89,6 +88,7 @@ def _open_peer(
     name: PeerName, run: RunConfig, work: Workload, device: str, stack: ExitStack, console: Console
 ) -> Peer | None:
     """What the run is compared with; what it needs is closed with ``stack``."""
+    threads = run.compute.threads or cores()
     match name:
         case "none":
             return None
@@ -97,11 +97,10 @@ def _open_peer(
             bfloat16 = replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
             return Ours(stack.enter_context(opened(bfloat16, console)))
         case "llama.cpp":
-            threads = run.compute.threads or cores()
             return stack.enter_context(LlamaCppPeer(locate(run.model), _computed(run), work, threads, console))
         case "transformers":
-            dtype = TORCH_DTYPES[float_dtype(benchmarked(run.compute.dtype))]
-            return TransformersPeer(locate(run.model), dtype, device)
+            dtype = float_dtype(benchmarked(run.compute.dtype))
+            return stack.enter_context(TransformersPeer(locate(run.model), dtype, device, threads))
 
 
 def _computed(run: RunConfig) -> PlainDtype:
