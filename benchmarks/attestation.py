@@ -34,6 +34,7 @@ from tests.tee.statements import RECEIPT_KEY, statement
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from benchmarks.soak import server
+from tsqp.bench.completions import DATA, DONE
 from tsqp.tee.collateral import Directory
 from tsqp.tee.evidence import Evidence, Quote, make_evidence, read_evidence
 from tsqp.tee.verification import Roots, spki_sha256, verify_connection
@@ -181,7 +182,7 @@ async def compared(places: dict[str, str], model: str, options: argparse.Namespa
 
 
 async def stream(client: httpx.AsyncClient, address: str, model: str, tokens: int) -> tuple[float, int]:
-    """Seconds to the first token of an answer, and its events."""
+    """Seconds to the first text of an answer, and its events that have text."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Tell me of rivers."}],
@@ -194,10 +195,17 @@ async def stream(client: httpx.AsyncClient, address: str, model: str, tokens: in
     async with client.stream("POST", f"{address}/chat/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
-            if '"content"' in line:
+            if text_of(line):
                 first = first or time.perf_counter() - start
                 count += 1
     return first, count
+
+
+def text_of(line: str) -> str:
+    """What a line of the stream adds to the answer: nothing by the event that has the role alone."""
+    if not line.startswith(DATA) or line.endswith(DONE):
+        return ""
+    return "".join(choice["delta"].get("content") or "" for choice in json.loads(line.removeprefix(DATA))["choices"])
 
 
 if __name__ == "__main__":
