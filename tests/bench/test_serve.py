@@ -20,6 +20,7 @@ from tsqp.bench.plot import draw
 from tsqp.bench.serve import Traffic, bench_serve
 from tsqp.bench.show import chart, table
 from tsqp.errors import OptionError
+from tsqp.trusted.engine.engine import Engine
 
 QUICK = Traffic(streams=3, tokens=5, steps=4, beside=2, long=40, turn=30, runs=2)
 RUN = RunConfig(TINY, "open", compute=ComputeConfig(threads=1))
@@ -62,7 +63,38 @@ def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
     assert done.json["server"] is None
 
 
-@pytest.mark.parametrize("wrong", [{"streams": 1}, {"steps": 0}, {"long": 0}, {"runs": 0}])
+class Clock:
+    """The tokens that an engine has given, in the place of the time. Every look at it takes a second."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.given: list[int] = []
+
+    def perf_counter(self) -> float:
+        self.given.append(self._engine.counts().new_tokens)
+        return float(len(self.given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [5, 1500])
+def test_a_rate_is_of_the_tokens_that_came_while_all_streams_went_on(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts take several steps, after which some streams have their first tokens and others have none."""
+    with opened(in_mode(RUN, "open"), Console(quiet=True)) as llm:
+        clock = Clock(llm.engine)
+        monkeypatch.setattr(serve, "time", clock)
+        rate = serve._ours(llm)(serve._prompts(3, tokens), 4)
+        begun, ended = clock.given
+        assert rate == ended - begun == 3 * 4
+        assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"streams": 1}, {"streams": 65}, {"beside": 64}, {"steps": 0}, {"long": 0}, {"runs": 0}],
+    ids=lambda wrong: str(wrong),
+)
 def test_traffic_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"--{next(iter(wrong))}"):
         bench_serve(RUN, Traffic(**wrong), Console(quiet=True))

@@ -26,6 +26,7 @@ from tsqp.bench.ceilings import seconds_of
 from tsqp.bench.device import check_device, first_device
 from tsqp.bench.latency import percentile
 from tsqp.bench.llama_cpp import LlamaCppPeer
+from tsqp.bench.load_setup import MOST_STREAMS
 from tsqp.bench.machine import machine
 from tsqp.bench.modes import chosen_modes, in_mode
 from tsqp.bench.names import PEER_PACKAGES
@@ -37,6 +38,7 @@ from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
 from tsqp.cores import cores
 from tsqp.errors import OptionError
+from tsqp.trusted.engine.engine import Engine
 from tsqp.trusted.engine.pace import LEAST_ROWS
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -65,6 +67,9 @@ class Traffic:
             least = 2 if name == "streams" else 1
             if value < least:
                 raise OptionError(f"--{name} must be at least {least}, not {value}")
+        for name, value, most in (("streams", self.streams, MOST_STREAMS), ("beside", self.beside, MOST_STREAMS - 1)):
+            if value > most:  # the rest would wait
+                raise OptionError(f"--{name} must be at most {most}, not {value}")
 
 
 Decode = Callable[[list[list[int]], int], float]  # prompts and steps: tokens a second, of all together
@@ -123,22 +128,30 @@ def _ours(llm: LLM) -> Decode:
     """Decode steps of the engine, with pads ready."""
 
     def decode(prompts: list[list[int]], steps: int) -> float:
-        answers = len(prompts) * (steps + 2)
+        engine, answers = llm.engine, len(prompts) * (steps + 2)
         ready_for(llm, sum(map(len, prompts)) + answers, answers)
-        engine = llm.engine
-        begun = engine.counts().new_tokens
-        for prompt in prompts:
-            engine.add_request(prompt, SamplingParams(max_tokens=steps + 2, ignore_eos=True), patient=True)
-        while engine.counts().new_tokens < begun + len(prompts):
-            engine.step()
-        start = time.perf_counter()
+        # Nobody follows the answers: none of them goes on while a prompt is left.
+        _begun(engine, prompts, SamplingParams(max_tokens=steps + 2, ignore_eos=True), patient=True)
+        given, start = engine.counts().new_tokens, time.perf_counter()
         for _ in range(steps):
             engine.step()
-        seconds = time.perf_counter() - start
+        seconds, given = time.perf_counter() - start, engine.counts().new_tokens - given
         _run_out(llm)
-        return steps * len(prompts) / seconds
+        return given / seconds
 
     return decode
+
+
+def _begun(engine: Engine, prompts: list[list[int]], params: SamplingParams, *, patient: bool = False) -> list[int]:
+    """The numbers of new answers, each of which has its first token."""
+    answers = [list[Output]() for _ in prompts]
+    numbers = [
+        engine.add_request(prompt, params, patient=patient, deliver=answer.append)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    while not all(answers):
+        engine.step()
+    return numbers
 
 
 def _peers(run: RunConfig, traffic: Traffic, stack: ExitStack, console: Console) -> dict[str, Decode]:
@@ -169,10 +182,7 @@ def _gaps(llm: LLM, traffic: Traffic) -> dict[str, float]:
     params = SamplingParams(max_tokens=alone + traffic.long, ignore_eos=True)
     answers = traffic.beside * (alone + 1 + traffic.long // LEAST_ROWS)  # at most: what is left serves the next run
     ready_for(llm, traffic.beside * traffic.tokens + traffic.long + answers, answers + 1)
-    numbers = [engine.add_request(prompt, params) for prompt in _prompts(traffic.beside, traffic.tokens)]
-    begun = engine.counts().new_tokens
-    while engine.counts().new_tokens < begun + traffic.beside:
-        engine.step()
+    numbers = _begun(engine, _prompts(traffic.beside, traffic.tokens), params)
     undisturbed = [seconds_of(engine.step) for _ in range(alone)]
     (prompt,) = _prompts(1, traffic.long)
     arrived = list[Output]()
