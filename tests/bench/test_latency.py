@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqp.bench.latency import Answer, figures, percentile, tokens_between
+from tsqp.bench.latency import Answer, figures, percentile, rate_together, tokens_between
+from tsqp.errors import WorkerFailed
 
 VALUES = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
 
@@ -36,8 +37,23 @@ def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:
 
 def test_tokens_of_the_time_alone_are_counted() -> None:
     inside, half = Answer(0.0, arrived_s=(1.0, 2.0), tokens=6), Answer(0.0, arrived_s=(2.0, 4.0), tokens=6)
-    assert tokens_between([inside, half], 1.0, 3.0) == 6 + 3
+    assert tokens_between([inside, half], 0.5, 3.0) == 6 + 3
+    assert tokens_between([inside, half], 1.0, 3.0) == 3 + 3  # what is there when it begins does not come in it
     assert tokens_between([inside, half], 1.5, 4.0) == 3 + 6
+
+
+def test_a_rate_of_all_is_of_the_time_in_which_all_go_on() -> None:
+    """The second one has its first token late, beside its prompt; the first one has ended before it."""
+    early = Answer(0.0, arrived_s=(0.0, 0.5, 2.0, 2.25, 2.5, 2.75), tokens=6)
+    late = Answer(0.0, arrived_s=(2.0, 2.25, 2.5, 2.75, 3.0, 3.25), tokens=6)
+    assert rate_together([early, late]) == (3 + 3) / 0.75
+    assert rate_together([late]) == 5 / 1.25
+
+
+def test_answers_that_never_go_on_together_have_no_rate() -> None:
+    first, second = Answer(0.0, arrived_s=(1.0, 2.0), tokens=2), Answer(0.0, arrived_s=(2.0, 3.0), tokens=2)
+    with pytest.raises(WorkerFailed, match="more --steps"):
+        rate_together([first, second])
 
 
 def test_figures_of_a_run() -> None:
@@ -57,5 +73,5 @@ def test_where_all_were_refused_there_is_no_latency() -> None:
 
 def test_nothing_is_counted_twice_at_any_cut() -> None:
     answers = [Answer(0.0, arrived_s=tuple(k / 8 for k in range(1, 9)), tokens=16)]
-    before, after = tokens_between(answers, 0.0, 0.5), tokens_between(answers, 0.51, 1.0)
+    before, after = tokens_between(answers, 0.0, 0.5), tokens_between(answers, 0.5, 1.0)
     assert before + after == pytest.approx(16)

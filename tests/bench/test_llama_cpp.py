@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +26,9 @@ from tests.commands import Result
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
 from tsqp.bench import gguf_copy as copies
-from tsqp.bench import llama_server
+from tsqp.bench import llama_cpp, llama_server
 from tsqp.bench.gguf_copy import gguf_copy, write_gguf
+from tsqp.bench.latency import Answer, rate_together
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate, open_checkpoint
@@ -36,6 +41,7 @@ Command = Callable[..., Result]
 
 WITHOUT_WINDOWS = [family for family in FAMILIES if "window" not in family]
 WORK = Workload(tokens=40, steps=32, runs=1)
+PAUSE_S = 0.02
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +224,66 @@ def test_other_work_is_no_measurement(
     monkeypatch.setattr(tiny_peer, "complete", lambda *_: {"timings": {**timings, **wrong}})
     with pytest.raises(WorkerFailed, match="other work"):
         tiny_peer.run([1, 2, 3], 4)
+
+
+class Staggered(BaseHTTPRequestHandler):
+    """A server whose answer to prompt [2, ...] begins after two tokens of the other one; each is of five tokens."""
+
+    protocol_version = "HTTP/1.1"
+    two_came, other_began = threading.Event(), threading.Event()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        late = asked["prompt"][0] == 2
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        if late:
+            self.two_came.wait(60)
+        for token in range(5):
+            self._say(tokens=[token])
+            time.sleep(PAUSE_S)
+            if token == (0 if late else 1):
+                (self.other_began if late else self.two_came).set()
+                self.other_began.wait(60)
+        timings = {"cache_n": 0, "prompt_n": len(asked["prompt"]), "predicted_n": asked["n_predict"]}
+        self._say(tokens=[], timings={**timings, "predicted_ms": 1e9})
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _say(self, **event: Any) -> None:
+        data = f"data: {json.dumps(event)}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_rate_leaves_out_the_prompts_of_other_slots(monkeypatch: pytest.MonkeyPatch, quiet: Console) -> None:
+    seen: list[Answer] = []
+
+    def rate(answers: list[Answer]) -> float:
+        seen.extend(answers)
+        return rate_together(answers)
+
+    monkeypatch.setattr(llama_cpp, "rate_together", rate)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Staggered) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(llama_cpp, "gguf_copy", lambda *_: None)
+        monkeypatch.setattr(llama_cpp, "Child", lambda *_: SimpleNamespace(address=address, close=lambda: None))
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            with LlamaCppPeer(TINY, "float32", WORK, 1, quiet, slots=2) as peer:
+                assert peer.rate([[1, 1], [2, 2]], 4) > 0
+        finally:
+            server.shutdown()
+    early, late = (answer.arrived_s for answer in seen)
+    assert len(early) == len(late) == 5
+    assert early[1] < late[0] < early[-1]
+
+
+def test_streams_of_the_server_have_a_rate(quiet: Console) -> None:
+    with LlamaCppPeer(TINY, "float32", WORK, 1, quiet, slots=3) as peer:
+        assert peer.rate([random_tokens(WORK.tokens, seed) for seed in range(3)], WORK.steps) > 0
 
 
 def test_the_same_prompt_again_is_computed_again(tiny_peer: LlamaCppPeer) -> None:

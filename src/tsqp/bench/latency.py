@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tsqp.errors import WorkerFailed
+
 REFUSED = (429, 503)  # too many requests; too few pads
 SERVED = 200
 
@@ -48,12 +50,24 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def tokens_between(answers: Sequence[Answer], start_s: float, end_s: float) -> float:
-    """Tokens that came in this time; those of one answer are spread evenly over its events."""
+    """Tokens that came after ``start_s`` and up to ``end_s``; those of one answer are spread evenly over its events."""
     return sum(
-        answer.tokens * sum(start_s <= when <= end_s for when in answer.arrived_s) / len(answer.arrived_s)
+        answer.tokens * sum(start_s < when <= end_s for when in answer.arrived_s) / len(answer.arrived_s)
         for answer in answers
         if answer.arrived_s
     )
+
+
+def rate_together(answers: Sequence[Answer]) -> float:
+    """Tokens a second of all answers together, from the last first token to the first end: while all of them go on.
+
+    Raises WorkerFailed where they never do.
+    """
+    start_s = max(answer.arrived_s[0] for answer in answers)
+    end_s = min(answer.arrived_s[-1] for answer in answers)
+    if end_s <= start_s:
+        raise WorkerFailed("an answer had ended before another one began, so they have no rate: give more --steps")
+    return tokens_between(answers, start_s, end_s) / (end_s - start_s)
 
 
 def figures(answers: Sequence[Answer], start_s: float, end_s: float) -> dict[str, Any]:
