@@ -39,6 +39,9 @@ def test_rpc(transport: str, tsqp: Command, tmp_path: Path) -> None:
     assert is_picture(plot)
 
 
+WITH_THREADS = ("prefill", "decode", "pipeline", "origin", "private", "guard", "offload", "serve", "load", "all")
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_split(phase: str, tsqp: Command, tmp_path: Path) -> None:
     plot, trace = tmp_path / "plot.png", tmp_path / "trace.json"
@@ -161,12 +164,20 @@ def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeyp
         (("origin", "--tokens", 0), "--tokens"),
         (("all", "--results", "/no/such/directory"), "--results"),
         (("all", "--plot", "x.png"), "plot"),
+        *(((kind, "--threads", -1), "--threads must be 1 or more") for kind in WITH_THREADS),
+        *(((kind, "--threads", 0), "--threads must be 1 or more") for kind in WITH_THREADS),
+        *(
+            ((kind, "--checks", count), "--checks must be 1 to 16")
+            for kind in ("guard", "private")
+            for count in (-1, 0, 17)
+        ),
     ],
 )
 def test_bad_options_are_one_line(arguments: tuple[object, ...], words: str, tsqp: Command) -> None:
     result = tsqp("bench", *arguments)
     assert result.code == 2
     assert words in result.error
+    assert len(result.err.splitlines()) == 1  # nothing has been measured
 
 
 @pytest.mark.parametrize(("missing", "option"), [("matplotlib", "--plot"), ("transformers", "--peer")])

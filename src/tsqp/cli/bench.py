@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from tsqp.api.config import ComputeConfig, GuardConfig, RunConfig, WorkerConfig
 from tsqp.api.kernel_cache import keep_loops
+from tsqp.api.rules import check
 from tsqp.api.trace_file import check_output
 from tsqp.bench.files import check_directory, file_name, save
 from tsqp.bench.names import PeerName, TransportName
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MODEL_1B = "synthetic:llama-3.2-1b"
 MIB = 2**20
+BY_DEFAULT = RunConfig()
 
 bench_app = App(
     name="bench",
@@ -75,7 +77,7 @@ def prefill(
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
     no_adapter(run)
-    console = _prepare(options, compute=run.compute)
+    console = _prepare(options, run)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -99,7 +101,7 @@ def decode(
     no_adapter(run)
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
-    console = _prepare(options, compute=run.compute)
+    console = _prepare(options, run)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -124,7 +126,7 @@ def pipeline(
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure what micro-batches hide, with a worker that waits instead of computing."""
-    console = _prepare(options)
+    console = _prepare(options, RunConfig(model, compute=ComputeConfig(threads=threads)))
     from tsqp.bench.pipeline import PipelineSetup, bench_pipeline
     from tsqp.bench.workload import Workload
 
@@ -141,7 +143,7 @@ def origin(
     options: BenchOptions = BenchOptions(runs=3),
 ) -> None:
     """Measure the configuration this project began with, once, and ours beside it."""
-    console = _prepare(options)
+    console = _prepare(options, RunConfig(model, compute=ComputeConfig(threads=threads)))
     from tsqp.bench.origin import bench_origin
     from tsqp.bench.workload import Workload
 
@@ -166,12 +168,12 @@ def private(
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure verified and masked, with pads ready and without, in alternation with open in bfloat16."""
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    compute = ComputeConfig(threads=threads, micro_batches=micro_batches)
+    run = RunConfig(model, "masked", WorkerConfig(device=device), GuardConfig(checks), compute)
+    console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.private import bench_private
     from tsqp.bench.workload import Workload
 
-    compute = ComputeConfig(threads=threads, micro_batches=micro_batches)
-    run = RunConfig(model, "masked", WorkerConfig(device=device), GuardConfig(checks), compute)
     result = bench_private(run, Workload(tokens, steps, options.runs), console, mode)
     _finish(result, options, console, results, device)
 
@@ -188,11 +190,11 @@ def guard(
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure the trusted side's part of a masked product, piece by piece: quantise, mask, check; and a pad's size."""
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    run = RunConfig(model, guard=GuardConfig(checks), compute=ComputeConfig(threads=threads))
+    console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.guard import bench_guard
     from tsqp.bench.workload import Workload
 
-    run = RunConfig(model, guard=GuardConfig(checks), compute=ComputeConfig(threads=threads))
     result = bench_guard(run, Workload(tokens, 0, options.runs), console)
     _finish(result, options, console, results)
 
@@ -207,7 +209,7 @@ def constants(
     """Measure what tsqp plan computes from, on this machine: the least of several times, not the median."""
     if options.plot is not None:
         raise OptionError("bench constants draws no plot")
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    console = _prepare(options, results=results, dirty_ok=dirty_ok)
     from tsqp.bench.constants import bench_constants
 
     _finish(bench_constants(options.runs, console), options, console, results)
@@ -230,7 +232,8 @@ def offload(
     options: BenchOptions = BenchOptions(),
 ) -> None:
     """Measure whether the split pays: the whole model on the trusted side over what masked leaves there."""
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    run = RunConfig(worker=WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
+    console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.device import prefix
     from tsqp.bench.earlier import check_same_machine, with_earlier
     from tsqp.bench.machine import machine
@@ -267,11 +270,11 @@ def serve(
     options: BenchOptions = BenchOptions(runs=3),
 ) -> None:
     """Measure many streams at once, in the engine and over HTTP: rates beside peers, a long prompt, a second turn."""
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
+    console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.serve import Traffic, bench_serve
 
     traffic = Traffic(streams, tokens, steps, beside, long, turn, options.runs)
-    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
     if http:
         from tsqp.bench.load import bench_load, check_client
         from tsqp.bench.load_setup import Load
@@ -308,12 +311,12 @@ def load(
     options: BenchOptions = BenchOptions(runs=3),
 ) -> None:
     """Measure a real server over HTTP: beside the library, with more and more clients, with requests by chance."""
-    console = _prepare(options, results, dirty_ok=dirty_ok)
+    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
+    console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.load import bench_load
     from tsqp.bench.load_setup import Load
 
     asked = Load(streams, share, tokens, steps, seconds, pads, options.runs, seed)
-    run = RunConfig(model, "open", WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
     _finish(bench_load(run, asked, console, mode), options, console, results, device)
 
 
@@ -341,7 +344,7 @@ def everything(
     no_adapter(run)
     if options.plot is not None:
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
-    console = _prepare(options, compute=run.compute)
+    console = _prepare(options, run)
     from tsqp.bench.device import prefix as of_device
     from tsqp.bench.everything import Everything, bench_all
     from tsqp.bench.workload import Workload
@@ -354,7 +357,7 @@ def everything(
 
 
 def _prepare(
-    options: BenchOptions, results: Path | None = None, *, dirty_ok: bool = False, compute: ComputeConfig | None = None
+    options: BenchOptions, run: RunConfig = BY_DEFAULT, results: Path | None = None, *, dirty_ok: bool = False
 ) -> Console:
     """Refuse what cannot be done before minutes are spent; where progress and limits are printed.
 
@@ -367,16 +370,15 @@ def _prepare(
 
     if options.runs < 1:
         raise OptionError(f"--runs must be at least 1, not {options.runs}")
+    check(run)
     check_plot(options.plot)
     if results is not None:
         check_directory(results)
         check_tree(dirty_ok=dirty_ok)
     elif dirty_ok:
         raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
-    if compute is None:
-        keep_loops()
-    elif compute.compiled_kernels:
-        keep_loops(compute.kernel_cache)
+    if run.compute.compiled_kernels:
+        keep_loops(run.compute.kernel_cache)
     return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 
