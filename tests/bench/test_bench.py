@@ -164,6 +164,7 @@ def test_all_writes_what_the_readme_reads(tsqp: Command, tmp_path: Path, monkeyp
         (("origin", "--tokens", 0), "--tokens"),
         (("all", "--results", "/no/such/directory"), "--results"),
         (("all", "--plot", "x.png"), "plot"),
+        (("all", "--model", TINY, "--plot", "x.png"), "--models in place of --model"),
         *(((kind, "--threads", -1), "--threads must be 1 or more") for kind in WITH_THREADS),
         *(((kind, "--threads", 0), "--threads must be 1 or more") for kind in WITH_THREADS),
         *(

@@ -16,6 +16,7 @@ from tsqp.api.rules import UNUSED, Choices, leave_out, names_of, unused
 from tsqp.cli.flags import flag_of, flags_of, option_type
 from tsqp.cli.help_groups import OUTPUT
 from tsqp.config.protection import PROTECTIONS
+from tsqp.errors import OptionError
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
 OPEN_INSTEAD = ", or add --protection open: then the worker sees everything"
@@ -27,6 +28,10 @@ def settle(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection)
     Raises OptionError that names the flag.
     """
     named = {name: argument for argument in arguments for name in (argument.names or ())}
+    if {"--model", "--models"} <= named.keys():
+        if _by_flag(named["--model"]):
+            raise OptionError("several models are measured: use --models in place of --model")
+        named["--model"].tokens.clear()
     if "--protection" not in named or "--worker" not in named:
         return  # not a command that runs a model
     by_field = {name: named[flag_of(name)] for part in SECTIONS for name in names_of(part)}
