@@ -71,13 +71,15 @@ def test_servers_in_both_modes_beside_a_peer(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
+def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result], tmp_path: Path) -> None:
     run = ("bench", "load", "-m", TINY, "--mode", "open", "--threads", 1, "--runs", 1, "--json", "--seconds", 0.2)
-    done = tsqp(*run, "--streams", 1, "--streams", 3, "--share", 0.5, "--tokens", 5, "--steps", 4)
+    kept = ("--results", tmp_path, "--dirty-ok")
+    done = tsqp(*run, *kept, "--streams", 1, "--streams", 3, "--share", 0.5, "--tokens", 5, "--steps", 4)
     assert done.code == 0, done.err
     assert (done.json["benchmark"], done.json["streams"], done.json["shares"]) == ("load", [1, 3], [0.5])
     assert list(done.json["sweep"]) == ["open"]
     assert done.json["made_pads"] == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["load-tiny-open.json"]  # the file of both modes stays
 
 
 def refused() -> dict[str, Any]:

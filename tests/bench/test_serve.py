@@ -55,12 +55,13 @@ def test_each_figure_follows_from_the_times(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.slow
-def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result]) -> None:
+def test_one_mode_alone_by_the_command(tsqp: Callable[..., Result], tmp_path: Path) -> None:
     run = ("bench", "serve", "-m", TINY, "--mode", "open", "--no-http", "--threads", 1, "--runs", 1, "--json")
-    done = tsqp(*run, "--streams", 2, "--steps", 3, "--long", 40, "--turn", 30)
+    done = tsqp(*run, "--results", tmp_path, "--dirty-ok", "--streams", 2, "--steps", 3, "--long", 40, "--turn", 30)
     assert done.code == 0, done.err
     assert list(done.json["rates"]) == list(done.json["gaps"]) == ["open"]
     assert done.json["server"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["serve-tiny-open.json"]  # the file of both modes stays
 
 
 class Clock:

@@ -10,13 +10,15 @@ from typing import Any
 from tsqp.errors import OptionError
 
 
-def check_same_machine(path: Path, cpu: str) -> None:
-    """Raises OptionError where the file's cases were measured on another processor: they do not go together."""
+def check_goes_together(path: Path, cpu: str, threads: int) -> None:
+    """Raises OptionError where the file's cases were measured on another processor or with other threads."""
     if path.exists():
-        other = json.loads(path.read_text(encoding="utf-8"))["machine"]["cpu"]
-        if other != cpu:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        other_cpu, other_threads = earlier["machine"]["cpu"], earlier["threads"]
+        if (other_cpu, other_threads) != (cpu, threads):
             raise OptionError(
-                f"--results: {path} was measured on {other}, this is {cpu}: measure all, or name another directory"
+                f"--results: {path} was measured on {other_cpu} with {other_threads} threads, this is {cpu} with "
+                f"{threads}: measure all, or name another directory"
             )
 
 

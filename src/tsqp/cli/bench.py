@@ -19,6 +19,7 @@ from tsqp.cli.bench_options import BenchOptions
 from tsqp.cli.one_adapter import no_adapter
 from tsqp.cli.options import BenchRunOptions, Device, MicroBatches, Model, Threads
 from tsqp.config.dtype import DtypeName
+from tsqp.cores import cores
 from tsqp.errors import OptionError
 
 if TYPE_CHECKING:
@@ -235,14 +236,14 @@ def offload(
     run = RunConfig(worker=WorkerConfig(device=device), compute=ComputeConfig(threads=threads))
     console = _prepare(options, run, results, dirty_ok=dirty_ok)
     from tsqp.bench.device import prefix
-    from tsqp.bench.earlier import check_same_machine, with_earlier
+    from tsqp.bench.earlier import check_goes_together, with_earlier
     from tsqp.bench.machine import machine
     from tsqp.bench.offload import CASES, Effort, bench_offload, chosen
 
     cases = chosen(case)
     earlier = results / f"{prefix(device)}offload.json" if results is not None and case else None
     if earlier is not None:
-        check_same_machine(earlier, str(machine()["cpu"]))
+        check_goes_together(earlier, str(machine()["cpu"]), threads or cores())
     result = bench_offload(cases, Effort(options.runs, steps, threads, device), console)
     if earlier is not None:
         result = with_earlier(result, earlier, [one.name for one in CASES])
@@ -282,7 +283,7 @@ def serve(
         check_client()
     result = bench_serve(run, traffic, console, mode)
     server = bench_load(run, Load(runs=options.runs), console, mode) if http else None
-    _finish({**result, "server": server}, options, console, results, device)
+    _finish({**result, "server": server}, options, console, results, device, mode)
 
 
 @bench_app.command
@@ -317,7 +318,7 @@ def load(
     from tsqp.bench.load_setup import Load
 
     asked = Load(streams, share, tokens, steps, seconds, pads, options.runs, seed)
-    _finish(bench_load(run, asked, console, mode), options, console, results, device)
+    _finish(bench_load(run, asked, console, mode), options, console, results, device, mode)
 
 
 @bench_app.command(name="all")
@@ -388,9 +389,17 @@ def _device_here(run: RunConfig) -> str:
 
 
 def _finish(
-    result: dict[str, Any], options: BenchOptions, console: Console, results: Path | None = None, device: str = "cpu"
+    result: dict[str, Any],
+    options: BenchOptions,
+    console: Console,
+    results: Path | None = None,
+    device: str = "cpu",
+    only: str | None = None,
 ) -> None:
-    """The table, the plot, the JSON line, and the file under ``results``. ``device`` is that of a worker here."""
+    """The table, the plot, the JSON line, and the file under ``results``.
+
+    ``device`` is that of a worker here; ``only`` the one mode that was measured.
+    """
     from rich.console import Console
 
     from tsqp.bench.device import device_figures, prefix
@@ -404,7 +413,8 @@ def _finish(
         draw(chart(result), options.plot)
         console.print(f"drawn into {options.plot}", highlight=False, soft_wrap=True)
     if results is not None:
-        part = f"-{'-'.join(result['modes'])}" if len(result.get("modes", MODES)) < len(MODES) else ""
+        some = [only] if only else result["modes"] if len(result.get("modes", MODES)) < len(MODES) else []
+        part = "".join(f"-{mode}" for mode in some)
         model = f"-{file_name(result['model'])}" if "model" in result else ""
         save(result, results, f"{prefix(device)}{result['benchmark']}{model}{part}", console)
     if options.json:
