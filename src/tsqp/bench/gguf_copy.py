@@ -41,8 +41,12 @@ def gguf_copy(checkpoint: Checkpoint, dtype: PlainDtype, console: Console) -> Pa
         if not path.exists():
             console.print(f"writing the weights for llama.cpp, once: {path}", style="dim", soft_wrap=True, markup=False)
             partial = directory / "partial.gguf"  # one name, under the lock: what a killed process left is overwritten
-            write_gguf(checkpoint, MATRICES[dtype], partial)
-            partial.replace(path)
+            try:
+                write_gguf(checkpoint, MATRICES[dtype], partial)
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
     return path
 
 
