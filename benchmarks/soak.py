@@ -380,9 +380,10 @@ async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> l
 
 @contextmanager
 def server(*options: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """A `tsqp serve` of its own: what it said when it was ready, and its process id."""
-    command = [sys.executable, "-m", "tsqp", "serve", "--json", "--port", "0", "--metrics-port", "0"]
-    with subprocess.Popen([*command, "--kv-memory", KV_MEMORY, *options], stdout=subprocess.PIPE) as process:
+    """A `tsqp serve` of its own, which ends with this script: what it said when it was ready, and its process id."""
+    command = [sys.executable, "-m", "tsqp.bench.server_child", "serve", "--json", "--port", "0"]
+    command += ["--metrics-port", "0", "--kv-memory", KV_MEMORY, *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             if process.stdout is None or not (line := process.stdout.readline()):
                 raise SystemExit("the server did not start")

@@ -91,6 +91,7 @@ def worker(model: str, shard: str, threads: int) -> Iterator[str]:
     """A worker process of so many threads: its address."""
     command = [sys.executable, "-P", "-m", "tsqp.untrusted", "--model", locate(model), "--device", "cpu"]
     command += ["--dtype", "field", "--threads", str(threads), "--listen", "tcp://127.0.0.1:0", "--shard", shard]
+    command += ["--exit-with-stdin"]  # with this script, however that ends
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
