@@ -17,7 +17,7 @@ from tests.bench.results import QUICK, TINY
 from tests.commands import Result
 from tsqp import LLM
 from tsqp.api.config import RunConfig, WorkerConfig
-from tsqp.bench import ceilings, device, everything, load_targets, offload, private, serve, split
+from tsqp.bench import ceilings, device, everything, installed_peers, load_targets, offload, private, serve, split
 from tsqp.bench.everything import Everything, bench_all
 from tsqp.bench.load_setup import Load, server_options
 from tsqp.bench.offload import MODELS, Case, Effort, bench_offload
@@ -84,7 +84,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         monkeypatch.setattr(module, "opened", open_here)
     for module in (split, private, offload):
         monkeypatch.setattr(module, "ceilings", rates_here)
-    for module in (split, serve, load_targets):
+    for module in (split, installed_peers):
         monkeypatch.setattr(module, "TransformersPeer", PeerHere)
     monkeypatch.setattr(private, "LocalWorker", WorkerHere)
     return found
@@ -183,8 +183,7 @@ def test_a_server_and_its_peer_are_on_the_device(seen: Seen, monkeypatch: pytest
         options = server_options(run, mode, load)
         assert options[options.index("--device") + 1] == ON
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    for module in (load_targets, serve):
-        monkeypatch.setattr(module, "LlamaCppPeer", None)  # its package is for the CPU: it is not asked for
+    monkeypatch.setattr(installed_peers, "LlamaCppPeer", None)  # its package is for the CPU: it is not asked for
     with ExitStack() as stack:
         console = Console(quiet=True)
         assert [one.name for one in load_targets.peers(run, load, stack, console)] == [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from rich.console import Console
 
 from tests.bench.results import TINY, is_picture
 from tests.commands import Result
+from tests.families import tiny_model
 from tsqp.api.config import ComputeConfig, RunConfig
 from tsqp.api.pads import pool_bytes
-from tsqp.bench import load_targets
+from tsqp.bench import load_targets, serve
 from tsqp.bench.load import bench_load
 from tsqp.bench.load_setup import Load, server_options
 from tsqp.bench.plot import draw
@@ -68,6 +71,19 @@ def test_servers_in_both_modes_beside_a_peer(monkeypatch: pytest.MonkeyPatch, tm
         assert words in text
     draw(chart(result), tmp_path / "load.png")
     assert is_picture(tmp_path / "load.png")
+
+
+def test_peers_that_cannot_have_the_model_are_left_out_and_it_is_said() -> None:
+    """Of a model that peers do not implement, ours can still be measured."""
+    run = RunConfig(str(tiny_model("gemma2").directory), "open", compute=ComputeConfig(threads=1))
+    console = Console(file=(said := io.StringIO()))
+    with ExitStack() as stack:
+        assert list(load_targets.peers(run, QUICK, stack, console)) == []
+        assert serve._peers(run, serve.Traffic(), stack, console) == {}
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("without")]
+    assert len(lines) == 6
+    for words in ("transformers: writing", "llama.cpp BF16: --peer llama.cpp", "llama.cpp Q8_0: --peer llama.cpp"):
+        assert sum(line.startswith(f"without {words}") for line in lines) == 2
 
 
 @pytest.mark.slow

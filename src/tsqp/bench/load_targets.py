@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -13,18 +12,14 @@ from rich.console import Console
 from tsqp.api.config import RunConfig
 from tsqp.bench.arrivals import arrival_times, closed_loop, open_loop, prompts
 from tsqp.bench.completions import CompletionsClient
-from tsqp.bench.device import first_device
+from tsqp.bench.installed_peers import llama_cpp_peers, transformers_peer
 from tsqp.bench.latency import SERVED, Answer, figures
-from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.load_setup import LONGER, Load, server_options
 from tsqp.bench.modes import MASKED
-from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.peer import TransformersPeer
 from tsqp.bench.progress import Steps
 from tsqp.bench.server_process import ServerProcess, wait_for_pads
 from tsqp.bench.workload import Workload
-from tsqp.checkpoint import locate
-from tsqp.cores import cores
 
 
 class Target(Protocol):
@@ -146,20 +141,13 @@ class Batches:
 
 
 def peers(run: RunConfig, load: Load, stack: ExitStack, console: Console) -> Iterator[Target]:
-    """Those that are installed: llama.cpp's server in bfloat16 and with 8-bit weights, and transformers.
-
-    As in ``bench serve``, llama.cpp is one only where the worker is on the CPU.
-    """
-    model, threads = locate(run.model), run.compute.threads or cores()
-    if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
-        work = Workload(load.tokens, load.steps, load.runs)
-        for dtype in ("bfloat16", "int8"):
-            peer = stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=max(load.streams)))
-            server = Server(peer.name, peer.address, "default", load, {"cache_prompt": False})
-            server.one(load.count)  # its first answer takes longer
-            yield server
-    if importlib.util.find_spec("transformers") is not None:
-        device = first_device(run.worker.device)
-        transformers = stack.enter_context(TransformersPeer(model, "bfloat16", device, threads))
+    """Those that are installed and can have the model: llama.cpp's server, as in ``bench serve``, and transformers."""
+    work = Workload(load.tokens, load.steps, load.runs)
+    for peer in llama_cpp_peers(run, work, max(load.streams), stack, console):
+        server = Server(peer.name, peer.address, "default", load, {"cache_prompt": False})
+        server.one(load.count)  # its first answer takes longer
+        yield server
+    transformers = transformers_peer(run, stack, console)
+    if transformers is not None:
         transformers.run([1] * load.tokens, 1)
         yield Batches(transformers, load)

@@ -8,7 +8,6 @@ together, after their first tokens. A gap is the time between two tokens of one 
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections import defaultdict
@@ -23,19 +22,16 @@ from rich.console import Console
 from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import seconds_of
-from tsqp.bench.device import check_device, first_device
+from tsqp.bench.device import check_device
+from tsqp.bench.installed_peers import llama_cpp_peers, transformers_peer
 from tsqp.bench.latency import percentile
-from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.load_setup import MOST_STREAMS
 from tsqp.bench.machine import machine
 from tsqp.bench.modes import chosen_modes, in_mode
-from tsqp.bench.names import PEER_PACKAGES
 from tsqp.bench.opened import opened
 from tsqp.bench.pads import ready_for
-from tsqp.bench.peer import TransformersPeer
 from tsqp.bench.progress import steps
 from tsqp.bench.workload import Workload
-from tsqp.checkpoint import locate
 from tsqp.cores import cores
 from tsqp.errors import OptionError
 from tsqp.trusted.engine.engine import Engine
@@ -155,22 +151,14 @@ def _begun(engine: Engine, prompts: list[list[int]], params: SamplingParams, *, 
 
 
 def _peers(run: RunConfig, traffic: Traffic, stack: ExitStack, console: Console) -> dict[str, Decode]:
-    """Those that are installed, by name: with weights in bfloat16, and llama.cpp also with 8-bit weights.
-
-    transformers is on the worker's device; llama.cpp, whose package is for the CPU, only where that is it.
-    """
+    """Those that are installed and can have the model, by name."""
     found: dict[str, Decode] = {}
-    model, threads = locate(run.model), run.compute.threads or cores()
-    if importlib.util.find_spec("transformers") is not None:
-        device = first_device(run.worker.device)
-        peer = stack.enter_context(TransformersPeer(model, "bfloat16", device, threads))
+    peer = transformers_peer(run, stack, console)
+    if peer is not None:
         found[peer.name] = lambda prompts, steps: len(prompts) * steps / peer.run_together(prompts, steps)[1]
-    if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
-        work = Workload(traffic.tokens, traffic.steps, traffic.runs)
-        for dtype in ("bfloat16", "int8"):
-            server = stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=traffic.streams))
-            found[server.name] = server.rate
-    return found
+    work = Workload(traffic.tokens, traffic.steps, traffic.runs)
+    servers = llama_cpp_peers(run, work, traffic.streams, stack, console)
+    return found | {server.name: server.rate for server in servers}
 
 
 def _gaps(llm: LLM, traffic: Traffic) -> dict[str, float]:
