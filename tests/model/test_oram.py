@@ -70,16 +70,18 @@ def test_a_full_stash_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         full(np.zeros((2, 1), np.int64))
 
 
-def test_what_did_not_fit_into_the_stash_is_never_handed_out_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = full(np.ones((8, 2), np.int64))
-    monkeypatch.setattr(oram, "STASH", 0)
+def test_what_did_not_fit_into_the_stash_is_never_handed_out_as_zeros() -> None:
+    memory, other = full(np.ones((8, 2), np.int64)), 1000
+    stash = memory._ids[: oram.STASH]
+    token = next(token for token in range(8) if token not in stash)
+    stash[stash < 0] = other
     with pytest.raises(OverflowError, match="stash"):
-        memory.row(3)
-    monkeypatch.undo()
+        memory.row(token)
+    memory._ids[memory._ids == other] = -1
     for _ in range(3):
         with pytest.raises(LookupError, match="row"):
-            memory.row(3)
-    assert memory.row(4).tolist() == [1, 1]
+            memory.row(token)
+    assert memory.row(token ^ 1).tolist() == [1, 1]
 
 
 class Interrupt:

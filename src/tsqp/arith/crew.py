@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from tsqp.arith import atomic
+from tsqp.arith.atomic import add, load, replace, store
 from tsqp.arith.jit import inline, kernel
 
 # Of a board, int64 (BOARD_NUMBERS,): items taken, said and done, each on a cache line of its own; whether helpers are
@@ -56,37 +56,37 @@ def _new(board):  # type: ignore[no-untyped-def]
 def say(board, what, of, count):  # type: ignore[no-untyped-def]
     """The leader says what ``count`` items are of. All that were said before are done."""
     board[WHAT], board[OF], board[BASE] = what, of, board[SAID]
-    atomic.store(_at(board, SAID), board[SAID] + count)
+    store(_at(board, SAID), board[SAID] + count)
 
 
 @kernel
 def take(board):  # type: ignore[no-untyped-def]
     """An item, counted from 0, of what was said last; -1 where there is none left. ``done`` is said of it."""
     while True:
-        item = atomic.load(_at(board, TAKEN))
-        if item >= atomic.load(_at(board, SAID)):
+        item = load(_at(board, TAKEN))
+        if item >= load(_at(board, SAID)):
             return _NOBODY
-        if atomic.replace(_at(board, TAKEN), item, item + _ONE):
+        if replace(_at(board, TAKEN), item, item + _ONE):
             return item - board[BASE]
 
 
 @kernel
 def done(board):  # type: ignore[no-untyped-def]
     """Say that an item is done."""
-    atomic.add(_at(board, DONE), _ONE)
+    add(_at(board, DONE), _ONE)
 
 
 @kernel
 def wait(board):  # type: ignore[no-untyped-def]
     """The leader waits until all items are done."""
-    while atomic.load(_at(board, DONE)) != board[SAID]:
+    while load(_at(board, DONE)) != board[SAID]:
         _give_way()
 
 
 @kernel
 def call_helpers(board):  # type: ignore[no-untyped-def]
     """The leader says that there are items soon."""
-    atomic.store(_at(board, OPEN), _ONE)
+    store(_at(board, OPEN), _ONE)
     for _ in range(board[HELPERS]):
         _wake(_at(board, _SEMAPHORE))
 
@@ -94,13 +94,13 @@ def call_helpers(board):  # type: ignore[no-untyped-def]
 @kernel
 def send_away(board):  # type: ignore[no-untyped-def]
     """The leader says that there are none for a while."""
-    atomic.store(_at(board, OPEN), np.int64(0))
+    store(_at(board, OPEN), np.int64(0))
 
 
 @kernel
 def dismiss(board):  # type: ignore[no-untyped-def]
     """The leader says that there are none any more."""
-    atomic.store(_at(board, OVER), _ONE)
+    store(_at(board, OVER), _ONE)
     send_away(board)
     for _ in range(board[HELPERS]):
         _wake(_at(board, _SEMAPHORE))
@@ -109,8 +109,8 @@ def dismiss(board):  # type: ignore[no-untyped-def]
 @kernel
 def next_item(board):  # type: ignore[no-untyped-def]
     """A helper waits for an item; -1 once all is over."""
-    while atomic.load(_at(board, OVER)) == 0:
-        if atomic.load(_at(board, OPEN)) == 0:
+    while load(_at(board, OVER)) == 0:
+        if load(_at(board, OPEN)) == 0:
             _sleep(_at(board, _SEMAPHORE))
             continue
         item = take(board)

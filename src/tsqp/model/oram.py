@@ -4,8 +4,8 @@ Whoever watches sees for each access one path of a tree, drawn at random, and tw
 which row was asked for. The map of positions and the stash are gone through as a whole.
 
 Covers: rows and their bits, also after an access that was interrupted, and that a leaf is drawn anew for each access
-(tests/model/test_oram.py). Does not cover:
-how many rows are asked for; a host that sees whether a line of encrypted memory was written with what was there before.
+(tests/model/test_oram.py). Does not cover: how many rows are asked for; a host that sees whether a line of encrypted
+memory was written with what was there before.
 Assumes: the operating system's entropy; a stash of ``STASH`` rows does not overflow, and an access fails if it does.
 """
 
