@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,8 +21,8 @@ from transformers.generation.logits_process import (
 
 from tsqp import SamplingParams
 from tsqp.trusted.engine.logprobs import TokenLogprobs
-from tsqp.trusted.engine.oblivious import ObliviousSampler
-from tsqp.trusted.engine.sampling import Sampler, narrowed, nucleus, pick, uniform
+from tsqp.trusted.engine.oblivious import ObliviousHistory, ObliviousSampler
+from tsqp.trusted.engine.sampling import History, Sampler, narrowed, nucleus, pick, uniform
 
 VOCAB = 50
 WEIGHTS = st.lists(st.sampled_from([0.0, 1e-300, 1e-9, 0.1, 0.1 + 2.0**-50, 0.25, 0.5, 1.0]), min_size=1, max_size=60)
@@ -57,6 +56,9 @@ class Only:
     def accept(self, token: int) -> None:
         assert self._allowed[token]
         self.accepted.append(token)
+
+    def reset(self) -> None:
+        self.accepted.clear()
 
 
 @given(st.integers(0, 10_000), st.integers(1, VOCAB))
@@ -149,6 +151,16 @@ def test_only_what_the_grammar_allows_is_chosen_whatever_else_is_asked_for() -> 
         assert matcher.accepted == text[1:-1], "the last one once something is to come after it"
 
 
+def interrupted_after(call: Any) -> Any:
+    """The call, after whose work an interrupt comes."""
+
+    def interrupted(*arguments: Any) -> None:
+        call(*arguments)
+        raise KeyboardInterrupt
+
+    return interrupted
+
+
 @pytest.mark.parametrize("kind", [Sampler, ObliviousSampler])
 def test_a_choice_that_is_interrupted_is_made_again_as_if_it_had_not_been(
     kind: type[Sampler], monkeypatch: pytest.MonkeyPatch
@@ -158,12 +170,25 @@ def test_a_choice_that_is_interrupted_is_made_again_as_if_it_had_not_been(
         matcher, text = Only(*range(0, VOCAB, 3)), [0, 5]
         sampler = kind(params, prompt_tokens=2, matcher=matcher)
         for position in range(6):
-            for part in ("_changed", "_logprobs_of") if position == interrupted else ():
+            ended = 0
+            parts = (
+                (matcher, "accept"),
+                (sampler, "_changed"),
+                (History, "follow"),
+                (History, "penalise"),
+                (ObliviousHistory, "follow"),
+                (ObliviousHistory, "penalise"),
+                (sampler, "_logprobs_of"),
+            )
+            for place, part in parts if position == interrupted else ():
                 with monkeypatch.context() as patch:
-                    patch.setattr(sampler, part, Mock(side_effect=KeyboardInterrupt))
-                    with pytest.raises(KeyboardInterrupt):
+                    patch.setattr(place, part, interrupted_after(getattr(place, part)))
+                    try:
                         sampler.choose(random_logits(position), text)
+                    except KeyboardInterrupt:
+                        ended += 1
             if position == interrupted:
+                assert ended == (5 if position else 4), "the history of this kind; no token to accept at first"
                 sampler.choose(random_logits(position), text)  # interrupted before anybody has the token
             text.append(sampler.choose(random_logits(position), text))
         return text, matcher.accepted, sampler.logprobs

@@ -43,6 +43,9 @@ class TokenMatcher(Protocol):
     def accept(self, token: int) -> None:
         """The next token of the answer, one of those allowed."""
 
+    def reset(self) -> None:
+        """Back to the beginning of the answer."""
+
 
 class Sampler:
     """Chooses the tokens of one sequence.
@@ -57,7 +60,7 @@ class Sampler:
         self._params = params
         self._prompt_tokens = prompt_tokens
         self._matcher = matcher
-        self._accepted = 0  # tokens of the answer that the grammar has gone on with
+        self._accepted: int | None = 0  # tokens of the answer that the grammar has; None: an interrupt left that open
         self._key = secrets.token_bytes(16) if params.seed is None else params.seed.to_bytes(8, "little", signed=True)
         self._history: History | None = None
         self.logprobs: list[TokenLogprobs] = []  # of the tokens so far, where they are asked for
@@ -75,14 +78,21 @@ class Sampler:
         answer = len(text) - self._prompt_tokens
         del self.logprobs[answer:]
         if self._matcher is not None:
-            for token in text[self._prompt_tokens + self._accepted :]:
-                self._matcher.accept(token)
-                self._accepted += 1
+            self._go_on(self._matcher, text[self._prompt_tokens :])
         scores = self._changed(logits.numpy(), text)
         token = self._largest(scores) if params.temperature == 0.0 else self._drawn(scores, uniform(self._key, answer))
         if params.logprobs is not None:
             self.logprobs.append(self._logprobs_of(logits, token, params.logprobs))
         return token
+
+    def _go_on(self, matcher: TokenMatcher, answer: Sequence[int]) -> None:
+        begin, self._accepted = self._accepted, None
+        if begin is None:
+            matcher.reset()
+            begin = 0
+        for token in answer[begin:]:
+            matcher.accept(token)
+        self._accepted = len(answer)
 
     def _changed(self, scores: Scores, text: Sequence[int]) -> Scores:
         """Logits after bias, grammar and penalties; the same array where there are none."""
@@ -95,10 +105,10 @@ class Sampler:
         if self._matcher is not None:
             scores[...] = np.where(self._matcher.allowed(), scores, -np.inf)
         if _penalises(params):
-            if self._history is None:
-                self._history = self._new_history(len(scores))
-            self._history.follow(text)
-            self._history.penalise(scores, params)
+            history, self._history = self._history or self._new_history(len(scores)), None  # an interrupt drops it
+            history.follow(text)
+            history.penalise(scores, params)
+            self._history = history
         return scores
 
     # What follows looks at some tokens alone. ``ObliviousSampler`` does the same by looks at all.

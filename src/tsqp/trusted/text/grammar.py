@@ -131,6 +131,10 @@ class GrammarMatcher:
             is_wrong = _WRONG_TOKEN.search(self._matcher.get_error())
             raise _failed("structured_outputs does not allow this token" if is_wrong else _TOO_COMPLEX)
 
+    def reset(self) -> None:
+        """Back to the beginning of the answer."""
+        self._matcher.reset()
+
     @property
     def complete(self) -> bool:
         """Whether the text so far has the form, and may end."""
