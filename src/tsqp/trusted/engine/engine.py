@@ -28,7 +28,7 @@ from tsqp.trusted.engine.counts import Counts
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.line import Line, PassDecoder
 from tsqp.trusted.engine.logprobs import read_prompt, token_logprobs
-from tsqp.trusted.engine.oblivious import ObliviousSampler, oblivious_logprobs
+from tsqp.trusted.engine.oblivious import ObliviousSampler, compile_loops, oblivious_logprobs
 from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -88,6 +88,8 @@ class Engine:
         self._clock = clock
         self._adapters = tuple(adapters)
         self._oblivious = oblivious  # whether tokens are chosen by looks at the whole vocabulary
+        if oblivious:
+            compile_loops()
         self._scheduler = Scheduler(
             lambda: self.decoder.new_cache(),
             self.limits,

@@ -80,6 +80,11 @@ class ObliviousHistory(History):
             scores[...] = either(self._in_answer > 0, less, scores)
 
 
+def compile_loops() -> None:
+    """Compile what the first penalty of an answer would wait for, and every answer beside it."""
+    count_tokens(np.zeros(1, np.int64), np.zeros(1, np.int64))
+
+
 def kept_weights(scores: Scores, params: SamplingParams) -> NDArray[np.float64]:
     """What ``sampling.narrowed`` says of tokens to choose among: the weight of each, and 0 of all others."""
     weights = tempered(scores, params.temperature)
