@@ -34,19 +34,19 @@ def test_the_limit_of_a_group_and_of_those_above_it(
 @pytest.mark.parametrize(
     ("groups", "root", "files"),
     [
-        (VERSION_2, "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (VERSION_2, "/sys/fs/cgroup", ("memory.max", "memory.current", "")),
         (
             VERSION_1,
             "/sys/fs/cgroup/memory",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ),
     ],
     ids=["version 2", "version 1"],
 )
-def test_what_a_group_has_used_is_not_left_but_files_that_nobody_reads_are(
+def test_what_a_group_has_used_is_not_left_but_pages_of_files_are(
     limits: dict[str, str], groups: str, root: str, files: tuple[str, str, str]
 ) -> None:
-    limit, used, let_go = files
+    limit, used, total = files
     limits |= {
         "/proc/self/cgroup": groups,
         f"{root}/a/b/{limit}": str(1000 * MIB),
@@ -54,8 +54,11 @@ def test_what_a_group_has_used_is_not_left_but_files_that_nobody_reads_are(
     }
     limits |= {f"{root}/a/b/{used}": f"{700 * MIB}\n", f"{root}/a/{used}": str(2900 * MIB)}
     assert list(limits_left(None)) == [300 * MIB, 100 * MIB]
-    limits[f"{root}/a/b/memory.stat"] = f"anon 5\ninactive_file_of_others 9\n{let_go} {200 * MIB}\nactive_file 7\n"
-    assert list(limits_left(None)) == [500 * MIB, 100 * MIB]
+    limits[f"{root}/a/b/memory.stat"] = (
+        f"anon 5\n{total}inactive_file_of_others 9\n{total}inactive_file {200 * MIB}\n"
+        f"{total}active_file {150 * MIB}\n{total}unevictable 7\n"
+    )
+    assert list(limits_left(None)) == [650 * MIB, 100 * MIB]
     assert available_bytes() == 100 * MIB
     limits[f"{root}/a/{used}"] = str(3100 * MIB)  # as where a limit was made smaller
     assert available_bytes() == 0

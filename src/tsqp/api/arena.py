@@ -37,7 +37,8 @@ def fitting_arena(worker: int | None, sharing: int = 1) -> int:
     if size < LEAST_BYTES:
         whom = "the worker" if sharing == 1 else f"each of {sharing} workers"
         raise AddressError(
-            f"limits on memory leave {max(0, size)} bytes to share with {whom}: raise the limits (ulimit -v), or "
+            f"limits on memory leave {max(0, size)} bytes to share with {whom}: raise the limits (ulimit -v, "
+            "or that of the control group), or "
             "choose how much by worker.arena_bytes",
             fields=("worker.arena_bytes",),
         )

@@ -32,24 +32,26 @@ def limits_left(worker: int | None) -> Iterator[int]:
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
-            yield from _left_by_groups(_GROUPS, group, "memory.max", "memory.current", "inactive_file")
+            yield from _left_by_groups(_GROUPS, group, "memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):  # version 1, whose greatest number stands for no limit
-            files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
             yield from _left_by_groups(_GROUPS / "memory", group, *files)
 
 
-def _left_by_groups(root: Path, group: str, limit: str, used: str, let_go: str) -> Iterator[int]:
+def _left_by_groups(root: Path, group: str, limit: str, used: str, total: str) -> Iterator[int]:
     """Of a group and of all above it. In a container they may be the root's, whatever the name of the group says.
 
-    ``limit`` and ``used`` are files of a group, ``let_go`` a line of its statistics: files that nobody reads now.
+    ``limit`` and ``used`` are files of a group, ``total`` what lines of its statistics begin with. Pages of files that
+    are held for who reads them next can be had, as for the system's own count: what counts as active was read twice.
     """
+    held = tuple(f"{total}{kind}_file " for kind in ("inactive", "active"))
     here = root / group.lstrip("/")
     for place in (here, *here.parents):
         for line in _lines(place / limit):
             if line.isdecimal():
                 taken = _first_number(_lines(place / used))
-                kept = _first_number(one for one in _lines(place / "memory.stat") if one.startswith(f"{let_go} "))
-                yield int(line) - max(0, taken - kept)
+                files = (int(one.split()[-1]) for one in _lines(place / "memory.stat") if one.startswith(held))
+                yield int(line) - max(0, taken - sum(files))
 
 
 def _first_number(lines: Iterable[str]) -> int:
