@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import pytest
@@ -279,6 +281,13 @@ def test_a_rate_leaves_out_the_prompts_of_other_slots(monkeypatch: pytest.Monkey
     early, late = (answer.arrived_s for answer in seen)
     assert len(early) == len(late) == 5
     assert early[1] < late[0] < early[-1]
+
+
+def test_an_error_in_mid_stream_is_one_of_the_peer(monkeypatch: pytest.MonkeyPatch, tiny_peer: LlamaCppPeer) -> None:
+    reply = Mock(iter_lines=lambda: [b'data: {"tokens": [1]}', b'data: {"error": {"message": "no room"}}'])
+    monkeypatch.setattr(tiny_peer, "_posted", lambda *_, **__: nullcontext(reply))
+    with pytest.raises(WorkerFailed, match="no room"):
+        tiny_peer.stream([1, 2, 3], 4)
 
 
 def test_streams_of_the_server_have_a_rate(quiet: Console) -> None:

@@ -73,6 +73,8 @@ class LlamaCppPeer:
             for line in reply.iter_lines():
                 if line.startswith(DATA):
                     event = json.loads(line.removeprefix(DATA))
+                    if "error" in event:
+                        raise WorkerFailed(f"llama.cpp failed: {event['error']}")
                     arrived += [time.perf_counter()] * len(event["tokens"])
                     timings = event.get("timings", timings)
         _of_this_work(timings, tokens, count)
