@@ -87,7 +87,8 @@ ABOUT = {
 class FakeServer:
     """``script``: the steps of each answer, after ``refusals``. ``asked``: all bodies. ``key``: what they must have.
 
-    ``about``: what it says of itself, once ``about_gate`` is open. ``answers_at``: the mode of answers, if not its own.
+    ``about``: what it says of itself, once ``about_gate`` is open. ``comes_back_at``: the mode in which the next
+    message finds it. ``answers_at``: the mode of answers, if not its own, of a server that ignores what is expected.
     ``left`` is set when a client goes before the end of its answer.
     """
 
@@ -102,6 +103,7 @@ class FakeServer:
         self.asked: list[dict[str, Any]] = []
         self.about: dict[str, Any] = dict(ABOUT)
         self.about_gate: Gate | None = None
+        self.comes_back_at: str | None = None
         self.answers_at: str | None = None
         self.key: str | None = None
         self.left = threading.Event()
@@ -135,6 +137,11 @@ class FakeServer:
         if refused is not None:
             return refused
         self.asked.append(await request.json())
+        if self.comes_back_at is not None:
+            self.about = {**self.about, "protection": self.comes_back_at}
+        if request.headers["x-tsqp-expect-protection"] != self.about["protection"]:
+            text = f"this server is at {self.about['protection']}, and another protection was expected"
+            return _failed(Failure(409, "other_protection", text))
         if self.refusals:
             return _failed(self.refusals.pop(0))
         if self.script and isinstance(self.script[0], Failure):

@@ -230,10 +230,36 @@ def test_a_message_is_not_sent_to_a_server_that_came_back_in_another_mode(page: 
     assert page.answer == "fine"
 
 
+def test_a_server_that_came_back_in_another_mode_gives_the_message_to_no_model(page: Page, server: FakeServer) -> None:
+    """It said who it is, and was started again before the message came."""
+    server.comes_back_at = "open"
+    server.script = ["fine", SEEN]
+    page.ask("hello")
+    page.wait(lambda: page.texts(".note"))
+    note = page.text('.note[role="alert"]')
+    assert "Protection changed. This server is at open, and another protection was expected." in note
+    assert "Your message reached the server and was not given to the model." in note
+    assert "not begun" in page.text("#seen-body")
+    page.wait(lambda: page.text("#protection") == "open")
+    assert "nothing is hidden" in page.text("#promise")
+    assert (page.status, page.answer, len(server.asked)) == ("Ready", "", 1)
+    page.click(".note button")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "fine"
+
+
 def test_an_answer_in_another_mode_than_the_page_says_is_not_shown(page: Page, server: FakeServer) -> None:
+    """A server that does not look at what the message expects."""
     server.answers_at = "open"
     server.script = ["an answer", SEEN]
     page.ask("hello")
-    page.wait_for("Failed")
-    assert "This answer is at open, and the server said masked." in page.text('.note[role="alert"]')
+    page.wait(lambda: page.texts(".note"))
+    note = page.text('.note[role="alert"]')
+    assert "Protection changed." in note
+    assert "Your message was sent, and answered at open: the worker may have read it." in note
     assert page.answer == ""
+    panel = page.text("#seen-body")
+    assert "answered at open: the worker may have read it" in panel
+    assert "thrown away" not in panel
+    assert "not begun" not in panel

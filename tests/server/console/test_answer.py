@@ -121,6 +121,34 @@ def test_only_one_streamed_answer_is_shown(body: dict[str, Any], param: str) -> 
     assert len(script.opened) == 1
 
 
+def asked_expecting(service: Service, protection: str) -> httpx.Response:
+    """The answer to a request that says at which protection it wants to be answered."""
+
+    async def ask() -> httpx.Response:
+        async with client_of(service) as client:
+            return await client.post(URL, json=BODY, headers={"x-tsqp-expect-protection": protection})
+
+    return asyncio.run(asyncio.wait_for(ask(), LIMIT_S))
+
+
+@pytest.mark.parametrize("expected", ["masked", "Local", "local, masked", "", "canary"])
+def test_a_message_for_another_protection_is_refused_before_anything_is_computed(expected: str) -> None:
+    script, onlooker = Script("Hi"), ScriptedOnlooker()
+    service = console_service(script, onlooker)
+    refused = asked_expecting(service, expected)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "other_protection")
+    assert refused.json()["error"]["message"] == "this server is at local, and another protection was expected"
+    assert refused.headers["x-should-retry"] == "false"
+    assert (script.opened, onlooker.looked) == ([], [])
+    assert asked(service, {})[0].status_code == 200  # no watch was left behind
+
+
+def test_a_message_for_this_protection_is_answered() -> None:
+    script = Script("Hi")
+    assert asked_expecting(console_service(script), "local").status_code == 200
+    assert len(script.opened) == 1
+
+
 def test_where_there_is_no_console_there_is_no_such_path() -> None:
     (answer,) = asked(service_of(Script("Hi")), {})
     assert answer.status_code == 404

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tsqp.server.service import Service
 
 PICTURE_OF = "qkv of layer 0"
+EXPECTED = "x-tsqp-expect-protection"  # the mode that the page shows to whoever typed the message
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -59,6 +60,10 @@ class Seen(msgspec.Struct, frozen=True):
 async def create(service: Service, request: Request) -> Response:
     """The endpoint."""
     body = await read_body(service, request, ChatBody)
+    # Before the prompt is made: the server may have come back in another mode since the page asked who it is.
+    if any(expected != service.protection for expected in request.headers.getlist(EXPECTED)):
+        text = f"this server is at {service.protection}, and another protection was expected"
+        raise ApiError(409, text, code="other_protection")
     if not body.stream:
         raise ApiError(400, "the console shows streams: ask with stream: true", param="stream", code="invalid_value")
     if body.choices != 1:

@@ -31,19 +31,22 @@ export class Server {
 
   /**
    * Yields `{kind, value}` of one answer: "text" with a piece of it, "finish" with the reason, "state" and "seen" with
-   * what those events say. Throws Refused where the server ends it by an error, the stream breaks off, or the answer is at
-   * another protection than `about` said.
+   * what those events say. Throws Refused where the server ends it by an error, or the stream breaks off. A server that is
+   * at another protection than `about` said refuses by "other_protection" and computes nothing; one that answers all the
+   * same is "other_mode", and may have shown the message to its worker.
    */
   async *answer(body, signal) {
     const response = await this.#fetch("console/answer", {
       method: "POST",
+      headers: { "x-tsqp-expect-protection": this.#protection },
       body: JSON.stringify({ ...body, stream: true, n: 1 }),
       signal,
     });
     const protection = response.headers.get("x-tsqp-protection");
     if (protection !== this.#protection) {
       await response.body.cancel();
-      throw new Refused(0, "other_mode", `This answer is at ${protection}, and the server said ${this.#protection}.`);
+      const text = `Your message was sent, and answered at ${protection ?? "no known protection"}: the worker may have read it.`;
+      throw new Refused(0, "other_mode", text);
     }
     for await (const { name, data } of eventsWhileConnected(response.body)) {
       if (data === "[DONE]") return;
@@ -61,7 +64,7 @@ export class Server {
   }
 
   async #fetch(path, options) {
-    const headers = { "content-type": "application/json" };
+    const headers = { "content-type": "application/json", ...options.headers };
     if (this.#key) headers.authorization = `Bearer ${this.#key}`;
     let response;
     try {

@@ -56,6 +56,14 @@ async function connected() {
   }
 }
 
+/** Asks the server who it is while no message waits for that. */
+function showServer() {
+  connect().catch((error) => {
+    showState("failed");
+    part("promise").textContent = error.message;
+  });
+}
+
 async function ask(question) {
   const turn = chat.add(question);
   running = new AbortController();
@@ -177,10 +185,13 @@ function broken(turn, error) {
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
   } else if (error.code === "changed" || (error.status >= 400 && error.status < 500)) {
     showWords("Nothing.", "This answer was not begun.");
+  } else if (error.code === "other_mode") {
+    showWords("Not told.", `${error.message} This page read no more of the answer.`);
   } else {
     showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
   }
   showState(state);
+  if (error.code === "other_protection" || error.code === "other_mode") showServer(); // as it is now
 }
 
 function stop() {
@@ -210,7 +221,4 @@ part("reset").addEventListener("click", () => {
 });
 addEventListener("pagehide", stop); // a browser may keep a page that was left, and its answer would go on
 welcome();
-connect().catch((error) => {
-  showState("failed");
-  part("promise").textContent = error.message;
-});
+showServer();

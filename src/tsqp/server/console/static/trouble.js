@@ -3,6 +3,8 @@
 import { Refused } from "./api.js";
 
 const CHEATED = ["worker_cheated", "check_failed"];
+const CHANGED = ["changed", "other_protection", "other_mode"]; // found before the message was sent, by the server, after it
+const NOT_GIVEN = " Your message reached the server and was not given to the model.";
 
 /** `{kind, title, text, state, again}`: a note, the state of the page after it, and whether to offer to ask again. */
 export function troubleOf(error) {
@@ -17,8 +19,9 @@ export function troubleOf(error) {
     const text = "It gave a wrong product, and a check found that. Nothing was made of the product; the answer ends here.";
     return { kind: "caught", title: "A worker or dealer was caught.", text, state: "caught", again: false };
   }
-  if (error.code === "changed") {
-    return { kind: "failed", title: "Protection changed.", text: error.message, state: "ready", again: true };
+  if (CHANGED.includes(error.code)) {
+    const text = `${sentence(error.message)}${error.code === "other_protection" ? NOT_GIVEN : ""}`;
+    return { kind: "failed", title: "Protection changed.", text, state: "ready", again: true };
   }
   if (error.status === 401) {
     const text = "The server asks for a key. Ask again to give one.";
