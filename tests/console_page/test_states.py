@@ -214,6 +214,27 @@ def test_a_message_is_not_sent_while_the_server_does_not_say_who_it_is(page: Pag
     server.about_gate.open()
 
 
+SOON = "const real = AbortSignal.timeout.bind(AbortSignal); AbortSignal.timeout = (ms) => real(ms / 100)"
+
+
+def test_a_server_that_does_not_say_who_it_is_is_given_up_and_asked_again(page: Page, server: FakeServer) -> None:
+    page.wait_for("Ready")
+    page.run(SOON)
+    server.about_gate = gate = Gate()
+    page.ask("hello")
+    page.wait_for("Failed")
+    assert "The server cannot be reached." in page.text('.note[role="alert"]')
+    assert "not begun" in page.text("#seen-body")
+    assert server.asked == []
+    gate.open()
+    server.about_gate = None
+    server.script = ["fine", SEEN]
+    page.click(".note button")
+    page.press(Keys.ENTER)
+    page.wait(lambda: page.texts(".numbers"))
+    assert page.answer == "fine"
+
+
 def test_a_message_is_not_sent_to_a_server_that_came_back_in_another_mode(page: Page, server: FakeServer) -> None:
     page.wait_for("Ready")
     server.about = {**server.about, "protection": "open"}

@@ -2,6 +2,8 @@
 
 import { eventsOf } from "./events.js";
 
+const ABOUT_MS = 15000;
+
 /** A refusal: `status` of the answer (0 where there was none), `code` and text of the error, seconds to wait or null. */
 export class Refused extends Error {
   constructor(status, code, message, retryAfter = null) {
@@ -21,10 +23,13 @@ export class Server {
     this.#key = key;
   }
 
-  /** Model, protection, fingerprint, context, version. Throws Refused. */
+  /** Model, protection, fingerprint, context, version. Throws Refused, also where that takes too long. */
   async about() {
-    const response = await this.#fetch("console/about", { method: "GET" });
-    const about = await response.json();
+    const signal = AbortSignal.timeout(ABOUT_MS); // every message waits for this one question
+    const response = await this.#fetch("console/about", { method: "GET", signal });
+    const about = await response.json().catch(() => {
+      throw unreachable();
+    });
     this.#protection = about.protection;
     return about;
   }
@@ -78,7 +83,7 @@ export class Server {
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Refused(0, "unreachable", "The server cannot be reached.");
+      throw unreachable();
     }
     if (!response.ok) throw await refusal(response);
     return response;
@@ -91,6 +96,10 @@ async function* eventsWhileConnected(body) {
   } catch (error) {
     throw error.name === "AbortError" ? error : cut();
   }
+}
+
+function unreachable() {
+  return new Refused(0, "unreachable", "The server cannot be reached.");
 }
 
 function cut() {

@@ -72,11 +72,13 @@ async function ask(question) {
   showTurn(null);
   showWords("Not yet.", "What the worker saw is told when the answer is whole.");
   showState("answering");
+  let sent = false;
   try {
     await stillTheSame(running.signal);
+    sent = true;
     await answer(turn);
   } catch (error) {
-    broken(turn, error);
+    broken(turn, error, sent);
   } finally {
     running = null;
     composer.answering(false);
@@ -170,8 +172,8 @@ function workerChanged(turn, { state, expelled }) {
   }
 }
 
-/** An answer that does not come to its end. */
-function broken(turn, error) {
+/** An answer that does not come to its end; `sent`: whether the server may have its question. */
+function broken(turn, error, sent) {
   const { kind, title, text, state, again } = troubleOf(error);
   turn.unnote("paused");
   turn.unnote("busy");
@@ -183,7 +185,7 @@ function broken(turn, error) {
   if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
     showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
-  } else if (error.code === "changed" || (error.status >= 400 && error.status < 500)) {
+  } else if (!sent || (error.status >= 400 && error.status < 500)) {
     showWords("Nothing.", "This answer was not begun.");
   } else if (error.code === "other_mode") {
     showWords("Not told.", `${error.message} This page read no more of the answer.`);
