@@ -12,11 +12,14 @@ import pytest
 from tests.deploy.systemd import MOST_EXPOSED, analyzed, exposure, needs_systemd
 from tests.deploy.unit_files import COMMAND, DEPLOY, UNITS, arguments_of, environment_of, settings_of
 from tsqp.cli.commands import app
-from tsqp.cli.main import EXIT_USAGE
 from tsqp.cli.options import RunOptions
 from tsqp.cli.serve import ServeOptions
 from tsqp.config.worker_options import arguments_of as worker_arguments
 from tsqp.config.worker_options import parse_worker_options
+from tsqp.errors import InputError
+from tsqp.server.api_keys import KeyFile
+from tsqp.untrusted.backends.device import pick_device
+from tsqp.wire.transport.users import user_id
 
 SYSTEMD = DEPLOY / "systemd"
 each_unit = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
@@ -128,12 +131,23 @@ def test_there_is_time_for_answers_under_way() -> None:
 
 @each_unit
 def test_a_start_that_fails_is_tried_again_for_as_long_as_it_takes(unit: Path) -> None:
-    """The other side's machine may be there an hour later. Options that are wrong are wrong the next time, too."""
+    """The other side's machine may be there an hour later, and what looks like a wrong option may pass, too."""
     found = settings_of(unit)
     assert found["StartLimitIntervalSec"] == ["0"]
     assert "StartLimitBurst" not in found
     assert 5 <= int(found["RestartSec"][0]) <= 10
-    assert found["RestartPreventExitStatus"] == [str(EXIT_USAGE)]
+    assert found["Restart"] in (["always"], ["on-failure"])
+    assert "RestartPreventExitStatus" not in found
+
+
+def test_what_passes_by_itself_ends_as_a_wrong_option_does(tmp_path: Path) -> None:
+    """A driver that is not loaded yet, a user of a directory service, a file on a mount: all end with exit code 2."""
+    with pytest.raises(InputError, match="there is no device"):
+        pick_device("cuda:99")
+    with pytest.raises(InputError, match="this machine has no user"):
+        user_id("no-such-user", "worker_user")
+    with pytest.raises(InputError, match=r"there is no .*not-mounted"):
+        KeyFile(tmp_path / "not-mounted")
 
 
 def uncommented(path: Path) -> str:
