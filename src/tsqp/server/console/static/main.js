@@ -184,13 +184,13 @@ function broken(turn, error, sent) {
   showTurn(null);
   if (kind === "stopped") {
     conversation.keep(turn.question, turn.answer);
-    showWords("Not told.", "You stopped this answer. What the worker saw of it was thrown away at once.");
+    showWords("Not told.", "You stopped this answer. The copy of what the worker was sent was thrown away at once.");
   } else if (!sent || (error.status >= 400 && error.status < 500)) {
     showWords("Nothing.", "This answer was not begun.");
   } else if (error.code === "other_mode") {
     showWords("Not told.", `${error.message} This page read no more of the answer.`);
   } else {
-    showWords("Nothing to show.", "The answer did not come to its end. What the worker saw of it was thrown away.");
+    showWords("Nothing to show.", "The answer did not come to its end. The copy of what the worker was sent was thrown away.");
   }
   showState(state);
   if (error.code === "other_protection" || error.code === "other_mode") showServer(); // as it is now
