@@ -146,7 +146,9 @@ def offload_lines(words: Words) -> list[str]:
         return []
     cases = [case for case in result["cases"] if case["sequences"] == 1 and case["tokens"] + case["context"] <= SHORT]
     commits = dict.fromkeys(case.get("commit", result["machine"]["commit"]) for case in cases)
-    setting = words["offload"].format(**{**result["machine"], **result, "commit": ", ".join(commits)})
+    runs = sorted({case.get("runs", result["runs"]) for case in cases})
+    about = {"commit": ", ".join(commits), "runs": "–".join(map(str, dict.fromkeys((runs[0], runs[-1]))))}
+    setting = words["offload"].format(**{**result["machine"], **about})
     return [setting, "", *offload_table(cases, words), ""]
 
 
