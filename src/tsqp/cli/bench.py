@@ -78,7 +78,7 @@ def prefill(
     """Measure the pass over a prompt against the same model unsplit."""
     check_output("--trace", trace)
     no_adapter(run)
-    console = _prepare(options, run)
+    console = _prepare(options, run, by_flags=True)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -102,7 +102,7 @@ def decode(
     no_adapter(run)
     if steps < 1:
         raise OptionError(f"--steps must be at least 1, not {steps}")
-    console = _prepare(options, run)
+    console = _prepare(options, run, by_flags=True)
     from tsqp.bench.split import bench_split
     from tsqp.bench.workload import Workload
 
@@ -345,7 +345,7 @@ def everything(
     no_adapter(run)
     if options.plot is not None:
         raise OptionError("bench all draws no plot: python -m benchmarks.readme draws them from the files")
-    console = _prepare(options, run)
+    console = _prepare(options, run, by_flags=True)
     from tsqp.bench.device import prefix as of_device
     from tsqp.bench.everything import Everything, bench_all
     from tsqp.bench.workload import Workload
@@ -358,11 +358,17 @@ def everything(
 
 
 def _prepare(
-    options: BenchOptions, run: RunConfig = BY_DEFAULT, results: Path | None = None, *, dirty_ok: bool = False
+    options: BenchOptions,
+    run: RunConfig = BY_DEFAULT,
+    results: Path | None = None,
+    *,
+    dirty_ok: bool = False,
+    by_flags: bool = False,
 ) -> Console:
     """Refuse what cannot be done before minutes are spent; where progress and limits are printed.
 
     Loops are kept from here on, before what measures is imported: some of that has loops, or imports them.
+    ``by_flags``: the run has the flags of a run, which say where loops are kept; else TSQP_KERNEL_CACHE says.
     """
     from rich.console import Console
 
@@ -379,7 +385,7 @@ def _prepare(
     elif dirty_ok:
         raise OptionError("--dirty-ok is for --results: what is only printed needs no clean tree")
     if run.compute.compiled_kernels:
-        keep_loops(run.compute.kernel_cache)
+        keep_loops(run.compute.kernel_cache if by_flags else None)
     return Console(stderr=True, force_terminal=False if options.json else None)  # no bars beside --json
 
 
