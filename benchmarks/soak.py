@@ -4,8 +4,9 @@
 
 Starts `tsqp serve`, and sends bursts of requests of many kinds at once: streams that are read, streams and plain
 requests that are given up at a random moment, several choices, forms, and requests that are wrong. After each burst
-its clients go, the server is idle, its pads are ready again, and it is looked at: its own memory (RssAnon),
-descriptors, threads, segments of shared memory, and its metrics, which must add up. With ``--kills`` the worker is
+its clients go, the server is idle, its pads are ready again, and it is looked at: its own memory (RssAnon, once what
+was freed has been given back: an allocator keeps now more and now less of it, by tens of megabytes), descriptors,
+threads, segments of shared memory, and its metrics, which must add up. With ``--kills`` the worker is
 killed so many times in each burst, under whatever runs: no stream may show it, and losses and reconnects must be as
 many as the kills. Exit code 1, and a line for each, where something grew or does not add up.
 """
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -39,7 +40,9 @@ AT_ONCE = 16
 LEAST_LOOKS = 4  # fewer do not tell what grows
 IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
-GROWTH_BYTES = 8 << 20  # of memory, over the second half of the looks: noise of an allocator
+GROWTH_BYTES = (
+    8 << 20
+)  # of memory, over the second half of the looks: pages that what is in use shares with freed pieces
 ERRORS = 2.0  # standard errors: where nothing grows, one run in forty says that memory does
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
 WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
@@ -299,11 +302,28 @@ def unbalanced(metrics: Metrics) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Server:
+    """A `tsqp serve` in a process that the soak may look into. ``address``: with the path of the endpoints."""
+
+    address: str
+    metrics_address: str
+    model: str
+    process: subprocess.Popen[bytes]
+
+    def look(self) -> Look:
+        """What it holds, without memory that was freed. Raises SystemExit where it has ended."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise ValueError("the server's standard input and output must be pipes")
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        if not self.process.stdout.read(1):
+            raise SystemExit("the server has ended")
+        return look_at(self.process.pid)
+
+
 async def soak(
-    address: str,
-    metrics_address: str,
-    pid: int,
-    model: str,
+    server: Server,
     *,
     seconds: float = 0.0,
     given_up: int = 0,
@@ -316,7 +336,8 @@ async def soak(
     ``kills``: of the worker, in each burst of ``burst`` requests.
     """
     report, dice = Report(), random.Random(seed)
-    port = httpx.URL(address).port or 0
+    metrics_address, pid = server.metrics_address, server.process.pid
+    port = httpx.URL(server.address).port or 0
     until = time.monotonic() + seconds
     async with httpx.AsyncClient(timeout=120.0) as reader:
         while (
@@ -336,13 +357,13 @@ async def soak(
                     await traffic.one()
 
             limits = httpx.Limits(max_connections=AT_ONCE)
-            async with httpx.AsyncClient(base_url=address, timeout=120.0, limits=limits) as client:
-                traffic = Traffic(client, model, dice.randrange(2**31), report.outcomes)
+            async with httpx.AsyncClient(base_url=server.address, timeout=120.0, limits=limits) as client:
+                traffic = Traffic(client, server.model, dice.randrange(2**31), report.outcomes)
                 await asyncio.gather(*(placed(places, one_kill, traffic, number in moments) for number in range(burst)))
             report.faults += inconsistent(await metrics_of(reader, metrics_address))
             report.faults += await idle(reader, metrics_address, report.kills)
             report.faults += await left_alone(pid, port)
-            report.looks.append(look_at(pid))
+            report.looks.append(server.look())
             if report.faults:
                 break
     return report
@@ -379,15 +400,16 @@ async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> l
 
 
 @contextmanager
-def server(*options: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """A `tsqp serve` of its own, which ends with this script: what it said when it was ready, and its process id."""
-    command = [sys.executable, "-m", "tsqp.bench.server_child", "serve", "--json", "--port", "0"]
-    command += ["--metrics-port", "0", "--kv-memory", KV_MEMORY, *options]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+def serving(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready and ends with this script. Raises SystemExit where it does not start."""
+    command = [sys.executable, "-m", "benchmarks.soak_server", "serve", "--json", "--port", "0", "--metrics-port", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, *options], stdin=pipe, stdout=pipe, env=environment, bufsize=0) as process:
         try:
             if process.stdout is None or not (line := process.stdout.readline()):
                 raise SystemExit("the server did not start")
-            yield json.loads(line), process.pid
+            ready = json.loads(line)
+            yield Server(ready["address"] + "/v1", ready["metrics_address"], ready["model"], process)
         finally:
             process.terminate()
 
@@ -403,12 +425,10 @@ def main() -> None:
     parser.add_argument("--burst", type=int, default=BURST, help="requests between two looks")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    with server("--model", options.model, "--protection", options.protection) as (ready, pid):
+    what = ("--model", options.model, "--protection", options.protection, "--kv-memory", KV_MEMORY)
+    with serving(*what) as server:
         running = soak(
-            ready["address"] + "/v1",
-            ready["metrics_address"],
-            pid,
-            ready["model"],
+            server,
             seconds=60 * options.minutes,
             kills=options.kills,
             given_up=options.given_up,

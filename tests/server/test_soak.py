@@ -21,13 +21,13 @@ from benchmarks.soak import (
     left_alone,
     look_at,
     miscounted,
+    serving,
     soak,
     unbalanced,
 )
 
 from tests.commands import Home
 from tests.server.chat_model import chat_model
-from tests.server.process import serving
 from tsqp.wire.transport.shm import ArenaKind
 from tsqp.wire.transport.shm.segment import Segment
 
@@ -41,12 +41,9 @@ OUTCOMES = {"answers", "refusals", "requests dropped", "streams left", "streams 
 @pytest.mark.parametrize("kills", [0, 1])
 def test_nothing_grows_and_all_adds_up(home: Home, kills: int) -> None:
     """With kills a minute has too few bursts to tell what grows, so that is left to the script's half hour."""
-    options = ("--model", chat_model(), "--port", 0, "--metrics-port", 0, "--kv-memory", "2MiB")
-    with serving(home, *options) as server:
-        assert server.metrics_address is not None
-        pid, seconds = server.process.pid, 0.0 if kills else SOAK_S
-        address, name = f"{server.address}/v1", chat_model().name
-        report = asyncio.run(soak(address, server.metrics_address, pid, name, seconds=seconds, kills=kills))
+    options = ("--model", str(chat_model()), "--kv-memory", "2MiB")
+    with serving(*options, environment=home.environment) as server:
+        report = asyncio.run(soak(server, seconds=0.0 if kills else SOAK_S, kills=kills))
         assert (report.faults if kills else report.verdict()) == []
         assert report.kills == kills * len(report.looks)
         assert set(report.outcomes) == OUTCOMES
