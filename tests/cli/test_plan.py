@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +109,24 @@ def test_what_cannot_be_planned_is_refused_in_one_line(arguments: tuple[str, ...
     assert result.code in (1, 2)
     assert error in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_constants_by_which_all_takes_no_time_are_refused_in_one_line(tmp_path: Path, tsqp: Command) -> None:
+    """As a machine might be measured that is far too busy: what is fitted ends at zero."""
+
+    def without_times(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: part[key] if key in ("cores", "memory") else without_times(part[key]) for key in part}
+        return 0.0 if isinstance(part, float) else part
+
+    measured = json.loads((files("tsqp.plan") / "constants.json").read_bytes())
+    own = tmp_path / "constants.json"
+    own.write_text(json.dumps(without_times(measured)))
+    for protection in ("masked", "verified"):
+        result = tsqp("plan", "--constants", own, "--protection", protection)
+        assert result.code == 2
+        assert "with these figures something takes no time: run tsqp bench constants again" in result.err
+        assert len(result.err.splitlines()) == 1
 
 
 def test_a_plan_says_whose_cores_it_counts_and_how_many_of_each_there_are(tsqp: Command) -> None:

@@ -60,7 +60,10 @@ def plan(constants: Constants, setting: Setting, choices: Iterable[Team]) -> dic
 
 
 def found(model: Model) -> dict[str, Any]:
-    """What a team gives. Rates are tokens a second; of decode they are those of all sequences together."""
+    """What a team gives. Rates are tokens a second; of decode they are those of all sequences together.
+
+    Raises OptionError where something takes no time at all by the constants.
+    """
     constants, setting, team = model.constants, model.setting, model.team
     step, prompt = model.decode(), model.prefill()
     prompt_s = model.prefill_s()
@@ -68,6 +71,9 @@ def found(model: Model) -> dict[str, Any]:
     pads = prompt_pads = PadTimes(0.0)
     if setting.mode == "masked":
         pads, prompt_pads = pad_times(constants, setting), pad_times(constants, setting, setting.prompt)
+    made = pads.by_themselves or setting.mode != "masked"
+    if not (made and step.total and prompt_s and tee_step_s and tee_prompt_s):
+        raise OptionError("--constants: with these figures something takes no time: run tsqp bench constants again")
     token_s = step.total / setting.batch
     lasting_s, lasting_prompt_s = pads.lasting(token_s), prompt_pads.lasting(prompt_s)
     link, held = setting.link, memory(setting, team)
