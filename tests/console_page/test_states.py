@@ -210,7 +210,8 @@ def test_a_message_is_not_sent_while_the_server_does_not_say_who_it_is(page: Pag
     assert page.status == "Answering"
     page.press(Keys.ESCAPE)
     page.wait_for("Ready")
-    assert (page.text(".note strong"), server.asked) == ("Stopped.", [])
+    assert (page.text(".note"), server.asked) == ("Stopped. Your message was not sent.Ask again", [])
+    assert "This answer was not begun." in page.text("#seen-body")
     server.about_gate.open()
 
 

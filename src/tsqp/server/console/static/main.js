@@ -174,7 +174,7 @@ function workerChanged(turn, { state, expelled }) {
 
 /** An answer that does not come to its end; `sent`: whether the server may have its question. */
 function broken(turn, error, sent) {
-  const { kind, title, text, state, again } = troubleOf(error);
+  const { kind, title, text, state, again } = troubleOf(error, sent);
   turn.unnote("paused");
   turn.unnote("busy");
   turn.end("");
@@ -182,7 +182,7 @@ function broken(turn, error, sent) {
   button.addEventListener("click", () => composer.fill(turn.question));
   turn.note(kind, title, text, again ? button : null);
   showTurn(null);
-  if (kind === "stopped") {
+  if (kind === "stopped" && sent) {
     conversation.keep(turn.question, turn.answer);
     showWords("Not told.", "You stopped this answer. The copy of what the worker was sent was thrown away at once.");
   } else if (!sent || (error.status >= 400 && error.status < 500)) {

@@ -6,11 +6,14 @@ const CHEATED = ["worker_cheated", "check_failed"];
 const CHANGED = ["changed", "other_protection", "other_mode"]; // found before the message was sent, by the server, after it
 const NOT_GIVEN = " Your message reached the server and was not given to the model.";
 
-/** `{kind, title, text, state, again}`: a note, the state of the page after it, and whether to offer to ask again. */
-export function troubleOf(error) {
+/**
+ * `{kind, title, text, state, again}`: a note, the state of the page after it, and whether to offer to ask again.
+ * `sent`: whether the server may have the question.
+ */
+export function troubleOf(error, sent) {
   if (error.name === "AbortError") {
-    const text = "The server was told, and computes no more of it.";
-    return { kind: "stopped", title: "Stopped.", text, state: "ready", again: false };
+    const text = sent ? "The server was told, and computes no more of it." : "Your message was not sent.";
+    return { kind: "stopped", title: "Stopped.", text, state: "ready", again: !sent };
   }
   if (!(error instanceof Refused)) {
     return { kind: "failed", title: "This page failed.", text: String(error), state: "failed", again: true };
