@@ -133,7 +133,7 @@ def test_thousands_of_aborted_requests_leave_nothing(server: Served) -> None:
         assert counts.ended["abort"] - ended["abort"] > MANY // 2
         assert counts.added == sum(counts.ended.values())
         assert counts.kv_bytes == 0
-        kept = len(server.model.llm.engine._scheduler._prefixes)
+        kept = len(server.model.llm.engine._books.scheduler._prefixes)
         assert kept <= 1 + counts.ended["stop"] + counts.ended["length"]  # those that were given up have one prompt
 
     asyncio.run(run())

@@ -317,7 +317,7 @@ def test_answers_of_a_whole_run(run: Run, taken: Taken) -> None:
 
 def test_prompts_that_arrive_beside_answers(run: Run, taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     llm, _ = run
-    monkeypatch.setattr(llm.engine._scheduler, "_limits", Limits(prefill_rows=7))
+    monkeypatch.setattr(llm.engine._books.scheduler, "_limits", Limits(prefill_rows=7))
     prompts, params = [random_tokens(n, seed=n) for n in (20, 45, 3)], SamplingParams(max_tokens=12, ignore_eos=True)
     with plain(llm):
         alone = [[output.token for _, output in llm.engine.generate([prompt], params)] for prompt in prompts]

@@ -30,7 +30,8 @@ from tsqp.errors import InputError, NumericError, PadsExhausted, PromptError, Qu
 from tsqp.model.batch import Batch
 from tsqp.model.pending import Steps
 from tsqp.trusted.engine.caller import Caller
-from tsqp.trusted.engine.engine import Engine, _finite_rows
+from tsqp.trusted.engine.engine import Engine
+from tsqp.trusted.engine.forward_pass import finite_rows
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.request import Output
 from tsqp.trusted.engine.sampling_params import SamplingParams
@@ -97,7 +98,7 @@ def run_out(engine: Engine, most: int = 10_000) -> None:
 
 def check_books(engine: Engine, kv_memory: int) -> None:
     """What is counted is what is there, and within its bounds."""
-    scheduler = engine._scheduler
+    scheduler = engine._books.scheduler
     counts = engine.counts()
     running = list(scheduler._running.values())
     assert counts.added == counts.waiting + counts.running + sum(counts.ended.values())
@@ -119,7 +120,7 @@ def check_books(engine: Engine, kv_memory: int) -> None:
 
 def watch_plans(engine: Engine) -> None:
     """Hold each plan against the bounds of a step."""
-    scheduler, limits = engine._scheduler, engine.limits
+    scheduler, limits = engine._books.scheduler, engine.limits
     plan = scheduler.plan
 
     def watched() -> Shares:
@@ -200,10 +201,10 @@ def test_every_answer_is_that_of_its_request_alone(actions: list[Any], limits: L
         assert one.tokens == expected[: len(one.tokens)]
         assert one.aborted or (one.tokens, one.reasons) == (expected, ["length"])
     engine.forget()
-    assert engine.counts().kept_bytes == engine._scheduler._budget.used == 0
-    assert not engine._scheduler._requests
-    assert not engine._scheduler._same._groups
-    assert not engine._scheduler._fair._given
+    assert engine.counts().kept_bytes == engine._books.scheduler._budget.used == 0
+    assert not engine._books.scheduler._requests
+    assert not engine._books.scheduler._same._groups
+    assert not engine._books.scheduler._fair._given
 
 
 def test_a_step_has_decode_rows_first_and_then_a_bounded_number_of_others() -> None:
@@ -423,7 +424,7 @@ def test_rows_of_a_prompt_and_of_an_answer_are_told_apart_whatever_happens() -> 
         ask(engine, prompt_of(9 + seed, seed), SamplingParams(max_tokens=25), salt="")
     while engine.has_work():
         engine.step()
-        for request in engine._scheduler._running.values():
+        for request in engine._books.scheduler._running.values():
             assert isinstance(request.cache, FakeCache)
             kinds = request.cache.steps[: request.computed]
             assert kinds == [position >= request.prompt_length for position in range(request.computed)]
@@ -444,9 +445,9 @@ def test_the_first_admitted_is_never_preempted() -> None:
     for seed in range(3):
         ask(engine, prompt_of(10, seed), SamplingParams(max_tokens=30))
     before = 0
-    while engine._scheduler.get(0) is not None:
+    while engine._books.scheduler.get(0) is not None:
         engine.step()
-        first = engine._scheduler.get(0)
+        first = engine._books.scheduler.get(0)
         assert first is None or first.computed > before
         before = 0 if first is None else first.computed
 
@@ -510,8 +511,8 @@ def test_an_error_of_one_request_ends_this_one_alone() -> None:
 def test_one_logit_that_is_no_number_is_found_in_its_own_row(bad: float, place: int) -> None:
     logits = torch.randn(3, VOCABULARY)
     logits[1, place] = bad
-    assert _finite_rows(logits) == [True, False, True]
-    assert _finite_rows(logits[:0]) == []
+    assert finite_rows(logits) == [True, False, True]
+    assert finite_rows(logits[:0]) == []
 
 
 def test_an_interruption_between_a_pass_and_its_tokens_loses_none() -> None:
@@ -550,8 +551,8 @@ def test_ten_thousand_aborted_requests_leave_nothing() -> None:
     assert engine.counts().ended["abort"] == 10_000
     gc.collect()
     assert FakeCache.alive == before
-    scheduler = engine._scheduler
-    for left in (scheduler._requests, scheduler._queues, scheduler._fair._given, engine._ends):
+    scheduler = engine._books.scheduler
+    for left in (scheduler._requests, scheduler._queues, scheduler._fair._given, engine._books._ends):
         assert not left
 
 
@@ -568,7 +569,7 @@ def test_a_request_aborted_in_the_middle_of_a_pass_is_gone_after_it() -> None:
     engine.add_request(prompt_of(6), SamplingParams(max_tokens=1), sampler=Aborts())
     engine.step()
     assert not one.tokens
-    assert engine._scheduler.get(one.number) is None
+    assert engine._books.scheduler.get(one.number) is None
     run_out(engine)
     assert other.tokens == alone(other.prompt, other.params)
     assert engine.counts().ended == {"stop": 0, "length": 2, "abort": 1, "error": 0}
@@ -588,17 +589,17 @@ def test_the_first_reason_to_end_counts() -> None:
     engine.add_request(prompt_of(6), SamplingParams(max_tokens=1), sampler=Stops())
     engine.step()
     assert engine.counts().ended == {"stop": 1, "length": 1, "abort": 0, "error": 0}
-    assert len(engine._scheduler._prefixes) == 1
+    assert len(engine._books.scheduler._prefixes) == 1
 
 
 def test_an_abort_never_waits_for_the_books() -> None:
     """A finaliser may abort a request while its own thread holds the lock."""
     engine = fake_engine()
     one = ask(engine, prompt_of(4), SamplingParams(max_tokens=9))
-    with engine._books():
+    with engine._books.open():
         engine.abort(one.number)
-        assert engine._scheduler.get(one.number) is not None
-    assert engine._scheduler.get(one.number) is None
+        assert engine._books.scheduler.get(one.number) is not None
+    assert engine._books.scheduler.get(one.number) is None
 
 
 def test_failing_ends_every_request_with_its_error() -> None:
@@ -670,7 +671,7 @@ class Copies:
         copies, real = cls(engine), FakeCache.copy_from
 
         def copy_from(cache: FakeCache, other: FakeCache, length: int) -> None:
-            assert not engine._lock.locked()
+            assert not engine._books._lock.locked()
             assert engine.busy()
             engine.counts()  # for which the books are needed
             copies.during()
@@ -749,11 +750,11 @@ def test_a_copy_that_fails_is_the_error_of_its_request_alone(monkeypatch: pytest
     engine.step()
     assert [(type(one.error), one.finish_reason) for one in outputs] == [(MemoryError, "error")]
     assert engine.counts().ended["error"] == 1
-    assert len(engine._scheduler._prefixes) == 1
+    assert len(engine._books.scheduler._prefixes) == 1
     run_out(engine)
     assert other.tokens == alone(other.prompt, other.params)
     engine.forget()
-    assert engine._scheduler._budget.used == 0
+    assert engine._books.scheduler._budget.used == 0
 
 
 def test_an_interrupted_copy_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -807,10 +808,10 @@ def test_who_is_aborted_during_its_copy_leaves_nothing_half_done(
         engine.step()
     assert not engine.has_work()
     assert engine.counts().kv_bytes == 0
-    for kept in engine._scheduler._prefixes._kept.values():
+    for kept in engine._books.scheduler._prefixes._kept.values():
         assert isinstance(kept.cache, FakeCache)
         assert kept.cache.tokens[: kept.cache.length] == kept.tokens.tolist()
-    assert len(engine._scheduler._prefixes) == (1 if interrupted else 2)
+    assert len(engine._books.scheduler._prefixes) == (1 if interrupted else 2)
 
 
 @pytest.mark.parametrize(("tenant", "salt"), [("B", ""), ("A", "x"), ("A", None), ("", "A")])
@@ -845,7 +846,7 @@ def test_a_turn_that_is_aborted_leaves_what_it_had_found_and_computed(steps: int
     stopped = ask(engine, longer, params, salt="")
     for _ in range(steps):
         engine.step()
-    request = engine._scheduler.get(stopped.number)
+    request = engine._books.scheduler.get(stopped.number)
     assert request is not None
     reached = max(30, min(request.computed, 43))  # the last token of a prompt is always computed
     engine.abort(stopped.number)
@@ -891,7 +892,7 @@ def test_an_error_leaves_nothing_whatever_else_was_asked(end: str) -> None:
     engine = fake_engine(Ends(broken={5}))
     number = engine.add_request([5] * 20, SamplingParams(), salt="")
     engine.step()
-    assert len(engine._scheduler._prefixes) == 0
+    assert len(engine._books.scheduler._prefixes) == 0
     assert engine.counts().ended == {"stop": 0, "length": 0, "abort": 0, "error": 1}
 
 
@@ -944,7 +945,7 @@ def test_tenants_that_wait_are_served_alike(running: int) -> None:
     served = {"A": 0, "B": 0}
 
     def rows_of(tenant: str) -> int:
-        return engine._scheduler._fair._given.get(tenant, served[tenant])
+        return engine._books.scheduler._fair._given.get(tenant, served[tenant])
 
     for index in range(60):
         ask(engine, prompt_of(10 + index % 3), SamplingParams(max_tokens=6), "A")
@@ -953,10 +954,10 @@ def test_tenants_that_wait_are_served_alike(running: int) -> None:
     for index in range(30):
         ask(engine, prompt_of(5 + index % 9), SamplingParams(max_tokens=3), "B")
     bound = limits.idle_rows + 18 + running * 6
-    while "A" in engine._scheduler._queues and "B" in engine._scheduler._queues:
+    while "A" in engine._books.scheduler._queues and "B" in engine._books.scheduler._queues:
         engine.step()
         assert abs(rows_of("A") - rows_of("B")) <= bound
-    assert "A" in engine._scheduler._queues  # who asked for less is done first
+    assert "A" in engine._books.scheduler._queues  # who asked for less is done first
 
 
 def test_a_large_request_is_not_overtaken_for_ever() -> None:

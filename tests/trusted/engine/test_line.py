@@ -117,7 +117,7 @@ def test_who_loses_a_cache_keeps_the_place_in_the_queue() -> None:
     line.decoder().fail = WorkerLost("went away")
     engine.step()
     engine.step()
-    scheduler = engine._scheduler
+    scheduler = engine._books.scheduler
     assert [request.id for request in scheduler._running.values()] == [0, 1]
     assert engine.counts().preemptions == 2
 

@@ -94,8 +94,8 @@ def test_in_company_in_parts_and_after_a_preemption(mode: ProtectionName, kept: 
             found += [add(engine, index) for index in indices[2:]]
             for _ in range(18):  # the last prompt has rows of its answer by now
                 engine.step()
-            for request in list(engine._scheduler._running.values())[1:]:
-                engine._scheduler.preempt(request)
+            for request in list(engine._books.scheduler._running.values())[1:]:
+                engine._books.scheduler.preempt(request)
             run_out(engine)
             assert_same(found, expected)
             memory = sum(engine.decoder.new_cache().bytes_for(positions) for positions in (48, 96))

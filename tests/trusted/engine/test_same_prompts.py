@@ -51,8 +51,8 @@ class Choices:
         for choice, tokens in enumerate(self.tokens):
             expected = alone(self.prompt, params_of(choice))
             assert tokens == (expected[: len(tokens)] if choice in aborted else expected)
-        assert len(self.engine._scheduler._same) == 0
-        assert not self.engine._scheduler._same._groups
+        assert len(self.engine._books.scheduler._same) == 0
+        assert not self.engine._books.scheduler._same._groups
 
 
 def test_one_computes_the_prompt_and_the_others_its_last_token() -> None:
@@ -135,14 +135,14 @@ def test_whatever_becomes_of_the_first(steps: int, end: str) -> None:
     choices = Choices(engine)
     for _ in range(steps):
         engine.step()
-    first = engine._scheduler.get(choices.numbers[0])
+    first = engine._books.scheduler.get(choices.numbers[0])
     assert first is not None
     if end == "abort":
         engine.abort(first.id)
     elif end == "preempt" and first.cache is not None:
-        engine._scheduler.preempt(first)
+        engine._books.scheduler.preempt(first)
     elif end == "lose":
-        engine._scheduler.lose_caches()
+        engine._books.scheduler.lose_caches()
     choices.check(*([0] if end == "abort" else []))
     if end == "abort":
         again = 10 if steps == 1 else 0  # positions that are too few to be kept

@@ -2,53 +2,38 @@
 
 ``docs/serving.md`` says who comes first, what a request holds, and why an answer does not depend on its company.
 
-Two locks. The one for passes is held as long as a pass takes. The one for the books is held for an instant; it is never
-waited for by ``abort`` and ``stop``, which a finaliser may call in the middle of anything.
+Two locks. The one for passes, here, is held as long as a pass takes. The one of ``Books`` is held for an instant; it is
+never waited for by ``abort`` and ``stop``, which a finaliser may call in the middle of anything.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tsqp.config.model import ModelConfig
-from tsqp.errors import ChannelError, InputError, NumericError, OptionError, PromptError, TsqpError
+from tsqp.errors import ChannelError, InputError, OptionError, PromptError, TsqpError
 from tsqp.model.batch import Batch
 from tsqp.model.pending import run
+from tsqp.trusted.engine.books import Books, ReservesPads
 from tsqp.trusted.engine.counts import Counts
+from tsqp.trusted.engine.forward_pass import ForwardPass
 from tsqp.trusted.engine.limits import Limits
 from tsqp.trusted.engine.line import Line, PassDecoder
-from tsqp.trusted.engine.logprobs import read_prompt, token_logprobs
+from tsqp.trusted.engine.logprobs import token_logprobs
 from tsqp.trusted.engine.oblivious import ObliviousSampler, compile_loops, oblivious_logprobs
-from tsqp.trusted.engine.request import ChoosesTokens, FinishReason, Output, Request
+from tsqp.trusted.engine.request import ChoosesTokens, Output, Request
 from tsqp.trusted.engine.sampling import Sampler
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.engine.scheduler import Scheduler, Shares
 from tsqp.trusted.engine.turns import Turns
 from tsqp.trusted.stats import Stats
 from tsqp.trusted.tap import Tap
-
-Tokens = SequenceOf[int]
-
-
-class ReservesPads(Protocol):
-    """Pads that are promised to requests before they begin; see ``PadReserve``. ``most``: rows, at once."""
-
-    @property
-    def most(self) -> int: ...
-
-    def reserve(self, rows: int) -> None: ...
-
-    def release(self, rows: int) -> None: ...
 
 
 class Engine:
@@ -90,7 +75,7 @@ class Engine:
         self._oblivious = oblivious  # whether tokens are chosen by looks at the whole vocabulary
         if oblivious:
             compile_loops()
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             lambda: self.decoder.new_cache(),
             self.limits,
             kv_memory=kv_memory,
@@ -98,11 +83,8 @@ class Engine:
             whole_answers=pads is not None,
             tables_of=lambda length: tuple(rope.table_length(length) for rope in self.config.ropes),
         )
-        self._numbers = 0
-        self._refused = 0
-        self._ends = deque[tuple[int, FinishReason]]()  # asked for, and not yet in the books
+        self._books = Books(scheduler, pads)
         self._one_at_a_time = Turns()
-        self._lock = threading.Lock()
         self._process = os.getpid()
 
     @property
@@ -115,13 +97,11 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return len(self._scheduler) > 0
+        return len(self._books.scheduler) > 0
 
     def counts(self) -> Counts:
         """Numbers of requests, tokens and bytes, all of one moment."""
-        with self._books():
-            counts = self._scheduler.counts()
-            return replace(counts, refused=self._refused, ended=dict(counts.ended))
+        return self._books.counts()
 
     @property
     def most_promised(self) -> int | None:
@@ -131,7 +111,7 @@ class Engine:
         """
         return None if self._pads is None else self._pads.most
 
-    def check_prompt(self, prompt: Tokens) -> None:
+    def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
         if not prompt:
             raise PromptError("the prompt is empty: give at least one token of text")
@@ -152,7 +132,7 @@ class Engine:
 
     def add_request(
         self,
-        prompt: Tokens,
+        prompt: Sequence[int],
         params: SamplingParams,
         *,
         tenant: str = "",
@@ -185,6 +165,8 @@ class Engine:
             params,
             sampler or (ObliviousSampler if self._oblivious else Sampler)(params),
             max_positions=self.config.max_positions,
+            eos_token_ids=self.eos_token_ids,
+            look=oblivious_logprobs if self._oblivious else token_logprobs,
             tenant=tenant,
             scope=None if salt is None or tap is not None or params.prompt_logprobs is not None else (tenant, salt),
             patient=patient,
@@ -192,17 +174,7 @@ class Engine:
             tap=tap,
             adapter=adapter,
         )
-        with self._books():
-            self._refused += 1  # unless nothing is raised
-            self._scheduler.check(request)
-            if self._pads is not None:
-                self._pads.reserve(request.end - 1)
-                request.pads = request.end - 1
-            request.id = self._numbers
-            self._scheduler.add(request)
-            self._numbers += 1
-            self._refused -= 1
-        return request.id
+        return self._books.add(request)
 
     def step(self) -> list[Output]:
         """One forward pass, if there is anything to compute; what came of it, which was also delivered.
@@ -235,11 +207,11 @@ class Engine:
 
         Never waits. A request that has ended already is left alone.
         """
-        self._end_soon(number, "abort")
+        self._books.end_soon(number, "abort")
 
     def stop(self, number: int) -> None:
         """The same for a request whose answer is complete, for instance by a stop string."""
-        self._end_soon(number, "stop")
+        self._books.end_soon(number, "stop")
 
     def fail(self, error: Exception) -> None:
         """End every request with an error, which each is delivered."""
@@ -257,11 +229,11 @@ class Engine:
 
     def forget(self) -> None:
         """Let go of the caches that ended requests have left."""
-        with self._books():
-            self._scheduler.forget()
+        with self._books.open() as scheduler:
+            scheduler.forget()
 
     def generate(
-        self, prompts: Iterable[Tokens], params: SamplingParams, adapter: str | None = None
+        self, prompts: Iterable[Sequence[int]], params: SamplingParams, adapter: str | None = None
     ) -> Iterator[tuple[int, Output]]:
         """Answer prompts together: the index of a prompt and an output of it, in the order they come.
 
@@ -274,7 +246,7 @@ class Engine:
                 caller.add(prompt, params, patient=True, adapter=adapter)
             yield from caller
 
-    def logits(self, prompt: Tokens, adapter: str | None = None) -> torch.Tensor:
+    def logits(self, prompt: Sequence[int], adapter: str | None = None) -> torch.Tensor:
         """Logits after every token of one prompt, float32 (T, vocab_size): for quality tests. Raises as ``step``."""
         self._refuse_fork()
         self.check_prompt(prompt)
@@ -289,7 +261,7 @@ class Engine:
                         caches = [self.decoder.new_cache()]
                         return self._forward(Batch([prompt], caches, every_row=True, adapters=[adapter]))
                     except ChannelError as error:
-                        if not self._mends(error):
+                        if self._line is None or not self._line.mends(error):
                             raise
         finally:
             if self._pads is not None:
@@ -322,22 +294,15 @@ class Engine:
         """A decoder whose worker is there; the lock for passes is held. Raises what ends all requests."""
         decoder = self.decoder if self._line is None else self._line.decoder()
         if decoder is not self.decoder:
-            with self._books():
+            with self._books.open() as scheduler:
                 self.decoder = decoder
                 if getattr(decoder, "caches_on_worker", False):
-                    self._scheduler.lose_caches()
-
-    def _mends(self, error: Exception) -> bool:
-        return self._line is not None and self._line.mends(error)
+                    scheduler.lose_caches()
 
     def _fail(self, error: Exception) -> None:
         """End every request; the lock for passes is held."""
-        with self._books():
-            requests = list(self._scheduler.unended())
-            for request in requests:
-                self._end(request, "error")
-        for request in requests:
-            _deliver(request, Output(request.id, None, "error", error))
+        for request in self._books.end_all("error"):
+            request.give(Output(request.id, None, "error", error))
 
     def _step(self) -> list[Output]:
         """See ``step``; the lock for passes is held."""
@@ -347,12 +312,7 @@ class Engine:
             except TsqpError as error:
                 self._fail(error)
                 return []
-        with self._books():
-            shares = self._scheduler.plan()
-            copies = self._scheduler.to_copy()
-            held = {request: request.computed for request in (*shares, *copies)}
-            for request in held:
-                request.under_way = True
+        shares, copies, held = self._books.begin_step()
         given: dict[Request, Output] = {}
         try:
             self._copy_beginnings(copies, given)
@@ -360,14 +320,12 @@ class Engine:
             if shares:
                 self._pass(shares, given)
         except ChannelError as error:
-            if not self._mends(error):
+            if self._line is None or not self._line.mends(error):
                 raise
         finally:
-            with self._books():
-                for request, before in held.items():
-                    self._settle(request, request.computed - before, given.get(request))
+            self._books.end_step(held, given)
             for request, output in given.items():
-                _deliver(request, output)
+                request.give(output)
         return list(given.values())
 
     def _copy_beginnings(self, requests: Iterable[Request], given: dict[Request, Output]) -> None:
@@ -381,133 +339,15 @@ class Engine:
 
     def _pass(self, shares: Shares, given: dict[Request, Output]) -> None:
         """The forward pass of a step, and the tokens that are chosen after it."""
-        decoding = [request for request in shares if request.decoding]
-        prefilled = [rows for request, rows in shares.items() if not request.decoding]
-        caches: list[Any] = [request.cache for request in shares]
-        batch = Batch(
-            [request.tokens[request.computed :][:rows] for request, rows in shares.items()],
-            caches,
-            sampled=[rows == request.rest for request, rows in shares.items()],
-            first_steps=[request.prompt_length for request in shares] if self._same_bits else None,
-            whole=[request.reads_prompt for request in shares],
-            call_by_call=any(request.tap is not None for request in shares),
-            adapters=[request.adapter for request in shares],
-        )
-        reading = {request: request.computed for request in shares if request.reads_prompt}
+        planned = ForwardPass(shares, same_bits=self._same_bits)
+        answers, prompts = planned.decode_rows, planned.prefill_rows
         start = self._clock()
-        with _tapped(shares):
-            logits = self._forward(batch)
-        rows = prefilled or [1] * len(decoding)
-        self.stats.passed(start, self._clock(), rows, prefill=bool(prefilled))
-        are_finite = _finite_rows(logits)
-        at = 0
-        for request, count in shares.items():
-            wanted = count if request in reading else int(not request.rest)
-            if wanted:
-                finite = all(are_finite[at : at + wanted])
-                output = self._take(request, logits[at : at + wanted], finite, reading.get(request))
-                at += wanted
-                if output is not None:
-                    given[request] = output
-        self._scheduler.measured(len(decoding), sum(prefilled), self._clock() - start)
-
-    def _take(self, request: Request, logits: torch.Tensor, is_finite: bool, first: int | None) -> Output | None:
-        """What comes of the logits of one request, float32 (T, vocab_size): its next token, if its last row is there.
-
-        ``first``: the position of the first row, where the prompt is read. What goes wrong is the request's own.
-        """
-        entries, count = request.prompt_logprobs, request.params.prompt_logprobs
-        try:
-            if not is_finite:
-                raise NumericError(
-                    "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
-                    fields=("compute.dtype",),
-                )
-            if first is not None and entries is not None and count is not None:
-                look = oblivious_logprobs if self._oblivious else token_logprobs
-                read_prompt(entries, logits, request.tokens, first, count, look)
-            if request.rest:
-                return None
-            begins = len(request.tokens) == request.prompt_length
-            token = request.sampler.choose(logits[-1], request.tokens)
-            reason = request.extend(token, self.eos_token_ids)
-        except Exception as error:
-            return Output(request.id, None, "error", error)
-        self.stats.new_tokens += 1
-        told = tuple(entries) if begins and entries is not None else None
-        return Output(request.id, token, reason, prompt_logprobs=told)
-
-    def _settle(self, request: Request, rows: int, output: Output | None) -> None:
-        """The books of one request after a pass that has computed ``rows`` of it; the lock is held."""
-        request.under_way = False
-        self._scheduler.count(request, rows, new_tokens=output is not None and output.token is not None)
-        self._unreserve(request, rows)
-        ended = output.finish_reason if output is not None else None
-        reason = ended if ended == "error" else request.asked_to_end or ended
-        if reason is not None:
-            self._end(request, reason)
-        elif not request.rest:  # interrupted before its token was chosen: computed again, it has the same logits
-            self._scheduler.preempt(request)
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        """A request ends and holds nothing any more; the lock is held."""
-        self._unreserve(request, request.pads)
-        self._scheduler.end(request, reason)
-
-    def _unreserve(self, request: Request, rows: int) -> None:
-        """Pads that a request has used, or will not need."""
-        rows = min(rows, request.pads)
-        if self._pads is not None and rows:
-            self._pads.release(rows)
-            request.pads -= rows
-
-    def _end_soon(self, number: int, reason: FinishReason) -> None:
-        self._ends.append((number, reason))
-        self._end_those_asked_for()
-
-    @contextmanager
-    def _books(self) -> Iterator[None]:
-        """The lock of the books; what was to end meanwhile has ended afterwards."""
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._end_those_asked_for()
-
-    def _end_those_asked_for(self) -> None:
-        """Without waiting: whoever holds the lock comes here once it is free, and finds what was put there before."""
-        while self._ends and self._lock.acquire(blocking=False):
-            try:
-                while self._ends:
-                    number, reason = self._ends.popleft()
-                    request = self._scheduler.get(number)
-                    if request is not None and request.under_way:
-                        request.asked_to_end = request.asked_to_end or reason
-                    elif request is not None:
-                        self._end(request, reason)
-            finally:
-                self._lock.release()
+        with planned.tapped():
+            logits = self._forward(planned.batch)
+        self.stats.passed(start, self._clock(), prompts or [1] * answers, prefill=bool(prompts))
+        planned.take(logits, given, self.stats)
+        self._books.scheduler.measured(answers, sum(prompts), self._clock() - start)
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
             raise InputError("a model belongs to the process that opened it: open a new LLM after a fork")
-
-
-def _tapped(shares: Shares) -> AbstractContextManager[None]:
-    """The tap of a pass listens, where it has one."""
-    if all(request.tap is None for request in shares):
-        return nullcontext()
-    (request,) = shares  # a crash rather than a row of another: the scheduler plans no such pass
-    return nullcontext() if request.tap is None else request.tap.listening(request.computed)
-
-
-def _finite_rows(logits: torch.Tensor) -> list[bool]:
-    """Of each row of logits (n, vocab_size) whether all are numbers. By greatest and least: 1/20 of looking at each."""
-    extremes = torch.stack((logits.amax(dim=-1), logits.amin(dim=-1)))  # not a number where one of the row is not
-    return torch.isfinite(extremes).all(dim=0).tolist() if len(logits) else []
-
-
-def _deliver(request: Request, output: Output) -> None:
-    """Hand an output to whoever asked, unless they have gone meanwhile."""
-    if request.deliver is not None and request.asked_to_end is None:
-        request.deliver(output)

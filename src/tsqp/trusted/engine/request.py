@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from tsqp.trusted.engine.logprobs import TokenLogprobs
+from tsqp.errors import NumericError
+from tsqp.trusted.engine.logprobs import TokenLogprobs, read_prompt, token_logprobs
 from tsqp.trusted.engine.sampling_params import SamplingParams
 from tsqp.trusted.tap import Tap
 
@@ -65,6 +66,7 @@ class ChoosesTokens(Protocol):
     def choose(self, logits: Any, text: Sequence[int]) -> int: ...
 
 
+@dataclass(eq=False, repr=False)  # two with one text are two; no text is to be in a log
 class Request:
     """A prompt and its answer so far.
 
@@ -73,43 +75,36 @@ class Request:
     budget that it holds. ``beginning``: what is still to be copied into its cache. ``pads``: rows that are reserved for
     it and not yet used. ``patient``: nobody follows the answer as it grows. ``tap``: listens while it is computed, and
     then nobody else is. ``adapter``: the name of the one that it has, None for none. ``prompt_logprobs``: of the
-    prompt's tokens so far, None for the first, where they are asked for.
+    prompt's tokens so far, None for the first, where they are asked for; each is what ``look`` finds.
     """
 
-    def __init__(
-        self,
-        number: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        sampler: ChoosesTokens,
-        *,
-        max_positions: int,
-        tenant: str = "",
-        scope: Scope | None = None,
-        patient: bool = False,
-        deliver: Callable[[Output], None] | None = None,
-        tap: Tap | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        self.id = number
-        self.tenant = tenant
-        self.scope = scope
-        self.patient = patient
+    id: int
+    prompt: InitVar[Sequence[int]]
+    params: SamplingParams
+    sampler: ChoosesTokens
+    _: KW_ONLY
+    max_positions: InitVar[int]
+    eos_token_ids: Sequence[int] = ()
+    look: Callable[[Any, int, int], TokenLogprobs] = token_logprobs
+    tenant: str = ""
+    scope: Scope | None = None
+    patient: bool = False
+    deliver: Callable[[Output], None] | None = None
+    tap: Tap | None = None
+    adapter: str | None = None
+    cache: Cache | None = field(default=None, init=False)
+    beginning: Beginning | None = field(default=None, init=False)
+    charge: int = field(default=0, init=False)
+    pads: int = field(default=0, init=False)
+    under_way: bool = field(default=False, init=False)  # its rows are in the pass that is being computed
+    asked_to_end: FinishReason | None = field(default=None, init=False)  # meanwhile
+
+    def __post_init__(self, prompt: Sequence[int], max_positions: int) -> None:
         self.tokens = list(prompt)
         self.prompt_length = len(self.tokens)
-        self.end = min(self.prompt_length + params.max_tokens, max_positions)
-        self.params = params
-        self.sampler = sampler
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
-        self.deliver = deliver
-        self.tap = tap
-        self.adapter = adapter
-        self.cache: Cache | None = None
-        self.beginning: Beginning | None = None
-        self.charge = 0
-        self.pads = 0
-        self.under_way = False  # its rows are in the pass that is being computed
-        self.asked_to_end: FinishReason | None = None  # meanwhile
+        self.end = min(self.prompt_length + self.params.max_tokens, max_positions)
+        asked = self.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if asked else None
 
     @property
     def computed(self) -> int:
@@ -144,9 +139,38 @@ class Request:
             self.cache.copy_from(self.beginning.source, self.beginning.length)
             self.beginning = None
 
-    def extend(self, token: int, eos_token_ids: Sequence[int]) -> FinishReason | None:
+    def take(self, logits: Any, is_finite: bool, first: int | None) -> Output | None:
+        """What comes of its logits, float32 (T, vocab_size): its next token, if its last row is there.
+
+        ``first``: the position of the first row, where the prompt is read. What goes wrong is the request's own.
+        """
+        entries, count = self.prompt_logprobs, self.params.prompt_logprobs
+        try:
+            if not is_finite:
+                raise NumericError(
+                    "the logits are not numbers: broken weights, too narrow a compute.dtype or a broken worker",
+                    fields=("compute.dtype",),
+                )
+            if first is not None and entries is not None and count is not None:
+                read_prompt(entries, logits, self.tokens, first, count, self.look)
+            if self.rest:
+                return None
+            begins = len(self.tokens) == self.prompt_length
+            token = self.sampler.choose(logits[-1], self.tokens)
+            reason = self._extend(token)
+        except Exception as error:
+            return Output(self.id, None, "error", error)
+        told = tuple(entries) if begins and entries is not None else None
+        return Output(self.id, token, reason, prompt_logprobs=told)
+
+    def give(self, output: Output) -> None:
+        """Hand an output to whoever asked, unless they have gone meanwhile."""
+        if self.deliver is not None and self.asked_to_end is None:
+            self.deliver(output)
+
+    def _extend(self, token: int) -> FinishReason | None:
         """Take one more token of the answer. Returns why the answer ends with it, if it does."""
         self.tokens.append(token)
-        if token in self.params.stop_token_ids or (token in eos_token_ids and not self.params.ignore_eos):
+        if token in self.params.stop_token_ids or (token in self.eos_token_ids and not self.params.ignore_eos):
             return "stop"
         return "length" if len(self.tokens) >= self.end else None
