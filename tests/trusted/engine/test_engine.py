@@ -928,6 +928,43 @@ def test_pads_are_reserved_from_the_beginning_to_the_end() -> None:
     assert engine.counts().preemptions == 0
 
 
+def test_pads_are_reserved_and_steps_are_measured_under_the_lock_of_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads add and abort meanwhile; ``logits`` reserves too."""
+    seen: list[bool] = []
+
+    class Noting(Reserve):
+        def reserve(self, rows: int) -> None:
+            seen.append(engine._books._lock.locked())
+            super().reserve(rows)
+
+        def release(self, rows: int) -> None:
+            seen.append(engine._books._lock.locked())
+            super().release(rows)
+
+    class Broken(FakeDecoder):
+        def forward(self, batch: Batch[Any]) -> Steps[torch.Tensor]:
+            raise NumericError("broken")
+
+    pads = Noting(40)
+    engine = fake_engine(Broken(), pads=pads)
+    with pytest.raises(NumericError):
+        engine.logits(prompt_of(10))
+    assert (len(seen), pads.free) == (2, 40)
+
+    engine = fake_engine(pads=pads)
+    measured = engine._books.scheduler.measured
+
+    def noting(answers: int, rows: int, seconds: float) -> None:
+        seen.append(engine._books._lock.locked())
+        measured(answers, rows, seconds)
+
+    monkeypatch.setattr(engine._books.scheduler, "measured", noting)
+    ask(engine, prompt_of(10), SamplingParams(max_tokens=2))
+    run_out(engine)
+    assert len(seen) > 5
+    assert all(seen)
+
+
 def test_with_reserved_pads_nobody_is_preempted() -> None:
     engine = fake_engine(pads=Reserve(10_000), kv_memory=WHOLE)
     asked = [ask(engine, prompt_of(10, seed), SamplingParams(max_tokens=30)) for seed in range(3)]

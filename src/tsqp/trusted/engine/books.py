@@ -68,6 +68,18 @@ class Books:
             self._refused -= 1
         return request.id
 
+    def reserve(self, rows: int) -> None:
+        """Reserve pads for rows of no request; see ``ReservesPads``."""
+        if self._pads is not None:
+            with self.open():
+                self._pads.reserve(rows)
+
+    def release(self, rows: int) -> None:
+        """Give back what ``reserve`` has reserved."""
+        if self._pads is not None:
+            with self.open():
+                self._pads.release(rows)
+
     def begin_step(self) -> tuple[Shares, list[Request], dict[Request, int]]:
         """The next pass; whose beginnings to copy before; and of all these what was computed, for ``end_step``."""
         with self.open() as scheduler:

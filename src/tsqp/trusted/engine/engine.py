@@ -251,8 +251,7 @@ class Engine:
         self._refuse_fork()
         self.check_prompt(prompt)
         self.check_adapter(adapter)
-        if self._pads is not None:
-            self._pads.reserve(len(prompt))
+        self._books.reserve(len(prompt))
         try:
             with self._one_at_a_time:
                 while True:
@@ -264,8 +263,7 @@ class Engine:
                         if self._line is None or not self._line.mends(error):
                             raise
         finally:
-            if self._pads is not None:
-                self._pads.release(len(prompt))
+            self._books.release(len(prompt))
 
     def run(self, batch: Batch[Any]) -> torch.Tensor:
         """One forward pass; the passes of several threads take turns. Raises InputError in a forked process.
@@ -346,7 +344,9 @@ class Engine:
             logits = self._forward(planned.batch)
         self.stats.passed(start, self._clock(), prompts or [1] * answers, prefill=bool(prompts))
         planned.take(logits, given, self.stats)
-        self._books.scheduler.measured(answers, sum(prompts), self._clock() - start)
+        took_s = self._clock() - start
+        with self._books.open() as scheduler:
+            scheduler.measured(answers, sum(prompts), took_s)
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._process:  # before anything that waits for a thread which the fork has left behind
