@@ -33,12 +33,13 @@ from tests.tee.policies import policy, policy_text
 from tests.tee.statements import RECEIPT_KEY, statement
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
-from benchmarks.soak import server
 from tsqp.bench.completions import DATA, DONE
+from tsqp.bench.server_process import ServerProcess
 from tsqp.tee.collateral import Directory
 from tsqp.tee.evidence import Evidence, Quote, make_evidence, read_evidence
 from tsqp.tee.verification import Roots, spki_sha256, verify_connection
 
+SERVER = ("--evidence", "none", "--kv-memory", "64MiB")
 VERIFICATIONS = 100
 FIRST_TOKENS = 8
 ANSWER_TOKENS = 48
@@ -58,8 +59,8 @@ def main() -> None:
     console = Console()
     verified = {kind: verification_s(kind) for kind in ("tdx", "sgx", "sev-snp")}
     console.print("verification, ms", {kind: round(s * 1e3, 2) for kind, s in verified.items()})
-    with server("--model", options.model, "--protection", options.protection, "--evidence", "none") as (ready, _):
-        through = proxied(ready, options)
+    with ServerProcess("--model", options.model, "--protection", options.protection, *SERVER) as server:
+        through = proxied(server, options)
     console.print(through)
     result = {
         "benchmark": "attestation",
@@ -113,15 +114,15 @@ def evidence(kind: str, certificate: bytes) -> Evidence:
     return make_evidence(given, quote, RECEIPT_KEY, certificate, NOW)
 
 
-def proxied(ready: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def proxied(server: ServerProcess, options: argparse.Namespace) -> dict[str, Any]:
     """The server itself and the proxy, in alternation."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "policy.toml")
         served = {"model-digests": "any", "protections": [options.protection]}
         path.write_text(policy_text(["none"], server=served))
-        with proxy(ready["address"], path) as address:
-            places = {"direct": ready["address"] + "/v1", "proxy": address}
-            return asyncio.run(compared(places, ready["model"], options))
+        with proxy(server.address, path) as address:
+            places = {"direct": server.address + "/v1", "proxy": address}
+            return asyncio.run(compared(places, server.model, options))
 
 
 @contextmanager
