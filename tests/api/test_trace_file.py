@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.commands import Result
 from tests.conftest import StartWorker
 from tsqp import LLM, ComputeConfig, SamplingParams
-from tsqp.api.trace_file import communication_share, events, lanes, worker_spans
+from tsqp.api.trace_file import _without, communication_share, events, lanes, worker_spans
 from tsqp.trusted.trace import Trace
 
 TINY = "synthetic:tiny"
@@ -92,6 +94,22 @@ def test_a_lie_about_stages_stays_within_its_call(stages: tuple[tuple[int, int],
     found = [span for lane in lanes(trace) if lane.title.endswith("as it says") for span in lane.spans]
     assert len(found) == 3
     assert all(1.0 <= span.start_s <= span.end_s <= 2.0 for span in found)
+
+
+@given(*2 * [st.lists(st.integers(0, 60), unique=True, max_size=24)])
+def test_what_is_left_of_intervals_is_what_no_other_covers(kept: list[int], removed: list[int]) -> None:
+    def disjoint(edges: list[int]) -> list[tuple[float, float]]:
+        ordered = sorted(edges)
+        return list(zip(ordered[::2], ordered[1::2], strict=False))
+
+    def covered(intervals: Sequence[tuple[float, float]]) -> set[int]:
+        return {unit for start, end in intervals for unit in range(int(start), int(end))}
+
+    one, other = disjoint(kept), disjoint(removed)
+    left = _without(one, other)
+    assert covered(left) == covered(one) - covered(other)
+    assert all(start < end for start, end in left)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(left))
 
 
 def test_a_trace_with_nothing_in_it() -> None:

@@ -171,12 +171,13 @@ def _without(kept: Sequence[Interval], removed: Sequence[Interval]) -> list[Inte
     for start, end in kept:
         while first < len(removed) and removed[first][1] <= start:
             first += 1
-        for other_start, other_end in removed[first:]:
-            if other_start >= end:
-                break
+        at = first
+        while at < len(removed) and removed[at][0] < end:
+            other_start, other_end = removed[at]
             if other_start > start:
                 left.append((start, other_start))
             start = max(start, other_end)
+            at += 1
         if start < end:
             left.append((start, end))
     return left

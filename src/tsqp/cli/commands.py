@@ -106,7 +106,7 @@ def generate(
         console = _stderr()
         announce(llm, console)
         warn_of_argument(prompt, run.protection, console)
-        if output.stats or output.trace is not None:
+        if output.trace is not None:
             llm.stats.trace = Trace()
         prompt_tokens = len(llm.encode(text, raw=raw, **arguments))
         deltas = shown_until_first(

@@ -112,6 +112,7 @@ class OutputOptions:
 
     stats: Annotated[bool, Parameter(help="Print where time and bytes went.")] = False
     trace: Annotated[
-        Path | None, Parameter(help="Write what happened when to this file, for https://ui.perfetto.dev.")
+        Path | None,
+        Parameter(help="Write what happened when to this file, for https://ui.perfetto.dev. It makes decoding slower."),
     ] = None
     json: Annotated[bool, Parameter(help="Print one JSON object as the last line instead of streaming text.")] = False

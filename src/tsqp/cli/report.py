@@ -98,8 +98,8 @@ def guard_lines(found: dict[str, object]) -> list[str]:
     if "pads_used" in found:
         drained = found["pads_drained_s"]
         left = f" ({drained:.1f} s at this speed)" if isinstance(drained, float) else ""
-        prompt = f"{found['pads_ready_prompt']} of {found['pads_ahead']} tokens of a prompt"
-        ready = f"{prompt}, {found['pads_ready']} of an answer"
+        prompt = f"{found['pads_ready_prompt']} tokens of a prompt ({found['pads_ahead']} are wanted)"
+        ready = f"{prompt} or {found['pads_ready']} of an answer"
         made = f"{found['pads_missed']} of them made on the spot"
         lines.append(f"pads: {found['pads_used']} rows used, {made}; ready for {ready}{left}")
     return [*lines, f"model digest {found['model_digest']}"]
