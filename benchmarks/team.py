@@ -21,11 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 from benchmarks.machine import RESULTS, add_dirty_ok, check_tree, machine
 from tsqp import LLM, ComputeConfig, WorkerConfig
 from tsqp.api.config import GuardConfig
-from tsqp.api.places import Dialled, Place, Standing
+from tsqp.api.parties import Channels
+from tsqp.api.places import Dial, Dialled, Place, Standing
+from tsqp.api.plan import Plan
 from tsqp.api.until import Until
 from tsqp.bench.pads import fill, pads_of
 from tsqp.checkpoint import locate, open_checkpoint
@@ -64,7 +67,7 @@ def main() -> None:
             columns, threads = TEAMS[name]
             shards = [f"0..{layers}{part}" for part in columns]
             addresses = [stack.enter_context(worker(options.model, shard, threads)) for shard in shards]
-            runs[name] = stack.enter_context(TeamLLM(options.model, addresses, shards))
+            runs[name] = stack.enter_context(team_llm(options.model, addresses, shards))
         for _ in range(options.runs):
             for name, llm in runs.items():
                 keep_least(least[name], measured(llm, options.steps, rows))
@@ -100,25 +103,24 @@ def worker(model: str, shard: str, threads: int) -> Iterator[str]:
             process.terminate()
 
 
-class TeamLLM(LLM):
+def team_llm(model: str, addresses: Sequence[str], shards: Sequence[str]) -> LLM:
     """A masked run with these workers, the plain way."""
+    guard = GuardConfig(pads_ahead=512, pad_memory=1 << 30, compiled_step=False)
+    compute = ComputeConfig(threads=1, prefill_chunk=512, micro_batches=1)
 
-    def __init__(self, model: str, addresses: Sequence[str], shards: Sequence[str]) -> None:
-        self._team = list(zip(addresses, shards, strict=True))
-        guard = GuardConfig(pads_ahead=512, pad_memory=1 << 30, compiled_step=False)
-        compute = ComputeConfig(threads=1, prefill_chunk=512, micro_batches=1)
-        super().__init__(model, worker=WorkerConfig(addresses[0]), guard=guard, compute=compute)
+    def places(plan: Plan, model: str, channels: Channels) -> list[Place]:
+        return [TeamPlace(channels.to_worker, list(zip(addresses, shards, strict=True)))]
 
-    def _places(self, model: str) -> list[Place]:
-        return [TeamPlace(self)]
+    with patch("tsqp.api.open_model.worker_places", places):
+        return LLM(model, worker=WorkerConfig(addresses[0]), guard=guard, compute=compute)
 
 
 class TeamPlace(Standing):
-    """All workers of a run."""
+    """All workers of a run, each with its shard."""
 
-    def __init__(self, llm: TeamLLM) -> None:
-        super().__init__("team", llm._dial)
-        self._workers = llm._team
+    def __init__(self, dial: Dial, workers: Sequence[tuple[str, str]]) -> None:
+        super().__init__("team", dial)
+        self._workers = workers
 
     def dial(self, until: Until) -> Sequence[Dialled]:
         return [Dialled(self._dial(address, None), Shard.parse(shard)) for address, shard in self._workers]

@@ -49,7 +49,7 @@ def _this_process_stays_as_it_is() -> Iterator[None]:
     For the whole session: a fixture of a module comes before those of a test, and may make a private LLM.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tsqp.api.llm.harden_process", lambda: Hardening(undumpable=True, no_core=True))
+        patch.setattr("tsqp.api.open_model.harden_process", lambda: Hardening(undumpable=True, no_core=True))
         yield
 
 

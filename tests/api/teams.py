@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -16,7 +17,9 @@ from tests.families import tiny_model
 from tests.trusted.guard.hostile import AnyProduct, Attack, HostileWorker, serving
 from tsqp import LLM, WorkerConfig
 from tsqp.api.config import GuardConfig, ProtectionName
+from tsqp.api.parties import Channels
 from tsqp.api.places import Dialled, Place, Standing
+from tsqp.api.plan import Plan
 from tsqp.api.until import Until
 from tsqp.audit.capture import Capture
 from tsqp.checkpoint import open_checkpoint
@@ -108,16 +111,12 @@ class Scene:
         """A run with all of them."""
         worker = WorkerConfig(self.address(0), deadline_s=deadline_s, patience_s=patience_s)
         guard = options.pop("guard", GuardConfig(pads_ahead=0) if mode == "masked" else None)
-        return _TeamLLM(MODEL, self, protection=mode, worker=worker, guard=guard, connect=self.connect, **options)
 
+        def places(plan: Plan, model: str, channels: Channels) -> list[Place]:
+            return [_TeamPlace(self, channels.to_worker)]
 
-class _TeamLLM(LLM):
-    def __init__(self, model: str, scene: Scene, **options: Any) -> None:
-        self._scene = scene
-        super().__init__(model, **options)
-
-    def _places(self, model: str) -> list[Place]:
-        return [_TeamPlace(self._scene, self._dial)]
+        with patch("tsqp.api.open_model.worker_places", places):
+            return LLM(MODEL, protection=mode, worker=worker, guard=guard, connect=self.connect, **options)
 
 
 class _TeamPlace(Standing):

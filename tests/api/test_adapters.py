@@ -131,7 +131,7 @@ def test_an_unknown_adapter_is_refused_with_those_there_are(llm: LLM) -> None:
 def test_what_cannot_be_used_is_refused_before_a_worker_starts(
     paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqp.api.llm.LocalWorker", None)
+    monkeypatch.setattr("tsqp.api.parties.LocalWorker", None)
     other = write_adapter(tmp_path / "other", tiny_model("phi3"), targets=("o_proj",))
     (other / "adapter_config.json").write_text((paths["books"] / "adapter_config.json").read_text())
     for given, kind in (("/nowhere/at-all", CheckpointNotFound), (str(other), CorruptCheckpoint)):

@@ -24,7 +24,7 @@ from tests.trusted.guard.hostile import edited, serve, serving
 from tests.trusted.guard.scan import shared_pads
 from tests.trusted.step_runs import RecordingWorker
 from tsqp import LLM, AsyncLLM, Completion, SamplingParams, WorkerConfig
-from tsqp.api import async_llm, dialling, private_sessions, rosters
+from tsqp.api import async_llm, dialling, parties, private_sessions
 from tsqp.api.private_sessions import PrivateSessions
 from tsqp.api.roster_place import RosterPlace
 from tsqp.api.worker_state import WorkerState
@@ -238,7 +238,7 @@ def test_a_replica_that_says_nothing_is_done_without(
         return greet(sessions, channel, stats, digests, handshake_s, **options)
 
     monkeypatch.setattr(PrivateSessions, "open", opened)
-    monkeypatch.setattr(rosters, "RosterPlace", partial(RosterPlace, shuffle=lambda members: None))
+    monkeypatch.setattr(parties, "RosterPlace", partial(RosterPlace, shuffle=lambda members: None))
     with team(Silent(teams.store_of(WHOLE)), teams.TeamWorker(teams.store_of(WHOLE))) as addresses:
         roster.names(*(Member(addresses[number], WHOLE) for number in order))
         with LLM(teams.MODEL, worker=roster.address) as llm:

@@ -106,8 +106,8 @@ def test_no_rule_names_a_field_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_the_rules_are_asked_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
-    monkeypatch.setattr("tsqp.api.llm.LocalWorker", lambda *a, **k: started.append(a))
-    monkeypatch.setattr("tsqp.api.llm.locate", started.append)
+    monkeypatch.setattr("tsqp.api.parties.LocalWorker", lambda *a, **k: started.append(a))
+    monkeypatch.setattr("tsqp.api.open_model.locate", started.append)
     with pytest.raises(OptionError, match=r"leave out compute\.partition"):
         LLM("default", compute=ComputeConfig("op"), announce=started.append)
     assert started == []

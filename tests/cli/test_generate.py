@@ -111,8 +111,6 @@ def test_the_warning_comes_even_when_nothing_else_does(
 
 
 def test_the_warning_comes_before_a_worker_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tsqp.api.llm
-
     order: list[str] = []
 
     def stop(name: str) -> Any:
@@ -122,7 +120,7 @@ def test_the_warning_comes_before_a_worker_is_started(monkeypatch: pytest.Monkey
 
         return stopped
 
-    monkeypatch.setattr(tsqp.api.llm, "locate", stop("fetch"))
+    monkeypatch.setattr("tsqp.api.open_model.locate", stop("fetch"))
     with pytest.raises(TsqpError, match="fetch"):
         LLM("default", protection="open", announce=lambda plan: order.append(plan.protection.name))
     assert order == ["open", "fetch"]

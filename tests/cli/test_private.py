@@ -40,7 +40,7 @@ def hardened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("hardened")
         return Hardening(undumpable=True, no_core=True)
 
-    monkeypatch.setattr("tsqp.api.llm.harden_process", harden)
+    monkeypatch.setattr("tsqp.api.open_model.harden_process", harden)
     return calls
 
 
@@ -123,7 +123,7 @@ def test_the_same_answer_in_both_private_modes(start_worker: StartWorker) -> Non
 def test_pads_that_could_never_be_are_refused(
     tsqp: Command, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], words: str
 ) -> None:
-    monkeypatch.setattr("tsqp.api.llm.LocalWorker", None)  # nothing is started
+    monkeypatch.setattr("tsqp.api.parties.LocalWorker", None)  # nothing is started
     result = tsqp("generate", "hello", *RUN, *flags)
     assert result.code == 2
     assert words in result.error

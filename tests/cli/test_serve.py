@@ -31,7 +31,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture
 def _nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tsqp.api.llm.LocalWorker", None)
+    monkeypatch.setattr("tsqp.api.parties.LocalWorker", None)
     monkeypatch.setattr("tsqp.server.run.write_logs", lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""The lines of a run: how its worker is dialled, and its dealers, whose errors say that they are about a dealer.
+"""The dealers of a run: with which keys each is dialled. Errors of their lines say that they are about a dealer.
 
 Covers: an error of a dealer's line says so (tests/api/test_dealer.py); of a roster of dealers none is dialled that is
 in the roster of the workers too, or whose line others may read (tests/api/test_dealer_roster.py). Does not cover: which

@@ -121,6 +121,11 @@ class Supervisor:
         """The last one that there was, which may have ended; None while there is none."""
         return self._link
 
+    def products_checked(self) -> int:
+        """How many, over this link and those before; 0 while there is none."""
+        guard = None if self._link is None else self._link.guard
+        return 0 if guard is None else guard.counted()["products_checked"]
+
     def decoder(self) -> PassDecoder:
         """See Line. Raises ChannelError, CheckpointError and PadError."""
         link = self._link

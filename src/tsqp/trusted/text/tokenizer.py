@@ -109,10 +109,14 @@ class Tokenizer:
         No character of the text becomes a control token. Raises PromptError as ``encode_chat`` does, and for
         ``template_args`` without a template.
         """
-        if self._template is not None or template_args:
+        if self.makes_turns(template_args):
             return self.encode_chat([{"role": "user", "content": text}], **template_args)
         _refuse_surrogates(text)
         return self._without_template.encode(Traced(text), special_tokens=True)
+
+    def makes_turns(self, template_args: Mapping[str, object]) -> bool:
+        """Whether ``encode_prompt`` puts a text into a template, or tries to, as the user's turn."""
+        return self._template is not None or bool(template_args)
 
     def encode_chat(self, messages: Messages, /, **template_args: object) -> list[int]:
         """Token ids of a conversation in the model's template, ready for the assistant's answer.
