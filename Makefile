@@ -28,7 +28,7 @@ NPM := npm --prefix conformance/node --ignore-scripts --no-audit --no-fund --omi
 .PHONY: run test test-slow test-all check coverage mutants latest lock conformance conformance-lock bench gpu-check gpu-bundle wheel sbom sbom-lock image clean
 
 run: .venv/.runtime  ## ask the default model a question; the worker sees noise (masked, the default)
-	$(BIN)/tsqp generate "What is the capital of France?" --max-tokens 64 --stats
+	echo "What is the capital of France?" | $(BIN)/tsqp generate - --max-tokens 64 --stats
 
 test: .venv/.dev  ## the test suite, in random order, without what takes long
 	$(PYTEST) -m "not slow"
@@ -109,6 +109,8 @@ clean:
 	rm -rf .venv .venv-conformance .venv-latest .venv-lock .venv-sbom .gpu-wheels conformance/node/node_modules dist build
 
 .venv/bin/python .venv-conformance/bin/python .venv-latest/bin/python .venv-sbom/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or later: name one that is, as in make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D:/bin=) || { rm -rf $(@D:/bin=); exit 1; }
 
 .venv/.runtime: pyproject.toml constraints.txt requirements/run.lock | .venv/bin/python

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -172,6 +173,11 @@ def test_hosts_are_compared_without_regard_to_case(tmp_path: Path) -> None:
 def test_what_is_no_address_is_refused() -> None:
     with pytest.raises(AddressError, match="http"):
         check(RunConfig(guard=GuardConfig(pad_source="dealer=http://x")))
+    for address in ("http://a:1", "foo", "tcp://x", "shm://", "roster:relative"):
+        with pytest.raises(AddressError, match=re.escape(repr(address))):
+            check(RunConfig(worker=WorkerConfig(address)))
+    with pytest.raises(AddressError, match="'foo'"):
+        check(RunConfig(worker=WorkerConfig(("shm:///run/a.sock", "foo"))))
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 514, 516])

@@ -124,7 +124,7 @@ def test_dirty_ok_writes_a_result_that_says_so(tsqp: Command, tmp_path: Path, mo
 @pytest.mark.parametrize("dirty_ok", [False, True])
 def test_without_a_commit_nothing_is_written(dirty_ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "commit", lambda: "unknown")
-    with pytest.raises(OptionError, match="not a git checkout"):
+    with pytest.raises(OptionError, match="not that of a git checkout"):
         tree.check_tree(dirty_ok=dirty_ok)
 
 

@@ -98,7 +98,9 @@ def test_tees_are_told_apart(tmp_path: Path, path: str, content: str, name: str)
 def test_models_are_listed(tsqp: Command) -> None:
     names = {model["model"] for model in json.loads(tsqp("model", "list", "--json").out)}
     assert names == {"default", *(f"synthetic:{name}" for name in SHAPES)}
-    assert "synthetic:llama-3.2-1b" in tsqp("model", "list").out
+    lines = tsqp("model", "list").out.splitlines()
+    assert any(line.startswith("synthetic:llama-3.2-1b ") for line in lines)
+    assert len({line.index("random weights") for line in lines if "random weights" in line}) == 1
 
 
 def test_a_model_is_described(tsqp: Command) -> None:
@@ -107,6 +109,10 @@ def test_a_model_is_described(tsqp: Command) -> None:
     assert info["architecture"] == "qwen2"
     assert info["fingerprint"] == open_checkpoint(str(model.directory)).fingerprint()
     assert info["calls_per_pass"] == {"op": 20, "batched": 14, "linear": 9, "layer": 4}
+    for_a_person = dict(line.split(maxsplit=1) for line in tsqp("model", "info", model.directory).out.splitlines())
+    assert for_a_person["calls_per_pass"] == "op 20, batched 14, linear 9, layer 4"
+    assert (for_a_person["sliding_window"], for_a_person["not_used"]) == ("none", "none")
+    assert for_a_person["tied_embeddings"] == ("yes" if info["tied_embeddings"] else "no")
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])

@@ -77,9 +77,9 @@ def test_memory_is_a_size_as_for_every_command(memory: str, tsqp: Command) -> No
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("--link", "fast"), "'fast' is not a rate such as 100Gbit"),
+        (("--link", "fast"), "--link is a rate such as 100Gbit, and not 'fast'"),
         (("--link", "0Gbit"), "--link must be more than 0"),
-        (("--rtt", "1 parsec"), "'1 parsec' is not a time such as 0.1ms"),
+        (("--rtt", "1 parsec"), "--rtt is a time such as 0.1ms, and not '1 parsec'"),
         (("--workers", "7", "--columns", "2"), "7 workers do not make such a team"),
         (("--worker-memory", "1GB"), "a worker holds"),
         (("--device", "h100"), "--device h100 was not measured: use cpu, h200"),
@@ -97,6 +97,7 @@ def test_memory_is_a_size_as_for_every_command(memory: str, tsqp: Command) -> No
         (("--worker-memory", "0GB"), "--worker-memory must be more than 0"),
         (("--worker-cores", "0"), "--worker-cores must be at least 1, not 0"),
         (("--model", "synthetic:none"), "no synthetic model"),
+        (("--model", "71b"), "or one of the shapes 1b, 8b, 70b, 405b"),
         (
             ("--constants", "/nowhere.json"),
             "--constants /nowhere.json: No such file or directory; give a file that tsqp bench constants",

@@ -167,15 +167,15 @@ def _weights(name: str) -> tuple[int, int]:
 
 
 def test_units() -> None:
-    assert parse_rate("100Gbit") == 12.5e9
-    assert parse_rate("2.5 gbit/s") == 312.5e6
-    assert parse_seconds("0.1ms") == pytest.approx(1e-4)
+    assert parse_rate("100Gbit", "--link") == 12.5e9
+    assert parse_rate("2.5 gbit/s", "--link") == 312.5e6
+    assert parse_seconds("0.1ms", "--rtt") == pytest.approx(1e-4)
     assert (size_text(1234), size_text(5), size_text(7.5e9)) == ("1.23 kB", "5 B", "7.5 GB")
     assert rate_text(12.5e9) == "100 Gbit/s"
     assert (seconds_text(0.0001), seconds_text(0.05), seconds_text(2)) == ("100 µs", "50 ms", "2 s")
     for text in ("100", "Gbit", "-1Gbit", "1e9Gbit", "1 Gbyte", "x" * 99, "1ms"):
-        with pytest.raises(OptionError):
-            parse_rate(text)
+        with pytest.raises(OptionError, match=r"^--link is a rate such as 100Gbit, and not '"):
+            parse_rate(text, "--link")
 
 
 def test_the_constants_of_the_package_are_whole() -> None:

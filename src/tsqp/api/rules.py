@@ -365,6 +365,8 @@ def check(run: RunConfig) -> None:
         refused = unused(rule, choices, given.items())
         if refused:
             raise leave_out(rule, choices, refused)
+    for address in run.worker.addresses:
+        _where(address)  # now, and not once a model was read
     for conflict in CONFLICTS:
         if conflict.broken(run):
             raise OptionError(conflict.says, fields=conflict.fields)

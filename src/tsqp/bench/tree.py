@@ -37,8 +37,8 @@ def check_tree(*, dirty_ok: bool) -> None:
     name = commit()
     if name == UNKNOWN:
         raise OptionError(
-            "--results: this is not a git checkout of tsqp, so no commit would name what was measured; "
-            "--json prints the result"
+            "results are kept where a commit names what was measured, and the tsqp that runs is not that of a git "
+            "checkout: use the one that make installs there (benchmarks but for all also run without --results)"
         )
     if name.endswith(DIRTY) and not dirty_ok:
         raise OptionError(

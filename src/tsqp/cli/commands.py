@@ -221,8 +221,9 @@ def list_models(*, json_output: Json = False) -> None:
     if json_output:
         _write(json.dumps(models) + "\n")
         return
+    width = max(len(model["model"]) for model in models)
     for model in models:
-        _write(f"{model['model']:28} {model['state']}\n")
+        _write(f"{model['model']:{width}}  {model['state']}\n")
 
 
 @model_app.command
@@ -266,7 +267,7 @@ def info(
     model
         As for --model, or the directory of an adapter.
     """
-    from tsqp.cli.models import describe
+    from tsqp.cli.models import describe, in_words
     from tsqp.progress_bar import progress_bar
 
     with progress_bar(_stderr(), silent=json_output) as progress:
@@ -275,7 +276,7 @@ def info(
         _write(json.dumps(description) + "\n")
         return
     for key, value in description.items():
-        _write(f"{key:20} {value}\n")
+        _write(f"{key:20} {in_words(value)}\n")
 
 
 @model_app.command

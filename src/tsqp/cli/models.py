@@ -79,6 +79,17 @@ def describe(
     }
 
 
+def in_words(value: object) -> str:
+    """A value of a description, for a person."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
 def describe_adapter(directory: Path, *, digest: bool) -> dict[str, Any]:
     """What a LoRA adapter is, whatever model it is for. Raises CheckpointError, OptionError."""
     if digest:

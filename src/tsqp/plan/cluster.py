@@ -39,12 +39,12 @@ class Link:
                 if value is not None:
                     raise OptionError(f"{flag} is for a link that is not shm: leave it out, or give a rate with --link")
             return cls(None)
-        bytes_per_s = parse_rate(rate)
+        bytes_per_s = parse_rate(rate, "--link")
         if bytes_per_s <= 0:
             raise OptionError("--link must be more than 0")
         if loss is not None and not 0 <= loss < 1:
             raise OptionError(f"--loss must be at least 0 and below 1, not {loss}")
-        return cls(bytes_per_s, parse_seconds(DEFAULT_RTT if rtt is None else rtt), bool(plain), loss or 0.0)
+        return cls(bytes_per_s, parse_seconds(DEFAULT_RTT if rtt is None else rtt, "--rtt"), bool(plain), loss or 0.0)
 
     @property
     def transport(self) -> TransportKind:

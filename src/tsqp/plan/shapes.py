@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tsqp.checkpoint.synthetic import SHAPES
 from tsqp.config.model import ModelConfig
+from tsqp.errors import CheckpointNotFound
 
 NAMES = {"1b": "llama-3.2-1b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b", "405b": "llama-3.1-405b"}
 
@@ -17,4 +18,7 @@ def shape_of(model: str) -> ModelConfig:
     from tsqp.checkpoint import open_checkpoint
     from tsqp.checkpoint.open import locate_here
 
-    return open_checkpoint(locate_here(model)).config
+    try:
+        return open_checkpoint(locate_here(model)).config
+    except CheckpointNotFound as error:
+        raise CheckpointNotFound(f"{error}; or one of the shapes {', '.join(NAMES)}") from None

@@ -11,20 +11,20 @@ _TIMES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _SIZE_NAMES, _RATE_NAMES = ("B", "kB", "MB", "GB", "TB"), ("bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s")
 
 
-def parse_rate(text: str) -> float:
-    """Bytes a second of ``100Gbit``. Raises OptionError."""
-    return _parse(text.removesuffix("/s"), _RATES, "a rate such as 100Gbit") / 8
+def parse_rate(text: str, option: str) -> float:
+    """Bytes a second of ``100Gbit``. Raises OptionError, which names the option."""
+    return _parse(text.removesuffix("/s"), _RATES, f"{option} is a rate such as 100Gbit") / 8
 
 
-def parse_seconds(text: str) -> float:
-    """Seconds of ``0.1ms``. Raises OptionError."""
-    return _parse(text, _TIMES, "a time such as 0.1ms")
+def parse_seconds(text: str, option: str) -> float:
+    """Seconds of ``0.1ms``. Raises OptionError, which names the option."""
+    return _parse(text, _TIMES, f"{option} is a time such as 0.1ms")
 
 
 def _parse(text: str, units: dict[str, float], meant: str) -> float:
     found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([A-Za-zµ]{1,4})", text.strip())
     if found is None or found[2].lower() not in units:
-        raise OptionError(f"{text[:40]!a} is not {meant}")
+        raise OptionError(f"{meant}, and not {text[:40]!a}")
     return float(found[1]) * units[found[2].lower()]
 
 
