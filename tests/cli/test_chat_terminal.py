@@ -24,6 +24,21 @@ def chat(home: Home) -> Iterator[Screen]:
         yield screen
 
 
+def test_what_is_typed_while_the_model_loads_is_sent(home: Home) -> None:
+    """The terminal itself has taken the Enter by then, as a line feed, which begins a new line where keys are read."""
+    chat_model()
+    with chat(home) as screen:
+        screen.type(b"hello\r")
+        screen.until(rb"/help says")
+        screen.until(HAS_READ)
+        screen.until(rb".{40}")
+        screen.type(CTRL_C)
+        screen.until(rb"stopped")
+        screen.until(READS)
+        screen.type(CTRL_D)
+        assert screen.ended() == 0
+
+
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(home: Home) -> None:
     chat_model()  # made here and not in the child
     with chat(home) as screen:

@@ -8,6 +8,8 @@ Does not cover: keeping the history. It is in memory alone, because prompts are 
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import signal
 import sys
 import threading
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import Output
 
+MOST_TYPED = 1 << 16  # of a line that a terminal gives; Linux keeps 4,096 bytes of one
 REPLACED = "\N{REPLACEMENT CHARACTER}"  # in place of a control character, with which an answer could move the cursor
 
 
@@ -119,16 +122,20 @@ class Screen(Lines):
         self.note("/help says what can be typed here; Ctrl-D ends")
 
     async def read(self) -> str | None:
+        typed = "" if self._source is not None else _typed_ahead()
+        if typed is None:
+            return None
         while True:
             try:
-                return await self._session.prompt_async()
+                return await self._session.prompt_async(default=typed, accept_default=bool(typed))
             except KeyboardInterrupt:
+                typed = ""
                 self.note("Ctrl-D or /exit ends the chat")
             except EOFError:
                 return None
 
     def write(self, text: str) -> None:
-        super().write("".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else REPLACED for c in text))
+        super().write(_without_controls(text))
 
     def pause(self, text: str) -> None:
         self.status(None)
@@ -177,6 +184,24 @@ def terminal_for(console: Console) -> Lines:
     from prompt_toolkit.output import create_output
 
     return Screen(console, sink=create_output(sys.stderr))  # the answers alone go where they were sent
+
+
+def _typed_ahead() -> str | None:
+    """Lines that were typed before anybody asked for one, as one text; None where Ctrl-D was. They were sent by Enter.
+
+    The terminal has made a line feed of each Enter, which would begin a new line here instead.
+    """
+    typed, descriptor = b"", sys.stdin.fileno()
+    while select.select([descriptor], [], [], 0)[0]:  # a whole line, as long as nobody edits it here
+        line = os.read(descriptor, MOST_TYPED)
+        if not line:
+            return _without_controls(typed.decode(errors="replace")).rstrip("\n") or None
+        typed += line
+    return _without_controls(typed.decode(errors="replace")).rstrip("\n")
+
+
+def _without_controls(text: str) -> str:
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else REPLACED for c in text)
 
 
 def _keys() -> KeyBindings:
