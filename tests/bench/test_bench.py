@@ -13,6 +13,7 @@ from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tsqp import LLM, ComputeConfig
 from tsqp.bench.origin import MIB, OriginClient, origin_traffic
+from tsqp.bench.pads import PadsReady
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.synthetic import SHAPES
 
@@ -59,6 +60,23 @@ def test_split(phase: str, tsqp: Command, tmp_path: Path) -> None:
     assert is_measured(result)
     assert is_picture(plot)
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_what_is_measured_has_no_trace(tsqp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would turn compiled steps off."""
+    traced: list[bool] = []
+    run = PadsReady.run
+
+    def noting(self: PadsReady, prompt: list[int], steps: int) -> tuple[float, float]:
+        traced.append(self._llm.stats.trace is not None)
+        return run(self, prompt, steps)
+
+    monkeypatch.setattr(PadsReady, "run", noting)
+    options = ("--protection", "masked", "--peer", "none", "--tokens", 5, "--steps", 2, "--runs", 2, "--threads", 1)
+    found = tsqp("bench", "decode", "-m", TINY, *options, "--json")
+    assert found.code == 0, found.err
+    assert traced == [False, False, False, True]
+    assert 0 < found.json["communication_share"] < 1
 
 
 def test_split_without_a_peer_or_a_worker(tsqp: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,9 +28,11 @@ from tests.bench.results import QUICK, TINY, is_measured, is_picture
 from tests.commands import Result
 from tests.families import FAMILIES, random_tokens, tiny_model
 from tsqp import LLM, ComputeConfig, SamplingParams
+from tsqp.api.config import RunConfig
 from tsqp.bench import gguf_copy as copies
 from tsqp.bench import llama_cpp, llama_server
 from tsqp.bench.gguf_copy import gguf_copy, write_gguf
+from tsqp.bench.installed_peers import llama_cpp_peers, transformers_peer
 from tsqp.bench.latency import Answer, rate_together
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.workload import Workload
@@ -317,3 +320,19 @@ def test_a_missing_package_is_named(peer: str, package: str, tsqp: Command, monk
     result = tsqp("bench", "prefill", "-m", TINY, "--peer", peer, *QUICK)
     assert result.code == 2
     assert f"needs {package}: pip install 'tsqp[bench]'" in result.error
+
+
+def test_a_measurement_without_a_peer_says_what_would_add_it(tsqp: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    missing = ("transformers", "xllamacpp")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in missing else find(name, *more))
+    result = tsqp("bench", "prefill", "-m", TINY, "--tokens", 5, *QUICK)
+    assert (result.code, result.json["peer"]) == (0, None)
+    assert "without transformers: pip install 'tsqp[bench]' adds it\n" in result.err
+    with ExitStack() as stack:
+        told = io.StringIO()
+        console = Console(file=told)
+        run, work = RunConfig(TINY), Workload(5, 0, 1)
+        assert transformers_peer(run, stack, console) is None
+        assert llama_cpp_peers(run, work, 1, stack, console) == []
+        assert told.getvalue().count("adds it") == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -12,8 +11,7 @@ from tsqp.api.config import RunConfig
 from tsqp.bench.device import first_device
 from tsqp.bench.gguf_copy import MATRICES
 from tsqp.bench.llama_cpp import LlamaCppPeer
-from tsqp.bench.names import PEER_PACKAGES
-from tsqp.bench.peer import TransformersPeer
+from tsqp.bench.peer import TransformersPeer, is_installed, say_missing
 from tsqp.bench.workload import Workload
 from tsqp.checkpoint import locate
 from tsqp.config.dtype import PlainDtype
@@ -25,10 +23,12 @@ LLAMA_CPP_DTYPES: tuple[PlainDtype, ...] = ("bfloat16", "int8")
 
 def transformers_peer(run: RunConfig, stack: ExitStack, console: Console) -> TransformersPeer | None:
     """transformers in bfloat16, on the worker's device; it is closed with ``stack``."""
-    if importlib.util.find_spec("transformers") is not None:
-        device, threads = first_device(run.worker.device), run.compute.threads or cores()
-        with _left_out_if_unsupported("transformers", console):
-            return stack.enter_context(TransformersPeer(locate(run.model), "bfloat16", device, threads))
+    if not is_installed("transformers"):
+        say_missing("transformers", console)
+        return None
+    device, threads = first_device(run.worker.device), run.compute.threads or cores()
+    with _left_out_if_unsupported("transformers", console):
+        return stack.enter_context(TransformersPeer(locate(run.model), "bfloat16", device, threads))
     return None
 
 
@@ -40,11 +40,15 @@ def llama_cpp_peers(
     Its package is for the CPU, so there are none where the worker is elsewhere.
     """
     found = list[LlamaCppPeer]()
-    if run.worker.device == "cpu" and importlib.util.find_spec(str(PEER_PACKAGES["llama.cpp"])) is not None:
-        model, threads = locate(run.model), run.compute.threads or cores()
-        for dtype in LLAMA_CPP_DTYPES:
-            with _left_out_if_unsupported(f"llama.cpp {MATRICES[dtype].name}", console):
-                found.append(stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=slots)))
+    if run.worker.device != "cpu":
+        return found
+    if not is_installed("llama.cpp"):
+        say_missing("llama.cpp", console)
+        return found
+    model, threads = locate(run.model), run.compute.threads or cores()
+    for dtype in LLAMA_CPP_DTYPES:
+        with _left_out_if_unsupported(f"llama.cpp {MATRICES[dtype].name}", console):
+            found.append(stack.enter_context(LlamaCppPeer(model, dtype, work, threads, console, slots=slots)))
     return found
 
 

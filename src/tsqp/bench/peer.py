@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, Protocol
 
+from rich.console import Console
+
 from tsqp.api.llm import LLM
 from tsqp.bench.child import Child
 from tsqp.bench.names import PEER_PACKAGES, PeerName
@@ -16,13 +18,25 @@ from tsqp.launch.local import worker_environment
 from tsqp.trusted.engine.sampling_params import SamplingParams
 
 
-def choose_peer(name: PeerName | None) -> PeerName:
+def is_installed(name: PeerName) -> bool:
+    """Whether what a peer needs is here."""
+    needed = PEER_PACKAGES.get(name)
+    return needed is None or importlib.util.find_spec(needed) is not None
+
+
+def say_missing(name: PeerName, console: Console) -> None:
+    """That there is a measurement without this peer, and what would add it."""
+    console.print(f"without {name}: pip install 'tsqp[bench]' adds it", highlight=False, markup=False, soft_wrap=True)
+
+
+def choose_peer(name: PeerName | None, console: Console) -> PeerName:
     """The peer asked for; transformers where it is installed when nothing was. Raises OptionError."""
-    needed = PEER_PACKAGES.get(name or "transformers")
-    installed = needed is None or importlib.util.find_spec(needed) is not None
-    if name is not None and not installed:
-        raise OptionError(f"--peer {name} needs {needed}: pip install 'tsqp[bench]'")
-    return name or ("transformers" if installed else "none")
+    if name is None and not is_installed("transformers"):
+        say_missing("transformers", console)
+        return "none"
+    if name is not None and not is_installed(name):
+        raise OptionError(f"--peer {name} needs {PEER_PACKAGES[name]}: pip install 'tsqp[bench]'")
+    return name or "transformers"
 
 
 class Peer(Protocol):

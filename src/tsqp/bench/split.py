@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tsqp.api.config import RunConfig
 from tsqp.api.llm import LLM
-from tsqp.api.trace_file import write_trace
+from tsqp.api.trace_file import communication_share, write_trace
 from tsqp.bench.ceilings import ceilings, higher, model_limits, print_ceilings
 from tsqp.bench.device import check_device, first_device
 from tsqp.bench.llama_cpp import LlamaCppPeer
@@ -42,7 +42,7 @@ def bench_split(
     if not protection.checked:  # a private mode has numbers of its own
         run = replace(run, compute=replace(run.compute, dtype=benchmarked(run.compute.dtype)))
     run = with_pads(run, work.tokens + work.steps)
-    peer_name = choose_peer(peer_name)
+    peer_name = choose_peer(peer_name, console)
     threads = run.compute.threads or cores()
     computed = _computed(run)
     device = run.worker.device if protection.uses_worker and run.worker.address is None else "cpu"
@@ -57,9 +57,7 @@ def bench_split(
         ours, theirs, without_pads = Measured.empty(), Measured.empty(), Measured.empty()
         prompt = work.prompt()
         for warm in watched(range(-1, work.runs), console, f"{run.model}"):
-            trace = llm.stats.trace = Trace()
             seconds = mode.run(prompt, work.steps)
-            llm.stats.trace = None
             if drained is not None:
                 drained_seconds = drained.run(prompt, work.steps)
                 if warm >= 0:
@@ -70,7 +68,9 @@ def bench_split(
                     theirs.add(*peer_seconds, work.steps)
             if warm >= 0:
                 ours.add(*seconds, work.steps)
-                ours.add_shares(trace)
+        trace = llm.stats.trace = Trace()  # one more, since with a trace there are no compiled steps
+        mode.run(prompt, work.steps)
+        llm.stats.trace = None
         if trace_file is not None:
             write_trace(trace, trace_file)
         rates = higher(rates, ceilings(computed, str(rates["device"]), threads))
@@ -78,7 +78,7 @@ def bench_split(
         limit["prefill"] *= _products(protection)
         about = {**_about(run, llm, work), "peer_name": None if peer is None else peer.name}
     return {
-        phase: _result(phase, about, ours, theirs, without_pads, limit[phase], rates)
+        phase: _result(phase, about, ours, theirs, without_pads, communication_share(trace, phase), limit[phase], rates)
         for phase in ("prefill", "decode")
         if phase == "prefill" or work.steps
     }
@@ -154,13 +154,13 @@ def _result(
     ours: Measured,
     theirs: Measured,
     without_pads: Measured,
+    share: float | None,
     limit_s: float,
     rates: dict[str, Any],
 ) -> dict[str, Any]:
-    """The JSON object of one phase; all times in seconds, of decode for one token."""
+    """The JSON object of one phase; all times in seconds, of decode for one token. ``share``: of communication."""
     drained = getattr(without_pads, phase)
     samples, peer_samples = getattr(ours, phase), getattr(theirs, phase)
-    shares = getattr(ours, f"{phase}_share")
     seconds = statistics.median(samples)
     about = dict(about)
     peer_name = about.pop("peer_name")
@@ -174,7 +174,7 @@ def _result(
         "ratio": None if peer_s is None else seconds / peer_s,
         **({"ratio_drained": statistics.median(drained) / peer_s} if drained and peer_s is not None else {}),
         "limit_seconds": limit_s,
-        "communication_share": statistics.median(shares) if shares else None,
+        "communication_share": share,
         "all_seconds": {"ours": samples, "peer": peer_samples, **({"drained": drained} if drained else {})},
         "ceilings": rates,
         "machine": machine(),

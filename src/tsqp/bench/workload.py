@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.api.trace_file import communication_share
 from tsqp.errors import OptionError
-from tsqp.trusted.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -36,21 +34,12 @@ class Measured:
 
     prefill: list[float]
     decode: list[float]
-    prefill_share: list[float]
-    decode_share: list[float]
 
     @classmethod
     def empty(cls) -> Measured:
-        return cls([], [], [], [])
+        return cls([], [])
 
     def add(self, prefill_s: float, decode_s: float, steps: int) -> None:
         self.prefill.append(prefill_s)
         if steps:
             self.decode.append(decode_s / steps)
-
-    def add_shares(self, trace: Trace) -> None:
-        """How much of the time was communication."""
-        for passes, shares in (("prefill", self.prefill_share), ("decode", self.decode_share)):
-            share = communication_share(trace, passes)
-            if share is not None:
-                shares.append(share)
