@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,8 @@ AT_ONCE = 16
 LEAST_LOOKS = 4  # fewer do not tell what grows
 IDLE_LIMIT_S = 60.0  # from a burst's end until nothing runs or waits
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
-GROWTH_BYTES = (
-    8 << 20
-)  # of memory, over the second half of the looks: pages that what is in use shares with freed pieces
+GROWTH_BYTES = 8 << 20  # of memory in use, over the second half of the looks: pages that freed pieces lie in too
+FREED_GROWTH_BYTES = 64 << 20  # of what an allocator keeps of freed memory
 ERRORS = 2.0  # standard errors: where nothing grows, one run in forty says that memory does
 KV_MEMORY = "64MiB"  # so that caches kept for conversations have their full size soon
 WORDS = ["the", "of", "a", "river", "stone", "night", "answer", "machine", "seven", "wind", "list", "open"]
@@ -66,6 +65,7 @@ class Look:
     descriptors: int
     threads: int
     segments: int
+    freed_bytes: int = 0  # that it gave back to the system when it was told to
 
 
 @dataclass
@@ -89,7 +89,13 @@ def growth(looks: Sequence[Look]) -> list[str]:
     quarter = len(looks) // 4
     early, late = looks[quarter : 2 * quarter], looks[-quarter:]
     found = []
-    allowances = (("anonymous_bytes", tolerance(looks)), ("descriptors", 2), ("threads", 2), ("segments", 0))
+    allowances = (
+        ("anonymous_bytes", tolerance(looks)),
+        ("freed_bytes", FREED_GROWTH_BYTES),
+        ("descriptors", 2),
+        ("threads", 2),
+        ("segments", 0),
+    )
     for name, allowed in allowances:
         before, after = (statistics.median(getattr(look, name) for look in part) for part in (early, late))
         if after > before + allowed:
@@ -312,14 +318,16 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def look(self) -> Look:
-        """What it holds, without memory that was freed. Raises SystemExit where it has ended."""
+        """What it holds: memory in use, and apart from it what was freed. Raises SystemExit where it has ended."""
         if self.process.stdin is None or self.process.stdout is None:
             raise ValueError("the server's standard input and output must be pipes")
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
+        before = look_at(self.process.pid)
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(b"\n")
         if not self.process.stdout.read(1):
             raise SystemExit("the server has ended")
-        return look_at(self.process.pid)
+        after = look_at(self.process.pid)
+        return replace(after, freed_bytes=max(0, before.anonymous_bytes - after.anonymous_bytes))
 
 
 async def soak(
@@ -412,6 +420,10 @@ def serving(*options: str, environment: Mapping[str, str] | None = None) -> Iter
             yield Server(ready["address"] + "/v1", ready["metrics_address"], ready["model"], process)
         finally:
             process.terminate()
+            try:
+                process.wait(IDLE_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """``python -m benchmarks.soak_server serve OPTIONS``: the command ``tsqp``, for the soak to look at.
 
-Each byte of its standard input gives freed memory back to the system, and a byte of standard output answers. When the
-input ends, so does the server.
+Each line of its standard input gives freed memory back to the system, and an empty line of standard output answers.
+When the input ends, so does the server.
 """
 
 from __future__ import annotations

@@ -24,18 +24,28 @@ def chat(home: Home) -> Iterator[Screen]:
         yield screen
 
 
-def test_what_is_typed_while_the_model_loads_is_sent(home: Home) -> None:
-    """The terminal itself has taken the Enter by then, as a line feed, which begins a new line where keys are read."""
+def test_what_is_typed_while_the_model_loads_is_sent_line_by_line(home: Home) -> None:
+    """The terminal itself has taken each Enter by then, as a line feed, which begins a new line where keys are read."""
     chat_model()
     with chat(home) as screen:
-        screen.type(b"hello\r")
+        screen.type(b"/stats\rhel\x1b[Dlo\r")
         screen.until(rb"/help says")
+        screen.until(rb"no answer yet")
+        screen.until(rb"> he.*l")
         screen.until(HAS_READ)
         screen.until(rb".{40}")
         screen.type(CTRL_C)
         screen.until(rb"stopped")
         screen.until(READS)
         screen.type(CTRL_D)
+        assert screen.ended() == 0
+
+
+def test_ctrl_d_while_the_model_loads_ends_the_chat(home: Home) -> None:
+    chat_model()
+    with chat(home) as screen:
+        screen.type(CTRL_D)
+        screen.until(rb"/help says")
         assert screen.ended() == 0
 
 

@@ -20,7 +20,6 @@ Command = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def _nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tsqp.api.parties.LocalWorker", None)
-    monkeypatch.setattr("tsqp.api.llm.connect_to", None)
 
 
 @pytest.mark.parametrize(

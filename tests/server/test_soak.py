@@ -90,7 +90,13 @@ def test_connections_that_are_kept_are_seen(loopback: str, monkeypatch: pytest.M
 def test_what_grows_is_told() -> None:
     flat = [Look(100 << 20, 20, 9, 0)] * 8
     assert growth(flat) == []
-    for name, more in (("anonymous_bytes", 9 << 20), ("descriptors", 3), ("threads", 3), ("segments", 1)):
+    for name, more in {
+        "anonymous_bytes": 9 << 20,
+        "freed_bytes": 65 << 20,
+        "descriptors": 3,
+        "threads": 3,
+        "segments": 1,
+    }.items():
         grown = flat[:6] + [Look(**{**vars(flat[0]), name: getattr(flat[0], name) + more})] * 2
         (told,) = growth(grown)
         assert told.startswith(name)

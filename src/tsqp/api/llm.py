@@ -103,8 +103,8 @@ class LLM(OpenModel):
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         batch: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         completions: dict[int, Completion] = {}
-        encoded = [self.encode(one, raw=raw, **template_args) for one in batch]
-        go_on = [self.goes_on(one, raw=raw, **template_args) for one in batch]
+        encoded = [self.encode(prompt, raw=raw, **template_args) for prompt in batch]
+        go_on = [self.goes_on(prompt, raw=raw, **template_args) for prompt in batch]
         for index, delta in self._run(encoded, go_on, params or SamplingParams(), lora=lora, patient=True):
             if delta.completion is not None:
                 completions[index] = delta.completion

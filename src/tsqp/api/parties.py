@@ -29,7 +29,7 @@ class Channels:
     """Opens the channels of a run: ``connect`` does it, and this knows with which keys, which arena and which tap.
 
     ``dealer``: who makes the pads' products; None where this process does, or there are none. ``taps``: None where no
-    request may have one. Raises AddressError and OptionError; nothing is opened yet.
+    request may have one. Raises AddressError, OptionError and PathRefused; nothing is opened yet.
     """
 
     def __init__(self, plan: Plan, connect: Connect, *, taps: bool) -> None:

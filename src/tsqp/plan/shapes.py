@@ -19,6 +19,7 @@ def shape_of(model: str) -> ModelConfig:
     from tsqp.checkpoint.open import locate_here
 
     try:
-        return open_checkpoint(locate_here(model)).config
+        place = locate_here(model)
     except CheckpointNotFound as error:
         raise CheckpointNotFound(f"{error}; or one of the shapes {', '.join(NAMES)}") from None
+    return open_checkpoint(place).config

@@ -54,7 +54,7 @@ class ForwardPass:
                 at += wanted
                 if output is not None:
                     given[request] = output
-                    stats.new_tokens += output.token is not None
+                    stats.new_tokens += int(output.token is not None)
 
 
 def finite_rows(logits: torch.Tensor) -> list[bool]:
