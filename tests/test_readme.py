@@ -112,14 +112,14 @@ def test_an_offload_case_is_a_row_with_its_figures(
 
 
 def test_what_the_readmes_say_of_decode_is_what_was_measured() -> None:
-    """One sequence decodes no slower than at ``open``, 16 at once do."""
+    """One sequence decodes faster than at ``open`` in bfloat16, about as fast as in int8; 16 at once are slower."""
     names = ("private-llama-3.2-1b", "decode-llama-3.2-1b-int8", "serve-default")
     private, int8, serve = (
         json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in names
     )
     ready = private["modes"]["masked"]
-    assert ready["decode_ratio"] <= 1
-    assert ready["decode_s"] <= int8["seconds"]
+    assert ready["decode_ratio"] < 0.9
+    assert 0.85 < ready["decode_s"] / int8["seconds"] < 1.15
     assert serve["rates"]["masked"]["many"] < serve["rates"]["open"]["many"]
 
 
