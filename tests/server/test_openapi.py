@@ -6,12 +6,15 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.serving import NAME, Script, client_of, service_of
+from tsqp.server.api_keys import KeyFile, add_line, line_for, new_key
+from tsqp.server.app import create_app
 from tsqp.server.openapi import document
 from tsqp.server.routes import OPERATIONS, routes
 
@@ -46,6 +49,27 @@ def test_each_path_is_in_it_and_it_is_shown() -> None:
     }
     told = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
     assert {(method, path) for method, path in served if method != "HEAD"} == told | {("GET", "/openapi.json")}
+
+
+def test_it_says_what_needs_a_key(tmp_path: Path) -> None:
+    """As a client that reads it will do; a key is asked for before anything else of a request is looked at."""
+    add_line(tmp_path / "keys", line_for("somebody", new_key()))
+    keys = KeyFile(tmp_path / "keys")
+
+    async def statuses() -> dict[tuple[str, str], int]:
+        transport = httpx.ASGITransport(create_app(service_of(Script("a")), keys=keys))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return {
+                (method, path): (await client.request(method, path)).status_code
+                for path, item in DOCUMENT["paths"].items()
+                for method in item
+            }
+
+    told = {(m, path): one.get("security") for path, item in DOCUMENT["paths"].items() for m, one in item.items()}
+    assert {place for place, status in asyncio.run(statuses()).items() if status != 401} == {
+        place for place, security in told.items() if security == []
+    }
+    assert told["get", "/v1/attestation"] == []
 
 
 def test_its_references_lead_somewhere() -> None:

@@ -8,12 +8,11 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from tsqp.server.api_keys import KeyFile
-from tsqp.server.attestation import PATH
 from tsqp.server.guards.chain import guarded
 from tsqp.server.guards.faults import exception_handlers
 from tsqp.server.health import Probe, WorkerProbe, health_routes
 from tsqp.server.lifecycle import Lifecycle
-from tsqp.server.routes import routes
+from tsqp.server.routes import OPERATIONS, routes
 from tsqp.server.service import Service
 
 
@@ -35,5 +34,7 @@ def create_app(
     every = [*routes(service), *health_routes(probe, lifecycle)]
     app = Starlette(routes=every, exception_handlers=exception_handlers)
     always = {"x-tsqp-protection": service.protection}
-    pages = (PATH,) if service.console is None else (PATH, *service.console.pages)
+    pages = {one.path for one in OPERATIONS if not one.needs_key}
+    if service.console is not None:
+        pages.update(service.console.pages)
     return guarded(app, service.settings, lifecycle=lifecycle, keys=keys, always=always, answered=answered, pages=pages)

@@ -28,7 +28,7 @@ _OPENAPI = "3.1.0"
 class Operation:
     """What can be asked at one path. ``body`` and ``reply`` are types; ``event``: of a stream, where there is one.
 
-    ``query``: what has to be in the query of the path, and its pattern.
+    ``query``: what has to be in the query of the path, and its pattern. ``needs_key``: where there are keys.
     """
 
     method: str
@@ -39,6 +39,7 @@ class Operation:
     body: type[msgspec.Struct] | None = None
     event: type[msgspec.Struct] | None = None
     query: Mapping[str, str] = field(default_factory=dict)
+    needs_key: bool = True
 
     @property
     def types(self) -> list[type[msgspec.Struct]]:
@@ -98,6 +99,8 @@ def _described(operation: Operation, by_type: dict[type[msgspec.Struct], dict[st
         "summary": operation.summary,
         "responses": {"200": {"description": "The answer.", "content": content}, "4XX": error, "5XX": error},
     }
+    if not operation.needs_key:
+        described["security"] = []
     names = _PARAMETER.findall(operation.path)
     if names:
         described["parameters"] = [

@@ -70,6 +70,7 @@ OPERATIONS = (
         "Evidence of what this server is, over a fresh nonce.",
         Evidence,
         query={"nonce": f"^[0-9a-f]{{{2 * NONCE_BYTES}}}$"},
+        needs_key=False,
     ),
 )
 
