@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -34,6 +31,8 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from tsqp.bench.child import Child
 
 BURST = 200  # requests between two looks, unless told otherwise
 AT_ONCE = 16
@@ -315,18 +314,13 @@ class Server:
     address: str
     metrics_address: str
     model: str
-    process: subprocess.Popen[bytes]
+    child: Child
 
     def look(self) -> Look:
-        """What it holds: memory in use, and apart from it what was freed. Raises SystemExit where it has ended."""
-        if self.process.stdin is None or self.process.stdout is None:
-            raise ValueError("the server's standard input and output must be pipes")
-        before = look_at(self.process.pid)
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(b"\n")
-        if not self.process.stdout.read(1):
-            raise SystemExit("the server has ended")
-        after = look_at(self.process.pid)
+        """What it holds: memory in use, and apart from it what was freed. Raises WorkerFailed where it has ended."""
+        before = look_at(self.child.pid)
+        self.child.ask({})
+        after = look_at(self.child.pid)
         return replace(after, freed_bytes=max(0, before.anonymous_bytes - after.anonymous_bytes))
 
 
@@ -344,7 +338,7 @@ async def soak(
     ``kills``: of the worker, in each burst of ``burst`` requests.
     """
     report, dice = Report(), random.Random(seed)
-    metrics_address, pid = server.metrics_address, server.process.pid
+    metrics_address, pid = server.metrics_address, server.child.pid
     port = httpx.URL(server.address).port or 0
     until = time.monotonic() + seconds
     async with httpx.AsyncClient(timeout=120.0) as reader:
@@ -408,22 +402,12 @@ async def idle(client: httpx.AsyncClient, metrics_address: str, kills: int) -> l
 
 
 @contextmanager
-def serving(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server that is ready and ends with this script. Raises SystemExit where it does not start."""
-    command = [sys.executable, "-m", "benchmarks.soak_server", "serve", "--json", "--port", "0", "--metrics-port", "0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([*command, *options], stdin=pipe, stdout=pipe, env=environment, bufsize=0) as process:
-        try:
-            if process.stdout is None or not (line := process.stdout.readline()):
-                raise SystemExit("the server did not start")
-            ready = json.loads(line)
-            yield Server(ready["address"] + "/v1", ready["metrics_address"], ready["model"], process)
-        finally:
-            process.terminate()
-            try:
-                process.wait(IDLE_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+def serving(*options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready and ends with this script. Raises WorkerUnreachable where it does not start."""
+    command = ("benchmarks.soak_server", "serve", "--json", "--port", "0", "--metrics-port", "0", *options)
+    with Child(*command, environment=dict(os.environ) if environment is None else environment) as child:
+        ready = child.ready
+        yield Server(f"{child.address}/v1", ready["metrics_address"], ready["model"], child)
 
 
 def main() -> None:

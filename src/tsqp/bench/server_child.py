@@ -9,17 +9,19 @@ import os
 import runpy
 import signal
 import threading
+from collections.abc import Callable
 
 
-def _end_with_stdin() -> None:
-    while os.read(0, 1):  # not by a buffer, whose lock would be held when the interpreter ends
-        pass
+def _follow_stdin(on_line: Callable[[], None]) -> None:
+    while byte := os.read(0, 1):  # not by a buffer, whose lock would be held when the interpreter ends
+        if byte == b"\n":
+            on_line()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main() -> None:
-    """Run the command in this process."""
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+def main(on_line: Callable[[], None] = lambda: None) -> None:
+    """Run the command in this process. ``on_line`` is called for each line of standard input."""
+    threading.Thread(target=_follow_stdin, args=(on_line,), daemon=True).start()
     runpy.run_module("tsqp", run_name="__main__", alter_sys=True)
 
 

@@ -48,6 +48,11 @@ class Books:
         finally:
             self._end_those_asked_for()
 
+    @property
+    def most_promised(self) -> int | None:
+        """Rows that pads can be promised to at once; None where none are promised."""
+        return None if self._pads is None else self._pads.most
+
     def counts(self) -> Counts:
         """All numbers, of one moment."""
         with self.open() as scheduler:

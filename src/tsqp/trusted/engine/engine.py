@@ -68,7 +68,6 @@ class Engine:
         self.stats = stats
         self.limits = replace(limits, running=min(limits.running, most))
         self._same_bits = same_bits
-        self._pads = pads
         self._line = line
         self._clock = clock
         self._adapters = tuple(adapters)
@@ -109,7 +108,7 @@ class Engine:
 
         A request needs a row for each token of its prompt and of its answer but the last.
         """
-        return None if self._pads is None else self._pads.most
+        return self._books.most_promised
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises PromptError for a prompt that is empty, longer than the context or with unknown token ids."""
