@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqp.arith.secret_memory import MOST_SPARE_BYTES, SLAB_BYTES, SecretMemory, secret_array, secret_bytes, secret_copy
+from tsqp.arith.secret_memory import SLAB_BYTES, SecretMemory, secret_array, secret_bytes, secret_copy
 from tsqp.tee.memory import mapping_flags
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the marks are Linux's")
@@ -87,28 +87,35 @@ def test_a_piece_comes_back_once_its_last_view_is_gone() -> None:
         assert first in [address(one) for one in several]
 
 
-def test_large_pieces_beyond_a_bound_are_given_back_at_once_and_the_others_when_told() -> None:
-    memory, size = SecretMemory(), 16 << 20
-    pieces = [memory.piece(size) for _ in range(MOST_SPARE_BYTES // size)] + [memory.piece(SLAB_BYTES)]
-    assert len(pieces) == 1 + MOST_SPARE_BYTES // size
+def test_large_pieces_wait_to_be_used_again_until_somebody_gives_them_back() -> None:
+    memory, size = SecretMemory(), 1 << 20
+    pieces = [memory.piece(size) for _ in range(5)] + [memory.piece(SLAB_BYTES)]
+    places = {address(one) for one in pieces}
     in_use = memory.piece(size)
     in_use[0] = 7
     del pieces
     gc.collect()
-    assert MOST_SPARE_BYTES - size <= memory.spare_bytes() <= MOST_SPARE_BYTES
+    assert memory.spare_bytes() == 5 * size + SLAB_BYTES
+    again = [memory.piece(size) for _ in range(5)]
+    assert {address(one) for one in again} < places
+    del again
+    gc.collect()
+    memory.give_back(keep=3 * size)
+    assert 2 * size < memory.spare_bytes() <= 3 * size
     memory.give_back()
     assert memory.spare_bytes() == 0
     assert in_use[0] == 7
 
 
-def test_the_bound_is_one_for_all_sizes() -> None:
+def test_what_is_kept_is_a_bound_for_all_sizes_together() -> None:
     memory = SecretMemory()
-    memory._most = 5 << 20
-    for size in (3 << 20, 2 << 20, 1 << 20):
-        piece = memory.piece(size)
-        del piece
-        gc.collect()
-    assert {held: len(spare) for held, spare in memory._spare.items()} == {3 << 20: 1, 2 << 20: 1, 1 << 20: 0}
+    pieces = [memory.piece(size) for size in (3 << 20, 2 << 20, 1 << 20, 100)]
+    del pieces
+    gc.collect()
+    memory.give_back(keep=6 << 20)
+    assert memory.spare_bytes() == 6 << 20
+    memory.give_back(keep=5 << 20)
+    assert 0 < memory.spare_bytes() <= 5 << 20
 
 
 def test_what_a_dying_cycle_writes_reaches_no_other_holder() -> None:

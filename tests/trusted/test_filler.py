@@ -7,9 +7,10 @@ import time
 import pytest
 
 from tsqp.arith.expand import BLOCK_ROWS
+from tsqp.arith.secret_memory import secret_memory
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelClosed, ProductMismatch
-from tsqp.trusted.filler import IDLE_S, PadFiller
+from tsqp.trusted.filler import IDLE_S, SPARE_BYTES, PadFiller
 from tsqp.trusted.guard.pool import MAKE_BLOCKS
 
 ONE: GroupKey = ("qkv", 0)
@@ -188,3 +189,37 @@ def test_the_thread_says_once_that_the_pool_is_full(kept_from_it: bool, expected
     filler._thread.join(20)
     assert not filler._thread.is_alive()
     assert told == expected
+
+
+def test_memory_of_used_pads_is_given_back_once_the_pool_is_full_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    pool, memory = Counts(), secret_memory()
+    filler = filler_of(pool, {ONE: 2})
+
+    def give_back(keep: int) -> None:
+        assert pool.made  # not before: it is about to be used again
+        kept.append(keep)
+        filler._stop.set()
+
+    monkeypatch.setattr(memory, "give_back", give_back)
+    monkeypatch.setattr(filler, "_is_idle", lambda: bool(pool.made))
+    pool.recent[ONE] = time.monotonic(), 1  # an answer is under way, on its last block
+    filler._run()
+    assert kept == [SPARE_BYTES]
+
+
+def test_no_memory_is_given_back_while_a_pass_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass would wait for it."""
+    filler = filler_of(Counts(), {})
+    asked: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        asked.append(seconds)
+        filler._stop.set()
+        return True
+
+    monkeypatch.setattr(secret_memory(), "give_back", lambda keep: asked.append(-1))
+    monkeypatch.setattr(filler._stop, "wait", wait)
+    filler.busy = lambda: True
+    filler._run()
+    assert asked == [IDLE_S]

@@ -12,6 +12,7 @@ import math
 import mmap
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any
 
@@ -21,19 +22,17 @@ MADV_WIPEONFORK = 18  # which the module mmap does not name in every version
 SLAB_BYTES = 1 << 16  # pieces of at most MOST_SMALL bytes are cut from one of these
 MOST_SMALL = SLAB_BYTES // 4
 LEAST_PIECE = 64
-MOST_SPARE_BYTES = 256 << 20  # of large pieces that wait to be used again: a pool is used up and filled in turns
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _Spare = tuple[mmap.mmap, int]  # a mapping, and the address of a part of it
 
 
 class SecretMemory:
-    """Hands out pieces, and takes each back once nothing refers to it."""
+    """Hands out pieces, and takes each back once nothing refers to it: a pool is used up and filled in turns."""
 
     def __init__(self) -> None:
         # Appended to by whichever thread lets go of a piece, at any moment: so there is no lock, only atomic steps.
         self._spare: dict[int, list[_Spare]] = defaultdict(list)
-        self._most = MOST_SPARE_BYTES
 
     def piece(self, size: int) -> Any:
         """A ctypes array of ``size`` bytes with anything in them."""
@@ -53,18 +52,21 @@ class SecretMemory:
 
     def take_back(self, held: int, mapping: mmap.mmap, address: int) -> None:
         """Of a piece that is gone: ``held`` bytes, to be used again."""
-        if held <= MOST_SMALL or held + self.spare_bytes() <= self._most:
-            self._spare[held].append((mapping, address))  # else nothing refers to the mapping, and the system has it
+        self._spare[held].append((mapping, address))
 
     def spare_bytes(self) -> int:
         """What large pieces hold that nobody uses."""
         return sum(held * len(self._spare[held]) for held in tuple(self._spare) if held > MOST_SMALL)
 
-    def give_back(self) -> None:
-        """Let the system have large pieces that nobody uses."""
+    def give_back(self, keep: int = 0) -> None:
+        """Let the system have large pieces that nobody uses, but for ``keep`` bytes of them.
+
+        Unmapping pages takes as long as a good part of the work on them, so nothing does it but who has the time.
+        """
         for held in tuple(self._spare):
-            if held > MOST_SMALL:
-                self._spare[held].clear()
+            while held > MOST_SMALL and self._spare[held] and self.spare_bytes() > keep:
+                with suppress(IndexError):  # another thread may have taken it
+                    del self._spare[held][0]  # nothing refers to the mapping then
 
 
 def secret_array(shape: tuple[int, ...], dtype: Any = np.uint32) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES
+from tsqp.arith.secret_memory import secret_memory
 from tsqp.config.groups import GroupKey, group_keys, linear_groups
 from tsqp.config.model import ModelConfig
 from tsqp.errors import ChannelClosed, TsqpError, forget_frames
@@ -19,6 +20,7 @@ from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 
 HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt; see ``targets``
 IDLE_S = 0.05  # without a call for so long, the cores are free
+SPARE_BYTES = 256 << 20  # of secret memory that stay for the next call once the pool is full
 
 
 def targets(config: ModelConfig, ahead: int, memory: int, *, whole_answers: bool = False) -> dict[GroupKey, int]:
@@ -112,6 +114,8 @@ class PadFiller:
             try:
                 idle = self._is_idle()
                 if not self._make_some(idle=idle):
+                    if idle:
+                        secret_memory().give_back(keep=SPARE_BYTES)
                     if filling and idle:
                         filling = False
                         self.filled()
