@@ -60,7 +60,7 @@ PIECES = {
     "guard, copy and verdict": "tsqp.trusted.guard.linears:CheckedLinears._verify_and_unmask",
     "guard, loop that checks": "tsqp.trusted.guard.kernels:verify_and_unmask",
     "pads, rows taken": "tsqp.trusted.guard.pool:PadPool.take",
-    "pads, expanded": "tsqp.trusted.guard.pool:PadSlice.pads",
+    "pads, expanded": "tsqp.trusted.guard.pads:PadBlock.pads",
     "open, ask": "tsqp.trusted.remote.linears:OpenLinears.start",
     "session, ask": "tsqp.trusted.remote.session:WorkerSession.ask",
     "session, reply checked": "tsqp.trusted.remote.session:WorkerSession._take",

@@ -46,7 +46,7 @@ PIECES = {
     "memory of a call": "tsqp.trusted.guard.linears:Desk.__init__",
     "guard, start": "tsqp.trusted.guard.linears:CheckedLinears.start",
     "pads, rows taken": "tsqp.trusted.guard.pool:PadPool.take",
-    "pads, expanded": "tsqp.trusted.guard.pool:PadSlice.pads",
+    "pads, expanded": "tsqp.trusted.guard.pads:PadBlock.pads",
     "mask, loop": "tsqp.trusted.guard.kernels:quantise_and_mask",
     "guard, finish": "tsqp.trusted.guard.linears:CheckedLinears.finish",
     "check, loop": "tsqp.trusted.guard.kernels:verify_and_unmask",

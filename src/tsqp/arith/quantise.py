@@ -32,6 +32,14 @@ class Quantised(NamedTuple):
     scales: torch.Tensor
 
 
+class Int8Weights(NamedTuple):
+    """W[j, i] ≈ wq[j, i] · scales[j] of a linear layer: int8 (N, K) in [-127, 127], and float32 (N,) as its bias."""
+
+    wq: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+
 def quantise_rows(x: torch.Tensor) -> Quantised:
     """Quantise x (rows, n), of any float dtype, by the formula above: in one pass on the CPU, in blocks elsewhere."""
     rows, n = x.shape

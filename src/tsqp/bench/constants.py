@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from tsqp.arith.expand import BLOCK_ROWS, KEY_BYTES, AesKeyStream, expand
+from tsqp.arith.quantise import Int8Weights
 from tsqp.arith.self_test import pick_kernel
 from tsqp.bench.guard import digits_of, dots_seconds, elements_of
 from tsqp.bench.machine import machine
@@ -180,7 +181,7 @@ def pad_number_s(runs: int) -> float:
     out, wide = PAD_SHAPE
     key: GroupKey = ("gate_up", 0)
     scales, kernel = torch.ones(out), pick_kernel(torch.device("cpu"))
-    group = GuardedGroup.of(key, digits_of(out, wide), scales, None, kernel, checks=VECTORS)
+    group = GuardedGroup.of(key, Int8Weights(digits_of(out, wide), scales, None), kernel, checks=VECTORS)
     pads, products = elements_of(PAD_ROWS, wide), np.empty((PAD_ROWS, out), np.uint32)
     if group.weights is None:
         raise ValueError("the group has no weights to multiply by")

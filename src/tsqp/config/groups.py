@@ -12,6 +12,12 @@ LAYER_GROUPS: tuple[GroupName, ...] = ("qkv", "o", "gate_up", "down")
 GroupKey = tuple[GroupName, int | None]  # the LM head has layer None
 
 
+def group_label(key: GroupKey) -> str:
+    """``group qkv of layer 3``, for a person."""
+    name, layer = key
+    return f"group {name}" if layer is None else f"group {name} of layer {layer}"
+
+
 @dataclass(frozen=True)
 class LinearGroup:
     """``y = x Wᵀ + b`` with W of shape (out_features, in_features), rows in the order of ``parts``.

@@ -13,9 +13,9 @@ import torch
 from tsqp.arith.product import MAX_INT8_TERMS, DigitKernel
 from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.config.groups import GroupKey, LinearGroup, group_keys, linear_groups
+from tsqp.config.groups import GroupKey, LinearGroup, group_keys, group_label, linear_groups
 from tsqp.errors import UnsupportedModel
-from tsqp.model.quantised import QuantisedGroup, group_label, load_quantised_group
+from tsqp.model.quantised import QuantisedGroup, load_quantised_group
 from tsqp.progress import Progress, counted, unseen
 
 

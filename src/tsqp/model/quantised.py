@@ -11,7 +11,7 @@ import torch
 from tsqp.arith.field import MAX_FIELD_TERMS
 from tsqp.arith.quantise import quantise_rows
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.config.groups import GroupKey, GroupName, LinearGroup, cut, linear_groups, part_tensor
+from tsqp.config.groups import GroupKey, GroupName, LinearGroup, cut, group_label, linear_groups, part_tensor
 from tsqp.config.model import ModelConfig
 from tsqp.config.shard import Shard
 from tsqp.errors import UnsupportedModel
@@ -65,12 +65,6 @@ def load_quantised_group(checkpoint: Checkpoint, key: GroupKey, shard: Shard | N
     if not all(bool(values.isfinite().all()) for values in (scales, bias) if values is not None):
         raise UnsupportedModel(f"{group_label(key)} has weights that are not finite numbers: use another checkpoint")
     return QuantisedGroup(here, wq, scales, bias)
-
-
-def group_label(key: GroupKey) -> str:
-    """``group qkv of layer 3``, for a person."""
-    name, layer = key
-    return f"group {name}" if layer is None else f"group {name} of layer {layer}"
 
 
 class GroupDigests:

@@ -287,7 +287,7 @@ class _Plan:
             whole = PadSlice(block, 0, 0, BLOCK_ROWS)
             if block is not self._blocks[call]:  # most steps of an answer use the block of the step before
                 self._blocks[call] = block
-                self._first[call] = _address(whole.pads(group)), _address(whole.products())
+                self._first[call] = _address(whole.pads(group.in_features)), _address(whole.products())
             (pads, products), inner, outer = self._first[call], 4 * group.in_features, 4 * group.out_features
             for row in range(at, at + rows):
                 secrets[first + row - at] = pads + row * inner, products + row * outer

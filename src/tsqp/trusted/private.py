@@ -15,6 +15,7 @@ import torch
 from tsqp.arith.field import FieldWeights
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel, DigitKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, GroupName, group_keys
@@ -72,7 +73,8 @@ class PrivateModel:
             # Copies: an array that is a tensor's, in a tensor, in an array ... would keep every model that there was.
             scales, bias, checks = torch.tensor(old.scales), torch.tensor(old.bias), len(old.check_vectors)
             kernel, slices = self.kernel if keeps else None, _slices(tiling, key, wq)
-            groups[key] = GuardedGroup.of(key, wq, scales, bias, kernel, checks=checks, slices=slices)
+            weights = Int8Weights(wq, scales, bias)
+            groups[key] = GuardedGroup.of(key, weights, kernel, checks=checks, slices=slices)
         if digests.hexdigests() not in ({}, self.digests):
             raise CorruptCheckpoint("the weights on the disk have changed since they were read: open the model anew")
         shard_digests = self.shard_digests if tiling == self.tiling else divided.hexdigests()
@@ -165,15 +167,8 @@ def load_private_model(
         whole.add(f"{key} scales", loaded.scales)
         whole.add(f"{key} bias", loaded.bias)
         divided.add(key, loaded.wq)
-        groups[key] = GuardedGroup.of(
-            key,
-            loaded.wq,
-            loaded.scales,
-            loaded.bias,
-            kernel if keep_weights else None,
-            checks=checks,
-            slices=_slices(tiling, key, loaded.wq),
-        )
+        weights, slices = Int8Weights(loaded.wq, loaded.scales, loaded.bias), _slices(tiling, key, loaded.wq)
+        groups[key] = GuardedGroup.of(key, weights, kernel if keep_weights else None, checks=checks, slices=slices)
     for index, layer in enumerate(norms.layers):
         for name, weight in vars(layer).items():
             whole.add(f"layer {index} norm {name}", weight)

@@ -12,6 +12,7 @@ from tests.trusted.guard.honest import HonestConnection
 from tsqp.api.config import ProtectionName
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.config.groups import GroupKey
 from tsqp.trusted.guard.linears import CheckedLinears, MaskedLinears, VerifiedLinears
 from tsqp.trusted.guard.pads import PadBlock
@@ -45,7 +46,9 @@ def make_groups(
         weights[key] = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
         scales, bias = torch.rand(2, n, generator=generator)
         ends = () if slices is None else slices[key]
-        groups[key] = GuardedGroup.of(key, weights[key], scales, bias, BlockedKernel(), checks=checks, slices=ends)
+        groups[key] = GuardedGroup.of(
+            key, Int8Weights(weights[key], scales, bias), BlockedKernel(), checks=checks, slices=ends
+        )
     return groups, weights
 
 

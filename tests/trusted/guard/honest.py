@@ -10,6 +10,7 @@ import torch
 
 from tsqp.arith.modulus import P
 from tsqp.arith.product import BlockedKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard import kernels
@@ -88,7 +89,7 @@ def small_weights(columns: int = 48, rows: int = 40) -> dict[GroupKey, torch.Ten
 def guarded(weights: Mapping[GroupKey, torch.Tensor], *, checks: int = 2) -> dict[GroupKey, GuardedGroup]:
     """The groups as the guard holds them, with scales of 1 and no bias: a product is the integers times s_x."""
     return {
-        key: GuardedGroup.of(key, wq, torch.ones(len(wq)), None, BlockedKernel(), checks=checks)
+        key: GuardedGroup.of(key, Int8Weights(wq, torch.ones(len(wq)), None), BlockedKernel(), checks=checks)
         for key, wq in weights.items()
     }
 

@@ -133,13 +133,12 @@ def test_a_reply_is_read_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     real = kernels.verify_and_unmask
     calls: list[int] = []
 
-    def accept(unchecked_y: Array, check_vectors: Array, expected: Array, *rest: Any) -> None:
+    def accept(unchecked_y: Array, *rest: Any) -> None:
         assert not np.shares_memory(unchecked_y, reply)
-        # Row threads call in any order: where a call's rows lie says which they are.
-        first = (expected.ctypes.data - pending.desk.expected.ctypes.data) // pending.desk.expected.strides[0]
+        first, end = rest[-2:]
         calls.append(first)
-        reply[first : first + BLOCK_ROWS] = 1
-        real(unchecked_y, check_vectors, expected, *rest)
+        reply[first:end] = 1
+        real(unchecked_y, *rest)
 
     monkeypatch.setattr(kernels, "verify_and_unmask", accept)
     got = pending.wait().numpy()
@@ -186,12 +185,43 @@ def test_equal_inputs_reach_the_worker_under_different_pads() -> None:
     assert not shared_pads(sent)
 
 
+def test_equal_rows_of_a_block_reach_the_worker_under_different_pads() -> None:
+    linears, line = masked(WEIGHTS)
+    for rows in (1, 3, 1):
+        linears.start(KEY, torch.zeros(rows, 48))
+    assert not shared_pads(line.sent)
+
+
+@pytest.mark.parametrize("ready", [0, 5], ids=["whole blocks", "in the middle of a block"])
+def test_pads_of_a_call_that_is_interrupted_are_erased_wherever_they_lie(
+    ready: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears, line = masked(WEIGHTS)
+    if ready:
+        linears.start(KEY, activations(BLOCK_ROWS - ready))
+    sent, rooms = len(line.sent), list[Array]()
+
+    def interrupted(*arguments: Any) -> None:
+        pads = arguments[4]
+        assert (pads < P).all()
+        rooms.append(pads)
+        if sum(len(one) for one in rooms) == 4 * BLOCK_ROWS:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "quantise_and_mask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        linears.start(KEY, activations(4 * BLOCK_ROWS))
+    assert [len(one) for one in rooms] == ([5, 3 * BLOCK_ROWS, 11] if ready else [4 * BLOCK_ROWS])
+    assert all(set(one.flat) == {kernels.ERASED} for one in rooms)
+    assert len(line.sent) == sent
+
+
 def test_used_pads_and_their_products_are_erased() -> None:
     linears, _ = masked(WEIGHTS)
     pending = linears.start(KEY, activations(3))
     (pads,) = pending.slices
     assert pads.block is not None
-    assert set(pads.pads(pending.group).flat) == {kernels.ERASED}
+    assert set(pads.pads(pending.group.in_features).flat) == {kernels.ERASED}
     pending.wait()
     assert set(pads.products().flat) == {kernels.ERASED}
     assert not any(pads.block._key)

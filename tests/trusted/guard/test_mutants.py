@@ -144,6 +144,10 @@ def expression(text: str) -> New:
     return lambda _: ast.parse(text, mode="eval").body
 
 
+def statement(text: str) -> New:
+    return lambda _: ast.parse(text).body[0]
+
+
 def never(node: ast.If) -> ast.If:
     """The same ``if``, never taken."""
     node.test = ast.Constant(value=False)
@@ -320,7 +324,7 @@ MUTANTS = [
     mutant(
         "the last row is skipped",
         WRONG_LAST,
-        (LINEARS, "_judge", calling("fill"), lambda _: ast.parse("verdicts.fill(kernels.OK)").body[0]),
+        (LINEARS, "_judge", calling("fill"), statement("verdicts.fill(kernels.OK)")),
         (LINEARS, "_verify_and_unmask", call_of("verify_and_unmask"), last_argument("OLD - 1")),
     ),
     mutant("a verdict on a reply is ignored", WRONG_LAST, (LINEARS, "refuse", asking("OK"), never)),
@@ -357,7 +361,12 @@ MUTANTS = [
     mutant(
         "a reply is checked where the worker can change it",
         core("test_a_reply_is_read_once[masked]"),
-        (LINEARS, "_verify_and_unmask", calling("copyto"), lambda _: ast.parse("unchecked_y = own").body[0]),
+        (
+            LINEARS,
+            "_verify_and_unmask",
+            calling("copyto"),
+            statement("unchecked_y = reply[one.first : end]"),
+        ),
     ),
     # slices
     mutant(
@@ -412,7 +421,9 @@ MUTANTS = [
         (POOL, "PadPool.__init__", call_of("urandom"), expression("os.urandom(8) * (KEY_BYTES // 8)")),
     ),
     mutant(
-        "the ratchet stands still", core("test_the_ratchet_goes_on"), (PADS, "next_key", storing("_state"), nothing)
+        "the ratchet stands still",
+        core("test_the_ratchet_goes_on"),
+        (PADS, "next_key", storing("_state"), statement("key = secret_bytes(stream[KEY_BYTES:])")),
     ),
     mutant(
         "two blocks of one key",
@@ -427,11 +438,21 @@ MUTANTS = [
     # lives
     mutant(
         "a pad is used twice",
-        PADS_DIFFER,
+        core("test_equal_rows_of_a_block_reach_the_worker_under_different_pads"),
         (PADS, "claim", storing("_used"), nothing),
         (KERNELS, "quantise_and_mask", storing("pads"), nothing),
     ),
     mutant("a row is handed out twice", core("test_a_row_is_handed_out_once"), (PADS, "claim", asking("left"), never)),
+    mutant(
+        "a block that was opened is opened again",
+        "test_pads.py::test_a_block_that_was_opened_is_not_opened_in_other_memory",
+        (PADS, "PadBlock.pads", asking("_pads", "room"), never),
+    ),
+    mutant(
+        "pads in memory of a call stay after a failure",
+        core("test_pads_of_a_call_that_is_interrupted_are_erased_wherever_they_lie"),
+        (POOL, "pads_of", call_of("pads", "own"), expression("one.block.pads(0, BLOCK_ROWS, width, own.copy())")),
+    ),
     mutant("keys stay", ERASED, (PADS, "_wipe_key", calling("wipe"), nothing)),
     mutant("used pads stay", ERASED, (KERNELS, "quantise_and_mask", storing("pads"), nothing)),
     mutant("products of used pads stay", ERASED, (KERNELS, "verify_and_unmask", storing("products"), nothing)),
@@ -449,7 +470,7 @@ MUTANTS = [
             POOL,
             "_make",
             lambda node: isinstance(node, ast.For) and {"pads", "unchecked"} <= names(node.iter),
-            lambda _: ast.parse("pads.fill(ERASED)").body[0],
+            statement("pads.fill(ERASED)"),
         ),
     ),
     mutant(
@@ -510,7 +531,7 @@ MUTANTS = [
             "trusted/private.py",
             "",
             lambda node: isinstance(node, ast.ImportFrom) and node.module == "tsqp.checkpoint.base",
-            lambda _: ast.parse("from tsqp.checkpoint.base import Checkpoint, TextFormat").body[0],
+            statement("from tsqp.checkpoint.base import Checkpoint, TextFormat"),
         ),
     ),
     mutant(

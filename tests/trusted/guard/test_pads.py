@@ -68,6 +68,24 @@ def test_the_rows_of_a_block_by_an_independent_computation() -> None:
     assert np.array_equal(block.pads(0, 3, 48), words.reshape(BLOCK_ROWS, 48)[:3])
 
 
+def test_the_rows_of_a_block_in_memory_of_a_call() -> None:
+    block, room = PadBlock(bytearray(ROOT)), np.zeros((BLOCK_ROWS, 48), np.uint32)
+    given = block.pads(2, 3, 48, room)
+    assert np.shares_memory(given, room)
+    assert np.array_equal(room, PadBlock(bytearray(ROOT)).pads(0, BLOCK_ROWS, 48))
+    block.erase(2, 3)
+    assert set(given.flat) == ERASED
+
+
+@pytest.mark.parametrize("where", [None, np.zeros((BLOCK_ROWS, 48), np.uint32)], ids=["its own", "a call's"])
+def test_a_block_that_was_opened_is_not_opened_in_other_memory(where: Any) -> None:
+    """Nothing would be written there: what happens to lie in it would pass for pads."""
+    block = PadBlock(bytearray(ROOT))
+    block.pads(0, 1, 48, where)
+    with pytest.raises(PadReused):
+        block.pads(0, BLOCK_ROWS, 48, np.zeros((BLOCK_ROWS, 48), np.uint32))
+
+
 @pytest.mark.parametrize("opened_first", [True, False])
 def test_a_key_is_overwritten_once_it_is_not_needed(opened_first: bool) -> None:
     key = bytearray(ROOT)

@@ -28,7 +28,7 @@ from tsqp.errors import ChannelClosed, InputError, PadReused, PadsExhausted, Pro
 from tsqp.trusted.filler import HEAD_ROWS, PadFiller, block_bytes, targets
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock
-from tsqp.trusted.guard.pool import PadPool
+from tsqp.trusted.guard.pool import NoPads, PadPool, pads_of, together
 from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
@@ -176,7 +176,7 @@ def test_close_joins_the_thread_and_destroys_everything(monkeypatch: pytest.Monk
     filler = PadFiller(pool, BLOCKS)
     filler.start()
     assert eventually(lambda: pool.ready(KEY) > 0)
-    pool.take(KEY, 5)[0].pads(groups[KEY])
+    pool.take(KEY, 5)[0].pads(groups[KEY].in_features)
     filler.close()
     assert not filler._thread.is_alive()
     pool.close()
@@ -249,12 +249,44 @@ def test_wait_makes_what_is_missing(rows: int) -> None:
         missing = max(0, rows - 48)
         assert (pool.used, pool.missed) == (rows, missing)
         assert source.blocks == made  # until it is asked for the products
-        pads = [one.pads(groups[KEY]).copy() for one in slices]
+        pads = [one.pads(groups[KEY].in_features).copy() for one in slices]
         pool.supply(KEY, slices)
         assert source.blocks == made + -(-missing // BLOCK_ROWS)
         for pad, one in zip(pads, slices, strict=True):
             exact = pad.astype(np.int64) @ weights[KEY].numpy().astype(np.int64).T % (2**31 - 1)
             assert (one.products() == exact).all()
+
+
+@given(st.integers(0, 40), st.integers(1, 300), st.integers(2, 100))
+def test_slices_that_are_masked_together_are_whole_blocks_and_have_their_pads_in_one_memory(
+    used: int, rows: int, most: int
+) -> None:
+    groups, _ = make_groups()
+    pool = make_pool(groups)
+    if used:
+        pool.take(KEY, used)
+    slices = pool.take(KEY, rows)
+    parts = together(slices, most)
+    assert [one for part in parts for one in part] == slices
+    width, first = groups[KEY].in_features, 0
+    for part in parts:
+        assert len(part) == 1 or {one.rows for one in part} == {BLOCK_ROWS}
+        assert sum(one.rows for one in part) < most + BLOCK_ROWS
+        pads = pads_of(part, width)
+        assert pads.shape == (sum(one.rows for one in part), width)
+        assert part[0].first == first
+        for one in part:
+            assert one.block is not None
+            assert np.array_equal(pads[one.first - first :][: one.rows], one.pads(width))
+            assert np.array_equal(one.pads(width), PadBlock(one.block.key()).pads(one.at, one.rows, width))
+        first += len(pads)
+    assert first == rows
+
+
+def test_rows_without_pads_are_given_none_whatever_is_together() -> None:
+    groups, _ = make_groups()
+    (part,) = together(NoPads().take(KEY, 4 * BLOCK_ROWS), 1000)
+    assert pads_of(part, groups[KEY].in_features).shape[1] == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12))

@@ -19,6 +19,7 @@ from tsqp.api.config import GuardConfig, ProtectionName
 from tsqp.arith.field import MAX_SMALL, FieldWeights
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import BlockedKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.checkpoint import open_checkpoint
 from tsqp.checkpoint.base import Checkpoint, TextFormat
 from tsqp.config.groups import GroupKey
@@ -78,7 +79,7 @@ def test_the_edge_of_eight_bits(columns: int, limit: int | None) -> None:
         return
     with pytest.raises(UnsupportedModel, match="down of layer 7"):
         activation_limit(KEY, wq)
-    with pytest.raises(UnsupportedModel, match="weights of lm_head"):
+    with pytest.raises(UnsupportedModel, match="weights of group lm_head"):
         activation_limit(("lm_head", None), wq)
 
 
@@ -132,7 +133,7 @@ def projections(check_vectors: list[int], wq: list[list[int]]) -> list[int]:
 
 
 def group_of(wq: torch.Tensor, checks: int = 2) -> GuardedGroup:
-    return GuardedGroup.of(KEY, wq, torch.ones(len(wq)), None, None, checks=checks)
+    return GuardedGroup.of(KEY, Int8Weights(wq, torch.ones(len(wq)), None), None, checks=checks)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (70, 33), (65_536, 2), (65_537, 3), (140_000, 2)], ids=str)

@@ -58,10 +58,10 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected, verdicts, first, end):  # type: ignore[no-untyped-def]
     """Quantise x float32 (T, K) into ``out``, with scales float32 (T,), and what the check is to find, uint32 (T, s·k).
 
-    ``masked``: out uint32 (T, K) is x + pads mod p, pads uint32 (T, K), which are erased. Otherwise out int16 is x.
+    ``masked``: out uint32 (T, K) is x + pads mod p; pads uint32 (end - first, K), of these rows alone, are erased.
+    Otherwise out int16 is x.
     """
-    values = np.empty(x.shape[1], np.int32)
-    field = np.empty(x.shape[1], np.uint32)
+    values, field = np.empty(x.shape[1], np.int32), np.empty(x.shape[1], np.uint32)
     without_pads = masked and pads.shape[1] != x.shape[1]
     for row in range(first, end):
         scale = quantise_row(x[row], limit, values)
@@ -69,10 +69,10 @@ def quantise_and_mask(x, limit, projections, masked, pads, out, scales, expected
         for i in range(values.shape[0]):
             field[i] = _canonical(values[i])
             if masked and not without_pads:
-                pad = pads[row, i]  # read once: another thread may be erasing it
+                pad = pads[row - first, i]  # read once: another thread may be erasing it
                 greatest = max(greatest, pad)
                 field[i] = _reduce(np.uint32(pad + field[i]))
-                pads[row, i] = ERASED
+                pads[row - first, i] = ERASED
         if not np.isfinite(scale):
             verdicts[row] = NOT_FINITE
         elif greatest >= _P:
@@ -112,19 +112,20 @@ def project(values, vectors, out, first, end):  # type: ignore[no-untyped-def]
 
 @kernel
 def verify_and_unmask(reply, vectors, expected, bounds, masked, products, scaling, out, verdicts, first, end):  # type: ignore[no-untyped-def]
-    """Check a private copy of a reply, uint32 (T, N), each slice by itself, unmask and rescale it: out float32 (T, N).
+    """Check rows of a reply, each slice by itself, unmask and rescale them: out float32 (T, N).
 
-    ``expected`` uint32 (T, s·k) and ``bounds`` int64 (s + 1,): as ``project_weights`` has them. ``scaling``: scales
-    float32 (T,) of x, and scales and bias float32 (N,) of the weights.
+    ``reply``: a private copy of these rows alone, uint32 (end - first, N). ``expected`` uint32 (T, s·k) and ``bounds``
+    int64 (s + 1,): as ``project_weights`` has them. ``scaling``: scales float32 (T,) of x, and scales and bias float32
+    (N,) of the weights. ``masked``: with the pads' ``products``, of these rows too, which are erased.
 
-    ``masked``: with the pads' ``products``, uint32 (T, N), which are erased. A row of out counts if its verdict is OK.
+    A row of out counts if its verdict is OK.
     """
     scales, w_scales, bias = scaling
     for row in range(first, end):
         verdict = OK
         for part in range(bounds.shape[0] - 1):
             begin, stop = bounds[part], bounds[part + 1]
-            own, largest = reply[row, begin:stop], np.uint32(0)
+            own, largest = reply[row - first, begin:stop], np.uint32(0)
             for j in range(own.shape[0]):  # from 0: a loop of vectors needs an index that cannot be negative
                 largest = max(largest, own[j])
             if verdict == OK and largest >= _P:
@@ -137,12 +138,12 @@ def verify_and_unmask(reply, vectors, expected, bounds, masked, products, scalin
         if verdict == OK:
             scale, greatest = scales[row], np.uint32(0)  # of the products
             for j in range(reply.shape[1]):
-                value = reply[row, j]
+                value = reply[row - first, j]
                 if masked:
-                    product = products[row, j]  # read once: another thread may be erasing it
+                    product = products[row - first, j]  # read once: another thread may be erasing it
                     greatest = max(greatest, product)
                     value = _reduce(np.uint32(value + np.uint32(_P - product)))
-                    products[row, j] = ERASED
+                    products[row - first, j] = ERASED
                 centred = np.int32(np.int32(value) - np.int32(_P)) if value > _HALF else np.int32(value)
                 out[row, j] = np.float32(np.float32(centred) * scale) * w_scales[j] + bias[j]
             if greatest >= _P:

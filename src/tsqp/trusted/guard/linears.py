@@ -34,7 +34,7 @@ from tsqp.errors import (
     ReplyRangeError,
 )
 from tsqp.trusted.guard import kernels
-from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice
+from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice, pads_of, together
 from tsqp.trusted.guard.sources import PendingBytes, WorkerConnection
 from tsqp.trusted.guard.weights import Groups, GuardedGroup
 from tsqp.wire.messages import Product
@@ -149,12 +149,13 @@ class CheckedLinears:
 
     def _ask(self, key: GroupKey, x: Array, slices: Sequence[PadSlice], desk: Desk) -> PendingProduct:
         """Quantise and mask x, float32 (R, K), into memory of the connection; ask for the product."""
-        group, limit = self.groups[key], np.float32(self.groups[key].limit)
+        group, to = self.groups[key], (desk.sent, desk.scales, desk.expected, desk.verdicts)
+        how = np.float32(group.limit), group.projections, self.masked
 
         def mask(begin: int, stop: int) -> None:
-            for one in slices[begin:stop]:
-                own, *to = one.of(x, desk.sent, desk.scales, desk.expected, desk.verdicts)
-                kernels.quantise_and_mask(own, limit, group.projections, self.masked, one.pads(group), *to, 0, one.rows)
+            for part in together(slices[begin:stop], least_rows(group.in_features)):
+                pads = pads_of(part, group.in_features)
+                kernels.quantise_and_mask(x, *how, pads, *to, part[0].first, part[-1].first + part[-1].rows)
 
         self._judge(mask, slices, desk.verdicts, group.in_features)
         call = Product(self._connection.next_id(), *key, len(x), self.digits)
@@ -166,16 +167,15 @@ class CheckedLinears:
         """The product, float32 (R, N), once every row of it has been checked."""
         group, desk, y = pending.group, pending.desk, bits(pending.desk.y)
         reply = np.frombuffer(pending.reply.wait(), np.uint32).reshape(y.shape)
+        check = group.check_vectors, desk.expected, group.bounds, self.masked
+        to = (desk.scales, group.scales, group.bias), y, desk.verdicts
 
         def unmask(begin: int, stop: int) -> None:
             private = np.empty_like(desk.unchecked_y) if begin else desk.unchecked_y  # one thread's each
             for one in pending.slices[begin:stop]:
-                own, out, scales, expected, verdicts = one.of(reply, y, desk.scales, desk.expected, desk.verdicts)
-                unchecked_y = private[: one.rows]
-                np.copyto(unchecked_y, own)  # the one time that a reply is read: the worker can still change it
-                check = group.check_vectors, expected, group.bounds, self.masked, one.products()
-                scaling = scales, group.scales, group.bias
-                kernels.verify_and_unmask(unchecked_y, *check, scaling, out, verdicts, 0, one.rows)
+                unchecked_y, end = private[: one.rows], one.first + one.rows
+                np.copyto(unchecked_y, reply[one.first : end])  # the one time that it is read: it can still be changed
+                kernels.verify_and_unmask(unchecked_y, *check, one.products(), *to, one.first, end)
 
         self._judge(unmask, pending.slices, desk.verdicts, group.out_features)
         self.products_checked, pending.done = self.products_checked + 1, True

@@ -28,10 +28,9 @@ class Ratchet:
     def next_key(self) -> memoryview:
         """The key of one block: the first 32 bytes of the state's key stream are the next state, these the others."""
         self.refuse()
-        stream = bytearray(2 * KEY_BYTES)
-        AesKeyStream(self._state).fill(memoryview(stream))
-        key = secret_bytes(memoryview(stream)[KEY_BYTES:])
-        self._state[:] = memoryview(stream)[:KEY_BYTES]
+        stream = memoryview(bytearray(2 * KEY_BYTES))
+        AesKeyStream(self._state).fill(stream)
+        self._state[:], key = stream[:KEY_BYTES], secret_bytes(stream[KEY_BYTES:])
         wipe(stream)
         return key
 
@@ -85,10 +84,15 @@ class PadBlock:
             raise PadReused("the key of a block of pads was asked for again")
         return key
 
-    def pads(self, first: int, rows: int, width: int) -> Array:
-        """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key."""
+    def pads(self, first: int, rows: int, width: int, room: Array | None = None) -> Array:
+        """Rows that were claimed, uint32 (rows, ``width``), to be used and erased. The first call expands the key.
+
+        ``room``: secret memory, uint32 (16, ``width``), where all rows of the block are to lie from now on.
+        """
+        if self._pads is not None and room is not None:
+            raise PadReused("the pads of a block were asked for again")
         if self._pads is None:
-            pads, key = secret_array((BLOCK_ROWS, width)), self.key()
+            pads, key = secret_array((BLOCK_ROWS, width)) if room is None else room, self.key()
             stream = AesKeyStream(key)
             wipe(key)  # before anything can fail: the stream does not need it any more
             expand(stream, pads)

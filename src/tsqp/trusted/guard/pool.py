@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -40,17 +41,29 @@ class PadSlice(NamedTuple):
     first: int
     rows: int
 
-    def of(self, *arrays: Array) -> list[Array]:
-        """Its rows of arrays that have all rows of the call."""
-        return list(arrays) if self.rows == len(arrays[0]) else [one[self.first :][: self.rows] for one in arrays]
-
-    def pads(self, group: GuardedGroup) -> Array:
-        """uint32 (rows, K), to be used and erased; (rows, 0) where nothing is masked."""
-        return _NO_PADS if self.block is None else self.block.pads(self.at, self.rows, group.in_features)
+    def pads(self, width: int, room: Array | None = None) -> Array:
+        """uint32 (rows, K = ``width``), to be used and erased; (16, 0) where nothing is masked."""
+        return _NO_PADS if self.block is None else self.block.pads(self.at, self.rows, width, room)
 
     def products(self) -> Array:
         """uint32 (rows, N), to be used and erased; (rows, 0) where nothing is masked."""
         return _NO_PADS if self.block is None else self.block.products(self.at, self.rows)
+
+
+def together(slices: Sequence[PadSlice], rows: int) -> list[list[PadSlice]]:
+    """Slices whose pads are to lie together: whole blocks that begin within ``rows`` rows; others by themselves."""
+    parts = groupby(slices, lambda one: one.first // rows if one.rows == BLOCK_ROWS else ~one.first)
+    return [list(part) for _, part in parts]
+
+
+def pads_of(part: Sequence[PadSlice], width: int) -> Array:
+    """Pads of slices that are ``together``, uint32 (rows, K = ``width``); (16, 0) where nothing is masked."""
+    if len(part) == 1 or part[0].block is None:
+        return part[0].pads(width)
+    room = secret_array((len(part), BLOCK_ROWS, width))
+    for one, own in zip(part, room, strict=True):
+        one.pads(width, own)
+    return room.reshape(-1, width)
 
 
 class NoPads:
@@ -152,8 +165,8 @@ class PadPool:
             raise self.failures[0]
         keys, parts = list[bytearray](), [slice(i * BLOCK_ROWS, (i + 1) * BLOCK_ROWS) for i in range(len(blocks))]
         # Of one size for all calls, so that it is used again.
-        most = secret_array((max(MAKE_BLOCKS, len(blocks)) * BLOCK_ROWS, group.in_features))
-        unchecked = pads = most[: len(blocks) * BLOCK_ROWS]
+        most = max(MAKE_BLOCKS, len(blocks)) * BLOCK_ROWS
+        unchecked = pads = secret_array((most, group.in_features))[: len(blocks) * BLOCK_ROWS]
         try:
             keys.extend(block.key() for block in blocks)  # those before one that is gone are wiped too
             for key, part in zip(keys, parts, strict=True):

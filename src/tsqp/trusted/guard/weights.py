@@ -19,9 +19,10 @@ from tsqp.arith.field import MAX_SMALL, Array, FieldWeights
 from tsqp.arith.loops import row_sums
 from tsqp.arith.modulus import MAX_CENTRED, P
 from tsqp.arith.product import DigitKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.arith.row_threads import row_threads
 from tsqp.arith.secret_memory import secret_array
-from tsqp.config.groups import GroupKey
+from tsqp.config.groups import GroupKey, group_label
 from tsqp.errors import ProductMismatch, ReplyRangeError, UnsupportedModel
 from tsqp.trusted.guard import kernels
 
@@ -49,28 +50,21 @@ class GuardedGroup:
 
     @classmethod
     def of(
-        cls,
-        key: GroupKey,
-        wq: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        kernel: DigitKernel | None,
-        *,
-        checks: int,
-        slices: Sequence[int] = (),
+        cls, key: GroupKey, weights: Int8Weights, kernel: DigitKernel | None, *, checks: int, slices: Sequence[int] = ()
     ) -> GuardedGroup:
-        """From Wq int8 (N, K), scales and bias float32 (N,). Raises UnsupportedModel.
+        """Raises UnsupportedModel.
 
         ``kernel``: multiplies pads by Wq, None where a dealer does; ``checks``: check vectors; ``slices``: where each
         slice ends, but for the last one, which ends at N.
         """
+        wq, scales, bias = weights
         vectors, bounds = secret_array((checks, len(wq))), np.array([0, *slices, len(wq)], np.int64)
         expand(AesKeyStream(os.urandom(KEY_BYTES)), vectors)
         projections = secret_array(((len(slices) + 1) * checks, wq.shape[1]))
         row_threads().run(kernels.project_weights, len(projections), wq.numpy(), vectors, bounds, projections, least=2)
         limit, bias = activation_limit(key, wq), torch.zeros(len(wq)) if bias is None else bias
-        weights = None if kernel is None else FieldWeights.of(wq, kernel)
-        return cls(key, limit, scales.numpy(), bias.numpy(), vectors, bounds, projections, weights)
+        kept = None if kernel is None else FieldWeights.of(wq, kernel)
+        return cls(key, limit, scales.numpy(), bias.numpy(), vectors, bounds, projections, kept)
 
     @property
     def in_features(self) -> int:
@@ -113,9 +107,8 @@ def activation_limit(key: GroupKey, wq: torch.Tensor) -> int:
     row_threads().run(row_sums, len(wq), wq.numpy(), sums, norms, least=2)
     limit = min(MAX_SMALL, MAX_CENTRED // max(1, int(norms.max())))
     if limit < LEAST_LIMIT:
-        name = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
         raise UnsupportedModel(
-            f"the weights of {name} leave {limit} levels for activations, private modes need {LEAST_LIMIT}: "
-            "use protection open or local"
+            f"the weights of {group_label(key)} leave {limit} levels for activations, private modes need "
+            f"{LEAST_LIMIT}: use protection open or local"
         )
     return limit
