@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.api.mortal import MODEL, MortalRecorder, answers, living
+from tsqp import LLM
+from tsqp.api.config import GuardConfig
 from tsqp.api.freed_memory import HEAPS, few_heaps, give_back_freed_memory
-from tsqp.arith.secret_memory import secret_array
+from tsqp.arith.secret_memory import secret_array, secret_memory
 
 PIECE_BYTES = 40_000  # as much as the pads of a layer
 PIECES = 1000
@@ -56,8 +59,18 @@ def test_pieces_of_secret_memory_that_nobody_uses_are_given_back() -> None:
     assert (in_use == 7).all()
 
 
+def test_a_model_that_is_closed_leaves_no_memory_of_pads() -> None:
+    with living(MortalRecorder()) as address:
+        with LLM(MODEL, worker=address, guard=GuardConfig(pads_ahead=64, warm_pads=True)) as llm:
+            answers(llm)
+        assert secret_memory().spare_bytes() == 0
+
+
 COUNT_HEAPS = """
 import ctypes, os, re, sys, tempfile, threading
+from tests.api.mortal import MODEL, MortalRecorder, answers, living
+from tsqp import LLM
+from tsqp.api.config import GuardConfig
 from tsqp.api.freed_memory import few_heaps
 
 if sys.argv[1] == "few":

@@ -165,8 +165,8 @@ class PadPool:
             raise self.failures[0]
         keys, parts = list[bytearray](), [slice(i * BLOCK_ROWS, (i + 1) * BLOCK_ROWS) for i in range(len(blocks))]
         # Of one size for all calls, so that it is used again.
-        most = max(MAKE_BLOCKS, len(blocks)) * BLOCK_ROWS
-        unchecked = pads = secret_array((most, group.in_features))[: len(blocks) * BLOCK_ROWS]
+        most = secret_array((max(MAKE_BLOCKS, len(blocks)) * BLOCK_ROWS, group.in_features))
+        unchecked = pads = most[: len(blocks) * BLOCK_ROWS]
         try:
             keys.extend(block.key() for block in blocks)  # those before one that is gone are wiped too
             for key, part in zip(keys, parts, strict=True):
