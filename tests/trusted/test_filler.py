@@ -10,7 +10,7 @@ from tsqp.arith.expand import BLOCK_ROWS
 from tsqp.arith.secret_memory import secret_memory
 from tsqp.config.groups import GroupKey
 from tsqp.errors import ChannelClosed, ProductMismatch
-from tsqp.trusted.filler import IDLE_S, SPARE_BYTES, PadFiller
+from tsqp.trusted.filler import GIVE_BYTES, IDLE_S, SPARE_BYTES, PadFiller
 from tsqp.trusted.guard.pool import MAKE_BLOCKS
 
 ONE: GroupKey = ("qkv", 0)
@@ -191,7 +191,13 @@ def test_the_thread_says_once_that_the_pool_is_full(kept_from_it: bool, expected
     assert told == expected
 
 
-def test_memory_of_used_pads_is_given_back_once_the_pool_is_full_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spare", "keep"),
+    [(9 * SPARE_BYTES, 9 * SPARE_BYTES - GIVE_BYTES), (SPARE_BYTES + 1, SPARE_BYTES), (0, SPARE_BYTES)],
+)
+def test_memory_of_used_pads_is_given_back_bit_by_bit_once_the_pool_is_full_again(
+    spare: int, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[int] = []
     pool, memory = Counts(), secret_memory()
     filler = filler_of(pool, {ONE: 2})
@@ -202,10 +208,11 @@ def test_memory_of_used_pads_is_given_back_once_the_pool_is_full_again(monkeypat
         filler._stop.set()
 
     monkeypatch.setattr(memory, "give_back", give_back)
+    monkeypatch.setattr(memory, "spare_bytes", lambda: spare)
     monkeypatch.setattr(filler, "_is_idle", lambda: bool(pool.made))
     pool.recent[ONE] = time.monotonic(), 1  # an answer is under way, on its last block
     filler._run()
-    assert kept == [SPARE_BYTES]
+    assert kept == [keep]
 
 
 def test_no_memory_is_given_back_while_a_pass_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:

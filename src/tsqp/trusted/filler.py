@@ -21,6 +21,7 @@ from tsqp.trusted.guard.pool import MAKE_BLOCKS, PadPool
 HEAD_ROWS = 64  # the LM head needs one row for a token of the answer, and one for a whole prompt; see ``targets``
 IDLE_S = 0.05  # without a call for so long, the cores are free
 SPARE_BYTES = 256 << 20  # of secret memory that stay for the next call once the pool is full
+GIVE_BYTES = 64 << 20  # of the rest that are given back at a time: a request that comes meanwhile waits for so many
 
 
 def targets(config: ModelConfig, ahead: int, memory: int, *, whole_answers: bool = False) -> dict[GroupKey, int]:
@@ -115,7 +116,8 @@ class PadFiller:
                 idle = self._is_idle()
                 if not self._make_some(idle=idle):
                     if idle:
-                        secret_memory().give_back(keep=SPARE_BYTES)
+                        memory = secret_memory()
+                        memory.give_back(keep=max(SPARE_BYTES, memory.spare_bytes() - GIVE_BYTES))
                     if filling and idle:
                         filling = False
                         self.filled()
