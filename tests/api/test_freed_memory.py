@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tsqp import LLM
 from tsqp.api.config import GuardConfig
 from tsqp.api.freed_memory import HEAPS, few_heaps, give_back_freed_memory
 from tsqp.arith.secret_memory import secret_array, secret_memory
+from tsqp.trusted.guard.pool import PadPool
 
 PIECE_BYTES = 40_000  # as much as the pads of a layer
 PIECES = 1000
@@ -60,17 +62,20 @@ def test_pieces_of_secret_memory_that_nobody_uses_are_given_back() -> None:
 
 
 def test_a_model_that_is_closed_leaves_no_memory_of_pads() -> None:
+    gc.collect()  # of models before: what they had would come back in between
     with living(MortalRecorder()) as address:
         with LLM(MODEL, worker=address, guard=GuardConfig(pads_ahead=64, warm_pads=True)) as llm:
             answers(llm)
+            assert llm.guard is not None
+            pool = llm.guard.linears.pads
+            assert isinstance(pool, PadPool)
+            assert list(pool._blocks)
+        assert not list(pool._blocks)
         assert secret_memory().spare_bytes() == 0
 
 
 COUNT_HEAPS = """
 import ctypes, os, re, sys, tempfile, threading
-from tests.api.mortal import MODEL, MortalRecorder, answers, living
-from tsqp import LLM
-from tsqp.api.config import GuardConfig
 from tsqp.api.freed_memory import few_heaps
 
 if sys.argv[1] == "few":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from tsqp.api.adapters import NO_ADAPTERS, LoadedAdapters, load_adapters
 from tsqp.api.config import ComputeConfig, RunConfig
 from tsqp.api.dealer import Connect, Dealer, DealerRoster
+from tsqp.api.freed_memory import give_back_freed_memory
 from tsqp.api.kernel_cache import keep_loops
 from tsqp.api.parties import Channels, dialling_dealers, worker_places
 from tsqp.api.places import Place, StartedHere
@@ -114,6 +115,7 @@ class OpenModel:
             dial, dealers = dialling_dealers(channels, checkpoint.config, places)
             shards = places[0].shards() if isinstance(places[0], RosterPlace) else ()
             links = PrivateLinks(checkpoint, plan, dial, stats, told, adapters, shards)
+            stack.callback(give_back_freed_memory)  # last, when nobody has pads any more
             stack.callback(links.close)
         else:
             links = SplitLinks(checkpoint, plan, plan.partition, stats, told, adapters)

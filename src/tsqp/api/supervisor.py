@@ -221,7 +221,6 @@ class Supervisor:
         finally:
             for place in self._places:
                 place.close()
-            give_back_freed_memory()  # of its pads: nobody makes others
 
     @property
     def _place(self) -> Place:

@@ -32,7 +32,7 @@ from tsqp.config.model import ModelConfig
 from tsqp.cores import cores
 from tsqp.errors import ChannelError
 from tsqp.trusted.guard.kernels import project, quantise_and_mask
-from tsqp.trusted.guard.linears import MaskedLinears
+from tsqp.trusted.guard.linears import MaskedLinears, refuse
 from tsqp.trusted.guard.pool import PadPool
 from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
@@ -128,8 +128,10 @@ def _masking(config: ModelConfig, work: Workload, vectors: int) -> dict[str, flo
     def mask_all() -> None:
         row_threads().run(mask, work.tokens, least=least_rows(shape.in_features))
 
+    mask_s = median_seconds(mask_all, work.runs, lambda: np.copyto(pads, elements))
+    refuse(to[-1])
     return {
-        "mask_s": median_seconds(mask_all, work.runs, lambda: np.copyto(pads, elements)),
+        "mask_s": mask_s,
         "with_expansion_s": median_seconds(lambda: linears.start(KEY, x), work.runs),
     }
 

@@ -451,7 +451,7 @@ MUTANTS = [
     mutant(
         "pads in memory of a call stay after a failure",
         core("test_pads_of_a_call_that_is_interrupted_are_erased_wherever_they_lie"),
-        (POOL, "pads_of", call_of("pads", "own"), expression("one.block.pads(0, BLOCK_ROWS, width, own.copy())")),
+        (POOL, "pads_together", call_of("pads", "own"), expression("one.block.pads(0, BLOCK_ROWS, width, own.copy())")),
     ),
     mutant("keys stay", ERASED, (PADS, "_wipe_key", calling("wipe"), nothing)),
     mutant("used pads stay", ERASED, (KERNELS, "quantise_and_mask", storing("pads"), nothing)),

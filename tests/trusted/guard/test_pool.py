@@ -28,7 +28,7 @@ from tsqp.errors import ChannelClosed, InputError, PadReused, PadsExhausted, Pro
 from tsqp.trusted.filler import HEAD_ROWS, PadFiller, block_bytes, targets
 from tsqp.trusted.guard.linears import MaskedLinears
 from tsqp.trusted.guard.pads import PadBlock
-from tsqp.trusted.guard.pool import NoPads, PadPool, pads_of, together
+from tsqp.trusted.guard.pool import NoPads, PadPool, pads_together, together
 from tsqp.trusted.guard.sources import LocalPadSource
 from tsqp.trusted.guard.weights import GuardedGroup
 
@@ -272,7 +272,7 @@ def test_slices_that_are_masked_together_are_whole_blocks_and_have_their_pads_in
     for part in parts:
         assert len(part) == 1 or {one.rows for one in part} == {BLOCK_ROWS}
         assert sum(one.rows for one in part) < most + BLOCK_ROWS
-        pads = pads_of(part, width)
+        pads = pads_together(part, width)
         assert pads.shape == (sum(one.rows for one in part), width)
         assert part[0].first == first
         for one in part:
@@ -286,7 +286,7 @@ def test_slices_that_are_masked_together_are_whole_blocks_and_have_their_pads_in
 def test_rows_without_pads_are_given_none_whatever_is_together() -> None:
     groups, _ = make_groups()
     (part,) = together(NoPads().take(KEY, 4 * BLOCK_ROWS), 1000)
-    assert pads_of(part, groups[KEY].in_features).shape[1] == 0
+    assert pads_together(part, groups[KEY].in_features).shape[1] == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12))

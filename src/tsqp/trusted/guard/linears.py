@@ -34,7 +34,7 @@ from tsqp.errors import (
     ReplyRangeError,
 )
 from tsqp.trusted.guard import kernels
-from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice, pads_of, together
+from tsqp.trusted.guard.pool import NoPads, PadPool, PadSlice, pads_together, together
 from tsqp.trusted.guard.sources import PendingBytes, WorkerConnection
 from tsqp.trusted.guard.weights import Groups, GuardedGroup
 from tsqp.wire.messages import Product
@@ -154,7 +154,7 @@ class CheckedLinears:
 
         def mask(begin: int, stop: int) -> None:
             for part in together(slices[begin:stop], least_rows(group.in_features)):
-                pads = pads_of(part, group.in_features)
+                pads = pads_together(part, group.in_features)
                 kernels.quantise_and_mask(x, *how, pads, *to, part[0].first, part[-1].first + part[-1].rows)
 
         self._judge(mask, slices, desk.verdicts, group.in_features)

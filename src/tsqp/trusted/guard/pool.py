@@ -46,17 +46,17 @@ class PadSlice(NamedTuple):
         return _NO_PADS if self.block is None else self.block.pads(self.at, self.rows, width, room)
 
     def products(self) -> Array:
-        """uint32 (rows, N), to be used and erased; (rows, 0) where nothing is masked."""
+        """uint32 (rows, N), to be used and erased; (16, 0) where nothing is masked."""
         return _NO_PADS if self.block is None else self.block.products(self.at, self.rows)
 
 
 def together(slices: Sequence[PadSlice], rows: int) -> list[list[PadSlice]]:
     """Slices whose pads are to lie together: whole blocks that begin within ``rows`` rows; others by themselves."""
-    parts = groupby(slices, lambda one: one.first // rows if one.rows == BLOCK_ROWS else ~one.first)
+    parts = groupby(slices, lambda one: (one.first - slices[0].first) // rows if one.rows == BLOCK_ROWS else ~one.first)
     return [list(part) for _, part in parts]
 
 
-def pads_of(part: Sequence[PadSlice], width: int) -> Array:
+def pads_together(part: Sequence[PadSlice], width: int) -> Array:
     """Pads of slices that are ``together``, uint32 (rows, K = ``width``); (16, 0) where nothing is masked."""
     if len(part) == 1 or part[0].block is None:
         return part[0].pads(width)
