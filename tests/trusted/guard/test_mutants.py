@@ -246,7 +246,7 @@ def slices(test: str) -> str:
 
 EVERY_SLICE = slices("test_the_slice_of_a_wrong_column_is_named[{}-masked]")
 SUM_DIFFERS = (
-    "verdict == OK and _dot(reply[row], vectors[k]) != "
+    "verdict == OK and _dot(reply[row - first], vectors[k]) != "
     "sum(int(expected[row, n * len(vectors) + k]) for n in range(len(bounds) - 1)) % P"
 )
 WRONG_LAST = core("test_one_wrong_element_is_found_in_every_row[36-masked]")
@@ -361,12 +361,7 @@ MUTANTS = [
     mutant(
         "a reply is checked where the worker can change it",
         core("test_a_reply_is_read_once[masked]"),
-        (
-            LINEARS,
-            "_verify_and_unmask",
-            calling("copyto"),
-            statement("unchecked_y = reply[one.first : end]"),
-        ),
+        (LINEARS, "_verify_and_unmask", calling("copyto"), statement("unchecked_y = reply[one.first : end]")),
     ),
     # slices
     mutant(
