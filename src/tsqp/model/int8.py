@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from tsqp.arith.product import MAX_INT8_TERMS, DigitKernel
-from tsqp.arith.quantise import BLOCK_ELEMENTS, quantise_block, quantise_rows
+from tsqp.arith.quantise import BLOCK_ELEMENTS, Int8Weights, quantise_block, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.groups import GroupKey, LinearGroup, group_keys, group_label, linear_groups
 from tsqp.errors import UnsupportedModel
-from tsqp.model.quantised import QuantisedGroup, load_quantised_group
+from tsqp.model.quantised import load_quantised_group
 from tsqp.progress import Progress, counted, unseen
 
 
@@ -101,10 +101,11 @@ def load_int8_group(
     checkpoint: Checkpoint, key: GroupKey, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
 ) -> Int8Linear:
     """Read one group and quantise it on the CPU. Raises CorruptCheckpoint, UnsupportedModel."""
-    return on_device(read_int8_group(checkpoint, key), kernel, dtype, device)
+    group = linear_groups(checkpoint.config)[key[0]]
+    return on_device(group, read_int8_group(checkpoint, key), kernel, dtype, device)
 
 
-def read_int8_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGroup:
+def read_int8_group(checkpoint: Checkpoint, key: GroupKey) -> Int8Weights:
     """``load_quantised_group`` of a group whose sums int32 holds. Raises CorruptCheckpoint, UnsupportedModel."""
     terms = linear_groups(checkpoint.config)[key[0]].in_features
     if terms > MAX_INT8_TERMS:
@@ -114,9 +115,11 @@ def read_int8_group(checkpoint: Checkpoint, key: GroupKey) -> QuantisedGroup:
     return load_quantised_group(checkpoint, key)
 
 
-def on_device(read: QuantisedGroup, kernel: DigitKernel, dtype: torch.dtype, device: torch.device) -> Int8Linear:
+def on_device(
+    group: LinearGroup, read: Int8Weights, kernel: DigitKernel, dtype: torch.dtype, device: torch.device
+) -> Int8Linear:
     """A group that was read on the CPU, where it is multiplied by."""
     wq = read.wq.to(device)
     bias = None if read.bias is None else read.bias.to(device)
     scales, at_once = read.scales.to(device), device.type != "cpu"
-    return Int8Linear(read.group, wq, scales, kernel.offsets(wq), bias, kernel, dtype, at_once)
+    return Int8Linear(group, wq, scales, kernel.offsets(wq), bias, kernel, dtype, at_once)

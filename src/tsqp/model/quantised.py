@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from tsqp.arith.field import MAX_FIELD_TERMS
-from tsqp.arith.quantise import quantise_rows
+from tsqp.arith.quantise import Int8Weights, quantise_rows
 from tsqp.checkpoint.base import Checkpoint
-from tsqp.config.groups import GroupKey, GroupName, LinearGroup, cut, group_label, linear_groups, part_tensor
+from tsqp.config.groups import GroupKey, GroupName, cut, group_label, linear_groups, part_tensor
 from tsqp.config.model import ModelConfig
 from tsqp.config.shard import Shard
 from tsqp.errors import UnsupportedModel
 
 
-@dataclass(frozen=True)
-class QuantisedGroup:
-    """One linear group on the CPU, or a slice: W[j, i] ≈ wq[j, i] · scales[j], parts concatenated, all numbers finite.
-
-    ``wq`` int8 (out_features, in_features) in [-127, 127], ``scales`` and ``bias`` float32 (out_features,).
-    """
-
-    group: LinearGroup
-    wq: torch.Tensor
-    scales: torch.Tensor
-    bias: torch.Tensor | None
-
-
-def load_quantised_group(checkpoint: Checkpoint, key: GroupKey, shard: Shard | None = None) -> QuantisedGroup:
+def load_quantised_group(checkpoint: Checkpoint, key: GroupKey, shard: Shard | None = None) -> Int8Weights:
     """Read one group and quantise it per output channel, on the CPU: all of it, or the output features of a shard.
 
-    Other rows are not read. To the bit, a slice is rows of the whole: each has a scale of its own. Raises
-    CorruptCheckpoint; UnsupportedModel for weights that are not finite, or sums that int32 cannot hold.
+    All parts are concatenated, and all numbers finite. Other rows are not read. To the bit, a slice is rows of the
+    whole: each has a scale of its own. Raises CorruptCheckpoint; UnsupportedModel for weights that are not finite, or
+    sums that int32 cannot hold.
     """
     name, layer = key
     group = linear_groups(checkpoint.config)[name]
@@ -64,7 +51,7 @@ def load_quantised_group(checkpoint: Checkpoint, key: GroupKey, shard: Shard | N
     # A weight that is not finite gives its row a scale that is not, so that the weights need no second pass.
     if not all(bool(values.isfinite().all()) for values in (scales, bias) if values is not None):
         raise UnsupportedModel(f"{group_label(key)} has weights that are not finite numbers: use another checkpoint")
-    return QuantisedGroup(here, wq, scales, bias)
+    return Int8Weights(wq, scales, bias)
 
 
 class GroupDigests:

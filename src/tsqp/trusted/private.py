@@ -162,12 +162,12 @@ def load_private_model(
     whole = ModelDigest(checkpoint)
     groups: dict[GroupKey, GuardedGroup] = {}
     for key in counted(group_keys(checkpoint.config), READING, progress):
-        loaded = load_quantised_group(checkpoint, key)
-        digests.add(key, loaded.wq)
-        whole.add(f"{key} scales", loaded.scales)
-        whole.add(f"{key} bias", loaded.bias)
-        divided.add(key, loaded.wq)
-        weights, slices = Int8Weights(loaded.wq, loaded.scales, loaded.bias), _slices(tiling, key, loaded.wq)
+        weights = load_quantised_group(checkpoint, key)
+        digests.add(key, weights.wq)
+        whole.add(f"{key} scales", weights.scales)
+        whole.add(f"{key} bias", weights.bias)
+        divided.add(key, weights.wq)
+        slices = _slices(tiling, key, weights.wq)
         groups[key] = GuardedGroup.of(key, weights, kernel if keep_weights else None, checks=checks, slices=slices)
     for index, layer in enumerate(norms.layers):
         for name, weight in vars(layer).items():

@@ -9,6 +9,7 @@ import torch
 
 from tsqp.arith.field import FieldWeights
 from tsqp.arith.product import BlockedKernel, DigitKernel
+from tsqp.arith.quantise import Int8Weights
 from tsqp.arith.self_test import pick_kernel
 from tsqp.checkpoint.base import Checkpoint
 from tsqp.config.dtype import ComputeDtype, PlainDtype, float_dtype
@@ -19,7 +20,7 @@ from tsqp.errors import OptionError
 from tsqp.model.decoder_layers import Norms
 from tsqp.model.int8 import on_device, read_int8_group
 from tsqp.model.linear import LinearProduct, LinearWeights, read_group
-from tsqp.model.quantised import GroupDigests, QuantisedGroup, load_quantised_group
+from tsqp.model.quantised import GroupDigests, load_quantised_group
 from tsqp.model.weights import ModelWeights
 from tsqp.untrusted.backends.many import ManyDevices
 from tsqp.untrusted.paths.field import FieldWorkerWeights, compile_loops
@@ -104,7 +105,7 @@ def load_plain(
     embedding = None
     for key in group_keys(config):
         if compute == "int8":
-            _share_int8(read_int8_group(checkpoint, key), key, dtype, devices, kernels, groups)
+            _share_int8(read_int8_group(checkpoint, key), key, config, dtype, devices, kernels, groups)
             continue
         weight, bias = read_group(checkpoint, key, dtype)
         _share_floats(weight, bias, key, config, devices, groups)
@@ -143,18 +144,20 @@ def _share_floats(
 
 
 def _share_int8(
-    read: QuantisedGroup,
+    read: Int8Weights,
     key: GroupKey,
+    config: ModelConfig,
     dtype: torch.dtype,
     devices: ManyDevices,
     kernels: list[DigitKernel],
     groups: list[dict[GroupKey, LinearProduct]],
 ) -> None:
+    group = linear_groups(config)[key[0]]
     for device, own in enumerate(slices(len(read.wq), len(groups))):
         bias = None if read.bias is None else _rows(read.bias, own)
-        part = QuantisedGroup(cut(read.group, *own), _rows(read.wq, own), _rows(read.scales, own), bias)
+        part = Int8Weights(_rows(read.wq, own), _rows(read.scales, own), bias)
         with devices.using(device) as backend:
-            groups[device][key] = on_device(part, kernels[device], dtype, backend.device)
+            groups[device][key] = on_device(cut(group, *own), part, kernels[device], dtype, backend.device)
 
 
 def _rows(whole: torch.Tensor, own: Slice) -> torch.Tensor:
