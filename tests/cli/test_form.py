@@ -28,8 +28,9 @@ WRONG = {
     "no text": (["--grammar", "{bytes}"], "is not UTF-8 text"),
     "no JSON": (["--json-schema", "{file}"], "--json-schema must be JSON: look at character 1"),
     "an empty expression": (["--regex", ""], "--regex must be text of 1 to"),
-    "a bad expression": (["--regex", "(", *LOCAL], "--regex cannot be used: unclosed group"),
-    "a bad grammar": (["--grammar", "{file}", *LOCAL], "--grammar cannot be used: "),
+    "a bad expression": (["--regex", "("], "--regex cannot be used: unclosed group"),
+    "a bad grammar": (["--grammar", "{file}"], "--grammar cannot be used: "),
+    "no text has it": (["--regex", r"[^\s\S]", *LOCAL], "--regex cannot be used: no text has this form"),
     "a penalty out of range": (["--frequency-penalty", "3"], "--frequency-penalty must be at least -2"),
     "a temperature out of range": (["--temperature", "2.5"], "--temperature must be at least 0 and at most 2"),
 }
@@ -47,3 +48,5 @@ def test_wrong_forms_are_one_line_with_the_flag(tsqp: Command, tmp_path: Path, n
     assert result.code == 2
     assert words in result.error
     assert result.out == ""
+    # Before anything is opened, but for what only a tokenizer finds out.
+    assert ("protection" in result.err) == (LOCAL[0] in arguments)

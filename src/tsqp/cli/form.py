@@ -29,7 +29,7 @@ class FormOptions:
 
 
 def with_form(sampling: SamplingParams, form: FormOptions) -> SamplingParams:
-    """The same sampling with the form that was asked for, if one was. Raises OptionError, InputError."""
+    """The same sampling with the form that was asked for, read once, if one was. Raises OptionError, InputError."""
     given = [name for name in ("json_schema", "regex", "grammar") if getattr(form, name) is not None]
     flags = [f"--{name.replace('_', '-')}" for name in given]
     if not given:
@@ -44,4 +44,7 @@ def with_form(sampling: SamplingParams, form: FormOptions) -> SamplingParams:
         params = StructuredOutputsParams(grammar=read_text(form.grammar, "--grammar"))
     else:
         params = StructuredOutputsParams(regex=argument_text(form.regex or "", "--regex"))
+    from tsqp.trusted.text.grammar import check_form  # here, since it takes a tenth of a second
+
+    check_form(params)
     return replace(sampling, structured_outputs=params)

@@ -20,7 +20,7 @@ from tests.commands import LIMIT_S
 from tests.trusted.text.vocabularies import BYTE_LEVEL, VOCABULARIES
 from tsqp.errors import InputError, OptionError, UnsupportedModel
 from tsqp.trusted.engine.structured_outputs import MAX_CHARACTERS, StructuredOutputsParams
-from tsqp.trusted.text.grammar import Grammar, GrammarMatcher, _with_a_large_stack
+from tsqp.trusted.text.grammar import Grammar, GrammarMatcher, _with_a_large_stack, check_form
 from tsqp.trusted.text.tokenizer import Tokenizer
 
 PADDED = 700  # tokens that the model has, more than any of these vocabularies
@@ -209,6 +209,23 @@ def test_a_bad_form_is_refused_in_one_line_that_names_it(form: dict[str, Any], w
     assert len(text.splitlines()) == 1
     assert len(text) < 250
     assert refused.value.fields == (f"structured_outputs.{kind}",)
+
+
+@pytest.mark.parametrize(("form", "words"), BAD, ids=lambda value: str(value)[:40])
+def test_a_form_that_cannot_be_read_is_refused_without_a_tokenizer(form: dict[str, Any], words: str) -> None:
+    """In the same words. Whether there is any text of it, only a tokenizer tells."""
+    params = StructuredOutputsParams(**form)
+    if words == "no text has this form":
+        check_form(params)
+        return
+    with pytest.raises(OptionError, match=words) as refused:
+        check_form(params)
+    assert str(refused.value).startswith(f"structured_outputs.{params.kind} cannot be used: ")
+
+
+@pytest.mark.parametrize("form", [{"json": SCHEMA}, *(form for form, _ in FORMS)], ids=lambda form: next(iter(form)))
+def test_a_good_form_needs_no_tokenizer_to_be_read(form: dict[str, Any]) -> None:
+    check_form(StructuredOutputsParams(**form))
 
 
 def test_an_error_does_not_repeat_a_form_at_length() -> None:

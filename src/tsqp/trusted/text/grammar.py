@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -21,6 +22,7 @@ from tsqp.errors import InputError, OptionError, UnsupportedModel
 from tsqp.trusted.engine.structured_outputs import StructuredOutputsParams
 from tsqp.trusted.text.printable import printable
 
+T = TypeVar("T")
 _LIMITS = LLParserLimits(
     # Of 2,500 optional properties, each of which takes four; the library allows 2,000. It looks through a row for each
     # item that it adds: such a row takes 25 ms, and one of 50,000 would take half a second of every answer's time.
@@ -59,17 +61,13 @@ class Grammars:
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """Raises OptionError, with the reason in one line, for a form that cannot be read or that no text has."""
-        field = f"structured_outputs.{params.kind}"
-        try:
-            source = _source(params)
-        except (ValueError, RecursionError):
-            raise OptionError(f"{field} cannot be used: it is nested too deeply", fields=(field,)) from None
+        source = _source(params)
         matcher = _with_a_large_stack(lambda: self._matcher(source))
         problem = matcher.get_error()
         if not problem and matcher.is_stopped() and not matcher.is_accepting():
             problem = matcher.stop_reason()
         if problem:
-            raise OptionError(f"{field} cannot be used: {_reason(problem)}", fields=(field,))
+            raise _refused(params, _reason(problem))
         return Grammar(matcher, self._vocab_size)
 
     def _matcher(self, source: str) -> LLMatcher:
@@ -79,9 +77,20 @@ class Grammars:
         return matcher
 
 
-def _with_a_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
+def check_form(params: StructuredOutputsParams) -> None:
+    """Raises OptionError as ``Grammars.compile``, but needs no tokenizer: for before a model is opened.
+
+    Whether any text has the form is not looked at.
+    """
+    source = _source(params)
+    is_bad, found = _with_a_large_stack(lambda: LLMatcher.validate_grammar_with_warnings(source, limits=_LIMITS))
+    if is_bad:
+        raise _refused(params, _reason(found[0]))
+
+
+def _with_a_large_stack(make: Callable[[], T]) -> T:
     """Raises InputError where there is no room for the stack."""
-    made: list[LLMatcher] = []
+    made: list[T] = []
     thread = threading.Thread(target=lambda: made.append(make()))
     with _starting:
         usual = threading.stack_size(_STACK_BYTES)
@@ -92,8 +101,8 @@ def _with_a_large_stack(make: Callable[[], LLMatcher]) -> LLMatcher:
         finally:
             threading.stack_size(usual)
     thread.join()  # others may read forms meanwhile
-    (matcher,) = made
-    return matcher
+    (one,) = made
+    return one
 
 
 class Grammar:
@@ -145,22 +154,33 @@ def _failed(what: str) -> InputError:
     return InputError(what, fields=("structured_outputs",))
 
 
+def _refused(params: StructuredOutputsParams, reason: str) -> OptionError:
+    field = f"structured_outputs.{params.kind}"
+    return OptionError(f"{field} cannot be used: {reason}", fields=(field,))
+
+
 def _source(params: StructuredOutputsParams) -> str:
-    """The form as a Lark grammar. Raises ValueError and RecursionError for a schema that is nested too deeply."""
-    if params.regex is not None:
-        grammar = f"start: /{regex_to_lark(params.regex, '')}/"
-    elif params.choice is not None:
-        grammar = f"start: {' | '.join(map(json.dumps, params.choice))}"
-    elif params.grammar is not None:
-        grammar = params.grammar
-    else:
-        schema = json.loads(params.json) if isinstance(params.json, str) else {"type": "object"}
-        # The library's options in a schema; the caller's own could bring white space without end back.
-        schema["x-guidance"] = {"whitespace_flexible": False}
-        grammar = f"start: %json {json.dumps(schema)}"
+    """The form as the library reads it. Raises OptionError for a schema that is nested too deeply."""
     # Without this the library looks for all bytes that must come, before it looks for the first token. There may be no
     # end of them: in the grammar `start: /b+/ /b+/` the first part takes every b, and it looked for ever.
-    return LLMatcher.grammar_from_lark(grammar + '\n%llguidance {"no_forcing": true}\n')
+    try:
+        return LLMatcher.grammar_from_lark(_lark(params) + '\n%llguidance {"no_forcing": true}\n')
+    except (ValueError, RecursionError):
+        raise _refused(params, "it is nested too deeply") from None
+
+
+def _lark(params: StructuredOutputsParams) -> str:
+    """The form as a Lark grammar. Raises ValueError and RecursionError for a schema that is nested too deeply."""
+    if params.regex is not None:
+        return f"start: /{regex_to_lark(params.regex, '')}/"
+    if params.choice is not None:
+        return f"start: {' | '.join(map(json.dumps, params.choice))}"
+    if params.grammar is not None:
+        return params.grammar
+    schema = json.loads(params.json) if isinstance(params.json, str) else {"type": "object"}
+    # The library's options in a schema; the caller's own could bring white space without end back.
+    schema["x-guidance"] = {"whitespace_flexible": False}
+    return f"start: %json {json.dumps(schema)}"
 
 
 def _reason(problem: str) -> str:
