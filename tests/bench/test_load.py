@@ -179,6 +179,8 @@ def test_a_masked_server_has_room_for_all_pads_and_refuses_to_make_missing_ones(
     options = server_options(RUN, "masked", QUICK)
     assert options[options.index("--pads-empty") + 1] == "refuse"
     assert options[options.index("--pads-ahead") + 1] == "64"
+    assert options[options.index("--kv-dtype") + 1] == "bfloat16"
+    assert "--dtype" not in options
     room = int(options[options.index("--pad-memory") + 1])
     assert room == pool_bytes(open_checkpoint(TINY).config, 64, whole_answers=True)
 

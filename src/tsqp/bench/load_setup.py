@@ -76,4 +76,5 @@ def server_options(run: RunConfig, mode: str, load: Load) -> list[str]:
     if mode != MASKED:
         return [*options, "--dtype", asked.compute.dtype]
     memory = pool_bytes(open_checkpoint(model).config, load.pads, whole_answers=True)
+    options += ["--kv-dtype", str(asked.compute.kv_dtype)]
     return [*options, "--pads-empty", "refuse", "--pads-ahead", str(load.pads), "--pad-memory", str(memory)]

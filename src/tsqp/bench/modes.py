@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tsqp.api.config import ComputeConfig, RunConfig
-from tsqp.bench.opened import plain
+from tsqp.api.config import RunConfig
+from tsqp.bench.opened import in_bfloat16, plain
 from tsqp.errors import OptionError
 
 OPEN, MASKED = "open", "masked"  # the modes, and the names of their results
@@ -19,8 +19,6 @@ def chosen_modes(only: str | None) -> tuple[str, ...]:
 
 
 def in_mode(run: RunConfig, mode: str) -> RunConfig:
-    """The same model and threads: at ``open`` in bfloat16, at ``masked`` as it is by default."""
+    """The same model and threads, in bfloat16."""
     bare = plain(run)
-    if mode == OPEN:
-        return replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
-    return replace(bare, protection="masked", compute=ComputeConfig(threads=run.compute.threads), guard=run.guard)
+    return in_bfloat16(bare if mode == OPEN else replace(bare, protection="masked", guard=run.guard))

@@ -1,8 +1,8 @@
 """``bench offload``: does the split pay? What the whole model takes on the trusted side, over what is left there.
 
 A case is one prefill, or decode steps after a context. Each is measured in three ways on the same threads: the whole
-model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready; short ones of one sequence also in
-llama.cpp, which many would run in place of a split. Of a masked pass the trusted side's
+model at ``local`` in bfloat16, the same in int8, and ``masked`` with pads ready and its caches in bfloat16; short ones
+of one sequence also in llama.cpp, which many would run in place of a split. Of a masked pass the trusted side's
 own time is what the pass takes but for the worker's kernels, as if the worker were infinitely fast: with the worker
 on the same cores no other part can be told apart. (With ``--device cuda`` it has a device of its own.) Making pads is
 measured apart, since it happens ahead of time.
@@ -35,7 +35,7 @@ from tsqp.bench.device import check_device
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PEER_PACKAGES
-from tsqp.bench.opened import opened
+from tsqp.bench.opened import in_bfloat16, opened
 from tsqp.bench.pads import drain, pads_of, ready_for
 from tsqp.bench.peer import Peer
 from tsqp.bench.progress import watched
@@ -200,15 +200,14 @@ def _measure_turn(
 
 def _open(way: str, case: Case, room: int, effort: Effort, console: Console) -> LLM:
     """A model in one of the ways; for ``masked`` the pool has room for ``room`` tokens."""
-    run = RunConfig(MODELS[case.model], "local", compute=ComputeConfig(threads=effort.threads, dtype="bfloat16"))
+    run = RunConfig(MODELS[case.model], "local", compute=ComputeConfig(threads=effort.threads))
     if way == LOCAL_INT8:
-        run = replace(run, compute=replace(run.compute, dtype="int8"))
+        return opened(replace(run, compute=replace(run.compute, dtype="int8")), console)
     if way == MASKED:
         memory = pool_bytes(open_checkpoint(locate(run.model)).config, room)
         guard = GuardConfig(pads_ahead=room, pad_memory=memory)
-        worker, compute = WorkerConfig(device=effort.device), ComputeConfig(threads=effort.threads)
-        run = replace(run, protection="masked", guard=guard, compute=compute, worker=worker)
-    return opened(run, console)
+        run = replace(run, protection="masked", guard=guard, worker=WorkerConfig(device=effort.device))
+    return opened(in_bfloat16(run), console)
 
 
 def _open_peer(cases: Sequence[Case], effort: Effort, stack: ExitStack, console: Console) -> LlamaCppPeer | None:

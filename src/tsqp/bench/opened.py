@@ -10,6 +10,7 @@ from tsqp.api.config import RunConfig
 from tsqp.api.describe import handshake_line, mode_lines
 from tsqp.api.llm import LLM
 from tsqp.api.plan import Plan
+from tsqp.config.protection import PROTECTIONS
 from tsqp.progress_bar import progress_bar
 
 
@@ -33,3 +34,10 @@ def plain(run: RunConfig) -> RunConfig:
     device, threads = run.worker.device, run.compute.threads
     bare = RunConfig(run.model, "open")
     return replace(bare, worker=replace(bare.worker, device=device), compute=replace(bare.compute, threads=threads))
+
+
+def in_bfloat16(run: RunConfig) -> RunConfig:
+    """The same in 16 bits however the weights are stored, as what it is compared with; of a private mode its caches."""
+    if PROTECTIONS[run.protection].checked:
+        return replace(run, compute=replace(run.compute, kv_dtype="bfloat16"))
+    return replace(run, compute=replace(run.compute, dtype="bfloat16"))

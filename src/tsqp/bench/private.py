@@ -15,7 +15,7 @@ from tsqp.api.llm import LLM
 from tsqp.bench.ceilings import ceilings, higher, print_ceilings
 from tsqp.bench.device import check_device, first_device
 from tsqp.bench.machine import machine
-from tsqp.bench.opened import opened, plain
+from tsqp.bench.opened import in_bfloat16, opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, with_pads
 from tsqp.bench.peer import Ours, Peer
 from tsqp.bench.progress import watched
@@ -98,11 +98,11 @@ def _open_modes(
 
     bare = plain(run)
     bare = replace(bare, compute=replace(bare.compute, micro_batches=run.compute.micro_batches))
-    modes: dict[str, Peer] = {"open": Ours(model(replace(bare, compute=replace(bare.compute, dtype="bfloat16"))))}
+    modes: dict[str, Peer] = {"open": Ours(model(in_bfloat16(bare)))}
     if wanted == {"open"}:
         return modes
     guard, worker = GuardConfig(checks=run.guard.checks), WorkerConfig(field_worker())
-    verified = replace(bare, protection="verified", worker=worker, guard=guard)
+    verified = in_bfloat16(replace(bare, protection="verified", worker=worker, guard=guard))
     masked = with_pads(replace(verified, protection="masked"), work.tokens + work.steps)
     if "verified" in wanted:
         modes["verified"] = Ours(model(verified))
