@@ -293,9 +293,20 @@ def test_an_error_in_mid_stream_is_one_of_the_peer(monkeypatch: pytest.MonkeyPat
         tiny_peer.stream([1, 2, 3], 4)
 
 
-def test_streams_of_the_server_have_a_rate(quiet: Console) -> None:
+def test_a_rate_is_of_all_tokens_of_all_streams(monkeypatch: pytest.MonkeyPatch, quiet: Console) -> None:
+    """By the real server. Whether such short answers go on at the same time is not for a test to say."""
+    seen: list[Answer] = []
+
+    def rate(answers: list[Answer]) -> float:
+        seen.extend(answers)
+        return 7.0
+
+    monkeypatch.setattr(llama_cpp, "rate_together", rate)
     with LlamaCppPeer(TINY, "float32", WORK, 1, quiet, slots=3) as peer:
-        assert peer.rate([random_tokens(WORK.tokens, seed) for seed in range(3)], WORK.steps) > 0
+        assert peer.rate([random_tokens(WORK.tokens, seed) for seed in range(3)], WORK.steps) == 7.0
+    assert [len(answer.arrived_s) for answer in seen] == [WORK.steps + 1] * 3
+    for answer in seen:
+        assert [answer.asked_s, *answer.arrived_s] == sorted([answer.asked_s, *answer.arrived_s])
 
 
 def test_the_same_prompt_again_is_computed_again(tiny_peer: LlamaCppPeer) -> None:
