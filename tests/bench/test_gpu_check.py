@@ -151,13 +151,19 @@ def test_what_is_measured_is_one_setting_and_no_search() -> None:
 def test_every_test_is_in_one_part(request: pytest.FixtureRequest) -> None:
     """Of those that need a GPU. Parts run at the same time, but for what looks at the memory of the whole device."""
 
-    def collected(*options: str) -> list[str]:
-        command = [*PYTEST, "--collect-only", "-q", "-q", *options]
-        found = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=True)
-        return re.findall(r"^tests/gpu/.+::.+$", found.stdout, re.MULTILINE)
-
-    parts = {one.name: collected(*one.command[len(PYTEST) :]) for one in PARTS if one.command[: len(PYTEST)] == PYTEST}
-    assert sorted(test for tests in parts.values() for test in tests) == sorted(collected("tests/gpu"))
+    asked = {one.name: one.command[len(PYTEST) :] for one in PARTS if one.command[: len(PYTEST)] == PYTEST}
+    asked["every"] = ("tests/gpu",)
+    collect = [[*PYTEST[3:], "--collect-only", "-q", "-q", *options] for options in asked.values()]
+    # One after another by one process: to import everything takes some seconds.
+    code = "import json, sys, pytest\nfor one in json.loads(sys.argv[1]): print('# ended by', int(pytest.main(one)))"
+    command = [sys.executable, "-c", code, json.dumps(collect)]
+    done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=True)
+    *collected, rest = done.stdout.split("# ended by 0\n")
+    assert rest == ""
+    found = [re.findall(r"^tests/gpu/.+::.+$", text, re.MULTILINE) for text in collected]
+    parts = dict(zip(asked, found, strict=True))
+    every = parts.pop("every")
+    assert sorted(test for tests in parts.values() for test in tests) == sorted(every)
     assert all(parts.values())
     assert [one.name for one in PARTS if one.name in parts and one.alone] == ["memory"]
     assert all("test_memory" in test for test in parts["memory"])
