@@ -6,16 +6,18 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from tests.commands import LIMIT_S
+from tests.commands import LIMIT_S, wait_until
 from tests.conftest import StartWorker
 from tests.families import tiny_model
 from tsqp import LLM, AsyncLLM, Completion, ComputeConfig, Limits, SamplingParams, StructuredOutputsParams
 from tsqp.api import async_llm
+from tsqp.api.async_llm import AsyncAnswer
 from tsqp.api.config import PartitionName, ProtectionName
 from tsqp.config.dtype import ComputeDtype
 from tsqp.errors import ChannelClosed, OptionError, PromptError, QueueFull, UnsupportedModel, WorkerLost
@@ -213,6 +215,36 @@ def test_closing_at_once_says_so_to_those_who_wait() -> None:
                 pass
 
     asyncio.run(asyncio.wait_for(test(), LIMIT_S))
+
+
+def test_closing_in_one_loop_is_told_to_who_waits_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def opened(llm: AsyncLLM) -> AsyncAnswer:
+        decoder: Any = llm.llm.engine.decoder
+        forward = decoder.forward
+
+        def until_closing(batch: Batch[Any]) -> Steps[torch.Tensor]:
+            wait_until(llm._over.is_set)
+            return forward(batch)
+
+        answer = await llm.open(TEXTS[0], LONG)
+        await anext(aiter(answer))
+        monkeypatch.setattr(decoder, "forward", until_closing)
+        return answer
+
+    async def rest(answer: AsyncAnswer) -> None:
+        async for _ in answer:
+            pass
+
+    async def close(llm: AsyncLLM) -> None:
+        await asyncio.wait_for(llm.close(0.0), LIMIT_S)
+
+    llm = AsyncLLM(local())
+    with asyncio.Runner() as one:
+        answer = one.run(opened(llm))
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, close(llm)).result(LIMIT_S)
+        with pytest.raises(ChannelClosed):
+            one.run(asyncio.wait_for(rest(answer), LIMIT_S))
 
 
 def test_a_failed_pass_is_told_to_all_and_the_next_request_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

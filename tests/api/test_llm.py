@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands import children, wait_gone
+from tests.commands import LIMIT_S, children, wait_gone, wait_until
 from tests.conftest import StartWorker
 from tests.families import byte_tokenizer, random_tokens, tiny_model
 from tsqp import LLM, Completion, ComputeConfig, SamplingParams
@@ -36,6 +38,8 @@ from tsqp.errors import (
     WorkerLost,
     WorkerUnreachable,
 )
+from tsqp.model.batch import Batch
+from tsqp.model.pending import Steps
 from tsqp.trusted.stats import Stats
 from tsqp.wire.channel import Channel
 from tsqp.wire.transport import connect
@@ -98,6 +102,52 @@ def test_a_closed_model_answers_nothing_more(protection: ProtectionName) -> None
     for ask in (lambda: next(stream), lambda: llm.generate([[1]]), lambda: llm.logits([1])):
         with pytest.raises(ChannelClosed, match="closed"):
             ask()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_closing_from_another_thread_lets_a_pass_under_way_end(
+    start_worker: StartWorker, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its line is not taken away under it: the thread hears that the model is closed, and nothing stranger."""
+    with (
+        LLM(MODEL, protection="verified", worker=start_worker(MODEL, transport, dtype="field")) as llm,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        decoder: Any = llm.engine.decoder
+        forward, under_way, ended = decoder.forward, threading.Event(), list[bool]()
+
+        def slow(batch: Batch[Any]) -> Steps[torch.Tensor]:
+            under_way.set()
+            wait_until(lambda: bool(llm.engine._one_at_a_time._waiting))  # whoever closes
+            logits = yield from forward(batch)
+            ended.append(True)
+            return logits
+
+        monkeypatch.setattr(decoder, "forward", slow)
+        answer = pool.submit(llm.generate, [[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
+        assert under_way.wait(LIMIT_S)
+        llm.close()
+        with pytest.raises(ChannelClosed, match="closed"):
+            answer.result(LIMIT_S)
+        assert ended == [True]
+
+
+def test_closing_waits_no_longer_than_a_pass_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a worker that hangs."""
+    monkeypatch.setattr("tsqp.api.open_model.LAST_PASS_S", 0.01)
+    closed, under_way = threading.Event(), threading.Event()
+    with LLM(MODEL, protection="local") as llm, ThreadPoolExecutor(1) as pool:
+
+        def stuck() -> None:
+            under_way.set()
+            assert closed.wait(LIMIT_S)
+
+        hangs = pool.submit(llm.engine.between_passes, stuck)
+        assert under_way.wait(LIMIT_S)
+        llm.close()
+        assert llm.engine.busy()
+        closed.set()
+        hangs.result(LIMIT_S)
 
 
 def test_a_model_may_be_a_path_and_workers_a_list(start_worker: StartWorker) -> None:

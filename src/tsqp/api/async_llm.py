@@ -350,6 +350,8 @@ class AsyncLLM:
                 self._wake.clear()
             else:
                 self._mend()
+        with suppress(Exception):
+            self._engine.fail(model_closed())  # who iterates in another loop than that of ``close``
         self._answer_pings(_refuse)
 
     def _mend(self) -> None:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tsqp.trusted.private import Guard
     from tsqp.trusted.remote.connection import Connection
 
+LAST_PASS_S = 10.0  # a pass takes seconds at most, but with a worker that hangs
+
 
 class OpenModel:
     """What ``run`` asks for, opened. For the other arguments, and what is raised, see ``LLM``.
@@ -224,9 +226,17 @@ class OpenModel:
         session.ping()
 
     def close(self) -> None:
-        """Leave the worker, and stop it if it was started here. What is under way ends. Closing twice is allowed."""
+        """Leave the worker, and stop it if it was started here. What is under way ends. Closing twice is allowed.
+
+        A pass under way in another thread is waited for, ``LAST_PASS_S`` at most: it uses what is closed here.
+        """
         self._closed = True
-        self._resources.close()
+        self.stop_waiting()
+        try:
+            with self.engine.without_passes(LAST_PASS_S):
+                self._resources.close()
+        finally:
+            self._resources.close()  # after an interrupt too
 
     def __enter__(self) -> Self:
         return self

@@ -52,10 +52,11 @@ def test_one_who_is_interrupted_while_waiting_is_passed_over(monkeypatch: pytest
         def __init__(self) -> None:
             self.asked = 0
 
-        def acquire(self) -> None:
+        def acquire(self, timeout: float = -1) -> bool:
             self.asked += 1
             if self.asked == 2:
                 raise KeyboardInterrupt
+            return True
 
         def release(self) -> None: ...
 
@@ -65,4 +66,15 @@ def test_one_who_is_interrupted_while_waiting_is_passed_over(monkeypatch: pytest
             pass
         monkeypatch.setattr("tsqp.trusted.engine.turns.threading.Lock", make)
         assert not turns._waiting
+    assert not turns.locked()
+
+
+def test_one_who_waits_no_longer_is_passed_over_too() -> None:
+    turns = Turns()
+    with turns:
+        assert not turns.wait(0.01)
+        assert turns.locked()
+        assert not turns._waiting
+    assert turns.wait(0.01)
+    turns.end()
     assert not turns.locked()

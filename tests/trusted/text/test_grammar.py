@@ -154,6 +154,21 @@ def test_a_token_that_is_not_allowed_is_an_error_and_the_answer_cannot_go_on() -
         matcher.allowed()
 
 
+def test_a_form_that_needs_a_token_which_the_model_has_not_is_an_error() -> None:
+    """A tokenizer may know more tokens than the model has rows: the last ones, as Gemma's of images."""
+    known = VOCABULARIES[BYTE_LEVEL]
+    size = 1 + max(token["id"] for token in json.loads(known.tokenizer_json)["added_tokens"])
+    params = StructuredOutputsParams(grammar=f'start: "a" <[{size - 1}]>')
+    (first,) = tokenizer().encode("a")
+    matcher = tokenizer().grammar(params, size).matcher()
+    matcher.accept(first)
+    assert allowed(matcher) == {size - 1}
+    matcher = tokenizer().grammar(params, size - 1).matcher()
+    matcher.accept(first)
+    with pytest.raises(InputError, match="a token here that the model has not"):
+        matcher.allowed()
+
+
 def many_properties(count: int) -> dict[str, Any]:
     """None of which has to be there, so that each may be the next one."""
     properties = {f"p{index}": {"type": "integer"} for index in range(count)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,16 @@ class Engine:
         self._refuse_fork()
         with self._one_at_a_time:
             action()
+
+    @contextmanager
+    def without_passes(self, most_s: float) -> Iterator[None]:
+        """No forward pass is under way within it, but for one that takes more than ``most_s``. At once after a fork."""
+        mine = os.getpid() == self._process and self._one_at_a_time.wait(most_s)
+        try:
+            yield
+        finally:
+            if mine:
+                self._one_at_a_time.end()
 
     def abort(self, number: int) -> None:
         """End a request; what it holds is free, or kept for its next turn, at once or after the pass under way.

@@ -21,28 +21,41 @@ class Turns:
         """Whether it is somebody's turn."""
         return self._taken
 
-    def __enter__(self) -> None:
+    def wait(self, most_s: float = -1) -> bool:
+        """Take a turn, to be given back by ``end``; False where none has come after ``most_s`` seconds."""
         with self._lock:
             if not self._taken:
                 self._taken = True
-                return
+                return True
             mine = threading.Lock()
             mine.acquire()
             self._waiting.append(mine)
+        came = False
         try:
-            mine.acquire()
-        except BaseException:  # interrupted: nobody may hand the turn over to one who has gone
-            with self._lock:
-                waits = mine in self._waiting
-                if waits:
-                    self._waiting.remove(mine)
-            if not waits:
-                self.__exit__()
-            raise
+            came = mine.acquire(timeout=most_s)
+        finally:
+            if not came:  # late or interrupted: nobody may hand the turn over to one who has gone
+                self._leave(mine)
+        return came
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """The next one's turn."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().release()
             else:
                 self._taken = False
+
+    def _leave(self, mine: threading.Lock) -> None:
+        with self._lock:
+            waits = mine in self._waiting
+            if waits:
+                self._waiting.remove(mine)
+        if not waits:
+            self.end()
+
+    def __enter__(self) -> None:
+        self.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()

@@ -127,12 +127,16 @@ class GrammarMatcher:
     def allowed(self) -> NDArray[np.bool_]:
         """(vocab_size,): the tokens after which the text is still the beginning of the form; end tokens when it is it.
 
-        Raises InputError when the grammar is too complex to tell: nothing is allowed then.
+        Raises InputError when the grammar is too complex to tell, and where only tokens that the model has not may
+        come: nothing is allowed then.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error() or not bits.any():
             raise _failed(_TOO_COMPLEX)
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if not allowed.any():  # a tokenizer may know more tokens
+            raise _failed("structured_outputs needs a token here that the model has not")
+        return allowed
 
     def accept(self, token: int) -> None:
         """Go on with a token. Raises InputError for one that is not allowed, and as ``allowed``."""
