@@ -61,7 +61,8 @@ ENGLISH: Words = {
     "open": "open, bfloat16",
     "server": (
         "As a server: so many clients at once, each with prompts of {tokens} tokens and answers of {answers}; tokens a "
-        "second of all together (`tsqp bench load`, SmolLM2-135M, one run, the client on the same cores, commit "
+        "second of all together (`tsqp bench load`, SmolLM2-135M with `--kv-dtype bfloat16`, one run, the client "
+        "on the same cores, commit "
         "{commit}; [plot](docs/plots/load-default.png)):"
     ),
     "clients": "clients",
@@ -144,7 +145,7 @@ CHINESE: Words = {
     "open": "open，bfloat16",
     "server": (
         "作为服务器：若干客户端同时请求，每个 prompt {tokens} token、回答 {answers} token；表中为全体每秒 token 数"
-        "（`tsqp bench load`，SmolLM2-135M，单次运行，客户端占用同样的核，commit {commit}；"
+        "（`tsqp bench load`，SmolLM2-135M（`--kv-dtype bfloat16`），单次运行，客户端占用同样的核，commit {commit}；"
         "[图](docs/plots/load-default.png)）："
     ),
     "clients": "客户端数",

@@ -289,11 +289,12 @@ class AsyncLLM:
     async def close(self, drain_s: float | None = None) -> None:
         """Take no more requests, wait for those under way, at most ``drain_s`` seconds, abort the rest, close the LLM.
 
-        Who iterates over an aborted answer gets ChannelClosed. Closing twice is allowed.
+        Who iterates over an aborted answer gets ChannelClosed, and so does at once who iterates in another loop.
+        Closing twice is allowed.
         """
         self._closed = True
         loop = asyncio.get_running_loop()
-        here = [answer for answer in self._open if answer.loop is loop]  # nobody waits in a loop that has ended
+        here = [answer for answer in self._open if answer.loop is loop]  # another loop may have ended
         waits = [asyncio.ensure_future(answer.ended.wait()) for answer in here]
         if waits:
             await asyncio.wait(waits, timeout=drain_s)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from tsqp.trusted.private import Guard
     from tsqp.trusted.remote.connection import Connection
 
-LAST_PASS_S = 10.0  # a pass takes seconds at most, but with a worker that hangs
+LAST_PASS_S = 10.0  # longer than a step; a pass over a long prompt may take more, and loses its line
 
 
 class OpenModel:
@@ -228,7 +228,8 @@ class OpenModel:
     def close(self) -> None:
         """Leave the worker, and stop it if it was started here. What is under way ends. Closing twice is allowed.
 
-        A pass under way in another thread is waited for, ``LAST_PASS_S`` at most: it uses what is closed here.
+        Passes that are under way or asked for in other threads are waited for, ``LAST_PASS_S`` at most: they use what
+        is closed here. Not to be called within a pass, as by a signal handler: it would wait for itself as long.
         """
         self._closed = True
         self.stop_waiting()

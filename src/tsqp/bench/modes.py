@@ -19,6 +19,6 @@ def chosen_modes(only: str | None) -> tuple[str, ...]:
 
 
 def in_mode(run: RunConfig, mode: str) -> RunConfig:
-    """The same model and threads, in bfloat16."""
+    """The same model and threads, as ``in_bfloat16`` has it."""
     bare = plain(run)
     return in_bfloat16(bare if mode == OPEN else replace(bare, protection="masked", guard=run.guard))

@@ -37,7 +37,7 @@ def plain(run: RunConfig) -> RunConfig:
 
 
 def in_bfloat16(run: RunConfig) -> RunConfig:
-    """The same in 16 bits however the weights are stored, as what it is compared with; of a private mode its caches."""
+    """The same in bfloat16 however its weights are stored; a private mode keeps its keys and values in it, no more."""
     if PROTECTIONS[run.protection].checked:
         return replace(run, compute=replace(run.compute, kv_dtype="bfloat16"))
     return replace(run, compute=replace(run.compute, dtype="bfloat16"))
