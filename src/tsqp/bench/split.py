@@ -18,7 +18,7 @@ from tsqp.bench.device import check_device, first_device
 from tsqp.bench.llama_cpp import LlamaCppPeer
 from tsqp.bench.machine import machine
 from tsqp.bench.names import PeerName, benchmarked
-from tsqp.bench.opened import opened, plain
+from tsqp.bench.opened import in_bfloat16, opened, plain
 from tsqp.bench.pads import PadsDrained, PadsReady, pads_of, with_pads
 from tsqp.bench.peer import Ours, Peer, TransformersPeer, choose_peer
 from tsqp.bench.progress import watched
@@ -93,9 +93,7 @@ def _open_peer(
         case "none":
             return None
         case "ours":
-            bare = plain(run)
-            bfloat16 = replace(bare, compute=replace(bare.compute, dtype="bfloat16"))
-            return Ours(stack.enter_context(opened(bfloat16, console)))
+            return Ours(stack.enter_context(opened(in_bfloat16(plain(run)), console)))
         case "llama.cpp":
             return stack.enter_context(LlamaCppPeer(locate(run.model), _computed(run), work, threads, console))
         case "transformers":
